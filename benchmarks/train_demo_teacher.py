@@ -1,0 +1,134 @@
+"""Train the demo teacher that ships in src/minitron/demo_teacher: tokenizer and model, from nothing, on one CPU.
+
+    python benchmarks/train_demo_teacher.py --out /tmp/demo-teacher [--tokens 30000000] [--threads 2]
+
+The text is the running Python's standard library with its tests; the documents that the built-in corpus holds out
+are never seen, neither by the tokenizer nor by the model.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from minitron.data import DataConfig, batch_rows, builtin_documents, is_heldout, prepare
+
+SEED = 1407
+VOCAB = 4096
+BLOCK_TOKENS = 256
+BATCH = 16
+PEAK_LR, MIN_LR, WARMUP_STEPS, WEIGHT_DECAY = 2e-3, 1e-4, 200, 0.1
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # Indentation and newlines are words of Python; digits are single so that numbers cost no vocabulary.
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=512, clean_up_tokenization_spaces=False
+    )
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    if step < WARMUP_STEPS:
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
+    return MIN_LR + (PEAK_LR - MIN_LR) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def heldout_loss(model: LlamaForCausalLM, blocks, num_blocks: int) -> float:
+    rows = [torch.from_numpy(blocks.select(range(i, min(i + BATCH, num_blocks)))) for i in range(0, num_blocks, BATCH)]
+    return sum(float(loss_of(model, tokens)) * len(tokens) for tokens in rows) / num_blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=30_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+
+    work = args.out.with_name(args.out.name + "-work")
+    work.mkdir(parents=True, exist_ok=True)
+    fraction = DataConfig().heldout_fraction
+    train = [d for d in [*builtin_documents(), *builtin_documents(tests=True)] if not is_heldout(d, fraction)]
+    held = [d for d in builtin_documents() if is_heldout(d, fraction)]
+    for name, documents in (("train", train), ("heldout", held)):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    tokenizer = build_tokenizer([d.text for d in train])
+    data = DataConfig(source=str(work / "train.jsonl"), heldout=str(work / "heldout.jsonl"))
+    corpus = prepare(data, tokenizer, vocab=VOCAB, block_tokens=BLOCK_TOKENS, out=work)
+    print(corpus, flush=True)
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    no_decay = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    num_steps = args.tokens // (BATCH * BLOCK_TOKENS)
+    start, history = time.monotonic(), []
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps)
+        rows = batch_rows(len(corpus.train), seed=SEED, step=step, batch=BATCH)
+        loss = loss_of(model, torch.from_numpy(corpus.train.select(rows)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 500 == 0 or step + 1 == num_steps:
+            full = step + 1 == num_steps
+            blocks = len(corpus.heldout) if full else min(64, len(corpus.heldout))
+            tokens = (step + 1) * BATCH * BLOCK_TOKENS
+            history.append({"tokens": tokens, "train_loss": loss.item(), "heldout_loss": heldout_loss(model, corpus.heldout, blocks)})
+            print(json.dumps(history[-1] | {"seconds": round(time.monotonic() - start)}), flush=True)
+        if (step + 1) % 500 == 0:
+            model.save_pretrained(work / "latest")
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    (work / "history.json").write_text(json.dumps(history, indent=2))
+
+
+if __name__ == "__main__":
+    main()

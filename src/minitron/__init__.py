@@ -1,0 +1,1 @@
+"""Structured pruning and knowledge distillation of language models (the Minitron method)."""

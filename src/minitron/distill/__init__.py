@@ -1,0 +1,1 @@
+"""Teaching the student: losses on logits and the training loop."""

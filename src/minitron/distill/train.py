@@ -1,0 +1,356 @@
+"""One training loop, top to bottom: a student learns from a teacher's logits, and resumes bit for bit."""
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minitron.config import Section
+from minitron.data import Corpus, batch_rows
+from minitron.device import Precision, compute_dtype, pick_device
+from minitron.distill.losses import LOSSES, WITHOUT_TEACHER, chunked_loss
+from minitron.errors import Interrupted, MinitronError
+from minitron.files import atomic_directory
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+
+
+class DistillConfig(Section):
+    tokens: int | None = Field(default=None, ge=1)
+    """Training tokens. Default: one pass over the training text."""
+    loss: Literal["forward_kl", "cross_entropy"] = "forward_kl"
+    """Forward KL on logits is the papers' choice; cross_entropy ignores the teacher."""
+    batch_blocks: int | None = Field(default=None, ge=1)
+    """Blocks per optimizer step. Default: see `resolve`."""
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens per forward and backward; changes memory, not the result beyond rounding."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate. Default: 0.4 / the student's hidden size, see `resolve`."""
+    min_learning_rate: float | None = Field(default=None, ge=0)
+    """Learning rate at the end of the cosine. Default: a tenth of the peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay on matrices; vectors have none."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """AdamW's moment decays."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    precision: Precision = "auto"
+    """Matrix products; weights, optimizer state and logits are float32 in any case."""
+    evaluate_steps: int | None = Field(default=None, ge=1)
+    """Steps between held-out evaluations. Default: a tenth of the steps."""
+    evaluate_blocks: int = Field(default=64, ge=1)
+    """Held-out blocks of the periodic evaluation."""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """Steps between resumable checkpoints. Default: a tenth of the steps."""
+
+
+def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_tokens: int) -> DistillConfig:
+    """Fill in what derives from the student's shape and the token budget.
+
+    Learning rate: 0.4 / hidden passes through the papers' 1e-4 at hidden 3072 to 4096 and through the best of a grid on
+    a 260K-parameter student (8e-3 at hidden 48). Batch: a budget is worth about 600 steps (P1 ranks candidates after
+    400), each of at least 2048 and at most 9.4M tokens (P2 table 4).
+    """
+    tokens = config.tokens or train_tokens
+    batch = config.batch_blocks or max(1, round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens))
+    steps = num_steps(tokens, batch, block_tokens)
+    rate = config.learning_rate or float(f"{0.4 / student.hidden:.2g}")
+    return config.model_copy(
+        update={
+            "tokens": tokens,
+            "batch_blocks": batch,
+            "learning_rate": rate,
+            "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
+            "warmup_steps": min(max(10, steps // 50), steps // 5) if config.warmup_steps is None else config.warmup_steps,
+            "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
+            "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
+            "precision": {torch.bfloat16: "bfloat16", torch.float32: "float32"}[
+                compute_dtype(config.precision, pick_device())
+            ],
+        }
+    )
+
+
+def num_steps(tokens: int, batch_blocks: int, block_tokens: int) -> int:
+    return max(1, round(tokens / (batch_blocks * block_tokens)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    steps: int
+    tokens: int
+    seconds: float  # of this process; a resumed run did more
+
+
+def distill(
+    student: Path,
+    teacher: Path | None,
+    corpus: Corpus,
+    config: DistillConfig,
+    *,
+    seed: int,
+    work: Path,
+    out: Path,
+    initialize: Literal["weights", "random"] = "weights",
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Trained:
+    """Train the student and write it to the existing directory `out` in the dtypes of its checkpoint.
+
+    Args:
+        config: resolved (see `resolve`).
+        work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
+            with the weights that one undisturbed call would have made.
+        initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
+
+    Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
+
+    Paper: P1 section 2.4, P2 section 3.2.
+    """
+    assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
+    device = pick_device()
+    dtype = compute_dtype(config.precision, device)
+    checkpoint = open_checkpoint(student)
+    model = _load_student(checkpoint, initialize, seed).to(device).train()
+    guide = None if config.loss in WITHOUT_TEACHER or teacher is None else _load_teacher(teacher, checkpoint, dtype, device)
+    optimizer = _optimizer(model, config)
+    steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
+    store = _Store(work)
+    step = store.resume(model, optimizer)
+    blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
+    loss_per_token = _LossPerToken(model, guide, config.loss, dtype, device)
+    start, first = time.monotonic(), step
+
+    with graceful_stop() as stop:
+        while step < steps:
+            rate = learning_rate(step, steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = batch_rows(len(blocks), seed=seed, step=step, batch=config.batch_blocks)
+            tokens = torch.from_numpy(blocks.select(rows)).to(device)
+            loss = 0.0
+            for micro in tokens.split(max(1, config.micro_batch_tokens // corpus.block_tokens)):
+                part = loss_per_token.sum(micro) / predicted_tokens(tokens)
+                part.backward()
+                loss += part.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise MinitronError(
+                    f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; "
+                    f"lower distill.learning_rate (now {config.learning_rate})"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            store.log({"step": step, "tokens": step * tokens.numel(), "loss": loss, "learning_rate": rate, "grad_norm": norm})
+            last = step == steps
+            if step % config.evaluate_steps == 0 or last:
+                store.log({"step": step, "tokens": step * tokens.numel(), "heldout_loss": loss_per_token.mean(heldout)})
+            if last or stop.requested or step % config.checkpoint_steps == 0:
+                store.save(step, model, optimizer)
+            if stop.requested and not last:
+                raise Interrupted(f"stopped at step {step} of {steps}; the state is saved, run the same command to go on")
+            speed = (step - first) * tokens.numel() / (time.monotonic() - start)
+            progress(step, steps, f"{config.loss} {loss:.3f}, {speed:,.0f} tokens/s")
+    save_student(model, checkpoint, out)
+    return Trained(steps, steps * config.batch_blocks * corpus.block_tokens, time.monotonic() - start)
+
+
+def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
+    """Linear warm-up, then a cosine from the peak to the minimum; `step` counts from 0."""
+    assert config.learning_rate is not None and config.min_learning_rate is not None and config.warmup_steps is not None
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    fall = (1 + math.cos(math.pi * progress)) / 2
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * fall
+
+
+def predicted_tokens(tokens: Tensor) -> int:
+    """Each block predicts all its tokens but the first."""
+    return tokens.shape[0] * (tokens.shape[1] - 1)
+
+
+def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
+    """Write a trained model in the dtypes of the checkpoint it started from."""
+    state = model.state_dict()
+    write_checkpoint(
+        out,
+        config=checkpoint.config,
+        tensors={spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()},
+        read=lambda name: state[name].to("cpu", checkpoint.stored[name].dtype),
+        carry_from=checkpoint.path,
+    )
+
+
+class _LossPerToken:
+    """The training loss of a batch, and its mean over held-out blocks."""
+
+    def __init__(self, model: Any, teacher: Any, loss: str, dtype: torch.dtype, device: torch.device):
+        self.model, self.teacher, self.loss, self.dtype, self.device = model, teacher, LOSSES[loss], dtype, device
+
+    def sum(self, tokens: Tensor) -> Tensor:
+        with self._autocast():
+            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        teacher_hidden = teacher_head = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = self.teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            teacher_hidden = teacher_hidden[:, :-1].flatten(0, 1)
+            teacher_head = self.teacher.get_output_embeddings().weight
+        return chunked_loss(
+            self.loss,
+            hidden[:, :-1].flatten(0, 1),
+            self.model.get_output_embeddings().weight,
+            teacher_hidden,
+            teacher_head,
+            tokens[:, 1:].flatten(),
+            dtype=self.dtype,
+        )
+
+    @torch.no_grad()
+    def mean(self, blocks: Any) -> float:
+        self.model.eval()
+        total, count = 0.0, 0
+        for start in range(0, len(blocks), 8):
+            tokens = torch.from_numpy(blocks.select(slice(start, start + 8))).to(self.device)
+            total += self.sum(tokens).item()
+            count += predicted_tokens(tokens)
+        self.model.train()
+        return total / count
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+class _Store:
+    """What survives a crash: metrics.jsonl and the last two states, each written whole or not at all."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        self.metrics = work / "metrics.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        moments = {
+            f"{key}.{name}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state[parameter].items()
+            if key != "step"
+        }
+        with atomic_directory(self.work / f"state-{step:08d}") as partial:
+            save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, partial / "student.safetensors")
+            save_file({name: m.cpu().contiguous() for name, m in moments.items()}, partial / "optimizer.safetensors")
+        for old in self._states()[:-2]:
+            shutil.rmtree(old)
+
+    def resume(self, model: Any, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest readable state, forget metrics after it, and return its step (0 without one)."""
+        step = 0
+        for state in reversed(self._states()):
+            try:
+                weights, moments = load_file(state / "student.safetensors"), load_file(state / "optimizer.safetensors")
+            except (SafetensorError, OSError):
+                continue  # damaged: the one before is as good, and exact resume makes up for it
+            step = int(state.name.removeprefix("state-"))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
+                        "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
+                    }
+            break
+        if self.metrics.exists():
+            rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
+            self.metrics.write_text("".join(line + "\n" for line in rows))
+        return step
+
+    def _states(self) -> list[Path]:
+        return sorted(path for path in self.work.glob("state-*") if not path.name.endswith(".partial"))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # the line that a kill cut short
+
+
+@dataclass
+class StopRequest:
+    requested: bool = False
+
+
+@contextmanager
+def graceful_stop() -> Iterator[StopRequest]:
+    """Inside, a first SIGINT or SIGTERM only asks to stop; a second one acts as usual."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        request.requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _load_student(checkpoint: Checkpoint, initialize: str, seed: int) -> Any:
+    if initialize == "weights":
+        return load_model(checkpoint.path, torch.float32)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
+
+
+def _load_teacher(path: Path, student: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    require_same_vocabulary(open_checkpoint(path), student)
+    return load_model(path, dtype).to(device).requires_grad_(False)
+
+
+def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Raises: MinitronError if logits of the two models cannot be compared."""
+    if teacher.shape.vocab != student.shape.vocab:
+        raise MinitronError(
+            f"teacher and student vocabularies differ: {teacher.path} has {teacher.shape.vocab} tokens, "
+            f"{student.path} has {student.shape.vocab}; KL compares logits token by token, so they must be the same"
+        )
+
+
+def _optimizer(model: Any, config: DistillConfig) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

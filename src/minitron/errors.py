@@ -1,0 +1,55 @@
+"""Errors a user can act on. The command line prints their message without a traceback and exits with 1.
+
+MinitronError
+├── CheckpointError              a model directory that cannot be read, or contradicts itself
+│   └── UnsupportedArchitecture  a model type that no family table describes
+├── DataError                    text that cannot be read, split or tokenized
+├── PlanError                    a shape or target that cannot be cut from the model
+├── RecipeError                  a recipe that does not validate
+└── RunError                     a run directory that is locked, stale, or cannot be written
+    └── Interrupted              a signal arrived; the state is saved (exit code 130)
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MinitronError(Exception):
+    """Base of every error that is the user's to fix."""
+
+
+class CheckpointError(MinitronError):
+    pass
+
+
+class UnsupportedArchitecture(CheckpointError):
+    def __init__(self, model_type: str, known: Iterable[str]):
+        super().__init__(f"model_type {model_type!r} is not supported{did_you_mean(model_type, known)}")
+
+
+class DataError(MinitronError):
+    pass
+
+
+class PlanError(MinitronError):
+    pass
+
+
+class RecipeError(MinitronError):
+    pass
+
+
+class RunError(MinitronError):
+    pass
+
+
+class Interrupted(RunError):
+    pass
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message about an unknown name: the nearest known one, if any is near, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{guess} Available: {', '.join(known)}"

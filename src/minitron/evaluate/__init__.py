@@ -1,0 +1,1 @@
+"""Measuring: quality on held-out text, generations, speed."""

@@ -1,0 +1,23 @@
+"""Text from a model: transformers' own generation, greedy unless a temperature is given."""
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The continuation of a prompt, without the prompt.
+
+    Args:
+        temperature: 0 is greedy; above it, sampling with `seed`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=pad, **sampling)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

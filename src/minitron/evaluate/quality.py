@@ -1,0 +1,106 @@
+"""Quality on held-out text: LM loss, perplexity, bits per byte, and KL and top-1 agreement with a teacher."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from minitron.config import Section
+from minitron.data import Blocks
+from minitron.model.logits import chunk_tokens, float32_logits, project
+
+DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
+
+
+class EvaluateConfig(Section):
+    blocks: int | None = Field(default=512, ge=1)
+    """Held-out blocks to measure on; null for all."""
+    batch: int = Field(default=8, ge=1)
+    """Blocks per forward call."""
+    prompts: list[str] = Field(default=list(DEFAULT_PROMPTS))
+    """Prompts that teacher, pruned and student continue greedily, side by side in the report."""
+    new_tokens: int = Field(default=60, ge=1)
+    """Tokens generated for each prompt."""
+    speed: bool = True
+    """Whether to measure prefill and decode speed of teacher and student."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over predicted tokens (every token of a block but its first). Losses in nats.
+
+    `bits_per_byte` compares models of different tokenizers; None where the text's bytes are not known.
+    """
+
+    lm_loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    kl_to_teacher: float | None
+    top1_agreement: float | None
+    tokens: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    blocks: Blocks,
+    *,
+    teacher: Any = None,
+    batch: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a loaded model, running it in its own dtype with float32 logits.
+
+    Args:
+        teacher: a loaded model of the same vocabulary; None leaves KL and agreement out.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
+    count = 0
+    device = next(model.parameters()).device
+    for start in range(0, len(blocks), batch):
+        tokens = torch.from_numpy(blocks.select(slice(start, start + batch))).to(device)
+        targets = tokens[:, 1:].flatten()
+        hidden, head = _last_hidden(model, tokens)
+        guide, guide_head = (None, None) if teacher is None else _last_hidden(teacher, tokens)
+        sums += _token_sums(hidden, head, guide, guide_head, targets)
+        count += len(targets)
+        progress(min(start + batch, len(blocks)), len(blocks))
+    nats, kl, agreeing = (sums / count).tolist()
+    text_bytes = None if blocks.bytes is None else int(blocks.bytes[:, 1:].sum(dtype="int64"))
+    return Evaluation(
+        lm_loss=nats,
+        perplexity=math.exp(nats),
+        bits_per_byte=nats * count / math.log(2) / text_bytes if text_bytes else None,
+        kl_to_teacher=None if teacher is None else kl,
+        top1_agreement=None if teacher is None else agreeing,
+        tokens=count,
+    )
+
+
+def _last_hidden(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
+
+
+def _token_sums(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, targets: Tensor
+) -> Tensor:
+    sums = torch.zeros(3, dtype=torch.float64)
+    chunk = chunk_tokens(len(head))
+    with float32_logits(head.dtype):
+        for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
+            logits = project(hidden[rows], head)
+            sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
+            if teacher_hidden is not None and teacher_head is not None:
+                reference = project(teacher_hidden[rows], teacher_head)
+                log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+                sums[1] += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+                sums[2] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()
+    return sums

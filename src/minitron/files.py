@@ -1,0 +1,94 @@
+"""Directories that appear whole or not at all, and digests of what is in them."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import RunError
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, renamed to `path` when the block ends well and removed when it does not.
+
+    An existing `path` is replaced. What a killed process left under the temporary name is cleared at the next try.
+
+    Raises: RunError if `path` cannot be written (it is a file, the disk is full, ...).
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; the output must be a directory: choose another --out")
+    partial = path.with_name(f"{path.name}.partial")
+    with readable_os_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _sync(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def readable_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a missing permission and their like into one clear error about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that readers see the old file or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    with readable_os_errors(path):
+        with partial.open("w") as file:
+            json.dump(value, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
+    """sha256 over the names and contents of files.
+
+    `cache` remembers each file's digest by (size, mtime, inode), as git's index does: a 16 GB model is read once.
+    """
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(f"{file.name}\0{_cached_digest(file, cache)}\n".encode())
+    return total.hexdigest()
+
+
+def _cached_digest(file: Path, cache: dict[str, Any]) -> str:
+    status = file.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    known = cache.get(str(file))
+    if known is None or known[:3] != stamp:
+        cache[str(file)] = known = [*stamp, digest_file(file)]
+    return known[3]
+
+
+def _sync(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""What a model is: the architecture table, checkpoints on disk, and running one layer at a time."""

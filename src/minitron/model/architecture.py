@@ -1,0 +1,223 @@
+"""An architecture is a table: tensor name on disk -> named axes. Everything that depends on a family reads it.
+
+Table notation, one string per tensor:
+
+    "heads*head_dim hidden"                          two axes; an axis is a product of dims
+    "heads*head_dim+kv_heads*head_dim hidden"        a fused axis: segments laid end to end
+    "heads*head_dim ?attention_bias"                 present only if the config's attention_bias is true
+    "vocab hidden ?!tie_word_embeddings"             present only if it is false
+
+The first dim of a segment is the unit that pruning keeps or drops; the dims after it are the block that belongs to
+one unit. `{layer}` in a name is the layer index.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from math import lcm, prod
+from typing import Any
+
+from minitron.errors import CheckpointError, PlanError
+
+# The dims that pruning can shrink, in the order in which they are reported.
+PRUNABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The named sizes of a decoder model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+DIMS = tuple(field.name for field in fields(Shape))
+
+
+@dataclass(frozen=True)
+class Segment:
+    unit: str
+    block: tuple[str, ...]
+
+    def size(self, shape: Shape) -> int:
+        return prod(getattr(shape, dim) for dim in (self.unit, *self.block))
+
+
+Axis = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a concrete checkpoint: its name on disk, its axes, and its layer (None outside the layers)."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    layer: int | None
+
+    def shape(self, shape: Shape) -> tuple[int, ...]:
+        return tuple(sum(segment.size(shape) for segment in axis) for axis in self.axes)
+
+    def reads(self, unit: str) -> bool:
+        """Whether this is a matrix whose input axis is made of `unit`."""
+        return len(self.axes) == 2 and {segment.unit for segment in self.axes[1]} == {unit}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Exact parameter counts. Tied embeddings count once; the output projection is part of `embedding`."""
+
+    total: int
+    embedding: int
+    attention: int
+    mlp: int
+    norm: int
+
+    @property
+    def non_embedding(self) -> int:
+        return self.total - self.embedding
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models, as data. A new family is a new table; see docs/adding-a-family.md."""
+
+    name: str
+    tensors: Mapping[str, str]
+    # Norm module -> module whose matrices read its output. The layers' two are where `hidden` is scored.
+    norms: Mapping[str, str]
+    layer: str = "model.layers.{layer}"
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm"
+    # Dim -> key of config.json.
+    config_keys: Mapping[str, str] = None  # type: ignore[assignment]
+    # Config keys that hold one entry per layer, cut with the layers.
+    per_layer_keys: tuple[str, ...] = ("layer_types",)
+    # transformers refuses configs of some families whose hidden size is no multiple of the head count.
+    hidden_multiple_of_heads: bool = False
+    # Tensors that old exports store but that no module loads.
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def shape(self, config: Mapping[str, Any]) -> Shape:
+        """Read the shape from a config.json.
+
+        Raises: CheckpointError if a size is missing or is no positive integer.
+        """
+        sizes: dict[str, int] = {}
+        for dim, key in self.config_keys.items():
+            value = config.get(key)
+            if value is None and dim == "kv_heads":
+                value = config.get(self.config_keys["heads"])
+            if value is None and dim == "head_dim":
+                value = sizes["hidden"] // sizes["heads"]
+            if not isinstance(value, int) or value <= 0:
+                raise CheckpointError(f"config.json: {key} is {value!r}; it must be a positive integer")
+            sizes[dim] = value
+        shape = Shape(**sizes)
+        if shape.heads % shape.kv_heads:
+            raise CheckpointError(f"config.json: {shape.heads} heads cannot share {shape.kv_heads} kv_heads equally")
+        return shape
+
+    def config_for(self, config: Mapping[str, Any], shape: Shape, layers: list[int]) -> dict[str, Any]:
+        """The config of a model of another shape, keeping the given layers of this one."""
+        new = dict(config)
+        for dim, key in self.config_keys.items():
+            new[key] = getattr(shape, dim)
+        for key in self.per_layer_keys:
+            if isinstance(config.get(key), list):
+                new[key] = [config[key][index] for index in layers]
+        return new
+
+    def specs(self, config: Mapping[str, Any], layers: int) -> Iterator[TensorSpec]:
+        """Every tensor of a checkpoint with this config, in the table's order, layer by layer."""
+        present = [(name, axes) for name, line in self.tensors.items() if (axes := _axes(line, config)) is not None]
+        for name, axes in present:
+            if "{layer}" not in name:
+                yield TensorSpec(name, axes, None)
+        for layer in range(layers):
+            for name, axes in present:
+                if "{layer}" in name:
+                    yield TensorSpec(name.format(layer=layer), axes, layer)
+
+    def count(self, shape: Shape, config: Mapping[str, Any]) -> Parameters:
+        """Exact parameters of a model of this shape."""
+        parts = dict.fromkeys(("embedding", "attention", "mlp", "norm"), 0)
+        for spec in self.specs(config, layers=1):
+            times = 1 if spec.layer is None else shape.layers
+            parts[self._part(spec)] += times * prod(spec.shape(shape))
+        return Parameters(total=sum(parts.values()), **parts)
+
+    def require_valid(self, shape: Shape) -> None:
+        """Raises: PlanError for a shape that no model of this family can have."""
+        for dim in DIMS:
+            if getattr(shape, dim) <= 0:
+                raise PlanError(f"shape {dim}={getattr(shape, dim)}: every size must be positive")
+        if shape.heads % shape.kv_heads:
+            raise PlanError(f"heads={shape.heads} is no multiple of kv_heads={shape.kv_heads}")
+        if self.hidden_multiple_of_heads and shape.hidden % shape.heads:
+            raise PlanError(
+                f"hidden={shape.hidden} is no multiple of heads={shape.heads}, "
+                f"and transformers refuses such {self.name} models: choose a multiple of {shape.heads}"
+            )
+
+    def hidden_step(self, shape: Shape, multiple: int) -> int:
+        """The step in which `hidden` can shrink, for a wanted multiple."""
+        return lcm(multiple, shape.heads) if self.hidden_multiple_of_heads else multiple
+
+    def _part(self, spec: TensorSpec) -> str:
+        if spec.name in (self.embedding, self.head):
+            return "embedding"
+        module = spec.name.rpartition(".")[0]
+        if module in {norm.format(layer=spec.layer) for norm in self.norms}:
+            return "norm"
+        # A bias belongs to its matrix: o_proj.bias has axis `hidden`, yet is attention.
+        weight = self.tensors[f"{module}.weight".replace(f".{spec.layer}.", ".{layer}.", 1)]
+        return "mlp" if "ffn" in weight else "attention"
+
+
+def kv_cache_bytes(shape: Shape, bytes_per_value: int = 2) -> int:
+    """Key-value cache bytes per token of context."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_value
+
+
+def with_sizes(shape: Shape, **sizes: int) -> Shape:
+    """`shape` with some sizes changed.
+
+    Raises: PlanError for a name that is no dim.
+    """
+    for name in sizes:
+        if name not in DIMS:
+            raise PlanError(f"unknown dim {name!r} in a shape; dims are {', '.join(DIMS)}")
+    return replace(shape, **sizes)
+
+
+def _axes(line: str, config: Mapping[str, Any]) -> tuple[Axis, ...] | None:
+    """Parse a table line; None if its condition says that this config has no such tensor."""
+    *axes, condition = line.split() if "?" in line else [*line.split(), ""]
+    if condition:
+        key = condition.lstrip("?!")
+        if bool(config.get(key, False)) == condition.startswith("?!"):
+            return None
+    return tuple(_axis(axis) for axis in axes)
+
+
+@cache
+def _axis(text: str) -> Axis:
+    segments = []
+    for part in text.split("+"):
+        unit, *block = part.split("*")
+        segments.append(Segment(unit, tuple(block)))
+    return tuple(segments)

@@ -1,0 +1,79 @@
+"""Importance of every unit: pure functions Statistics -> Scores. A higher score is kept longer."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitron.model.architecture import Shape
+from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
+
+Aggregate = Literal["mean", "l2", "variance"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance per unit, float64.
+
+    layers [layers], hidden [hidden], ffn [layers, ffn], heads [layers, heads], kv_heads [layers, kv_heads].
+    """
+
+    layers: Tensor
+    hidden: Tensor
+    ffn: Tensor
+    heads: Tensor
+    kv_heads: Tensor
+
+    def save(self, path: Path) -> None:
+        rows = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        (path / "scores.json").write_text(json.dumps(rows))
+
+    @staticmethod
+    def load(path: Path) -> "Scores":
+        rows = json.loads((path / "scores.json").read_text())
+        return Scores(**{name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()})
+
+
+def activation_scores(statistics: Statistics, shape: Shape, sequence: Aggregate, batch: Aggregate) -> Scores:
+    """Scores from activation magnitude, and Block Influence for layers.
+
+    Channels: |a| reduced over the sequence, then over samples. ffn neurons are channels of the down projection's
+    input; a head is the L2 norm over its head_dim channels of the output projection's input; a kv head is the sum over
+    its query heads; a hidden channel is summed over the outputs of all norms before attention and MLP.
+
+    Paper: P1 section 2.2 and table 11 (sequence mean, batch l2 is its best); Block Influence from section 2.3.
+    """
+
+    def channels(site: str) -> Tensor:
+        return aggregate(statistics.sums[site], statistics.samples, sequence, batch)
+
+    per_head = channels("attention_out").unflatten(-1, (shape.heads, shape.head_dim)).square().sum(-1).sqrt()
+    return Scores(
+        layers=1 - statistics.cosine,
+        hidden=(channels("attention_in") + channels("mlp_in")).sum(0),
+        ffn=channels("mlp_out"),
+        heads=per_head,
+        kv_heads=per_head.unflatten(-1, (shape.kv_heads, shape.group)).sum(-1),
+    )
+
+
+CRITERIA: dict[str, Callable[[Statistics, Shape, Aggregate, Aggregate], Scores]] = {"activation": activation_scores}
+
+
+def aggregate(
+    sums: Float[Tensor, "layers 3 2 channels"], samples: int, sequence: Aggregate, batch: Aggregate
+) -> Float[Tensor, "layers channels"]:
+    """One number per channel: the sequence reduction's values, reduced over samples."""
+    total, squares = sums[:, SEQUENCE_AGGREGATES.index(sequence)].unbind(1)
+    match batch:
+        case "mean":
+            return total / samples
+        case "l2":
+            return squares.sqrt()
+        case "variance":
+            return squares / samples - (total / samples).square()

@@ -1,0 +1,265 @@
+"""A Plan says which units stay, per dim and per layer. Pure functions from scores and a target to a Plan."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from minitron.config import Section
+from minitron.errors import PlanError, did_you_mean
+from minitron.model.architecture import PRUNABLE, Architecture, Shape, with_sizes
+from minitron.prune.importance import Aggregate, Scores
+
+Units = tuple[int, ...]
+
+
+class PruneConfig(Section):
+    target: str | None = None
+    """Size of the student: `50%` of the teacher's non-embedding parameters, or a total such as `4.5B` or `300M`."""
+    shape: dict[str, int] | None = None
+    """The student's sizes instead of a target, such as {hidden: 3072, ffn: 9216}; dims not named stay."""
+    criterion: Literal["activation"] = "activation"
+    """How units are scored."""
+    sequence_aggregate: Aggregate = "mean"
+    """Reduction of |activation| over the tokens of a sample (P1 table 11: mean is best)."""
+    batch_aggregate: Aggregate = "l2"
+    """Reduction over samples (P1 table 11: l2 is best)."""
+    hidden_multiple: int | None = Field(default=None, ge=1)
+    """The student's hidden size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
+    ffn_multiple: int | None = Field(default=None, ge=1)
+    """The student's ffn size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which of the teacher's units the student keeps, as sorted indices into the teacher.
+
+    `ffn`, `heads` and `kv_heads` have one tuple per kept layer, in the order of `layers`.
+    """
+
+    teacher: Shape
+    student: Shape
+    layers: Units
+    hidden: Units
+    ffn: tuple[Units, ...]
+    heads: tuple[Units, ...]
+    kv_heads: tuple[Units, ...]
+
+    def __str__(self) -> str:
+        changes = [
+            f"{dim} {getattr(self.teacher, dim)} -> {getattr(self.student, dim)}"
+            for dim in PRUNABLE
+            if getattr(self.teacher, dim) != getattr(self.student, dim)
+        ]
+        return ", ".join(changes) or "identity"
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def load(path: Path) -> "Plan":
+        """Raises: PlanError if the file is no valid plan."""
+        try:
+            raw = json.loads(path.read_text())
+            plan = Plan(
+                teacher=Shape(**raw["teacher"]),
+                student=Shape(**raw["student"]),
+                layers=tuple(raw["layers"]),
+                hidden=tuple(raw["hidden"]),
+                **{dim: tuple(tuple(units) for units in raw[dim]) for dim in ("ffn", "heads", "kv_heads")},
+            )
+        except FileNotFoundError:
+            raise PlanError(f"plan {path} does not exist") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a plan file: {error}") from None
+        require_consistent(plan)
+        return plan
+
+
+def identity_plan(shape: Shape) -> Plan:
+    """The plan that keeps everything."""
+
+    def every(count: int) -> tuple[Units, ...]:
+        return (tuple(range(count)),) * shape.layers
+
+    return Plan(
+        teacher=shape,
+        student=shape,
+        layers=tuple(range(shape.layers)),
+        hidden=tuple(range(shape.hidden)),
+        ffn=every(shape.ffn),
+        heads=every(shape.heads),
+        kv_heads=every(shape.kv_heads),
+    )
+
+
+def choose(scores: Scores, teacher: Shape, student: Shape) -> Plan:
+    """Keep the highest-scored units of each dim: layers and hidden in one order, the rest layer by layer.
+
+    Query heads are ranked inside their kv group and each group keeps the same number (P1 section 2.2).
+
+    Raises: PlanError if the student's shape cannot be cut from the teacher's.
+    """
+    require_cuttable(teacher, student)
+    layers = _top(scores.layers, student.layers)
+    kv_heads = tuple(_top(scores.kv_heads[layer], student.kv_heads) for layer in layers)
+    return Plan(
+        teacher=teacher,
+        student=student,
+        layers=layers,
+        hidden=_top(scores.hidden, student.hidden),
+        ffn=tuple(_top(scores.ffn[layer], student.ffn) for layer in layers),
+        heads=tuple(
+            _top_in_groups(scores.heads[layer], kept, teacher.group, student.group)
+            for layer, kept in zip(layers, kv_heads, strict=True)
+        ),
+        kv_heads=kv_heads,
+    )
+
+
+def require_cuttable(teacher: Shape, student: Shape) -> None:
+    """Raises: PlanError naming the first size that pruning cannot reach."""
+    for dim in PRUNABLE:
+        wanted, have = getattr(student, dim), getattr(teacher, dim)
+        if wanted > have:
+            raise PlanError(
+                f"target {dim}={wanted} is larger than the teacher's {dim}={have}; "
+                f"pruning only removes units: lower {dim} in prune.shape"
+            )
+    for dim in ("head_dim", "vocab"):
+        if getattr(student, dim) != getattr(teacher, dim):
+            raise PlanError(f"{dim} cannot change: the teacher has {getattr(teacher, dim)}, keep it")
+    if student.heads % student.kv_heads or student.group > teacher.group:
+        raise PlanError(
+            f"heads={student.heads} with kv_heads={student.kv_heads} cannot be cut from heads={teacher.heads} with "
+            f"kv_heads={teacher.kv_heads}: each kept group keeps the same number of its {teacher.group} query heads"
+        )
+
+
+def require_consistent(plan: Plan) -> None:
+    """Raises: PlanError if a plan's unit lists do not fit its shapes."""
+    require_cuttable(plan.teacher, plan.student)
+    _require_units("layers", plan.layers, plan.student.layers, plan.teacher.layers)
+    _require_units("hidden", plan.hidden, plan.student.hidden, plan.teacher.hidden)
+    for dim in ("ffn", "heads", "kv_heads"):
+        per_layer = getattr(plan, dim)
+        if len(per_layer) != plan.student.layers:
+            raise PlanError(f"plan: {dim} has {len(per_layer)} lists for {plan.student.layers} layers")
+        for units in per_layer:
+            _require_units(dim, units, getattr(plan.student, dim), getattr(plan.teacher, dim))
+    for heads, kv_heads in zip(plan.heads, plan.kv_heads, strict=True):
+        groups = [head // plan.teacher.group for head in heads]
+        if any(groups.count(group) != plan.student.group for group in kv_heads):
+            raise PlanError("plan: each kept kv head must keep the same number of its own query heads")
+
+
+def parse_target(text: str) -> tuple[Literal["total", "non_embedding"], float]:
+    """`50%` -> a share of the non-embedding parameters; `4.5B`, `300M`, `12_000` -> a total count.
+
+    Raises: PlanError if the text is neither.
+    """
+    match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*)\s*([%KMBkmb]?)", text.strip())
+    if not match:
+        raise PlanError(f"target {text!r} is neither a percentage such as 50% nor a count such as 4.5B or 300M")
+    value, unit = float(match[1]), match[2].upper()
+    if unit == "%":
+        if not 0 < value <= 100:
+            raise PlanError(f"target {text!r} must be more than 0% and at most 100%")
+        return "non_embedding", value / 100
+    return "total", value * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
+
+
+def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher: Shape, prune: PruneConfig) -> Shape:
+    """The student's shape: the explicit one, or the default rule for a parameter target.
+
+    The rule: width first, head_dim fixed. Among hidden sizes of at least half the teacher's and ffn sizes of at
+    least a quarter, in their multiples and not above the target, take the pair that shrinks both by the most nearly
+    equal ratio while missing the target by little. Only if none fits: halve the query heads of each group, then the
+    kv heads, then take layers away, a quarter at a time.
+
+    Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
+    """
+    if (prune.target is None) == (prune.shape is None):
+        raise PlanError("give either prune.target (such as 50%) or prune.shape, and not both")
+    if prune.shape is not None:
+        unknown = [dim for dim in prune.shape if dim not in PRUNABLE]
+        if unknown:
+            raise PlanError(f"prune.shape has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
+        student = with_sizes(teacher, **prune.shape)
+        require_cuttable(teacher, student)
+        architecture.require_valid(student)
+        return student
+    assert prune.target is not None
+    kind, value = parse_target(prune.target)
+    have = getattr(architecture.count(teacher, config), kind)
+    limit = value * have if kind == "non_embedding" else value
+    if limit > have:
+        raise PlanError(f"target {prune.target} is larger than the model, which has {have:,} {kind} parameters")
+    smallest = have
+    for candidates in _stages(architecture, teacher, prune):
+        counted = [(shape, getattr(architecture.count(shape, config), kind)) for shape in candidates]
+        smallest = min([smallest, *(count for _, count in counted)])
+        fitting = [(_unevenness(teacher, s) + 2 * math.log(limit / c), s) for s, c in counted if c <= limit]
+        if fitting:
+            return min(fitting, key=lambda pair: pair[0])[1]
+    raise PlanError(
+        f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
+        f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
+    )
+
+
+def default_multiple(size: int) -> int:
+    """Step in which a size shrinks: 256 on large models, where kernels and GGUF's 256-wide blocks need it, 16 or more
+    on tiny ones."""
+    return next((step for least, step in ((2048, 256), (1024, 128), (512, 64), (256, 32)) if size >= least), 16)
+
+
+def _stages(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Iterator[list[Shape]]:
+    """Sets of candidate shapes, gentlest first."""
+    hidden_step = architecture.hidden_step(teacher, prune.hidden_multiple or default_multiple(teacher.hidden))
+    ffn_step = prune.ffn_multiple or default_multiple(teacher.ffn)
+    for base, least_hidden in _bases(teacher):
+        yield [
+            with_sizes(base, hidden=hidden, ffn=ffn)
+            for hidden in _sizes(teacher.hidden, hidden_step, least_hidden)
+            for ffn in _sizes(teacher.ffn, ffn_step, 0.25)
+        ]
+
+
+def _bases(teacher: Shape) -> Iterator[tuple[Shape, float]]:
+    yield teacher, 0.5
+    halved = with_sizes(teacher, heads=teacher.kv_heads * max(1, teacher.group // 2))
+    yield halved, 0.5
+    fewer_kv = max(1, teacher.kv_heads // 2)
+    narrow = with_sizes(halved, kv_heads=fewer_kv, heads=fewer_kv * halved.group)
+    yield narrow, 0.375
+    for quarters in (3, 2, 1):
+        yield with_sizes(narrow, layers=max(1, teacher.layers * quarters // 4)), 0.25
+
+
+def _sizes(size: int, step: int, least: float) -> list[int]:
+    return sorted({size, *(n for n in range(step, size, step) if n >= least * size)})
+
+
+def _unevenness(teacher: Shape, student: Shape) -> float:
+    return abs(math.log(student.hidden / teacher.hidden) - math.log(student.ffn / teacher.ffn))
+
+
+def _top(scores: Tensor, count: int) -> Units:
+    """Indices of the `count` highest scores, ascending; ties go to the lower index."""
+    return tuple(sorted(scores.sort(descending=True, stable=True).indices[:count].tolist()))
+
+
+def _top_in_groups(scores: Tensor, groups: Units, size: int, count: int) -> Units:
+    return tuple(group * size + head for group in groups for head in _top(scores[group * size :][:size], count))
+
+
+def _require_units(dim: str, units: Units, count: int, total: int) -> None:
+    if len(units) != count or list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < total):
+        raise PlanError(f"plan: {dim} must list {count} different indices below {total}, in ascending order")

@@ -1,0 +1,1 @@
+"""Shipping: the report and the model card, from the records of a run only."""

@@ -1,0 +1,80 @@
+"""What a run directory says about itself; the only source of the report, the card and the result table."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron.errors import RunError
+
+# The order in which models and stages are shown.
+MODELS = ("teacher", "pruned", "student", "scratch")
+STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of a run, as they lie on disk. A stage or model that the run has not reached is absent.
+
+    evaluations: model -> its description (family, shape, parameters, bytes) and its measured quality.
+    generations: one row per prompt: {"prompt": ..., model: continuation}.
+    metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]]
+    generations: list[dict[str, str]]
+    speed: dict[str, dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    scores: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def read_run(path: Path) -> RunRecords:
+    """Raises: RunError if the directory is no run, or has no evaluations yet."""
+    if not (path / "recipe.yaml").is_file():
+        raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
+    if not (path / "evaluations" / "record.json").is_file():
+        raise RunError(f"the run in {path} is not finished; the same command that started it goes on with it")
+    evaluations = {name: _json(path / "evaluations" / f"{name}.json") for name in MODELS}
+    stages = {name: _json(path / name / "record.json") for name in STAGES}
+    metrics = path / "distill" / "metrics.jsonl"
+    return RunRecords(
+        path=path,
+        recipe=yaml.safe_load((path / "recipe.yaml").read_text()),
+        stages={name: record for name, record in stages.items() if record},
+        evaluations={name: row for name, row in evaluations.items() if row},
+        generations=_json(path / "evaluations" / "generations.json") or [],
+        speed=_json(path / "evaluations" / "speed.json") or {},
+        metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
+        scores=_json(path / "scores" / "scores.json") or {},
+        plan=_json(path / "plan" / "plan.json") or {},
+    )
+
+
+def result_table(records: RunRecords) -> list[dict[str, Any]]:
+    """One row per measured model: what it is and what it kept.
+
+    Keys: model, total, non_embedding, non_embedding_share (of the teacher's), lm_loss, perplexity, bits_per_byte,
+    kl_to_teacher, top1_agreement, weight_bytes. KL and agreement of the teacher itself are None.
+    """
+    whole = records.evaluations["teacher"]["parameters"]["non_embedding"]
+    quality = ("lm_loss", "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "weight_bytes")
+    return [
+        {
+            "model": name,
+            "total": row["parameters"]["total"],
+            "non_embedding": row["parameters"]["non_embedding"],
+            "non_embedding_share": row["parameters"]["non_embedding"] / whole,
+        }
+        | {key: row[key] for key in quality}
+        for name, row in records.evaluations.items()
+    ]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,95 @@
+"""A recipe is everything that changes a number: the rooms' sections, loaded strictly and dumped completely."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from minitron.config import Section
+from minitron.data import DataConfig
+from minitron.distill.train import DistillConfig
+from minitron.errors import RecipeError, did_you_mean
+from minitron.evaluate.quality import EvaluateConfig
+from minitron.prune.calibrate import CalibrateConfig
+from minitron.prune.plan import PruneConfig
+
+
+class Recipe(Section):
+    model: str
+    """The teacher: a local directory, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the data order and of random weights."""
+    scratch_baseline: bool = False
+    """Also train the student's shape from random weights on the same tokens, as a row to compare with."""
+    data: DataConfig = DataConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    prune: PruneConfig
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `--set` overrides such as `distill.tokens=2000000`.
+
+    Raises: RecipeError naming the path of every key that is unknown or has a bad value.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} must be a mapping of recipe keys")
+    return build_recipe(raw, overrides, where=str(path))
+
+
+def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe, after overrides.
+
+    Raises: RecipeError.
+    """
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from None
+    *sections, key = path.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise RecipeError(f"--set {override!r}: {section} is not a section")
+    raw[key] = value
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+    return f"{path}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{path} is missing"
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for name in path:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
