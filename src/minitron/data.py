@@ -71,7 +71,7 @@ class Blocks:
         """The first `num_blocks` blocks; all of them if None or more than there are."""
         return Blocks(self.tokens[:num_blocks], None if self.bytes is None else self.bytes[:num_blocks])
 
-    def select(self, rows: np.ndarray) -> np.ndarray:
+    def select(self, rows: np.ndarray | slice) -> np.ndarray:
         """Token ids of the given blocks, int64 [rows, block_tokens]."""
         return self.tokens[rows].astype(np.int64)
 
@@ -256,7 +256,9 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or check that it is text") from None
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or check that it is text"
+        ) from None
     if "\x00" in text:
         raise DataError(f"{path} is binary: it holds a NUL character at position {text.index(chr(0))}")
     return text
@@ -394,9 +396,9 @@ class _Writer:
             )
         _, start, length, document = self.lowest
         stream = np.fromfile(self.out / "train.bin", dtype=self.dtype)
-        np.delete(stream, slice(start, start + length)).tofile(self.out / "train.bin")
-        stream[start : start + length].tofile(self.out / "heldout.bin")
-        self._bytes(document.text).tofile(self.out / "heldout_bytes.bin")
+        (self.out / "train.bin").write_bytes(np.delete(stream, slice(start, start + length)).tobytes())
+        (self.out / "heldout.bin").write_bytes(stream[start : start + length].tobytes())
+        (self.out / "heldout_bytes.bin").write_bytes(self._bytes(document.text).tobytes())
         self.documents = {"train": self.documents["train"] - 1, "heldout": 1}
         self.tokens = {"train": self.tokens["train"] - length, "heldout": length}
 
@@ -412,10 +414,10 @@ class _Writer:
     def _append(self, document: Document, ids: np.ndarray, heldout: bool) -> None:
         split = "heldout" if heldout else "train"
         if heldout:
-            self._bytes(document.text).tofile(self.files["heldout_bytes"])
+            self.files["heldout_bytes"].write(self._bytes(document.text).tobytes())
         elif self.lowest is None or _fraction(document.key) < self.lowest[0]:
             self.lowest = (_fraction(document.key), self.tokens["train"], len(ids), document)
-        ids.tofile(self.files[split])
+        self.files[split].write(ids.tobytes())  # not tofile, whose error on a full disk says nothing
         self.documents[split] += 1
         self.tokens[split] += len(ids)
 

@@ -1,5 +1,6 @@
 """Which device, and which number format is fast on it."""
 
+import time
 from typing import Literal
 
 import torch
@@ -23,3 +24,15 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
+    """Speed of a large square matrix product on this device: the best of a few."""
+    device = pick_device()
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -10,19 +10,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from minitron.errors import RunError
+
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block ends well and removed when it does not.
 
-    An existing `path` is replaced. What a killed process left under the temporary name is cleared at the next try.
+    What a killed process left under the temporary name is cleared at the next try.
 
-    Raises: RunError if `path` cannot be written (it is a file, the disk is full, ...).
+    Raises: RunError if `path` cannot be written (it is a file, it holds something and `replace` is not set, the disk
+        is full, ...).
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; the output must be a directory: choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not replace:
+        raise RunError(f"{path} exists and is not empty; remove it, or choose another --out")
     partial = path.with_name(f"{path.name}.partial")
     with readable_os_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
@@ -44,9 +60,14 @@ def readable_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno not in _UNWRITABLE:
             raise
         raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+    except SafetensorError as error:
+        # Its errors have no errno, only the number in the text.
+        if not any(f"(os error {number})" in str(error) for number in _UNWRITABLE):
+            raise
+        raise RunError(f"cannot write {path}: {error}; free some space or choose another --out") from error
 
 
 def write_json(path: Path, value: Any) -> None:

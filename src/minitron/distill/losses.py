@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron.model.logits import chunk_tokens, float32_logits, project
 
+# (student logits, teacher logits, targets) -> loss of each token. Without a teacher its logits are the student's.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,10 +29,10 @@ def forward_kl(
 
 def cross_entropy(
     student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"] | None,
+    teacher_logits: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
 ) -> Float[Tensor, " tokens"]:
-    """Ordinary language-model loss of each token, in nats. The teacher is not used."""
+    """Ordinary language-model loss of each token, in nats. `teacher_logits` are not used."""
     return torch.nn.functional.cross_entropy(student_logits, targets, reduction="none")
 
 
@@ -84,12 +85,13 @@ class _ChunkedLoss(torch.autograd.Function):
         with float32_logits(dtype):
             for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
                 piece = hidden[rows].detach().float()
-                teacher = None
-                if teacher_hidden is not None and teacher_head_32 is not None:
-                    teacher = project(teacher_hidden[rows].detach(), teacher_head_32)
                 with torch.enable_grad():
                     logits = project(piece, head_32).requires_grad_()
-                    value = loss(logits, teacher, targets[rows]).sum()
+                    if teacher_hidden is None or teacher_head_32 is None:
+                        reference = logits.detach()
+                    else:
+                        reference = project(teacher_hidden[rows].detach(), teacher_head_32)
+                    value = loss(logits, reference, targets[rows]).sum()
                     (slope,) = torch.autograd.grad(value, logits)
                 total += value.detach()
                 grad_hidden[rows] = slope @ head_32
@@ -98,6 +100,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None

@@ -76,7 +76,9 @@ def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_t
             "batch_blocks": batch,
             "learning_rate": rate,
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
-            "warmup_steps": min(max(10, steps // 50), steps // 5) if config.warmup_steps is None else config.warmup_steps,
+            "warmup_steps": min(max(10, steps // 50), steps // 5)
+            if config.warmup_steps is None
+            else config.warmup_steps,
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": {torch.bfloat16: "bfloat16", torch.float32: "float32"}[
@@ -126,7 +128,9 @@ def distill(
     dtype = compute_dtype(config.precision, device)
     checkpoint = open_checkpoint(student)
     model = _load_student(checkpoint, initialize, seed).to(device).train()
-    guide = None if config.loss in WITHOUT_TEACHER or teacher is None else _load_teacher(teacher, checkpoint, dtype, device)
+    guide = (
+        None if config.loss in WITHOUT_TEACHER or teacher is None else _load_teacher(teacher, checkpoint, dtype, device)
+    )
     optimizer = _optimizer(model, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     store = _Store(work)
@@ -156,14 +160,18 @@ def distill(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            store.log({"step": step, "tokens": step * tokens.numel(), "loss": loss, "learning_rate": rate, "grad_norm": norm})
+            store.log(
+                {"step": step, "tokens": step * tokens.numel(), "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            )
             last = step == steps
             if step % config.evaluate_steps == 0 or last:
                 store.log({"step": step, "tokens": step * tokens.numel(), "heldout_loss": loss_per_token.mean(heldout)})
             if last or stop.requested or step % config.checkpoint_steps == 0:
                 store.save(step, model, optimizer)
             if stop.requested and not last:
-                raise Interrupted(f"stopped at step {step} of {steps}; the state is saved, run the same command to go on")
+                raise Interrupted(
+                    f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
+                )
             speed = (step - first) * tokens.numel() / (time.monotonic() - start)
             progress(step, steps, f"{config.loss} {loss:.3f}, {speed:,.0f} tokens/s")
     save_student(model, checkpoint, out)
@@ -191,7 +199,9 @@ def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     write_checkpoint(
         out,
         config=checkpoint.config,
-        tensors={spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()},
+        tensors={
+            spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()
+        },
         read=lambda name: state[name].to("cpu", checkpoint.stored[name].dtype),
         carry_from=checkpoint.path,
     )
@@ -256,8 +266,11 @@ class _Store:
             for key, value in optimizer.state[parameter].items()
             if key != "step"
         }
-        with atomic_directory(self.work / f"state-{step:08d}") as partial:
-            save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, partial / "student.safetensors")
+        with atomic_directory(self.work / f"state-{step:08d}", replace=True) as partial:
+            save_file(
+                {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
+                partial / "student.safetensors",
+            )
             save_file({name: m.cpu().contiguous() for name, m in moments.items()}, partial / "optimizer.safetensors")
         for old in self._states()[:-2]:
             shutil.rmtree(old)
@@ -353,4 +366,4 @@ def _optimizer(model: Any, config: DistillConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)

@@ -104,14 +104,16 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"model directory {model} does not exist")
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "*.safetensors", *CARRIED]
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model!r} is neither a local directory nor a hub model that can be read: {reason}") from None
+        raise CheckpointError(
+            f"{model!r} is neither a local directory nor a hub model that can be read: {reason}"
+        ) from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -144,7 +146,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'} must be a JSON object")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{path} holds quantized weights; cut the original model in 16 or 32 bits and quantize after")
+        raise CheckpointError(
+            f"{path} holds quantized weights; cut the original model in 16 or 32 bits and quantize after"
+        )
     return config
 
 
@@ -176,8 +180,8 @@ def write_checkpoint(
         }
         (out / INDEX).write_text(json.dumps(index, indent=2))
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    for file in carried_files(carry_from):
-        shutil.copyfile(file, out / file.name)
+    for carried in carried_files(carry_from):
+        shutil.copyfile(carried, out / carried.name)
 
 
 def model_files(path: Path) -> list[Path]:
@@ -251,7 +255,9 @@ def _read_header(file: Path) -> dict[str, Any]:
         start = data.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise CheckpointError(f"{file} is truncated or no safetensors file: its header would be {length} bytes long")
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: its header would be {length} bytes long"
+            )
         try:
             entries = json.loads(data.read(length))
         except ValueError:
@@ -315,7 +321,7 @@ def _write_shard(
         for name, (dtype, shape) in tensors.items():
             tensor = read(name)
             assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -80,8 +80,14 @@ class Statistics:
         except FileNotFoundError:
             raise RunError(f"{path} holds no statistics; make them with `minitron calibrate`") from None
         sums = {name.removeprefix("sums."): t for name, t in tensors.items() if name.startswith("sums.")}
-        rest = {name: t for name, t in tensors.items() if not name.startswith("sums.")}
-        return Statistics(sums=sums, **rest, **meta)
+        return Statistics(
+            sums=sums,
+            cosine=tensors["cosine"],
+            second_moment=tensors["second_moment"],
+            mean=tensors["mean"],
+            samples=meta["samples"],
+            tokens=meta["tokens"],
+        )
 
 
 def calibrate(

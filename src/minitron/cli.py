@@ -1,0 +1,500 @@
+"""The command line: one verb per room. The only module that prints or exits."""
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import MinitronError
+
+EXAMPLES = {
+    "demo": "minitron demo --out runs/demo",
+    "inspect": "minitron inspect meta-llama/Llama-3.1-8B",
+    "compress": "minitron compress ./my-model --target-params 50% --data corpus.jsonl --tokens 20M --out runs/half",
+    "run": "minitron run recipe.yaml --set distill.tokens=5000000 --dry-run",
+    "calibrate": "minitron calibrate ./my-model --data corpus.jsonl --out statistics",
+    "prune": "minitron prune ./my-model --shape hidden=3072,ffn=9216 --statistics statistics --out pruned",
+    "distill": "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
+    "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --json",
+    "generate": "minitron generate student --prompt 'Once upon a time'",
+    "report": "minitron report runs/half",
+    "card": "minitron card runs/half",
+}
+HELP = {
+    "demo": "the whole pipeline on the small teacher that ships with minitron, in minutes on two CPU cores",
+    "inspect": "family, shape, exact parameters, bytes, and what can be pruned",
+    "compress": "the default recipe on any model: prune, distil, measure, report",
+    "run": "run a recipe; the same command again resumes it",
+    "calibrate": "collect activation statistics in one streamed pass",
+    "prune": "cut a model to a shape, a plan or a parameter target",
+    "distill": "train a student on a teacher's logits; the same command again resumes it",
+    "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text",
+    "generate": "continue a prompt",
+    "report": "write report.html of a finished run again",
+    "card": "write the student's model card again",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
+    args = build_parser().parse_args(argv)
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, _interrupt)
+    _quiet_libraries()
+    from minitron.errors import Interrupted
+
+    console = Console(args)
+    try:
+        args.verb(args, console)
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
+        return 130
+    except MinitronError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        console.close()
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minitron", description="Make a smaller language model from a pretrained one."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, verb: Callable[[argparse.Namespace, "Console"], None]) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=HELP[name], description=HELP[name], epilog=f"example: {EXAMPLES[name]}")
+        sub.set_defaults(verb=verb)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
+        sub.add_argument("-v", "--verbose", action="store_true", help="also the libraries' own messages")
+        return sub
+
+    demo = add("demo", _demo)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    _add_set(demo)
+
+    inspect = add("inspect", _inspect)
+    inspect.add_argument("model", metavar="MODEL")
+    inspect.add_argument("--revision")
+
+    compress = add("compress", _compress)
+    compress.add_argument("model", metavar="MODEL", help="a local directory or a hub id")
+    compress.add_argument("--revision")
+    compress.add_argument(
+        "--target-params", required=True, help="50%% of the non-embedding parameters, or a total such as 4.5B"
+    )
+    _add_data(compress)
+    compress.add_argument("--tokens", type=_count, help="distillation tokens, such as 20M; default one pass")
+    compress.add_argument("--seed", type=int, default=0)
+    compress.add_argument("--out", type=Path, help="run directory; default runs/NAME-TARGET")
+    compress.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
+    _add_set(compress)
+
+    run = add("run", _run)
+    run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    run.add_argument("--out", type=Path, help="run directory; default runs/RECIPE")
+    run.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
+    _add_set(run)
+
+    calibrate = add("calibrate", _calibrate)
+    calibrate.add_argument("model", metavar="MODEL")
+    _add_data(calibrate)
+    calibrate.add_argument("--samples", type=_count, default=1024)
+    calibrate.add_argument("--block-tokens", type=_count, help="tokens per sample; default the context, at most 2048")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--out", type=Path, required=True)
+
+    prune = add("prune", _prune)
+    prune.add_argument("model", metavar="MODEL")
+    what = prune.add_mutually_exclusive_group(required=True)
+    what.add_argument("--shape", type=_sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
+    what.add_argument("--plan", type=Path, help="a plan.json")
+    what.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
+    prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
+    _add_data(prune)
+    prune.add_argument("--out", type=Path, required=True)
+
+    distill = add("distill", _distill)
+    distill.add_argument("--teacher", required=True)
+    distill.add_argument("--student", required=True)
+    _add_data(distill)
+    distill.add_argument("--tokens", type=_count, help="such as 20M; default one pass over the text")
+    distill.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
+    distill.add_argument("--learning-rate", type=float)
+    distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument("--out", type=Path, required=True)
+
+    evaluate = add("evaluate", _evaluate)
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("--teacher")
+    _add_data(evaluate)
+    evaluate.add_argument("--blocks", type=_count, default=512, help="held-out blocks to measure on")
+    evaluate.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
+
+    generate = add("generate", _generate)
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--new-tokens", type=_count, default=200)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0)
+
+    for name, verb in (("report", _report), ("card", _card)):
+        add(name, verb).add_argument("run", type=Path, metavar="RUN")
+    return parser
+
+
+class Console:
+    """Draws progress: a bar on a terminal, plain lines elsewhere. Results go to stdout, everything else to stderr."""
+
+    LOG_SECONDS = 20.0
+
+    def __init__(self, args: argparse.Namespace):
+        self.json, self.quiet = args.json, args.quiet
+        self._started = time.monotonic()
+        self._stage = ""
+        self._logged = 0.0
+        self._bar: Any = None
+
+    def stage(self, name: str, state: str) -> None:
+        self.close()
+        if state == "running":
+            self._stage, self._started, self._logged = name, time.monotonic(), time.monotonic()
+            self.note(f"{name} ...")
+        else:
+            took = f" ({time.monotonic() - self._started:.1f} s)" if state == "done" else ""
+            self.note(f"{name} {state}{took}")
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(done, total, note)
+        elif time.monotonic() - self._logged >= self.LOG_SECONDS:
+            self._logged = time.monotonic()
+            left = (time.monotonic() - self._started) * (total - done) / done
+            self.note(f"{self._stage}: {done}/{total} {note}, {left:.0f} s left")
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, value: Any, text: str) -> None:
+        print(json.dumps(value, indent=2) if self.json else text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, done: int, total: int, note: str) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            columns = (TextColumn(self._stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(
+                *columns, TextColumn("{task.description}"), console=RichConsole(stderr=True), transient=True
+            )
+            self._bar.start()
+            self._bar.add_task("", total=total)
+        self._bar.update(0, completed=done, total=total, description=note)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of returning them to the system.
+
+    Training on a CPU allocates the same activations at every step; without this each step pays for them again in page
+    faults, and takes up to twice as long. Blocks above 256 MB are still returned, and so does nothing else care.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return  # not glibc: nothing to tune
+    trim_threshold, mmap_threshold = -1, -3
+    libc.mallopt(mmap_threshold, 256 << 20)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _demo(args: argparse.Namespace, console: Console) -> None:
+    from minitron.demo import demo_recipe
+    from minitron.run import run
+
+    console.note("The demo teacher writes Python; half of it is cut away and the rest is taught again.")
+    _show_run(run(demo_recipe(args.set), args.out, console), console)
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> None:
+    from minitron.describe import describe
+    from minitron.model.checkpoint import open_checkpoint, resolve_model
+
+    facts = describe(open_checkpoint(resolve_model(args.model, args.revision)))
+    shape, parameters = facts["shape"], facts["parameters"]
+    lines = [
+        f"{args.model}: {facts['family']}, {facts['dtype']}, {_bytes(facts['weight_bytes'])}",
+        "",
+        *(f"  {dim:<14}{size:>16,}" for dim, size in shape.items()),
+        "",
+        *(f"  {part:<14}{count:>16,}" for part, count in parameters.items()),
+        "",
+        f"  embeddings are {'tied' if facts['tied_embeddings'] else 'untied'}; "
+        f"KV cache {_bytes(facts['kv_cache_bytes_per_token'])} per token",
+        f"  can be pruned: {', '.join(facts['prunable'])}",
+    ]
+    console.result(facts, "\n".join(lines))
+
+
+def _compress(args: argparse.Namespace, console: Console) -> None:
+    from minitron.recipe import build_recipe
+
+    raw: dict[str, Any] = {
+        "model": args.model,
+        "revision": args.revision,
+        "seed": args.seed,
+        "data": _data_section(args, console),
+        "prune": {"target": args.target_params},
+        "distill": {"tokens": args.tokens},
+    }
+    name = f"{Path(args.model).name}-{args.target_params.rstrip('%')}"
+    _run_recipe(build_recipe(raw, args.set), args.out or Path("runs") / name, args, console)
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    from minitron.recipe import load_recipe
+
+    out = args.out or Path("runs") / args.recipe.stem
+    _run_recipe(load_recipe(args.recipe, args.set), out, args, console)
+
+
+def _run_recipe(recipe: Any, out: Path, args: argparse.Namespace, console: Console) -> None:
+    from minitron.rooms import estimate
+    from minitron.run import run
+
+    if not args.dry_run:
+        return _show_run(run(recipe, out, console), console)
+    facts = estimate(recipe)
+    console.result(facts, "\n".join(_estimate_lines(facts)))
+
+
+def _calibrate(args: argparse.Namespace, console: Console) -> None:
+    from minitron.prune.calibrate import CalibrateConfig
+    from minitron.rooms import calibrate_model
+
+    config = CalibrateConfig(samples=args.samples)
+    data = _data_config(args, console)
+    statistics = calibrate_model(args.model, data, config, seed=args.seed, out=args.out, listener=console)
+    facts = {"out": str(args.out), "samples": statistics.samples, "tokens": statistics.tokens}
+    console.result(facts, f"statistics of {statistics.samples} samples, {statistics.tokens:,} tokens: {args.out}")
+
+
+def _prune(args: argparse.Namespace, console: Console) -> None:
+    from minitron.prune.plan import PruneConfig
+    from minitron.rooms import prune_model
+
+    config = None if args.plan else PruneConfig(target=args.target_params, shape=args.shape)
+    data = None if args.statistics or args.plan else _data_config(args, console)
+    plan, facts = prune_model(
+        args.model,
+        config=config,
+        plan_file=args.plan,
+        statistics_dir=args.statistics,
+        data_config=data,
+        out=args.out,
+        listener=console,
+    )
+    text = f"{plan}\n{facts['parameters']['non_embedding']:,} non-embedding parameters: {args.out}"
+    console.result({"out": str(args.out), "plan": str(plan)} | facts, text)
+
+
+def _distill(args: argparse.Namespace, console: Console) -> None:
+    from minitron.distill.train import DistillConfig
+    from minitron.rooms import distill_models
+
+    config = DistillConfig(tokens=args.tokens, learning_rate=args.learning_rate)
+    data = _data_config(args, console)
+    facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
+    console.result(facts, f"student after {facts['training']['tokens']:,} tokens: {args.out}")
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> None:
+    from minitron.rooms import evaluate_model
+
+    data = _data_config(args, console)
+    facts = evaluate_model(args.model, args.teacher, data, blocks=args.blocks, listener=console)
+    shown = {name: value for name, value in facts.items() if value is not None}
+    lines = [
+        f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
+        for name, value in shown.items()
+    ]
+    console.result(facts, "\n".join(lines))
+
+
+def _generate(args: argparse.Namespace, console: Console) -> None:
+    from minitron.rooms import generate_text
+
+    text = generate_text(
+        args.model, args.prompt, new_tokens=args.new_tokens, temperature=args.temperature, seed=args.seed
+    )
+    console.result({"prompt": args.prompt, "text": text}, args.prompt + text)
+
+
+def _report(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.records import read_run
+    from minitron.publish.report import write_report
+
+    path = write_report(read_run(args.run))
+    console.result({"report": str(path)}, str(path))
+
+
+def _card(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.card import write_card
+    from minitron.publish.records import read_run
+
+    path = write_card(read_run(args.run))
+    console.result({"card": str(path)}, str(path))
+
+
+def _show_run(records: Any, console: Console) -> None:
+    from minitron.publish.records import result_table
+
+    rows = result_table(records)
+    facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}
+    columns = ("", "parameters", "non-embedding", "share", "LM loss", "perplexity", "KL", "top-1", "size")
+    cells = [columns] + [
+        (
+            row["model"],
+            f"{row['total']:,}",
+            f"{row['non_embedding']:,}",
+            f"{row['non_embedding_share']:.1%}",
+            f"{row['lm_loss']:.3f}",
+            f"{row['perplexity']:.2f}",
+            "" if row["kl_to_teacher"] is None else f"{row['kl_to_teacher']:.3f}",
+            "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}",
+            _bytes(row["weight_bytes"]),
+        )
+        for row in rows
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    tokens = rows and records.evaluations["teacher"]["tokens"]
+    notes = [
+        "",
+        f"Held-out text, {tokens:,} tokens; loss and KL to the teacher in nats per token.",
+        f"student: {records.path / 'student'}",
+        f"report:  {records.path / 'report.html'}",
+    ]
+    console.result(facts, "\n".join(lines + notes))
+
+
+def _estimate_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for name in ("teacher", "student"):
+        model = facts[name]
+        sizes = " ".join(f"{dim}={size}" for dim, size in model["shape"].items())
+        parameters = model["parameters"]
+        lines += [
+            f"{name}: {sizes}",
+            f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding, "
+            f"{_bytes(model['weight_bytes'])} of weights, KV cache {_bytes(model['kv_cache_bytes_per_token'])} a token",
+        ]
+    tokens = facts["distill_tokens"]
+    lines += [
+        f"calibration: {facts['calibration_tokens']:,} tokens at most",
+        f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}, "
+        f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP per token (teacher forward and student step)",
+        f"memory while distilling: about {_bytes(facts['training_bytes'])} for weights, gradients and optimizer",
+    ]
+    if tokens:
+        lines.append(
+            f"time: about {facts['seconds'] / 60:,.1f} minutes at {facts['flops_per_second'] / 1e9:,.0f} GFLOP/s "
+            f"({facts['utilisation']:.0%} of what a large matrix product reaches here; an estimate)"
+        )
+    return lines
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="file, directory, dataset id or `builtin`; default builtin (Python source text)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key")
+
+
+def _data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if args.data is None:
+        console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
+    return {"source": args.data or "builtin", "text_field": args.text_field}
+
+
+def _data_config(args: argparse.Namespace, console: Console) -> Any:
+    from minitron.data import DataConfig
+
+    return DataConfig(**_data_section(args, console), block_tokens=getattr(args, "block_tokens", None))
+
+
+def _count(text: str) -> int:
+    """20M -> 20_000_000, for argparse."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    scale = units.get(text[-1:].upper(), 1)
+    number = text[:-1] if scale != 1 else text
+    try:
+        value = round(float(number.replace("_", "")) * scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 500000, 20M or 4.5B") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
+    return value
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """hidden=3072,ffn=9216 -> dict, for argparse."""
+    try:
+        return {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"minitron {version('minitron')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

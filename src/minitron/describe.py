@@ -1,0 +1,39 @@
+"""What a model is and what a run will cost, in numbers."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from minitron.model.architecture import PRUNABLE, Architecture, Parameters, Shape, kv_cache_bytes
+from minitron.model.checkpoint import Checkpoint
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Family, shape, exact parameters and bytes of a checkpoint."""
+    return describe_shape(checkpoint.architecture, checkpoint.config, checkpoint.shape, checkpoint.dtype)
+
+
+def describe_shape(
+    architecture: Architecture, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `describe` says, from a config alone."""
+    parameters = architecture.count(shape, config)
+    tied = bool(config.get("tie_word_embeddings", False))
+    return {
+        "family": architecture.name,
+        "shape": asdict(shape),
+        "parameters": asdict(parameters) | {"non_embedding": parameters.non_embedding},
+        "dtype": str(dtype).removeprefix("torch."),
+        "weight_bytes": parameters.total * dtype.itemsize,
+        "kv_cache_bytes_per_token": kv_cache_bytes(shape, dtype.itemsize),
+        "tied_embeddings": tied,
+        "prunable": [dim for dim in PRUNABLE if getattr(shape, dim) > 1],
+    }
+
+
+def forward_flops(shape: Shape, parameters: Parameters, context: int) -> int:
+    """Floating-point operations of one token's forward pass: matrices, output projection, causal attention."""
+    attention = 2 * context * shape.heads * shape.head_dim * shape.layers
+    return 2 * (parameters.non_embedding + shape.vocab * shape.hidden) + attention

@@ -1,0 +1,107 @@
+"""Numbers as people read them, and the result table's columns: one wording for the report, the card and the terminal.
+
+Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is a dash.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MISSING = "–"  # noqa: RUF001 (an en dash)
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def short_count(number: float) -> str:
+    """Three digits and a unit: 1.11M, 4.51B."""
+    return _scaled(number, 1000, ("", "K", "M", "B", "T"))
+
+
+def size(num_bytes: float) -> str:
+    return _scaled(num_bytes, 1000, (" bytes", " kB", " MB", " GB", " TB"))
+
+
+def share(fraction: float) -> str:
+    """Whole per cent, with more digits where a rounded 0% or 100% would be untrue."""
+    return f"{fraction:.0%}" if 0.01 <= fraction <= 0.99 or fraction in (0, 1) else f"{fraction:.2%}"
+
+
+def percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
+
+
+def nats(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def shown(value: float | None, form: Callable[[float], str]) -> str:
+    return form(value) if value is not None and math.isfinite(value) else MISSING
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    heading: str
+    unit: str
+    form: Callable[[float], str]
+
+
+# The keys of records.result_table.
+RESULT_COLUMNS = (
+    Column("total", "Parameters", "total", count),
+    Column("non_embedding", "Parameters", "non-embedding", count),
+    Column("non_embedding_share", "Share", "of teacher’s non-embedding", share),  # noqa: RUF001
+    Column("lm_loss", "LM loss", "nats per token", nats),
+    Column("perplexity", "Perplexity", "per token", perplexity),
+    Column("bits_per_byte", "Bits per byte", "of text", nats),
+    Column("kl_to_teacher", "KL to teacher", "nats per token", nats),
+    Column("top1_agreement", "Top-1 agreement", "with teacher", percent),
+    Column("weight_bytes", "Weights", "on disk", size),
+)
+
+
+def result_cells(row: Mapping[str, Any]) -> list[str]:
+    """The row's values in the order of RESULT_COLUMNS."""
+    return [shown(row[column.key], column.form) for column in RESULT_COLUMNS]
+
+
+def hub_id(source: str) -> str | None:
+    """The source itself if it is a model's or dataset's `organisation/name` on the hub, None if it is a local path."""
+    looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.endswith(TEXT_SUFFIXES)
+    return source if looks_right and not Path(source).exists() else None
+
+
+def source_name(source: str) -> str:
+    """A hub id as it is, the last part of a local path."""
+    return hub_id(source) or Path(source).name
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    for unit in units:
+        if abs(number) < step * (1 - 0.0005) or unit == units[-1]:
+            break
+        number /= step
+    digits = 0 if unit == units[0] else 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:,.{digits}f}{unit}"

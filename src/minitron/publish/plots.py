@@ -1,0 +1,272 @@
+"""The report's figures, as inline SVG without fonts, ids or network addresses of their own.
+
+Colours are CSS variables of report.css, so that one file reads well on a light and on a dark page.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
+MOST_POINTS = 400  # of a curve, and columns of a heat map
+# Placeholders that matplotlib can draw with, and the CSS variables that take their place.
+COLORS = {
+    "ink": "#010101",
+    "rule": "#020202",
+    "teacher": "#030303",
+    "pruned": "#040404",
+    "student": "#050505",
+    "scratch": "#060606",
+    "kept": "#070707",
+    "removed": "#080808",
+}
+# A heat map's pixels cannot be CSS variables: mid-tones whose opacity is the score read well on both pages.
+KEPT_RGB, REMOVED_RGB = (0.25, 0.50, 0.91), (0.88, 0.49, 0.13)
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": COLORS["ink"],
+    "axes.labelcolor": COLORS["ink"],
+    "axes.edgecolor": COLORS["rule"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": COLORS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLORS["rule"],
+    "ytick.color": COLORS["rule"],
+    "xtick.labelcolor": COLORS["ink"],
+    "ytick.labelcolor": COLORS["ink"],
+    "ytick.left": False,
+    "legend.frameon": False,
+}
+
+
+def bars(values: Mapping[str, float], unit: str, label: str) -> str:
+    """One horizontal bar per model, each with its value."""
+    with _canvas(0.5 + 0.32 * len(values), label) as (figure, drawn):
+        axes = figure.subplots()
+        drawn_bars = axes.barh(list(values), list(values.values()), height=0.62, color=[COLORS[n] for n in values])
+        axes.bar_label(drawn_bars, [f"{value:.3f}" for value in values.values()], padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(unit)
+    return drawn[0]
+
+
+def training_curve(metrics: Sequence[Mapping[str, float]], unit: str) -> str:
+    training = [row for row in metrics if "loss" in row]
+    heldout = [row for row in metrics if "heldout_loss" in row]
+    label = "Line chart of the distillation loss per step: " + ", ".join(
+        f"{name} from {rows[0][key]:.3f} to {rows[-1][key]:.3f} {unit}"
+        for name, key, rows in (("training", "loss", training), ("held-out", "heldout_loss", heldout))
+        if rows
+    )
+    with _canvas(2.5, label) as (figure, drawn):
+        axes = figure.subplots()
+        steps, losses = _thin([row["step"] for row in training]), _thin([row["loss"] for row in training])
+        axes.plot(steps, losses, color=COLORS["student"], linewidth=1.1, alpha=0.75, label="training batch")
+        axes.plot(
+            [row["step"] for row in heldout],
+            [row["heldout_loss"] for row in heldout],
+            color=COLORS["pruned"],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            label="held-out",
+        )
+        axes.legend(loc="upper right")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+    return drawn[0]
+
+
+def learning_rate_curve(metrics: Sequence[Mapping[str, float]]) -> str:
+    training = [row for row in metrics if "learning_rate" in row]
+    rates = [row["learning_rate"] for row in training]
+    with _canvas(2.5, f"Line chart of the learning rate per step: peak {max(rates):.2g}, end {rates[-1]:.2g}") as (
+        figure,
+        drawn,
+    ):
+        axes = figure.subplots()
+        axes.plot(_thin([row["step"] for row in training]), _thin(rates), color=COLORS["student"], linewidth=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("learning rate")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
+    return drawn[0]
+
+
+def layer_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
+    label = f"Bar chart of the importance of {len(scores)} layers, {len(kept)} of them kept"
+    with _canvas(2.2, label) as (figure, drawn):
+        axes = figure.subplots()
+        axes.bar(range(len(scores)), scores, width=0.7, color=_kept_colors(len(scores), kept))
+        axes.grid(axis="x", visible=False)
+        _whole_numbers(axes)
+        axes.set_xlabel("layer of the teacher")
+        axes.set_ylabel("Block Influence")
+    return drawn[0]
+
+
+def hidden_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
+    values, is_kept = np.asarray(scores), _mask(len(scores), kept)
+    order = np.argsort(-values, kind="stable")
+    ranks = _spread(len(values))
+    values, is_kept = values[order][ranks], is_kept[order][ranks]
+    label = f"Sorted importance of {len(scores)} hidden channels, {len(kept)} of them kept"
+    with _canvas(2.2, label) as (figure, drawn):
+        axes = figure.subplots()
+        for chosen, color in ((is_kept, "kept"), (~is_kept, "removed")):
+            axes.fill_between(ranks, values, where=chosen, step="post", color=COLORS[color], linewidth=0)
+        # A few channels of a large model can be hundreds of times louder than the rest.
+        if values.min() > 0 and values.max() > 20 * np.median(values):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0)
+        axes.set_xlabel("channel, by falling score")
+        axes.set_ylabel("score")
+    return drawn[0]
+
+
+def ffn_scores(scores: Sequence[Sequence[float]], kept: Mapping[int, Sequence[int]]) -> str:
+    """Each layer's neurons by falling score. `kept` maps a kept layer to its kept units; other layers are gone."""
+    values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranks = _spread(values.shape[1])
+    values, is_kept = (np.take_along_axis(a, order, axis=1)[:, ranks] for a in (values, is_kept))
+    label = f"Heat map of the importance of {len(scores[0])} ffn neurons in each of {len(scores)} layers"
+    return _heat(values, is_kept, label, "neuron, by falling score", log=True, extent=(0, len(scores[0])))
+
+
+def head_scores(scores: Sequence[Sequence[float]], kept: Mapping[int, Sequence[int]], group: int, what: str) -> str:
+    """`group`: heads that share a kv head; groups are set apart by a line."""
+    values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
+    label = f"Heat map of the importance of {len(scores[0])} {what}s in each of {len(scores)} layers"
+    return _heat(values, is_kept, label, what, extent=(-0.5, len(scores[0]) - 0.5), group=group)
+
+
+def _heat(
+    values: np.ndarray,
+    kept: np.ndarray,
+    label: str,
+    xlabel: str,
+    *,
+    extent: tuple[float, float],
+    log: bool = False,
+    group: int = 0,
+) -> str:
+    """Colour says kept or removed, opacity says the score."""
+    if log:
+        positive = values[values > 0]
+        values = np.log10(np.maximum(values, positive.min() if positive.size else 1.0))
+    low, high = float(values.min()), float(values.max())
+    layers = len(values)
+    with _canvas(min(6.0, max(1.7, 0.9 + 0.15 * layers)), label) as (figure, drawn):
+        axes, key = figure.subplots(1, 2, width_ratios=(24, 1.4))
+        for each in (axes, key):
+            each.grid(False)
+            each.spines[:].set_visible(False)
+        image = _tint((values - low) / ((high - low) or 1.0), kept)
+        axes.imshow(image, aspect="auto", interpolation="none", extent=(*extent, layers - 0.5, -0.5))
+        for edge in range(group, values.shape[1], group) if group > 1 else ():
+            axes.axvline(edge - 0.5, color=COLORS["ink"], linewidth=0.8)
+        _whole_numbers(axes)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("layer of the teacher")
+        scale = np.repeat(np.linspace(0, 1, 64)[:, None], 2, axis=1)
+        key.imshow(
+            _tint(scale, np.array([[True, False]])),
+            aspect="auto",
+            interpolation="none",
+            extent=(0, 1, 0, 1),
+            origin="lower",
+        )
+        marks = np.linspace(low, high, 3)
+        key.set_xticks([])
+        key.set_yticks([0, 0.5, 1], [f"{10**mark if log else mark:.2g}" for mark in marks])
+        key.yaxis.tick_right()
+        key.tick_params(length=0)
+    return drawn[0]
+
+
+def _tint(opacity: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    color = np.where(np.broadcast_to(kept, opacity.shape)[..., None], KEPT_RGB, REMOVED_RGB)
+    return np.concatenate([color, 0.08 + 0.92 * opacity[..., None]], axis=-1)
+
+
+@contextmanager
+def _canvas(height_inches: float, label: str) -> Iterator[tuple["Figure", list[str]]]:
+    """A figure to draw on, in our style; its SVG is in the list when the block ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn: list[str] = []
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # The label is the salt: ids are the same in every run and differ between figures.
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": label})
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        yield figure, drawn
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+        drawn.append(_inline(buffer.getvalue(), label))
+
+
+def _inline(svg: str, label: str) -> str:
+    """Only the drawing: no prologue, metadata, namespaces, fixed size, style sheet, fonts or unused ids."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    used = set(re.findall(r"#([\w-]+)[\")]", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
+    for name, placeholder in COLORS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view
+    return re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-label="{escape(label)}">', svg, count=1).strip()
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis) if axes.images else (axes.xaxis,):
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _kept_colors(num_units: int, kept: Sequence[int]) -> list[str]:
+    return [COLORS["kept" if unit else "removed"] for unit in _mask(num_units, kept)]
+
+
+def _mask(num_units: int, kept: Sequence[int]) -> np.ndarray:
+    return np.isin(np.arange(num_units), np.asarray(kept, dtype=int))
+
+
+def _mask_per_layer(scores: Sequence[Sequence[Any]], kept: Mapping[int, Sequence[int]]) -> np.ndarray:
+    return np.stack([_mask(len(row), kept.get(layer, ())) for layer, row in enumerate(scores)])
+
+
+def _spread(num_units: int) -> np.ndarray:
+    """Evenly spread indices, all of them if they are few."""
+    return np.unique(np.linspace(0, num_units - 1, min(num_units, MOST_POINTS)).round().astype(int))
+
+
+def _thin(values: Sequence[float]) -> np.ndarray:
+    """Means of neighbours, so that a long curve keeps its shape in few points."""
+    return np.array([part.mean() for part in np.array_split(np.asarray(values, dtype=float), MOST_POINTS) if part.size])

@@ -1,0 +1,178 @@
+"""Each room on its own, as the command line's single verbs use it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minitron import data
+from minitron.describe import describe, describe_shape, forward_flops
+from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron.distill import train
+from minitron.errors import RunError
+from minitron.evaluate.generate import generate
+from minitron.evaluate.quality import evaluate
+from minitron.files import atomic_directory, readable_os_errors
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.prune.calibrate import CalibrateConfig, Statistics
+from minitron.prune.cut import cut
+from minitron.prune.plan import Plan, PruneConfig, choose, target_shape
+from minitron.recipe import Recipe
+from minitron.run import block_length, calibrate_on, prepare_data, resolve, score_units, teach
+from minitron.rundir import SILENT, Listener, RunDirectory
+
+# Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
+UTILISATION = 0.25
+
+
+def estimate(recipe: Recipe) -> dict[str, Any]:
+    """What a run would make and cost, before any text is read or weight touched."""
+    teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
+    recipe, shape = resolve(recipe, teacher)
+    student = describe_shape(teacher.architecture, teacher.config, shape, teacher.dtype)
+    block_tokens = block_length(recipe.data, teacher)
+    flops = forward_flops(teacher.shape, teacher.parameters, block_tokens) + 3 * forward_flops(
+        shape, teacher.architecture.count(shape, teacher.config), block_tokens
+    )
+    tokens = recipe.distill.tokens
+    rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
+    return {
+        "teacher": describe(teacher),
+        "student": student,
+        "calibration_tokens": recipe.calibrate.samples * block_tokens,
+        "distill_tokens": tokens,
+        "flops_per_token": flops,
+        "flops_per_second": rate,
+        "utilisation": UTILISATION,
+        "seconds": tokens * flops / rate if tokens else None,
+        # float32 student, gradients and two moments, and the teacher in the compute dtype
+        "training_bytes": 16 * student["parameters"]["total"] + 2 * teacher.parameters.total,
+    }
+
+
+def calibrate_model(
+    model: str,
+    data_config: data.DataConfig,
+    config: CalibrateConfig,
+    *,
+    seed: int,
+    out: Path,
+    listener: Listener = SILENT,
+) -> Statistics:
+    """Calibrate one model and write its statistics to `out`."""
+    teacher = open_checkpoint(resolve_model(model))
+    with atomic_directory(out) as partial:
+        with _corpus(teacher, data_config, listener) as corpus:
+            statistics = calibrate_on(teacher, corpus, config, seed, scratch=partial, listener=listener)
+        statistics.save(partial)
+    return statistics
+
+
+def prune_model(
+    model: str,
+    *,
+    config: PruneConfig | None,
+    plan_file: Path | None,
+    statistics_dir: Path | None,
+    data_config: data.DataConfig | None,
+    out: Path,
+    listener: Listener = SILENT,
+) -> tuple[Plan, dict[str, Any]]:
+    """Cut one model by a plan file, or by `config` with statistics that are given or collected on `data_config`."""
+    teacher = open_checkpoint(resolve_model(model))
+    with atomic_directory(out) as partial:
+        if plan_file is not None:
+            plan = Plan.load(plan_file)
+        else:
+            assert config is not None
+            shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config)
+            if statistics_dir is not None:
+                statistics = Statistics.load(statistics_dir)
+            else:
+                assert data_config is not None
+                with _corpus(teacher, data_config, listener) as corpus:
+                    statistics = calibrate_on(teacher, corpus, CalibrateConfig(), 0, scratch=partial, listener=listener)
+            plan = choose(score_units(statistics, teacher.shape, config), teacher.shape, shape)
+        listener.stage("prune", "running")
+        cut(teacher, plan, partial)
+        plan.save(partial / "plan.json")
+        facts = describe(open_checkpoint(partial))
+    listener.stage("prune", "done")
+    return plan, facts
+
+
+def distill_models(
+    teacher: str,
+    student: str,
+    data_config: data.DataConfig,
+    config: train.DistillConfig,
+    *,
+    seed: int,
+    out: Path,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Distil a student of any origin. State lives beside `out` in `<out>.work` until the student is complete."""
+    guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
+    train.require_same_vocabulary(guide, pupil)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
+    work = out.with_name(f"{out.name}.work")
+    with RunDirectory(work, None, listener) as stages:
+        corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path))
+        config = train.resolve(config, pupil.shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens)
+        made = teach(stages, "student", config, seed, pupil.path, guide.path, corpus)
+        (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
+        facts = json.loads((made / "record.json").read_text())["result"]
+        with readable_os_errors(out):
+            made.rename(out)
+        shutil.rmtree(work)
+    return {"out": str(out)} | facts
+
+
+def evaluate_model(
+    model: str,
+    teacher: str | None,
+    data_config: data.DataConfig,
+    *,
+    blocks: int | None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Measure one model on the held-out part of the data."""
+    checkpoint = open_checkpoint(resolve_model(model))
+    guide = None
+    if teacher is not None:
+        reference = open_checkpoint(resolve_model(teacher))
+        train.require_same_vocabulary(reference, checkpoint)
+        guide = load_model(reference.path).to(pick_device())
+    with _corpus(checkpoint, data_config, listener) as corpus:
+        quality = evaluate(
+            load_model(checkpoint.path).to(pick_device()),
+            corpus.heldout.head(blocks),
+            teacher=guide,
+            progress=lambda done, total: listener.progress(done, total, "blocks"),
+        )
+    return quality.to_dict()
+
+
+def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
+    """The continuation of a prompt by a model on disk."""
+    path = open_checkpoint(resolve_model(model)).path
+    loaded = load_model(path).to(pick_device())
+    return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+
+
+@contextmanager
+def _corpus(checkpoint: Checkpoint, config: data.DataConfig, listener: Listener) -> Iterator[data.Corpus]:
+    """A corpus that is gone after the block."""
+    listener.stage("data", "running")
+    with tempfile.TemporaryDirectory(prefix="minitron-") as path:
+        yield data.prepare(
+            config,
+            load_tokenizer(checkpoint.path),
+            vocab=checkpoint.shape.vocab,
+            block_tokens=block_length(config, checkpoint),
+            out=Path(path),
+        )

@@ -1,0 +1,187 @@
+"""The run directory: a lock, the resolved recipe, and stages that run once.
+
+A stage writes into a temporary directory that is renamed when it is complete; its record.json says what went in. A
+stage whose record is there and whose inputs are unchanged is done. Inputs that changed are an error that says which.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minitron.config import Section
+from minitron.errors import RunError
+from minitron.files import atomic_directory, digest_files, readable_os_errors, write_json
+from minitron.recipe import Recipe, dump_recipe
+
+
+class Listener(Protocol):
+    """Hears how a run goes; the command line draws it."""
+
+    def stage(self, name: str, state: str) -> None: ...
+
+    def progress(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class Silent:
+    def stage(self, name: str, state: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        pass
+
+
+SILENT = Silent()
+
+
+@dataclass
+class RunDirectory:
+    """An open run directory: its lock, its resolved recipe and its stages."""
+
+    out: Path
+    recipe: Recipe | None = None  # None for a single room's work
+    listener: Listener = SILENT
+    _digests: dict[str, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> "RunDirectory":
+        if self.out.exists() and not self.out.is_dir():
+            raise RunError(f"{self.out} is a file; the output must be a directory: choose another --out")
+        with readable_os_errors(self.out):
+            self._created = not self.out.exists()
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.out / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RunError(
+                f"run directory {self.out} is in use by another process; wait for it, or choose another --out"
+            ) from None
+        cache = self.out / ".digests.json"
+        self._digests = json.loads(cache.read_text()) if cache.exists() else {}
+        if not (self.out / "recipe.yaml").exists():
+            self._write_recipe()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._write_recipe()  # not before every stage has agreed to it
+        elif self._created and not any(self.out.glob("*/")):
+            shutil.rmtree(self.out)  # bad input: leave nothing behind
+        self._lock.close()
+
+    def settle(self, **sections: Section) -> Recipe:
+        """Replace sections by their resolved form."""
+        assert self.recipe is not None
+        self.recipe = self.recipe.model_copy(update=sections)
+        return self.recipe
+
+    def digest(self, files: list[Path]) -> str:
+        known = dict(self._digests)
+        digest = digest_files(files, self._digests)
+        if self._digests != known:
+            write_json(self.out / ".digests.json", self._digests)
+        return digest
+
+    def do(
+        self,
+        name: str,
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        inputs: Mapping[str, str],
+        config: Mapping[str, Any],
+    ) -> Path:
+        """Run one stage unless its record says that it is done; returns its directory.
+
+        `work` fills the directory it is given and returns what the record should say of the result.
+        """
+        path = self.out / name
+        plain = {key: _plain(value) for key, value in config.items()}
+        if (path / "record.json").exists():
+            _require_same(path, json.loads((path / "record.json").read_text()), inputs, plain)
+            self.listener.stage(name, "unchanged")
+            return path
+        self.listener.stage(name, "running")
+        started, clock = time.time(), time.monotonic()
+        with atomic_directory(path) as partial:
+            result = work(partial)
+            write_json(
+                partial / "record.json",
+                {
+                    "stage": name,
+                    "inputs": dict(inputs),
+                    "config": plain,
+                    "result": result,
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                    "seconds": round(time.monotonic() - clock, 3),
+                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "versions": versions(),
+                    "hardware": hardware(),
+                },
+            )
+        self.listener.stage(name, "done")
+        return path
+
+    def _write_recipe(self) -> None:
+        if self.recipe is None:
+            return
+        with readable_os_errors(self.out):
+            partial = self.out / "recipe.yaml.partial"
+            partial.write_text(dump_recipe(self.recipe))
+            partial.replace(self.out / "recipe.yaml")
+
+
+def versions() -> dict[str, str]:
+    names = ("minitron", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def hardware() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, Section) else value
+
+
+def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    changed = [name for name, digest in inputs.items() if record["inputs"].get(name) != digest]
+    old, new = _flat(record["config"]), _flat(config)
+    changed += [
+        f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in {*old, *new} if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"{path} was made from other inputs; changed: {', '.join(sorted(changed))}. "
+            "Put them back, delete that directory and those made after it, or choose another --out"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

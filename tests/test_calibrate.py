@@ -1,0 +1,128 @@
+"""The statistics of one streamed pass are those of plain loops over transformers' own model."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from minitron.errors import RunError
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.calibrate import Statistics, calibrate
+
+LENGTHS = [11, 4, 7, 1, 9]
+
+
+def measure(path: Path, tokens: Tensor, batch: int = 2, **options: Any) -> Statistics:
+    return calibrate(open_checkpoint(path), tokens, dtype=torch.float32, batch=batch, **options)
+
+
+@torch.no_grad()
+def by_loops(path: Path, samples: list[Tensor]) -> Statistics:
+    """Hooks on a whole model, one sample without pads at a time, every sum in float64 and written out."""
+    model = tiny.model(path)
+    layers = model.model.layers
+    seen: dict[tuple[str, int], Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    for index, layer in enumerate(layers):
+        _watch(layer.self_attn.o_proj, lambda x, y, i=index: seen.update({("attention_out", i): x}))
+        _watch(layer.mlp.down_proj, lambda x, y, i=index: seen.update({("mlp_out", i): x}))
+        _watch(layer, lambda x, y, i=index: inputs.update({f"before{i}": x, f"after{i}": y}))
+        for site, norm in (("attention_in", layer.input_layernorm), ("mlp_in", layer.post_attention_layernorm)):
+            _watch(
+                norm, lambda x, y, i=index, site=site: (seen.update({(site, i): y}), inputs.update({f"{site}{i}": x}))
+            )
+    _watch(model.model.norm, lambda x, y: (seen.update({("head_in", 0): y}), inputs.update({"head_in0": x})))
+
+    sums: dict[tuple[str, int], Tensor] = {}
+    cosine = torch.zeros(len(layers), dtype=torch.float64)
+    moment, mean, num_units, num_tokens = 0, 0, 0, 0
+    for sample in samples:
+        model(input_ids=sample[None], use_cache=False)
+        for key, activation in seen.items():
+            absolute = activation.abs()
+            reductions = [absolute.mean(0), activation.square().sum(0).sqrt(), absolute.var(0, unbiased=False)]
+            added = torch.stack([torch.stack([value, value**2]) for value in reductions])
+            sums[key] = sums.get(key, 0) + added
+        for index in range(len(layers)):
+            for before, after in zip(inputs[f"before{index}"], inputs[f"after{index}"], strict=True):
+                cosine[index] += before @ after / (before.norm() * after.norm())
+        for name, states in inputs.items():
+            if name.startswith(("before", "after")):
+                continue
+            for state in states:
+                unit = state / state.square().mean().sqrt()
+                moment, mean, num_units = moment + torch.outer(unit, unit), mean + unit, num_units + 1
+        num_tokens += len(sample)
+    sites = {site: max(index for other, index in sums if other == site) + 1 for site, _ in sums}
+    return Statistics(
+        sums={site: torch.stack([sums[site, index] for index in range(count)]) for site, count in sites.items()},
+        cosine=cosine / num_tokens,
+        second_moment=moment / num_units,
+        mean=mean / num_units,
+        samples=len(samples),
+        tokens=num_tokens,
+    )
+
+
+def _watch(module: nn.Module, keep: Any) -> None:
+    """Calls `keep` with the module's first input and its output, of the only sample, in float64."""
+    module.register_forward_hook(lambda _, args, output: (keep(args[0][0].double(), output[0].double()), None)[1])
+
+
+def assert_same(one: Statistics, other: Statistics, **tolerance: float) -> None:
+    for field in fields(Statistics):
+        torch.testing.assert_close(getattr(one, field.name), getattr(other, field.name), **tolerance)
+
+
+def test_streamed_statistics_are_those_of_plain_loops(directory: Path) -> None:
+    tokens = tiny.tokens(5, 12)
+    assert_same(measure(directory, tokens), by_loops(directory, list(tokens)), rtol=2e-5, atol=2e-6)
+
+
+def test_statistics_of_padded_samples_are_those_of_the_samples_alone(directory: Path) -> None:
+    tokens = tiny.tokens(len(LENGTHS), max(LENGTHS))
+    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    alone = [sample[:length] for sample, length in zip(tokens, LENGTHS, strict=True)]
+    padded = measure(directory, tokens.where(valid, 0), valid=valid, batch=3)
+    assert padded.tokens == sum(LENGTHS)
+    assert_same(padded, by_loops(directory, alone), rtol=2e-5, atol=2e-6)
+
+
+def test_what_stands_in_the_pads_does_not_matter(llama: Path) -> None:
+    tokens = tiny.tokens(len(LENGTHS), max(LENGTHS))
+    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    one, other = (measure(llama, tokens.where(valid, pad), valid=valid) for pad in (0, 7))
+    assert_same(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_statistics_do_not_depend_on_the_batch_size(directory: Path, batch: int) -> None:
+    tokens = tiny.tokens(7, 10)
+    assert_same(measure(directory, tokens, batch), measure(directory, tokens, 7), rtol=1e-5, atol=1e-6)
+
+
+def test_every_sum_is_float64(llama: Path) -> None:
+    statistics = measure(llama, tiny.tokens(2, 6))
+    sums = [*statistics.sums.values(), statistics.cosine, statistics.second_moment, statistics.mean]
+    assert {tensor.dtype for tensor in sums} == {torch.float64}
+
+
+def test_progress_names_each_layer_once(llama: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    measure(llama, tiny.tokens(2, 6), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_save_and_load_round_trip(llama: Path, tmp_path: Path) -> None:
+    statistics = measure(llama, tiny.tokens(2, 6))
+    statistics.save(tmp_path)
+    assert_same(Statistics.load(tmp_path), statistics, rtol=0, atol=0)
+
+
+def test_missing_statistics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no statistics; make them with `minitron calibrate`"):
+        Statistics.load(tmp_path)

@@ -1,0 +1,145 @@
+"""Tiny real models, tokenizers and plans, made by transformers' own classes with random weights."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from minitron.model.architecture import Shape
+from minitron.prune.plan import Plan
+
+CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Name -> family and what differs from the plain config. `dtype` and `shard` say how the weights are saved.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head_dim": ("llama", {"head_dim": 6}),
+    "llama-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-bfloat16": ("llama", {"dtype": torch.bfloat16}),
+    "llama-sharded": ("llama", {"shard": "20KB"}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "mistral-head_dim": ("mistral", {"sliding_window": None, "hidden_size": 36, "head_dim": 6}),
+}
+
+
+def checkpoint(variant: str, path: Path, **changes: Any) -> Path:
+    """Save a model of a variant into the directory `path`, with further config changes."""
+    family, differs = VARIANTS[variant]
+    options = SIZES | differs | changes
+    dtype, shard = options.pop("dtype", torch.float32), options.pop("shard", "1GB")
+    make_config, make_model = CLASSES[family]
+    model = make_model(make_config(**options))
+    randomize(model)
+    model.to(dtype).save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Weights of a size that keeps activations near one; gains that are not all one, biases that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(0.3 * noise if parameter.ndim == 1 else noise / parameter.shape[1] ** 0.5)
+
+
+def model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a directory."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def logits(of: Any, tokens: Tensor) -> Tensor:
+    return of(input_ids=tokens, use_cache=False).logits
+
+
+def tokens(num_samples: int, num_tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (num_samples, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory, read by safetensors itself."""
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def plan(teacher: Shape, seed: int = 0, **sizes: int) -> Plan:
+    """A random plan to a student of the given sizes: what stays is drawn, not scored."""
+    student, draw = replace(teacher, **sizes), random.Random(seed)
+
+    def some(total: int, count: int) -> tuple[int, ...]:
+        return tuple(sorted(draw.sample(range(total), count)))
+
+    kv_heads = [some(teacher.kv_heads, student.kv_heads) for _ in range(student.layers)]
+    heads = [
+        tuple(kv * teacher.group + head for kv in kept for head in some(teacher.group, student.group))
+        for kept in kv_heads
+    ]
+    return Plan(
+        teacher=teacher,
+        student=student,
+        layers=some(teacher.layers, student.layers),
+        hidden=some(teacher.hidden, student.hidden),
+        ffn=tuple(some(teacher.ffn, student.ffn) for _ in range(student.layers)),
+        heads=tuple(heads),
+        kv_heads=tuple(kv_heads),
+    )
+
+
+def tokenizer(path: Path, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer saved into `path`: with an end token only, or one that puts a start token itself."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>"] if adds_bos else ["</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    core.train_from_iterator(["the rain in the plain remains; le café, ein Über-Wort, 漢字 and 🙂"] * 4, trainer)
+    if adds_bos:
+        start = core.token_to_id("<s>")
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    else:
+        core.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2 and Llama 3 have it
+    names = {"bos_token": "<s>"} if adds_bos else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", **names)
+    fast.save_pretrained(path)
+    return fast
