@@ -133,7 +133,7 @@ def tokenizer(path: Path, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
         special_tokens=special,
         show_progress=False,
     )
-    core.train_from_iterator(["the rain in the plain remains; le café, ein Über-Wort, 漢字 and 🙂"] * 4, trainer)
+    core.train_from_iterator(["the rain in the plain remains; le café, ein Über-Wort, 漢字 and 🙂\t "] * 4, trainer)
     if adds_bos:
         start = core.token_to_id("<s>")
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])

@@ -21,7 +21,7 @@ EXAMPLES = {
     "calibrate": "minitron calibrate ./my-model --data corpus.jsonl --out statistics",
     "prune": "minitron prune ./my-model --shape hidden=3072,ffn=9216 --statistics statistics --out pruned",
     "distill": "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
-    "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --json",
+    "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json",
     "generate": "minitron generate student --prompt 'Once upon a time'",
     "report": "minitron report runs/half",
     "card": "minitron card runs/half",
@@ -142,7 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL")
     evaluate.add_argument("--teacher")
     _add_data(evaluate)
-    evaluate.add_argument("--blocks", type=_count, default=512, help="held-out blocks to measure on")
+    evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
+    evaluate.add_argument("--blocks", type=_count, default=512, help="blocks to measure on, at most")
     evaluate.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
 
     generate = add("generate", _generate)
@@ -333,7 +334,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from minitron.rooms import evaluate_model
 
     data = _data_config(args, console)
-    facts = evaluate_model(args.model, args.teacher, data, blocks=args.blocks, listener=console)
+    facts = evaluate_model(args.model, args.teacher, data, blocks=args.blocks, whole=args.whole, listener=console)
     shown = {name: value for name, value in facts.items() if value is not None}
     lines = [
         f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"

@@ -48,7 +48,7 @@ class DataConfig(Section):
     max_document_chars: int = Field(default=16384, ge=256)
     """A longer text file is several documents: it is cut at the first blank line after this many characters."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Stop reading after this many tokens. Default: read everything; of a dataset id, what the run needs."""
+    """Stop reading after this many training tokens. Default: read everything; of a dataset id, what the run needs."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,13 @@ def builtin_documents(*, tests: bool = False) -> Iterator[Document]:
             continue  # a handful of library files are in other encodings on purpose
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no local path can only be a dataset on the hub."""
+    path = Path(source).expanduser()
+    looks_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES
+    return source != BUILTIN and not looks_local and source.count("/") <= 1
+
+
 def source_digest(config: DataConfig) -> str:
     """sha256 of what the sources hold now; of a hub dataset, only its id.
 
@@ -235,7 +242,7 @@ def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
         return (document for file in files for document in _read_file(file, config))
     if path.exists():
         return _read_file(path, config)
-    if source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in TEXT_SUFFIXES:
+    if is_hub_id(source):
         return _read_hub(source, config)
     raise DataError(f"data source {source!r} does not exist; give a file, a directory, a dataset id or {BUILTIN!r}")
 
@@ -331,6 +338,10 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
         raise DataError(f"{where}: no field {field!r} (data.text_field); it has {', '.join(map(str, row))}")
     if not isinstance(row[field], str):
         raise DataError(f"{where}: field {field!r} holds {type(row[field]).__name__}, not text")
+    try:
+        row[field].encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field {field!r} is no Unicode text: {error.reason}") from None
     return row[field]
 
 
@@ -369,7 +380,8 @@ class _Writer:
         self.tokens = {"train": 0, "heldout": 0}
         self.pending: list[tuple[Document, bool]] = []
         self.pending_chars = 0
-        self.lowest: tuple[float, int, int, Document] | None = None  # fraction, start, length in the train stream
+        # The training document with the lowest hash, and (start, length) in the train stream of it and its equals.
+        self.lowest: tuple[float, Document, list[tuple[int, int]]] | None = None
 
     def __enter__(self) -> "_Writer":
         self.files = {name: (self.out / f"{name}.bin").open("wb") for name in ("train", "heldout", "heldout_bytes")}
@@ -388,19 +400,20 @@ class _Writer:
             self._flush()
 
     def hold_out_lowest(self, source: str) -> None:
-        """Move the training document with the lowest hash to the held-out split, where the hash held out none."""
-        if self.documents["train"] < 2 or self.lowest is None:
+        """Move the training document with the lowest hash, and its equals, to the held-out split if that is empty."""
+        if self.lowest is None or len(self.lowest[2]) == self.documents["train"]:
             raise DataError(
                 f"data source {source!r} is a single document, so nothing can be held out: "
                 "give held-out text as data.heldout, or split the text into several documents"
             )
-        _, start, length, document = self.lowest
+        _, document, spans = self.lowest
         stream = np.fromfile(self.out / "train.bin", dtype=self.dtype)
-        (self.out / "train.bin").write_bytes(np.delete(stream, slice(start, start + length)).tobytes())
-        (self.out / "heldout.bin").write_bytes(stream[start : start + length].tobytes())
-        (self.out / "heldout_bytes.bin").write_bytes(self._bytes(document.text).tobytes())
-        self.documents = {"train": self.documents["train"] - 1, "heldout": 1}
-        self.tokens = {"train": self.tokens["train"] - length, "heldout": length}
+        held = np.concatenate([np.arange(start, start + length) for start, length in spans])
+        (self.out / "train.bin").write_bytes(np.delete(stream, held).tobytes())
+        (self.out / "heldout.bin").write_bytes(stream[held].tobytes())
+        (self.out / "heldout_bytes.bin").write_bytes(np.tile(self._bytes(document.text), len(spans)).tobytes())
+        self.documents = {"train": self.documents["train"] - len(spans), "heldout": len(spans)}
+        self.tokens = {"train": self.tokens["train"] - len(held), "heldout": len(held)}
 
     def _flush(self) -> None:
         if not self.pending:
@@ -415,11 +428,18 @@ class _Writer:
         split = "heldout" if heldout else "train"
         if heldout:
             self.files["heldout_bytes"].write(self._bytes(document.text).tobytes())
-        elif self.lowest is None or _fraction(document.key) < self.lowest[0]:
-            self.lowest = (_fraction(document.key), self.tokens["train"], len(ids), document)
+        else:
+            self._remember_lowest(document, len(ids))
         self.files[split].write(ids.tobytes())  # not tofile, whose error on a full disk says nothing
         self.documents[split] += 1
         self.tokens[split] += len(ids)
+
+    def _remember_lowest(self, document: Document, length: int) -> None:
+        fraction = _fraction(document.key)
+        if self.lowest is None or fraction < self.lowest[0]:
+            self.lowest = (fraction, document, [])
+        if fraction == self.lowest[0]:
+            self.lowest[2].append((self.tokens["train"], length))
 
     def _bytes(self, text: str) -> np.ndarray:
         """UTF-8 bytes that each token of the document adds to the text; delimiters add none.
@@ -429,6 +449,7 @@ class _Writer:
         """
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = np.maximum.accumulate([0] + [end for _, end in offsets["offset_mapping"]])
+        ends[-1] = len(text)  # byte-level tokenizers trim spaces off their offsets
         bytes_before = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
         counts = np.diff(bytes_before[ends])
         zeros = [np.zeros(len(part)) for part in (self.prefix, self.suffix)]

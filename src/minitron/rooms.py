@@ -138,15 +138,18 @@ def evaluate_model(
     data_config: data.DataConfig,
     *,
     blocks: int | None,
+    whole: bool = False,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
-    """Measure one model on the held-out part of the data."""
+    """Measure one model on the part of the data that a run holds out, or with `whole` on all of it."""
     checkpoint = open_checkpoint(resolve_model(model))
     guide = None
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
         train.require_same_vocabulary(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
+    if whole:
+        data_config = data_config.model_copy(update={"heldout": data_config.source})
     with _corpus(checkpoint, data_config, listener) as corpus:
         quality = evaluate(
             load_model(checkpoint.path).to(pick_device()),

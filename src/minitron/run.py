@@ -71,10 +71,19 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
     """Fill in every default that the teacher's config decides, and the student's shape."""
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
+    block_tokens = block_length(recipe.data, teacher)
+    max_tokens = recipe.data.max_tokens
+    if max_tokens is None and data.is_hub_id(recipe.data.source):
+        if recipe.distill.tokens is None:
+            raise RunError(
+                f"{recipe.data.source!r} is a dataset id, which may be endless: "
+                "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
+            )
+        max_tokens = max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
     dtype = compute_dtype(recipe.calibrate.precision, pick_device())
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"block_tokens": block_length(recipe.data, teacher)}),
+            "data": recipe.data.model_copy(update={"block_tokens": block_tokens, "max_tokens": max_tokens}),
             "calibrate": recipe.calibrate.model_copy(
                 update={"precision": "bfloat16" if dtype == torch.bfloat16 else "float32"}
             ),
@@ -161,6 +170,7 @@ def teach(
     """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens."""
     if teacher is None:
         config = config.model_copy(update={"loss": "cross_entropy"})
+    state = stages.out / ("distill" if teacher else f"distill-{name}")
 
     def work(out: Path) -> dict[str, Any]:
         trained = train.distill(
@@ -169,7 +179,7 @@ def teach(
             corpus,
             config,
             seed=seed,
-            work=stages.out / ("distill" if teacher else f"distill-{name}"),
+            work=state,
             out=out,
             initialize="weights" if teacher else "random",
             progress=stages.listener.progress,
@@ -179,7 +189,9 @@ def teach(
     inputs = {"pruned": stages.digest(model_files(pruned)), "data": corpus.digest}
     if teacher:
         inputs["teacher"] = stages.digest(model_files(teacher))
-    return stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed})
+    made = stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed}, state=state)
+    train.forget_states(state)
+    return made
 
 
 def measure(
@@ -187,27 +199,23 @@ def measure(
 ) -> None:
     def work(out: Path) -> dict[str, Any]:
         device = pick_device()
-        loaded = {name: load_model(path).to(device) for name, path in models.items()}
-        for name, model in loaded.items():
+        teacher = load_model(models["teacher"]).to(device)
+        texts = {prompt: {"prompt": prompt} for prompt in config.prompts}
+        for name, path in models.items():
+            model = teacher if name == "teacher" else load_model(path).to(device)
             quality = evaluate(
                 model,
                 corpus.heldout.head(config.blocks),
-                teacher=loaded["teacher"] if name != "teacher" else None,
+                teacher=None if name == "teacher" else teacher,
                 batch=config.batch,
                 progress=partial(stages.listener.progress, note=name),
             )
-            write_json(out / f"{name}.json", describe(open_checkpoint(models[name])) | quality.to_dict())
-        texts = [
-            {"prompt": prompt}
-            | {
-                name: generate(loaded[name], tokenizer, prompt, new_tokens=config.new_tokens)
-                for name in ("teacher", "pruned", "student")
-            }
-            for prompt in config.prompts
-        ]
-        write_json(out / "generations.json", texts)
+            write_json(out / f"{name}.json", describe(open_checkpoint(path)) | quality.to_dict())
+            for prompt, row in texts.items():
+                row[name] = generate(model, tokenizer, prompt, new_tokens=config.new_tokens)
+        write_json(out / "generations.json", list(texts.values()))
         if config.speed:
-            pair = {name: loaded[name] for name in ("teacher", "student")}
+            pair = {"teacher": teacher, "student": load_model(models["student"]).to(device)}
             speeds = measure_speed(pair, prompt_tokens=min(256, corpus.block_tokens))
             write_json(out / "speed.json", {name: speed.to_dict() for name, speed in speeds.items()})
         return {"models": list(models)}

@@ -12,10 +12,11 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +26,7 @@ from minitron.files import atomic_directory, digest_files, readable_os_errors, w
 from minitron.recipe import Recipe, dump_recipe
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Hears how a run goes; the command line draws it."""
 
@@ -100,10 +102,13 @@ class RunDirectory:
         *,
         inputs: Mapping[str, str],
         config: Mapping[str, Any],
+        state: Path | None = None,
     ) -> Path:
         """Run one stage unless its record says that it is done; returns its directory.
 
-        `work` fills the directory it is given and returns what the record should say of the result.
+        Args:
+            work: fills the directory it is given and returns what the record should say of the result.
+            state: where `work` keeps what it resumes from after an interruption, for the same inputs only.
         """
         path = self.out / name
         plain = {key: _plain(value) for key, value in config.items()}
@@ -111,8 +116,11 @@ class RunDirectory:
             _require_same(path, json.loads((path / "record.json").read_text()), inputs, plain)
             self.listener.stage(name, "unchanged")
             return path
+        if state is not None:
+            _require_same_start(state, {"inputs": dict(inputs), "config": plain})
         self.listener.stage(name, "running")
         started, clock = time.time(), time.monotonic()
+        _forget_peak_memory()
         with atomic_directory(path) as partial:
             result = work(partial)
             write_json(
@@ -124,7 +132,7 @@ class RunDirectory:
                     "result": result,
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "seconds": round(time.monotonic() - clock, 3),
-                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_memory_bytes": _peak_memory(),
                     "versions": versions(),
                     "hardware": hardware(),
                 },
@@ -163,6 +171,20 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def _forget_peak_memory() -> None:
+    """Start the kernel's high-water mark anew, where it lets us; else the record holds the process's peak so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, Section) else value
 
@@ -178,6 +200,16 @@ def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str],
             f"{path} was made from other inputs; changed: {', '.join(sorted(changed))}. "
             "Put them back, delete that directory and those made after it, or choose another --out"
         )
+
+
+def _require_same_start(state: Path, start: dict[str, Any]) -> None:
+    file = state / "inputs.json"
+    if file.exists():
+        _require_same(state, json.loads(file.read_text()), start["inputs"], start["config"])
+        return
+    with readable_os_errors(state):
+        state.mkdir(parents=True, exist_ok=True)
+    write_json(file, start)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

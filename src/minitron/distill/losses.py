@@ -20,7 +20,7 @@ def forward_kl(
 ) -> Float[Tensor, " tokens"]:
     """KL(teacher || student) of each token, in nats. `targets` are not used.
 
-    Paper: P1 section 2.4 and table 5; alone and at temperature 1 it is the best loss in both papers.
+    Paper: P1, "Retraining"; alone and at temperature 1 it is the best loss in both papers.
     """
     log_p = teacher_logits.log_softmax(-1)
     log_q = student_logits.log_softmax(-1)

@@ -64,7 +64,7 @@ def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_t
 
     Learning rate: 0.4 / hidden passes through the papers' 1e-4 at hidden 3072 to 4096 and through the best of a grid on
     a 260K-parameter student (8e-3 at hidden 48). Batch: a budget is worth about 600 steps (P1 ranks candidates after
-    400), each of at least 2048 and at most 9.4M tokens (P2 table 4).
+    400), each of at least 2048 and at most 9.4M tokens (P2's batch).
     """
     tokens = config.tokens or train_tokens
     batch = config.batch_blocks or max(1, round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens))
@@ -121,7 +121,7 @@ def distill(
 
     Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
 
-    Paper: P1 section 2.4, P2 section 3.2.
+    Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
     device = pick_device()
@@ -295,14 +295,16 @@ class _Store:
             break
         if self.metrics.exists():
             rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-            self.metrics.write_text("".join(line + "\n" for line in rows))
+            partial = self.metrics.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in rows))
+            partial.replace(self.metrics)
         return step
 
     def _states(self) -> list[Path]:
         return sorted(path for path in self.work.glob("state-*") if not path.name.endswith(".partial"))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -312,6 +314,12 @@ def _step_of(line: str) -> float:
 @dataclass
 class StopRequest:
     requested: bool = False
+
+
+def forget_states(work: Path) -> None:
+    """Remove the resumable states of a finished training; its metrics stay."""
+    for state in work.glob("state-*"):
+        shutil.rmtree(state)
 
 
 @contextmanager

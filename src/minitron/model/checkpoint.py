@@ -75,14 +75,10 @@ class Checkpoint:
 
         Raises: CheckpointError if it cannot be read or holds NaN or infinity.
         """
-        file = self.stored[name].file
-        try:
-            with safe_open(file, framework="pt") as reader:
-                tensor = reader.get_tensor(self.stored[name].name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: cannot read tensor {name}: {error}") from None
+        tensor = _read(self.stored[name])
         # The sum is finite unless a value is not: one pass and no mask the size of the tensor.
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            file = self.stored[name].file
             raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
         return tensor
 
@@ -129,6 +125,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         stored[architecture.embedding] = stored[architecture.head]  # tied: some exports keep only the other name
     expected = {spec.name: spec.shape(shape) for spec in architecture.specs(config, shape.layers)}
     _require_match(path, architecture, expected, stored)
+    if config.get("tie_word_embeddings") and architecture.head in stored:
+        _require_tied(path, stored[architecture.embedding], stored[architecture.head])
     return Checkpoint(path, config, architecture, shape, {name: stored[name] for name in expected})
 
 
@@ -215,15 +213,21 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
 
 
+def _read(stored: StoredTensor) -> Tensor:
+    try:
+        with safe_open(stored.file, framework="pt") as reader:
+            return reader.get_tensor(stored.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{stored.file}: cannot read tensor {stored.name}: {error}") from None
+
+
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in _weight_files(path):
-        for name, entry in _read_header(file).items():
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(
-                    f"{file}: tensor {name} is stored as {entry['dtype']}; supported are {', '.join(DTYPES)}"
-                )
-            stored[name] = StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, (dtype, shape) in _read_header(file).items():
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{file}: tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}")
+            stored[name] = StoredTensor(file, name, DTYPES[dtype], shape)
     return stored
 
 
@@ -248,8 +252,8 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _read_header(file: Path) -> dict[str, Any]:
-    """The entries of a safetensors header, after checking that the file is as long as they say."""
+def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a safetensors file, which must be as long as its header says."""
     size = file.stat().st_size
     with file.open("rb") as data:
         start = data.read(8)
@@ -260,13 +264,14 @@ def _read_header(file: Path) -> dict[str, Any]:
             )
         try:
             entries = json.loads(data.read(length))
-        except ValueError:
-            raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON") from None
-    entries.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            entries.pop("__metadata__", None)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors") from None
     if size != expected:
         raise CheckpointError(f"{file} is truncated: {size} bytes where its header says {expected}; copy it again")
-    return entries
+    return tensors
 
 
 def _require_match(
@@ -282,13 +287,22 @@ def _require_match(
             raise CheckpointError(
                 f"{path}: tensor {name} is {list(stored[name].shape)}, but by config.json it must be {list(shape)}"
             )
-    # A tied model may store its output projection a second time; transformers ignores it, and so do we.
+    # A tied model may store its output projection a second time.
     known = {*expected, architecture.head}
     strange = [name for name in stored if name not in known and not name.endswith(architecture.ignored_suffixes)]
     if strange:
         raise CheckpointError(
             f"{path}: {len(strange)} tensors are not part of the {architecture.name} family, first {strange[0]}: "
             "config.json does not describe these weights"
+        )
+
+
+def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
+    """transformers unties two tensors that are stored with different values, whatever the config says."""
+    if embedding != head and not torch.equal(_read(embedding), _read(head)):
+        raise CheckpointError(
+            f"{path}: config.json ties {head.name} to {embedding.name}, yet they are stored with different values; "
+            "set tie_word_embeddings to false if both are meant"
         )
 
 

@@ -1,6 +1,6 @@
 """One streamed pass over the calibration set that collects every sum the importance criteria need.
 
-Sites, where activations are read (P1 section 2.2):
+Sites, where activations are read (P1, "Importance Analysis"):
 
     attention_in    output of the norm before attention     [hidden]
     attention_out   input of the output projection          [heads * head_dim]
@@ -106,7 +106,7 @@ def calibrate(
         valid: False for pads, which must be on the right; None when every token is real.
         progress: called with (layers done, layers).
 
-    Paper: P1 section 2.2; the sums of all its aggregators are collected together.
+    Paper: P1, "Importance Analysis"; the sums of all its aggregators are collected together.
     """
     valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     layers = checkpoint.shape.layers

@@ -46,7 +46,7 @@ def activation_scores(statistics: Statistics, shape: Shape, sequence: Aggregate,
     input; a head is the L2 norm over its head_dim channels of the output projection's input; a kv head is the sum over
     its query heads; a hidden channel is summed over the outputs of all norms before attention and MLP.
 
-    Paper: P1 section 2.2 and table 11 (sequence mean, batch l2 is its best); Block Influence from section 2.3.
+    Paper: P1, "Importance Analysis"; sequence mean with batch l2 is the best of its ablation.
     """
 
     def channels(site: str) -> Tensor:

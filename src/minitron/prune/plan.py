@@ -27,9 +27,9 @@ class PruneConfig(Section):
     criterion: Literal["activation"] = "activation"
     """How units are scored."""
     sequence_aggregate: Aggregate = "mean"
-    """Reduction of |activation| over the tokens of a sample (P1 table 11: mean is best)."""
+    """Reduction of absolute activations over the tokens of a sample; mean is best in P1's ablation."""
     batch_aggregate: Aggregate = "l2"
-    """Reduction over samples (P1 table 11: l2 is best)."""
+    """Reduction over samples; l2 is best in P1's ablation."""
     hidden_multiple: int | None = Field(default=None, ge=1)
     """The student's hidden size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
     ffn_multiple: int | None = Field(default=None, ge=1)
@@ -102,7 +102,7 @@ def identity_plan(shape: Shape) -> Plan:
 def choose(scores: Scores, teacher: Shape, student: Shape) -> Plan:
     """Keep the highest-scored units of each dim: layers and hidden in one order, the rest layer by layer.
 
-    Query heads are ranked inside their kv group and each group keeps the same number (P1 section 2.2).
+    Query heads are ranked inside their kv group and each group keeps the same number (P1, "Importance Analysis").
 
     Raises: PlanError if the student's shape cannot be cut from the teacher's.
     """

@@ -1,4 +1,240 @@
+"""The student's README.md: a Hugging Face model card, made from the records of a run."""
+
+import math
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+
+from minitron.data import BUILTIN
+from minitron.files import readable_os_errors
+from minitron.publish.formats import (
+    RESULT_COLUMNS,
+    count,
+    duration,
+    environments,
+    hub_id,
+    result_cells,
+    share,
+    short_count,
+    source_name,
+)
+from minitron.publish.records import RunRecords, result_table
+
+# Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.
+METRICS = {
+    "lm_loss": ("lm_loss", "LM loss (nats per token)"),
+    "perplexity": ("perplexity", "Perplexity per token"),
+    "bits_per_byte": ("bits_per_byte", "Bits per byte"),
+    "kl_to_teacher": ("kl_to_teacher", "KL(teacher, student) (nats per token)"),
+    "top1_agreement": ("top1_agreement", "Top-1 agreement with the teacher"),
+}
+SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 
 
-def write_card(records) -> Path: ...
+def write_card(records: RunRecords) -> Path:
+    """Write student/README.md.
+
+    Raises: RunError if the file cannot be written.
+    """
+    path = records.path / "student" / "README.md"
+    with readable_os_errors(path):
+        path.write_text(str(make_card(records)), encoding="utf-8")
+    return path
+
+
+def make_card(records: RunRecords) -> ModelCard:
+    return ModelCard(f"---\n{metadata(records).to_yaml()}\n---\n\n{_text(records)}")
+
+
+def metadata(records: RunRecords) -> ModelCardData:
+    """What the hub reads.
+
+    There is no base_model_relation: the hub knows adapter, finetune, merge and quantized, and a cut and distilled model
+    is none of them. The tags say what it is. base_model must be a hub id, so a local teacher is named in the text only.
+    """
+    data_id = hub_id(records.recipe["data"]["source"])
+    return ModelCardData(
+        base_model=hub_id(records.recipe["model"]),
+        datasets=[data_id] if data_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["minitron", "pruning", "distillation", records.evaluations["student"]["family"]],
+        model_name=model_name(records),
+        eval_results=_eval_results(records),
+        **parent_licence(records),
+    )
+
+
+def model_name(records: RunRecords) -> str:
+    teacher = source_name(records.recipe["model"]).rpartition("/")[2]
+    return f"{teacher}-minitron-{short_count(records.evaluations['student']['parameters']['total'])}"
+
+
+def parent_licence(records: RunRecords) -> dict[str, Any]:
+    """license, license_name and license_link of a local teacher's own card, as far as it states them."""
+    readme = Path(records.recipe["model"]).expanduser() / "README.md"
+    if not readme.is_file():
+        return {}
+    try:
+        stated = metadata_load(readme) or {}
+    except (yaml.YAMLError, ValueError):  # not a card: then it states no licence that the hub could read either
+        return {}
+    return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
+
+
+def _eval_results(records: RunRecords) -> list[EvalResult]:
+    source = _heldout_source(records)
+    student = records.evaluations["student"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=hub_id(source) or "custom",
+            dataset_name=f"{source_name(source)}, held-out part" if source != BUILTIN else "Python standard library",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=student[key],
+        )
+        for key, (metric, name) in METRICS.items()
+        if student[key] is not None and math.isfinite(student[key])
+    ]
+
+
+def _heldout_source(records: RunRecords) -> str:
+    config = records.recipe["data"]
+    return config["heldout"] or config["source"]
+
+
+def _text(records: RunRecords) -> str:
+    rows = {row["model"]: row for row in result_table(records)}
+    student, teacher = rows["student"], rows["teacher"]
+    return f"""# {model_name(records)}
+
+A smaller {_parent(records)}: {count(student["total"])} parameters instead of {count(teacher["total"])}, with
+{share(student["non_embedding_share"])} of the non-embedding parameters. Its least important units were removed, and the
+remaining model was trained to give the parent's next-token distributions. The method is that of Minitron
+([arXiv:2407.14679](https://arxiv.org/abs/2407.14679), [arXiv:2408.11796](https://arxiv.org/abs/2408.11796)), in the
+implementation of `minitron` {records.stages["student"]["versions"]["minitron"]}.
+
+## Results
+
+{_results(records)}
+
+Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of held-out text. `teacher` is the parent,
+`pruned` the model before distillation, `student` this model{_scratch(records)}. KL is KL(teacher ‖ model).
+
+## Shape
+
+{_shape(records)}
+
+## How it was made
+
+{_method(records)}
+
+The recipe, complete:
+
+{_fenced(yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True), "yaml")}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or the hub id that it has been uploaded to
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer({_prompt(records)!r}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))
+```
+
+With vLLM (not tested by this run): `vllm serve PATH`.
+
+## Limits
+
+- Measured on held-out text of {_measured_on(records)} only. What the parent could do beyond such text, in other
+  languages or in long contexts was not measured and may be lost.
+- Not instruction tuned or aligned beyond its parent; pruning may have weakened what the parent had of either.
+- Expect the parent's biases and gaps.
+- {_licence_text(records)}
+
+## Provenance
+
+{_provenance(records)}
+"""
+
+
+def _parent(records: RunRecords) -> str:
+    model = records.recipe["model"]
+    return f"[{model}](https://huggingface.co/{model})" if hub_id(model) else f"`{source_name(model)}`"
+
+
+def _results(records: RunRecords) -> str:
+    head = ["model", *(f"{column.heading} ({column.unit})" for column in RESULT_COLUMNS)]
+    return _table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
+
+
+def _scratch(records: RunRecords) -> str:
+    known = "scratch" in records.evaluations
+    return ", `scratch` its shape trained from random weights on the same tokens" if known else ""
+
+
+def _shape(records: RunRecords) -> str:
+    rows = []
+    for name in ("teacher", "student"):
+        row = records.evaluations[name]
+        dims = [count(row["shape"][dim]) for dim in SHAPE_DIMS]
+        rows.append([name, *dims, count(row["kv_cache_bytes_per_token"])])
+    return _table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
+
+
+def _method(records: RunRecords) -> str:
+    statistics, student = records.stages["statistics"]["result"], records.stages["student"]
+    recipe, samples, tokens = records.recipe, count(statistics["samples"]), count(statistics["tokens"])
+    return f"""1. Scored every unit by the criterion `{recipe["prune"]["criterion"]}` on {samples} samples
+   ({tokens} tokens) of {_text_name(recipe["data"]["source"])}.
+2. Cut: {records.stages["plan"]["result"]["plan"]}.
+3. Distilled on {count(student["result"]["training"]["tokens"])} tokens of the same text with the loss
+   `{recipe["distill"]["loss"]}`, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
+
+
+def _measured_on(records: RunRecords) -> str:
+    if records.recipe["data"]["heldout"]:
+        return _text_name(records.recipe["data"]["heldout"])
+    return f"the source it was trained on ({_text_name(records.recipe['data']['source'])})"
+
+
+def _text_name(source: str) -> str:
+    return "the source text of Python's standard library" if source == BUILTIN else f"`{source_name(source)}`"
+
+
+def _licence_text(records: RunRecords) -> str:
+    stated = parent_licence(records)
+    if stated:
+        return f"Licence: {stated.get('license_name', stated.get('license'))}, the parent's, which applies to it."
+    return "Licence: the parent's applies; this card does not state it because the run did not know it."
+
+
+def _prompt(records: RunRecords) -> str:
+    return next(iter(records.recipe["evaluate"]["prompts"]), "Once upon a time")
+
+
+def _provenance(records: RunRecords) -> str:
+    """Seed, machine, software, and what went into the student."""
+    facts = {"Seed": str(records.recipe["seed"])} | environments(records.stages)
+    inputs: dict[str, str] = records.stages["student"]["inputs"]
+    facts |= {f"sha256 of the {name}": f"`{digest}`" for name, digest in inputs.items()}
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}{fence}"

@@ -3,6 +3,7 @@
 Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is a dash.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,45 +11,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Number = int | float
+
 MISSING = "–"  # noqa: RUF001 (an en dash)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
-def count(number: float) -> str:
+def count(number: Number) -> str:
     return f"{number:,.0f}"
 
 
-def short_count(number: float) -> str:
+def short_count(number: Number) -> str:
     """Three digits and a unit: 1.11M, 4.51B."""
     return _scaled(number, 1000, ("", "K", "M", "B", "T"))
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: Number) -> str:
     return _scaled(num_bytes, 1000, (" bytes", " kB", " MB", " GB", " TB"))
 
 
-def share(fraction: float) -> str:
+def share(fraction: Number) -> str:
     """Whole per cent, with more digits where a rounded 0% or 100% would be untrue."""
     return f"{fraction:.0%}" if 0.01 <= fraction <= 0.99 or fraction in (0, 1) else f"{fraction:.2%}"
 
 
-def percent(fraction: float) -> str:
+def percent(fraction: Number) -> str:
     return f"{fraction:.1%}"
 
 
-def nats(value: float) -> str:
+def nats(value: Number) -> str:
     return f"{value:.3f}"
 
 
-def perplexity(value: float) -> str:
+def perplexity(value: Number) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def ratio(value: float) -> str:
-    return f"{value:.2f} ×"
+def ratio(value: Number) -> str:
+    return f"{value:.2f} ×"  # noqa: RUF001
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: Number) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -56,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def shown(value: float | None, form: Callable[[float], str]) -> str:
+def shown(value: Number | None, form: Callable[[Number], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else MISSING
 
 
@@ -65,20 +68,20 @@ class Column:
     key: str
     heading: str
     unit: str
-    form: Callable[[float], str]
+    form: Callable[[Number], str]
 
 
 # The keys of records.result_table.
 RESULT_COLUMNS = (
     Column("total", "Parameters", "total", count),
     Column("non_embedding", "Parameters", "non-embedding", count),
-    Column("non_embedding_share", "Share", "of teacher’s non-embedding", share),  # noqa: RUF001
-    Column("lm_loss", "LM loss", "nats per token", nats),
+    Column("non_embedding_share", "Share", "non-embedding", share),
+    Column("lm_loss", "LM loss", "nats/token", nats),
     Column("perplexity", "Perplexity", "per token", perplexity),
     Column("bits_per_byte", "Bits per byte", "of text", nats),
-    Column("kl_to_teacher", "KL to teacher", "nats per token", nats),
-    Column("top1_agreement", "Top-1 agreement", "with teacher", percent),
-    Column("weight_bytes", "Weights", "on disk", size),
+    Column("kl_to_teacher", "KL to teacher", "nats/token", nats),
+    Column("top1_agreement", "Top-1", "agreement", percent),
+    Column("weight_bytes", "Weights", "all tensors", size),
 )
 
 
@@ -98,7 +101,22 @@ def source_name(source: str) -> str:
     return hub_id(source) or Path(source).name
 
 
-def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+def environments(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Hardware and software; a resumed run may have several, each with the names of its stages."""
+    groups: dict[str, list[str]] = {}
+    for name, stage in stages.items():
+        machine = stage["hardware"]
+        device = f"{machine['device']}, {machine['cores']} cores, {size(machine['memory_bytes'])} memory"
+        software = ", ".join(f"{package} {number}" for package, number in stage["versions"].items())
+        groups.setdefault(json.dumps([device, software]), []).append(name)
+    facts = {}
+    for key, names in groups.items():
+        of = "" if len(groups) == 1 else f" ({', '.join(names)})"
+        facts[f"Hardware{of}"], facts[f"Software{of}"] = json.loads(key)
+    return facts
+
+
+def _scaled(number: Number, step: int, units: tuple[str, ...]) -> str:
     for unit in units:
         if abs(number) < step * (1 - 0.0005) or unit == units[-1]:
             break

@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from minitron.publish.formats import Number
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
 MOST_POINTS = 400  # of a curve, and columns of a heat map
@@ -31,10 +29,10 @@ COLORS = {
 }
 # A heat map's pixels cannot be CSS variables: mid-tones whose opacity is the score read well on both pages.
 KEPT_RGB, REMOVED_RGB = (0.25, 0.50, 0.91), (0.88, 0.49, 0.13)
-STYLE = {
+STYLE: Any = {  # matplotlib types its keys as literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": COLORS["ink"],
     "axes.labelcolor": COLORS["ink"],
     "axes.edgecolor": COLORS["rule"],
@@ -55,7 +53,7 @@ STYLE = {
 }
 
 
-def bars(values: Mapping[str, float], unit: str, label: str) -> str:
+def bars(values: Mapping[str, Any], unit: str, label: str) -> str:
     """One horizontal bar per model, each with its value."""
     with _canvas(0.5 + 0.32 * len(values), label) as (figure, drawn):
         axes = figure.subplots()
@@ -68,7 +66,7 @@ def bars(values: Mapping[str, float], unit: str, label: str) -> str:
     return drawn[0]
 
 
-def training_curve(metrics: Sequence[Mapping[str, float]], unit: str) -> str:
+def training_curve(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
     training = [row for row in metrics if "loss" in row]
     heldout = [row for row in metrics if "heldout_loss" in row]
     label = "Line chart of the distillation loss per step: " + ", ".join(
@@ -79,23 +77,24 @@ def training_curve(metrics: Sequence[Mapping[str, float]], unit: str) -> str:
     with _canvas(2.5, label) as (figure, drawn):
         axes = figure.subplots()
         steps, losses = _thin([row["step"] for row in training]), _thin([row["loss"] for row in training])
-        axes.plot(steps, losses, color=COLORS["student"], linewidth=1.1, alpha=0.75, label="training batch")
+        axes.plot(steps, losses, color=COLORS["teacher"], linewidth=1.1, label="training batch")
         axes.plot(
             [row["step"] for row in heldout],
             [row["heldout_loss"] for row in heldout],
-            color=COLORS["pruned"],
+            color=COLORS["student"],
             marker="o",
             markersize=3.5,
             linewidth=1.4,
             label="held-out",
         )
         axes.legend(loc="upper right")
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
     return drawn[0]
 
 
-def learning_rate_curve(metrics: Sequence[Mapping[str, float]]) -> str:
+def learning_rate_curve(metrics: Sequence[Mapping[str, Any]]) -> str:
     training = [row for row in metrics if "learning_rate" in row]
     rates = [row["learning_rate"] for row in training]
     with _canvas(2.5, f"Line chart of the learning rate per step: peak {max(rates):.2g}, end {rates[-1]:.2g}") as (
@@ -105,16 +104,19 @@ def learning_rate_curve(metrics: Sequence[Mapping[str, float]]) -> str:
         axes = figure.subplots()
         axes.plot(_thin([row["step"] for row in training]), _thin(rates), color=COLORS["student"], linewidth=1.4)
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("step")
         axes.set_ylabel("learning rate")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
     return drawn[0]
 
 
-def layer_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
+def layer_scores(scores: Sequence[Number], kept: Sequence[int]) -> str:
     label = f"Bar chart of the importance of {len(scores)} layers, {len(kept)} of them kept"
     with _canvas(2.2, label) as (figure, drawn):
         axes = figure.subplots()
+        for layer in sorted(set(range(len(scores))) - set(kept)):  # whose bars are often too low to be seen
+            axes.axvspan(layer - 0.5, layer + 0.5, color=COLORS["removed"], alpha=0.18, linewidth=0)
         axes.bar(range(len(scores)), scores, width=0.7, color=_kept_colors(len(scores), kept))
         axes.grid(axis="x", visible=False)
         _whole_numbers(axes)
@@ -123,7 +125,7 @@ def layer_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
     return drawn[0]
 
 
-def hidden_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
+def hidden_scores(scores: Sequence[Number], kept: Sequence[int]) -> str:
     values, is_kept = np.asarray(scores), _mask(len(scores), kept)
     order = np.argsort(-values, kind="stable")
     ranks = _spread(len(values))
@@ -131,20 +133,22 @@ def hidden_scores(scores: Sequence[float], kept: Sequence[int]) -> str:
     label = f"Sorted importance of {len(scores)} hidden channels, {len(kept)} of them kept"
     with _canvas(2.2, label) as (figure, drawn):
         axes = figure.subplots()
+        edges = np.append(ranks, len(scores))
         for chosen, color in ((is_kept, "kept"), (~is_kept, "removed")):
-            axes.fill_between(ranks, values, where=chosen, step="post", color=COLORS[color], linewidth=0)
-        # A few channels of a large model can be hundreds of times louder than the rest.
-        if values.min() > 0 and values.max() > 20 * np.median(values):
+            axes.stairs(np.where(chosen, values, np.nan), edges, fill=True, color=COLORS[color])
+        # A few channels are often many times louder than the rest.
+        log = bool(values.min() > 0 and values.max() > 4 * np.median(values))
+        if log:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
         axes.margins(x=0)
         axes.set_xlabel("channel, by falling score")
-        axes.set_ylabel("score")
+        axes.set_ylabel("score, log scale" if log else "score")
     return drawn[0]
 
 
-def ffn_scores(scores: Sequence[Sequence[float]], kept: Mapping[int, Sequence[int]]) -> str:
+def ffn_scores(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[int]]) -> str:
     """Each layer's neurons by falling score. `kept` maps a kept layer to its kept units; other layers are gone."""
     values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
     order = np.argsort(-values, axis=1, kind="stable")
@@ -154,7 +158,7 @@ def ffn_scores(scores: Sequence[Sequence[float]], kept: Mapping[int, Sequence[in
     return _heat(values, is_kept, label, "neuron, by falling score", log=True, extent=(0, len(scores[0])))
 
 
-def head_scores(scores: Sequence[Sequence[float]], kept: Mapping[int, Sequence[int]], group: int, what: str) -> str:
+def head_scores(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[int]], group: int, what: str) -> str:
     """`group`: heads that share a kv head; groups are set apart by a line."""
     values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
     label = f"Heat map of the importance of {len(scores[0])} {what}s in each of {len(scores)} layers"
@@ -167,22 +171,23 @@ def _heat(
     label: str,
     xlabel: str,
     *,
-    extent: tuple[float, float],
+    extent: tuple[Number, Number],
     log: bool = False,
     group: int = 0,
 ) -> str:
-    """Colour says kept or removed, opacity says the score."""
+    """Colour says kept or removed, opacity says the score; on a log scale, one per cent of outliers is clipped."""
+    tails = (0.005, 0.995) if log else (0.0, 1.0)
     if log:
         positive = values[values > 0]
         values = np.log10(np.maximum(values, positive.min() if positive.size else 1.0))
-    low, high = float(values.min()), float(values.max())
+    low, high = np.quantile(values, tails)
     layers = len(values)
     with _canvas(min(6.0, max(1.7, 0.9 + 0.15 * layers)), label) as (figure, drawn):
         axes, key = figure.subplots(1, 2, width_ratios=(24, 1.4))
         for each in (axes, key):
             each.grid(False)
             each.spines[:].set_visible(False)
-        image = _tint((values - low) / ((high - low) or 1.0), kept)
+        image = _tint((values.clip(low, high) - low) / ((high - low) or 1.0), kept)
         axes.imshow(image, aspect="auto", interpolation="none", extent=(*extent, layers - 0.5, -0.5))
         for edge in range(group, values.shape[1], group) if group > 1 else ():
             axes.axvline(edge - 0.5, color=COLORS["ink"], linewidth=0.8)
@@ -197,9 +202,9 @@ def _heat(
             extent=(0, 1, 0, 1),
             origin="lower",
         )
-        marks = np.linspace(low, high, 3)
+        marks = [_short(10**mark if log else mark) for mark in np.linspace(low, high, 3)]
         key.set_xticks([])
-        key.set_yticks([0, 0.5, 1], [f"{10**mark if log else mark:.2g}" for mark in marks])
+        key.set_yticks([0, 0.5, 1], [f"≤ {marks[0]}", marks[1], f"≥ {marks[2]}"] if log else marks)
         key.yaxis.tick_right()
         key.tick_params(length=0)
     return drawn[0]
@@ -207,11 +212,11 @@ def _heat(
 
 def _tint(opacity: np.ndarray, kept: np.ndarray) -> np.ndarray:
     color = np.where(np.broadcast_to(kept, opacity.shape)[..., None], KEPT_RGB, REMOVED_RGB)
-    return np.concatenate([color, 0.08 + 0.92 * opacity[..., None]], axis=-1)
+    return np.concatenate([color, 0.12 + 0.88 * opacity[..., None]], axis=-1)
 
 
 @contextmanager
-def _canvas(height_inches: float, label: str) -> Iterator[tuple["Figure", list[str]]]:
+def _canvas(height_inches: float, label: str) -> Iterator[tuple[Any, list[str]]]:
     """A figure to draw on, in our style; its SVG is in the list when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -243,11 +248,15 @@ def _inline(svg: str, label: str) -> str:
     return re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-label="{escape(label)}">', svg, count=1).strip()
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def _short(value: Number) -> str:
+    return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.2g}"
+
+
+def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axis in (axes.xaxis, axes.yaxis) if axes.images else (axes.xaxis,):
-        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
 
 
 def _kept_colors(num_units: int, kept: Sequence[int]) -> list[str]:
@@ -258,7 +267,7 @@ def _mask(num_units: int, kept: Sequence[int]) -> np.ndarray:
     return np.isin(np.arange(num_units), np.asarray(kept, dtype=int))
 
 
-def _mask_per_layer(scores: Sequence[Sequence[Any]], kept: Mapping[int, Sequence[int]]) -> np.ndarray:
+def _mask_per_layer(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[int]]) -> np.ndarray:
     return np.stack([_mask(len(row), kept.get(layer, ())) for layer, row in enumerate(scores)])
 
 
@@ -267,6 +276,6 @@ def _spread(num_units: int) -> np.ndarray:
     return np.unique(np.linspace(0, num_units - 1, min(num_units, MOST_POINTS)).round().astype(int))
 
 
-def _thin(values: Sequence[float]) -> np.ndarray:
+def _thin(values: Sequence[Number]) -> np.ndarray:
     """Means of neighbours, so that a long curve keeps its shape in few points."""
     return np.array([part.mean() for part in np.array_split(np.asarray(values, dtype=float), MOST_POINTS) if part.size])

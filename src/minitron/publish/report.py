@@ -4,11 +4,9 @@ The page loads nothing: its style sheet and figures are inline, it has no script
 forbids both.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,8 +17,7 @@ from minitron.publish.formats import (
     RESULT_COLUMNS,
     count,
     duration,
-    hub_id,
-    percent,
+    environments,
     ratio,
     result_cells,
     share,
@@ -72,7 +69,9 @@ def render(records: RunRecords) -> str:
 
 
 def _title(records: RunRecords) -> str:
-    teacher, student = (short_count(records.evaluations[name]["parameters"]["total"]) for name in ("teacher", "student"))
+    teacher, student = (
+        short_count(records.evaluations[name]["parameters"]["total"]) for name in ("teacher", "student")
+    )
     return f"{source_name(records.recipe['model'])} ({teacher}) → student ({student})"
 
 
@@ -131,23 +130,29 @@ def results(records: RunRecords) -> str:
 
 
 def shapes(records: RunRecords) -> str:
-    dims = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
-    rows = [
-        [name, *(count(row["shape"][dim]) for dim in dims), count(row["kv_cache_bytes_per_token"])]
-        for name in ("teacher", "student")
-        if (row := records.evaluations.get(name))
-    ]
-    parts = ("embedding", "attention", "mlp", "norm")
-    counts = [
-        [name, *(count(row["parameters"][part]) for part in parts)]
-        for name in ("teacher", "student")
-        if (row := records.evaluations.get(name))
-    ]
+    teacher, student = (records.evaluations[name] for name in ("teacher", "student"))
+    sizes = [row["shape"] | {"kv_cache": row["kv_cache_bytes_per_token"]} for row in (teacher, student)]
+    parts = [row["parameters"] for row in (teacher, student)]
+    shape_head = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
+    part_head = ("embedding", "attention", "mlp", "norm")
     return _section(
         "Shape",
-        _table("Shape before and after", ["Model", *dims, ("KV cache", "bytes per token")], rows),
-        _table("Parameters by part", ["Parameters", *parts], counts),
+        _table(
+            "Shape before and after",
+            ["Model", *shape_head, ("KV cache", "bytes per token")],
+            _before_and_after((*shape_head, "kv_cache"), *sizes),
+        ),
+        _table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
+        _note(f"Weights and KV cache in {student['dtype']}, the dtype of the checkpoint."),
     )
+
+
+def _before_and_after(keys: Sequence[str], teacher: Mapping[str, int], student: Mapping[str, int]) -> list[list[str]]:
+    return [
+        ["teacher", *(count(teacher[key]) for key in keys)],
+        ["student", *(count(student[key]) for key in keys)],
+        ["kept", *(share(student[key] / teacher[key]) if teacher[key] else MISSING for key in keys)],
+    ]
 
 
 def speeds(records: RunRecords) -> str:
@@ -155,9 +160,8 @@ def speeds(records: RunRecords) -> str:
         return ""
     rows = []
     for name, speed in records.speed.items():
-        pairs = ((speed[kind], *speed[f"{kind}_range"]) for kind in ("prefill", "decode"))
-        cells = [f"{shown(mid, count)} ({shown(low, count)}–{shown(high, count)})" for mid, low, high in pairs]  # noqa: RUF001
-        rows.append([name, size(records.evaluations[name]["weight_bytes"]), *cells])
+        spreads = [_spread(speed[kind], *speed[f"{kind}_range"]) for kind in ("prefill", "decode")]
+        rows.append([name, size(records.evaluations[name]["weight_bytes"]), *spreads])
     teacher, student = records.speed["teacher"], records.speed["student"]
     weights = [records.evaluations[name]["weight_bytes"] for name in ("student", "teacher")]
     ratios = [shown(student[kind] / teacher[kind], ratio) for kind in ("prefill", "decode")]
@@ -172,12 +176,16 @@ def speeds(records: RunRecords) -> str:
     note = (
         f"Median of several rounds, slowest to fastest in brackets; one sequence, {teacher['prompt_tokens']} prompt "
         f"tokens and {teacher['new_tokens']} new tokens, in transformers on {hardware['device']} "
-        f"({hardware['threads']} CPU threads)."
+        f"(CPU threads: {hardware['threads']})."
     )
     if overlapping:
-        note += f" The ranges of {' and '.join(overlapping)} overlap: there, this measurement is weak evidence of a difference."
-    head: list[Heading] = ["Model", ("Weights", "on disk"), ("Prefill", "tokens/s"), ("Decode", "tokens/s")]
+        note += f" The ranges of {' and '.join(overlapping)} overlap: weak evidence of a difference there."
+    head: list[Heading] = ["Model", ("Weights", "all tensors"), ("Prefill", "tokens/s"), ("Decode", "tokens/s")]
     return _section("Size and speed", _table("Size and speed", head, rows), _note(note))
+
+
+def _spread(median: float, slowest: float, fastest: float) -> str:
+    return shown(median, lambda value: f"{count(value)} ({count(slowest)}–{count(fastest)})")  # noqa: RUF001
 
 
 def training(records: RunRecords) -> str:
@@ -221,7 +229,7 @@ def importance(records: RunRecords) -> str:
     }
     if group > 1:
         drawn["kv_heads"] = plots.head_scores(scores["kv_heads"], kept["kv_heads"], 0, "kv head")
-        names["kv_heads"] = ("KV heads", "Sum over the query heads of each; opacity is the score")
+        names["kv_heads"] = ("KV heads", "Opacity is the score")
     per_layer = {"ffn": " per layer", "heads": " per layer", "kv_heads": " per layer"}
     figures = [
         _figure(drawn[dim], title, f"{text}. {count(after[dim])} of {count(before[dim])} kept{per_layer.get(dim, '')}.")
@@ -241,13 +249,16 @@ def texts(records: RunRecords) -> str:
         return ""
     parts = [_note(f"Greedy continuations, at most {records.recipe['evaluate']['new_tokens']} tokens each.")]
     for row in records.generations:
-        columns = "".join(
-            f'<div class="{name}"><h4>{name}</h4><p class="text" dir="auto">{escape(row[name]) or "<i>(nothing)</i>"}</p></div>'
-            for name in MODELS
-            if name in row
+        columns = "".join(_continuation(name, row[name]) for name in MODELS if name in row)
+        parts.append(
+            f'<h3>Prompt: <code class="text">{escape(row["prompt"])}</code></h3>\n<div class="texts">{columns}</div>'
         )
-        parts.append(f'<h3>Prompt: <code class="text">{escape(row["prompt"])}</code></h3>\n<div class="texts">{columns}</div>')
     return _section("The same prompts, continued by each model", *parts)
+
+
+def _continuation(model: str, text: str) -> str:
+    shown_text = escape(text) or "<i>(nothing)</i>"
+    return f'<div class="{model}"><h4>{model}</h4><p class="text" dir="auto">{shown_text}</p></div>'
 
 
 def provenance(records: RunRecords) -> str:
@@ -266,19 +277,20 @@ def provenance(records: RunRecords) -> str:
             duration(stage["seconds"]),
             shown(_stage_tokens(records, name), count),
             size(stage["peak_memory_bytes"]),
-            ", ".join(f"{key} {digest[:12]}" for key, digest in stage["inputs"].items()),
+            ", ".join(f"{key}\N{NO-BREAK SPACE}{digest[:12]}" for key, digest in stage["inputs"].items()),
         ]
         for name, stage in records.stages.items()
     ]
     facts = {
-        "Teacher": records.recipe["model"] + (f" at {records.recipe['revision']}" if records.recipe["revision"] else ""),
+        "Teacher": records.recipe["model"]
+        + (f" at {records.recipe['revision']}" if records.recipe["revision"] else ""),
         "Data": records.recipe["data"]["source"],
         "Seed": str(records.recipe["seed"]),
     }
     recipe = yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True)
     return _section(
         "Provenance",
-        _facts(facts | _environments(records.stages)),
+        _facts(facts | environments(records.stages)),
         _table("Stages", head, rows),
         f"<details><summary>Full recipe</summary>\n<pre><code>{escape(recipe)}</code></pre></details>",
     )
@@ -296,21 +308,6 @@ def _stage_tokens(records: RunRecords, name: str) -> int | None:
         case "evaluations":
             return records.evaluations["teacher"]["tokens"]
     return None
-
-
-def _environments(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Hardware and software; a resumed run may have several, each named by its stages."""
-    groups: dict[str, list[str]] = {}
-    for name, stage in stages.items():
-        machine = stage["hardware"]
-        device = f"{machine['device']}, {machine['cores']} cores, {size(machine['memory_bytes'])} memory"
-        software = ", ".join(f"{package} {number}" for package, number in stage["versions"].items())
-        groups.setdefault(json.dumps([device, software]), []).append(name)
-    facts = {}
-    for key, names in groups.items():
-        of = "" if len(groups) == 1 else f" ({', '.join(names)})"
-        facts[f"Hardware{of}"], facts[f"Software{of}"] = json.loads(key)
-    return facts
 
 
 def _section(title: str, *parts: str) -> str:

@@ -1,0 +1,72 @@
+import re
+from pathlib import Path
+
+import example_run
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from minitron.publish.card import write_card
+from minitron.publish.formats import result_cells
+from minitron.publish.records import read_run, result_table
+
+
+def card_of(run: Path) -> ModelCard:
+    return ModelCard.load(write_card(read_run(run)))
+
+
+def test_metadata_round_trips_and_has_the_measured_values(tmp_path: Path) -> None:
+    card = card_of(example_run.write(tmp_path / "run"))
+    assert card.data.base_model == "acme/parent-3M"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"minitron", "pruning", "distillation"} <= set(card.data.tags)
+    assert "base_model_relation" not in card.data.to_dict()
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    loss, bits, kl, agreement = example_run.QUALITY["student"]
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values.pop("perplexity") == pytest.approx(44.83, abs=0.01)
+    assert values == {"lm_loss": loss, "bits_per_byte": bits, "kl_to_teacher": kl, "top1_agreement": agreement}
+
+
+def test_card_embeds_the_exact_recipe(tmp_path: Path) -> None:
+    text = card_of(example_run.write(tmp_path / "run")).text
+    match = re.search(r"^(`{3,})yaml\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)
+    assert match and yaml.safe_load(match[2]) == example_run.recipe("acme/parent-3M")
+
+
+def test_card_has_the_result_table(tmp_path: Path) -> None:
+    run = example_run.write(tmp_path / "run")
+    text = card_of(run).text
+    for row in result_table(read_run(run)):
+        assert f"| {' | '.join([row['model'], *result_cells(row)])} |" in text
+
+
+def test_a_local_teacher_is_named_but_is_no_base_model(tmp_path: Path) -> None:
+    card = card_of(example_run.write(tmp_path / "run", teacher="/models/parent-3M"))
+    assert card.data.base_model is None
+    assert "A smaller `parent-3M`" in card.text
+
+
+def test_licence_is_the_parents_where_its_card_states_one(tmp_path: Path) -> None:
+    teacher = tmp_path / "parent"
+    teacher.mkdir()
+    (teacher / "README.md").write_text("---\nlicense: other\nlicense_name: house-licence\n---\n# Parent\n")
+    card = card_of(example_run.write(tmp_path / "run", teacher=str(teacher)))
+    assert (card.data.license, card.data.license_name) == ("other", "house-licence")
+    assert "house-licence" in card.text
+
+
+@pytest.mark.parametrize("readme", [None, "# No metadata", "---\n: [broken\n---\n", "---\n- a list\n---\n"])
+def test_licence_is_left_out_where_it_is_not_known(tmp_path: Path, readme: str | None) -> None:
+    teacher = tmp_path / "parent"
+    teacher.mkdir()
+    if readme is not None:
+        (teacher / "README.md").write_text(readme)
+    card = card_of(example_run.write(tmp_path / "run", teacher=str(teacher)))
+    assert card.data.license is None
+    assert "the parent's applies" in card.text
+
+
+def test_card_works_without_scratch_and_without_speed(tmp_path: Path) -> None:
+    assert "| scratch |" not in card_of(example_run.write(tmp_path / "run", scratch=False, speed=False)).text

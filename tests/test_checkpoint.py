@@ -1,0 +1,364 @@
+"""Reading is safetensors' own reading, writing is what transformers loads, and damage is named."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from minitron.errors import CheckpointError, RunError, UnsupportedArchitecture
+from minitron.files import atomic_directory, digest_files, write_json
+from minitron.model.checkpoint import (
+    Checkpoint,
+    carried_files,
+    load_tokenizer,
+    model_files,
+    open_checkpoint,
+    resolve_model,
+    write_checkpoint,
+)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def copy(checkpoint: Checkpoint, out: Path, **options: Any) -> Path:
+    """Write the same model again."""
+    out.mkdir(exist_ok=True)
+    write_checkpoint(
+        out,
+        config=checkpoint.config,
+        tensors={name: (stored.dtype, stored.shape) for name, stored in checkpoint.stored.items()},
+        read=checkpoint.read,
+        carry_from=checkpoint.path,
+        **options,
+    )
+    return out
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_tensors(path: Path, **changes: Any) -> None:
+    """Save the single weights file again with some tensors replaced, or removed where the value is None."""
+    tensors = {name: t for name, t in (tiny.tensors(path) | changes).items() if t is not None}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def test_reading_is_safetensors_own_reading(directory: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    expected = tiny.tensors(directory)
+    assert checkpoint.stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert checkpoint.read(name).dtype == checkpoint.stored[name].dtype == tensor.dtype
+        assert torch.equal(checkpoint.read(name), tensor)
+    assert checkpoint.weight_bytes == sum(tensor.nbytes for tensor in expected.values())
+    assert checkpoint.dtype == expected[EMBEDDING].dtype
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 20_000, 10**9])
+def test_what_is_written_is_what_transformers_loads(directory: Path, tmp_path: Path, shard_bytes: int) -> None:
+    checkpoint = open_checkpoint(directory)
+    out = copy(checkpoint, tmp_path / "copy", shard_bytes=shard_bytes)
+    files = list(out.glob("*.safetensors"))
+    assert len(files) == {1: len(checkpoint.stored), 10**9: 1}.get(shard_bytes, len(files))
+    assert (out / "model.safetensors.index.json").exists() == (len(files) > 1)
+    before, after = (tiny.model(path, checkpoint.dtype).state_dict() for path in (directory, out))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert open_checkpoint(out).config == checkpoint.config
+
+
+def test_the_index_names_the_shard_of_every_tensor(llama: Path, tmp_path: Path) -> None:
+    out = copy(open_checkpoint(llama), tmp_path / "copy", shard_bytes=20_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    stored = open_checkpoint(out).stored
+    assert index["weight_map"] == {name: stored[name].file.name for name in stored}
+    assert index["metadata"]["total_size"] == open_checkpoint(out).weight_bytes
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both"])
+def test_a_tied_model_reads_alike_whichever_name_it_is_stored_under(tmp_path: Path, stored: str) -> None:
+    path = tiny.checkpoint("llama-tied", tmp_path / "tied")
+    embedding = tiny.tensors(path)[EMBEDDING]
+    changes = {"embedding": {}, "head": {EMBEDDING: None, HEAD: embedding}, "both": {HEAD: embedding.clone()}}[stored]
+    change_tensors(path, **changes)
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.read(EMBEDDING), embedding)
+    assert checkpoint.head == EMBEDDING and HEAD not in checkpoint.stored
+    assert checkpoint.parameters.total == sum(p.numel() for p in tiny.model(path).parameters())
+    copied = tiny.model(copy(checkpoint, tmp_path / "copy"))
+    assert torch.equal(tiny.logits(copied, tiny.tokens(1, 5)), tiny.logits(tiny.model(path), tiny.tokens(1, 5)))
+
+
+def test_the_head_of_an_untied_model_is_its_own(llama: Path) -> None:
+    assert open_checkpoint(llama).head == HEAD
+
+
+def test_rotary_tables_of_old_exports_are_ignored(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "old")
+    change_tensors(path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_checkpoint(path).stored
+
+
+def test_tokenizer_and_licence_travel_and_nothing_else_does(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "teacher")
+    tokenizer = tiny.tokenizer(path, adds_bos=True)
+    carried = {"generation_config.json", "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.model"}
+    for name in (*carried, "README.md", "training_args.bin", "model.py"):
+        (path / name).write_text("{}")
+    carried |= {"tokenizer.json", "tokenizer_config.json"}
+    out = copy(open_checkpoint(path), tmp_path / "copy")
+    assert {file.name for file in carried_files(path)} == carried
+    assert {file.name for file in out.iterdir()} == carried | {"config.json", "model.safetensors"}
+    assert all((out / name).read_bytes() == (path / name).read_bytes() for name in carried)
+    assert load_tokenizer(out)("the plain").input_ids == tokenizer("the plain").input_ids
+
+
+def test_model_digest_depends_on_weights_and_config_but_not_on_notes(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+
+    def digest() -> str:
+        return digest_files(model_files(path), {})
+
+    before = digest()
+    (path / "README.md").write_text("notes")
+    assert digest() == before
+    change_config(path, use_cache=False)
+    changed = digest()
+    change_tensors(path, **{EMBEDDING: torch.zeros(320, 32)})
+    assert len({before, changed, digest()}) == 3
+
+
+# --- damaged directories ---------------------------------------------------------------------------------------------
+
+
+def _cut_short(path: Path) -> None:
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def _header(content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / "model.safetensors").write_bytes(content) and None
+
+
+def _pickle_only(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def _untie(path: Path) -> None:
+    change_config(path, tie_word_embeddings=True)  # yet both tensors are there, and differ
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda p: (p / "config.json").unlink(), "is not a model directory: it has no config.json"),
+    "config no JSON": (lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
+    "config a list": (lambda p: (p / "config.json").write_text("[]"), "config.json must be a JSON object"),
+    "no model type": (lambda p: change_config(p, model_type=None), "has no model_type"),
+    "unknown family": (
+        lambda p: change_config(p, model_type="mixtral"),
+        "model_type 'mixtral' is not supported; did you mean 'mistral'. Available: llama, mistral",
+    ),
+    "strange family": (lambda p: change_config(p, model_type="gpt2"), "'gpt2' is not supported; Available: llama"),
+    "quantized": (lambda p: change_config(p, quantization_config={"bits": 4}), "holds quantized weights; cut the original"),
+    "size missing": (lambda p: change_config(p, hidden_size=None), "hidden_size is None; it must be a positive integer"),
+    "size negative": (lambda p: change_config(p, vocab_size=-1), "vocab_size is -1"),
+    "unequal groups": (lambda p: change_config(p, num_key_value_heads=3), "8 heads cannot share 3 kv_heads equally"),
+    "other ffn": (
+        lambda p: change_config(p, intermediate_size=41),
+        r"layers.0.mlp.gate_proj.weight is \[40, 32\], but by config.json it must be \[41, 32\]",
+    ),
+    "more layers": (
+        lambda p: change_config(p, num_hidden_layers=5),
+        "config.json promises 48 tensors, 9 are missing, first model.layers.4",
+    ),
+    "fewer layers": (
+        lambda p: change_config(p, num_hidden_layers=3),
+        "9 tensors are not part of the llama family, first model.layers.3",
+    ),
+    "biases": (lambda p: change_config(p, mlp_bias=True), "promises 51 tensors, 12 are missing, first .*proj.bias"),
+    "tied but different": (_untie, "ties .*lm_head.weight .* are stored with different values"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
+    "pickle only": (_pickle_only, r"has only pickled weights \(pytorch_model.bin\), which can run code"),
+    "truncated": (_cut_short, r"model.safetensors is truncated: \d+ bytes where its header says \d+; copy it again"),
+    "empty file": (_header(b""), "is truncated or no safetensors file"),
+    "short file": (_header(b"abc"), "is truncated or no safetensors file"),
+    "text file": (_header(b"version https://git-lfs.github.com/spec/v1"), "is truncated or no safetensors file"),
+    "header no JSON": (_header(b"\x04\0\0\0\0\0\0\0{{{{"), "is not a safetensors file"),
+    "header no text": (_header(b"\x04\0\0\0\0\0\0\0\xff\xfe\xff\xfe"), "is not a safetensors file"),
+    "header a list": (_header(b"\x02\0\0\0\0\0\0\0[]"), "is not a safetensors file"),
+    "header of numbers": (_header(b"\x07\0\0\0\0\0\0\0" + b'{"a":1}'), "is not a safetensors file"),
+    "header without offsets": (_header(b"\x08\0\0\0\0\0\0\0" + b'{"a":{}}'), "is not a safetensors file"),
+    "integers": (
+        lambda p: change_tensors(p, **{EMBEDDING: torch.ones(320, 32, dtype=torch.int8)}),
+        "embed_tokens.weight is stored as I8; supported are F32, F16, BF16",
+    ),
+    "index no JSON": (
+        lambda p: (p / "model.safetensors.index.json").write_text("{}"),
+        "index.json is not a safetensors index",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named_when_the_directory_is_opened(
+    tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    open_checkpoint(path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+
+
+def test_an_unknown_family_is_an_error_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "lama"}')
+    with pytest.raises(UnsupportedArchitecture, match="did you mean 'llama'"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_shards_are_listed(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama-sharded", tmp_path / "model")
+    first, second, *others = sorted(path.glob("*.safetensors"))
+    first.unlink(), second.unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks 2 of {2 + len(others)} shards: {first.name}, {second.name}"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_refused_on_reading(tmp_path: Path, value: float) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    damaged = tiny.tensors(path)[EMBEDDING]
+    damaged[7, 3] = value
+    change_tensors(path, **{EMBEDDING: damaged})
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {EMBEDDING} holds NaN or infinity"):
+        open_checkpoint(path).read(EMBEDDING)
+
+
+def test_large_but_finite_values_are_read(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    change_tensors(path, **{EMBEDDING: torch.full((320, 32), 3e38)})
+    assert open_checkpoint(path).read(EMBEDDING).max() == torch.tensor(3e38)
+
+
+def test_a_file_that_vanishes_while_open_is_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint("llama", tmp_path / "model"))
+    (checkpoint.path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"model.safetensors: cannot read tensor {EMBEDDING}"):
+        checkpoint.read(EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "model directory ./nowhere does not exist"),
+        ("a/b/c", "model directory a/b/c does not exist"),
+        ("{here}/file", "file is a file; give the model's directory or a hub id"),
+        ("nobody/nothing", "'nobody/nothing' is neither a local directory nor a hub model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(model.format(here=tmp_path))
+
+
+def test_a_local_model_resolves_to_itself(llama: Path) -> None:
+    assert resolve_model(str(llama)) == llama
+
+
+def test_a_directory_without_tokenizer_says_so(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can load"):
+        load_tokenizer(llama)
+
+
+# --- directories that appear whole or not at all -----------------------------------------------------------------------
+
+
+def test_an_atomic_directory_appears_at_the_end_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic_directory(tmp_path / "deep" / "out", replace=True) as partial:
+            (partial / content).write_text(content)
+            assert not (tmp_path / "deep" / "out" / content).exists()
+        assert [file.name for file in (tmp_path / "deep" / "out").iterdir()] == [content]
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_directory_and_no_part_of_the_new(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(error), atomic_directory(tmp_path / "out", replace=True) as partial:
+        (partial / "new").write_text("new")
+        raise error
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_directory_that_holds_something_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "first").write_text("first")
+    with (
+        pytest.raises(RunError, match="out exists and is not empty; remove it, or choose another --out"),
+        atomic_directory(tmp_path / "out"),
+    ):
+        pass
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "half").write_text("half")
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "new").write_text("new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("file", "file is a file; the output must be a directory"), ("file/out", "cannot write .*/file/out")]
+)
+def test_an_output_that_is_or_lies_under_a_file_is_refused(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(RunError, match=message), atomic_directory(tmp_path / out):
+        pass
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(llama: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="cannot write .*/out: No space left on device; free some space") as raised,
+        atomic_directory(tmp_path / "out") as partial,
+    ):
+        (partial / "model.safetensors").symlink_to("/dev/full")
+        copy(open_checkpoint(llama), partial)
+    assert isinstance(raised.value.__cause__, OSError) and raised.value.__cause__.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "record.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "record.json", {"a": {1, 2}})
+    assert json.loads((tmp_path / "record.json").read_text()) == {"a": 1}
+
+
+def test_digests_are_read_once_and_again_after_a_change(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    cache: dict[str, Any] = {}
+    before = digest_files([tmp_path / "a"], cache)
+    remembered = json.loads(json.dumps(cache))
+    assert digest_files([tmp_path / "a"], remembered) == before and remembered == cache
+    shutil.copyfile(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").write_text("two, longer")
+    assert digest_files([tmp_path / "a"], cache) != before

@@ -1,0 +1,315 @@
+"""Text becomes token blocks: nothing lost, nothing shared between the splits, errors that name the file."""
+
+import json
+import os
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from minitron.data import (
+    Corpus,
+    DataConfig,
+    batch_rows,
+    builtin_documents,
+    is_heldout,
+    open_corpus,
+    prepare,
+    read_documents,
+    source_digest,
+)
+from minitron.errors import DataError
+
+BLOCK = 8
+VOCAB = tiny.SIZES["vocab_size"]
+# Each document is one character over and over, which no merge of the tokenizer joins: its tokens tell its name.
+LETTERS = [letter for letter in string.ascii_uppercase + string.digits if letter not in "UW"]
+NAMED = [letter * (9 + index) for index, letter in enumerate(LETTERS)]
+MULTIBYTE = ["café  über 漢字 🙂 ", "\n\nthe rain in the plain\n", "naïve 🙂🙂 tail\t ", "  " * 20, "plain"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["eos_only", "adds_bos"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=request.param)
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny.tokenizer(tmp_path_factory.mktemp("simple"))
+
+
+def write_rows(path: Path, texts: list[str], field: str = "text") -> Path:
+    """A .jsonl or .parquet file with one document a row."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path)
+    else:
+        path.write_text("\n".join(json.dumps({field: text}) for text in texts))
+    return path
+
+
+def prepared(source: Path | str, tokenizer: Any, out: Path, *, block: int = BLOCK, **config: Any) -> Corpus:
+    out.mkdir(exist_ok=True)
+    settings = DataConfig(source=str(source), **config)
+    return prepare(settings, tokenizer, vocab=VOCAB, block_tokens=block, out=out)
+
+
+def stream(corpus: Corpus, name: str) -> np.ndarray:
+    """A whole stream, with the incomplete last block."""
+    return np.fromfile(corpus.path / f"{name}.bin", dtype=corpus.dtype if name != "heldout_bytes" else "uint16")
+
+
+def texts(source: Path | str, **config: Any) -> list[str]:
+    return [document.text for document in read_documents(str(source), DataConfig(**config))]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_are_documents_in_order(tmp_path: Path, name: str) -> None:
+    rows = [text for text in MULTIBYTE if text.strip()]
+    assert texts(write_rows(tmp_path / name, MULTIBYTE)) == rows
+    assert texts(write_rows(tmp_path / name, MULTIBYTE, field="body"), text_field="body") == rows
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.md"])
+def test_a_short_text_file_is_one_document(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("".join(MULTIBYTE))
+    assert texts(tmp_path / name) == ["".join(MULTIBYTE)]
+
+
+def test_a_directory_is_its_text_files_in_order_of_name(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c.txt").write_text("third")
+    (tmp_path / "a.md").write_text("first")
+    write_rows(tmp_path / "b" / "rows.jsonl", ["second"])
+    (tmp_path / "image.png").write_bytes(b"\x00\xff")
+    assert texts(tmp_path) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("gap", ["\n\n", "\n", "\n\n\n\n"])
+def test_a_long_text_file_is_cut_into_sections_with_nothing_lost(tmp_path: Path, gap: str) -> None:
+    text = gap.join(f"line {number} " + "x" * (number % 90) for number in range(400))
+    (tmp_path / "long.txt").write_text(text)
+    sections = texts(tmp_path / "long.txt", max_document_chars=256)
+    assert len(sections) > 10
+    assert "\n".join(sections) == text  # the line end at each cut is all that goes
+    assert all(256 <= len(section) < 3 * 256 for section in sections[:-1])
+
+
+def test_text_without_line_ends_stays_whole(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("x" * 10_000)
+    assert texts(tmp_path / "long.txt", max_document_chars=256) == ["x" * 10_000]
+
+
+def test_builtin_text_is_the_standard_library_without_tests() -> None:
+    sources = {document.key: document.text for document in builtin_documents()}
+    assert sources["json/__init__.py"] == Path(json.__file__).read_text()
+    assert not [key for key in sources if {"test", "tests", "site-packages"} & set(key.split("/"))]
+    assert sources.keys().isdisjoint(document.key for document in builtin_documents(tests=True))
+
+
+def test_builtin_text_can_be_prepared(simple: Any, tmp_path: Path) -> None:
+    corpus = prepared("builtin", simple, tmp_path, max_tokens=1, heldout_fraction=0.3)
+    assert corpus.train_documents > 1 and corpus.heldout_documents >= 1
+
+
+# --- splitting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [1e-12, 0.05, 0.4])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_heldout_shares_no_document_with_training(tokenizer: Any, tmp_path: Path, fraction: float, repeats: int) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED * repeats)
+    corpus = prepared(source, tokenizer, tmp_path / "out", heldout_fraction=fraction)
+    names = {name: set(tokenizer.convert_ids_to_tokens(stream(corpus, name).tolist())) for name in ("train", "heldout")}
+    names = {name: {token for token in tokens if token not in ("<s>", "</s>")} for name, tokens in names.items()}
+    assert names["train"] | names["heldout"] == set(LETTERS)
+    assert names["train"].isdisjoint(names["heldout"])
+    assert len(names["heldout"]) * repeats == corpus.heldout_documents >= 1
+    assert corpus.train_documents + corpus.heldout_documents == len(NAMED) * repeats
+
+
+def test_the_split_is_by_hash_of_each_document(simple: Any, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    held = [d.text[0] for d in read_documents(str(source), DataConfig()) if is_heldout(d, 0.3)]
+    corpus = prepared(source, simple, tmp_path / "out", heldout_fraction=0.3)
+    assert set(simple.convert_ids_to_tokens(stream(corpus, "heldout").tolist())) == {*held, "</s>"}
+    assert 0.1 < len(held) / len(NAMED) < 0.5
+
+
+def test_a_heldout_source_is_held_out_whole(simple: Any, tmp_path: Path) -> None:
+    train, heldout = write_rows(tmp_path / "a.jsonl", NAMED[:8]), write_rows(tmp_path / "b.parquet", NAMED[8:11])
+    corpus = prepared(train, simple, tmp_path / "out", heldout=str(heldout))
+    assert (corpus.train_documents, corpus.heldout_documents) == (8, 3)
+    assert set(simple.convert_ids_to_tokens(stream(corpus, "heldout").tolist())) == {*LETTERS[8:11], "</s>"}
+
+
+# --- tokenizing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["auto", "bos", "eos", "both", "none"])
+def test_delimiters_stand_around_each_document(tokenizer: Any, tmp_path: Path, choice: Any) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    options: dict[str, Any] = {"delimiter": choice, "heldout": str(source)}
+    if tokenizer.bos_token is None and choice in ("bos", "both"):
+        with pytest.raises(DataError, match=f"data.delimiter is '{choice}' but the tokenizer has no bos token"):
+            prepared(source, tokenizer, tmp_path / "out", **options)
+        return
+    corpus = prepared(source, tokenizer, tmp_path / "out", **options)
+    resolved = choice if choice != "auto" else "eos" if tokenizer.bos_token is None else "bos"
+    assert corpus.delimiter == resolved
+    before = [tokenizer.bos_token_id] if resolved in ("bos", "both") else []
+    after = [tokenizer.eos_token_id] if resolved in ("eos", "both") else []
+    expected: list[int] = []
+    for text in NAMED:
+        expected += before + tokenizer.encode(text, add_special_tokens=False) + after
+    assert stream(corpus, "train").tolist() == stream(corpus, "heldout").tolist() == expected
+
+
+def test_blocks_are_consecutive_windows_without_the_incomplete_last(simple: Any, tmp_path: Path) -> None:
+    corpus = prepared(write_rows(tmp_path / "rows.jsonl", NAMED), simple, tmp_path / "out")
+    assert corpus.train_tokens == len(stream(corpus, "train")) and corpus.train_tokens % BLOCK
+    whole = len(corpus.train) * BLOCK
+    assert corpus.train_tokens - BLOCK < whole <= corpus.train_tokens
+    assert corpus.train.select(np.arange(len(corpus.train))).flatten().tolist() == stream(corpus, "train")[:whole].tolist()
+    assert np.array_equal(corpus.heldout.head(1).tokens, corpus.heldout.tokens[:1])
+    assert len(corpus.heldout.head(None)) == len(corpus.heldout)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.75, 1e-12], ids=["own source", "by hash", "lowest hash"])
+def test_heldout_bytes_are_the_utf8_length_of_the_heldout_documents(
+    tokenizer: Any, tmp_path: Path, fraction: float | None
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", MULTIBYTE * 2)
+    options = {"heldout": str(source)} if fraction is None else {"heldout_fraction": fraction}
+    corpus = prepared(source, tokenizer, tmp_path / "out", **options)
+    counts, ids = stream(corpus, "heldout_bytes"), stream(corpus, "heldout")
+    assert len(counts) == len(ids) == corpus.heldout_tokens > 0
+    assert counts.sum() == len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    assert not counts[np.isin(ids, tokenizer.all_special_ids)].any()
+
+
+def test_a_corpus_reopens_as_it_was_written(simple: Any, tmp_path: Path) -> None:
+    corpus = prepared(write_rows(tmp_path / "rows.jsonl", NAMED), simple, tmp_path / "out")
+    assert open_corpus(tmp_path / "out") == corpus
+    with pytest.raises(DataError, match="is not a prepared corpus: it has no corpus.json"):
+        open_corpus(tmp_path)
+
+
+# --- serving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_blocks", "batch"), [(10, 3), (7, 7), (4, 9), (1, 2)])
+def test_every_pass_serves_each_block_once_and_steps_straddle_passes(num_blocks: int, batch: int) -> None:
+    rows = np.concatenate([batch_rows(num_blocks, seed=1, step=step, batch=batch) for step in range(num_blocks)])
+    passes = rows.reshape(batch, num_blocks)
+    assert all(sorted(order) == list(range(num_blocks)) for order in passes.tolist())
+    assert num_blocks < 4 or len({tuple(order) for order in passes.tolist()}) > 1
+
+
+def test_batch_rows_is_a_pure_function_of_seed_and_step() -> None:
+    def rows(**changes: int) -> list[int]:
+        return batch_rows(50, **{"seed": 3, "step": 7, "batch": 4, **changes}).tolist()
+
+    assert rows() == rows()
+    assert rows() != rows(seed=4) and rows() != rows(step=8)
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def test_digests_change_with_the_text_and_only_with_it(simple: Any, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+
+    def digests(**options: Any) -> tuple[str, str]:
+        corpus = prepared(source, simple, tmp_path / "out", **options)
+        return corpus.digest, source_digest(DataConfig(source=str(source)))
+
+    before = digests()
+    os.utime(source, (0, 0))
+    assert digests() == before
+    assert digests(block=16)[0] != before[0]
+    write_rows(source, [*NAMED[:-1], NAMED[-1] + "!"])
+    after = digests()
+    assert after[0] != before[0] and after[1] != before[1]
+
+
+def test_source_digest_sees_a_changed_file_in_a_directory_and_the_heldout_source(tmp_path: Path) -> None:
+    config = DataConfig(source=str(tmp_path / "train"), heldout=str(tmp_path / "heldout.txt"))
+    (tmp_path / "train").mkdir()
+    seen = set()
+    for name, text in (("train/a.txt", "a"), ("heldout.txt", "b"), ("train/a.txt", "c"), ("train/d.md", "d")):
+        (tmp_path / name).write_text(text)
+        seen.add(source_digest(config))
+    assert len(seen) == 4
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+LONG = "words and words\n" * 40
+BAD_FILES: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("a.txt", b"", "holds no text: every document in it is empty"),
+    "blank": ("a.md", b" \n\n ", "holds no text"),
+    "binary": ("a.txt", b"ab\x00cd", "a.txt is binary: it holds a NUL character at position 2"),
+    "latin-1 text": ("a.txt", "café".encode("latin-1"), r"a.txt is not UTF-8 text \(byte 3\)"),
+    "latin-1 rows": ("a.jsonl", '{"text": "café"}'.encode("latin-1"), "a.jsonl is not UTF-8 text"),
+    "not JSON": ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+    "no object": ("a.jsonl", b'["text"]', "line 1: a row must be a JSON object, not list"),
+    "no field": ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1: no field 'text' \(data.text_field\); it has body, id"),
+    "no text": ("a.jsonl", b'{"text": 7}', "line 1: field 'text' holds int, not text"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}', "line 1: field 'text' .* surrogate"),
+    "no parquet": ("a.parquet", b"PAR0", "a.parquet is not a readable Parquet file"),
+    "suffix": ("a.csv", b"a,b", "a.csv has the suffix '.csv'; data files end in .txt, .md, .jsonl, .parquet"),
+    "single document": ("a.txt", LONG.encode(), "is a single document, so nothing can be held out"),
+    "one document twice": ("a.jsonl", (json.dumps({"text": LONG}) + "\n").encode() * 2, "is a single document"),
+    "short": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}', "train part of .* has 2 tokens, fewer than one block of 8"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_unusable_files_are_refused_with_a_reason(
+    simple: Any, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path / name, simple, tmp_path / "out")
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.parquet", NAMED, field="body")
+    with pytest.raises(DataError, match=r"rows.parquet has no column 'text' \(data.text_field\); it has id, body"):
+        texts(source)
+
+
+BAD_SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "missing file": (lambda path: f"{path}/nothing.txt", "does not exist; give a file, a directory"),
+    "missing directory": (lambda path: "./nothing", "'./nothing' does not exist"),
+    "directory without text": (lambda path: str(path), "holds no .txt, .md, .jsonl, .parquet file"),
+    "unknown dataset": (lambda path: "nobody/nothing", "'nobody/nothing' is neither a local path nor a readable hub"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_missing_sources_are_named(tmp_path: Path, source: Callable[[Path], str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        texts(source(tmp_path))
+
+
+def test_a_heldout_part_shorter_than_a_block_names_the_way_out(simple: Any, tmp_path: Path) -> None:
+    train, heldout = write_rows(tmp_path / "a.jsonl", NAMED), write_rows(tmp_path / "b.jsonl", ["ab"])
+    with pytest.raises(DataError, match="heldout part of .* fewer than one block of 8: raise data.heldout_fraction"):
+        prepared(train, simple, tmp_path / "out", heldout=str(heldout))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(simple: Any, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    with pytest.raises(DataError, match=f"tokenizer has {len(simple)} tokens but the model's vocabulary only 100"):
+        prepare(DataConfig(source=str(source)), simple, vocab=100, block_tokens=BLOCK, out=tmp_path)

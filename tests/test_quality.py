@@ -1,0 +1,117 @@
+"""Quality is what a naive float64 loop over transformers' logits finds."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import tiny
+import torch
+
+from minitron.data import Blocks, Corpus
+from minitron.evaluate import quality
+from minitron.evaluate.quality import Evaluation, evaluate
+
+VARIANTS = ["llama", "llama-tied", "mistral-window"]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Corpus]:
+    """A model, a teacher that differs from it a little, and held-out text."""
+    path = tmp_path_factory.mktemp("pair")
+    directory = small.teacher(path / "teacher", request.param)
+    teacher, model = tiny.model(directory), tiny.model(directory)
+    tiny.randomize(teacher, seed=1)
+    with torch.no_grad():
+        for one, other in zip(model.parameters(), teacher.parameters(), strict=True):
+            one.mul_(0.1).add_(0.9 * other)
+    return model, teacher, small.corpus(path / "corpus", directory)
+
+
+@torch.no_grad()
+def by_loop(model: Any, teacher: Any, blocks: Blocks) -> Evaluation:
+    """Block by block and token by token, in float64."""
+    model_logits, teacher_logits = (
+        tiny.logits(of, torch.from_numpy(blocks.select(slice(None)))).double() for of in (model, teacher)
+    )
+    nats, kl, agreeing, count = 0.0, 0.0, 0, 0
+    for block, tokens in enumerate(blocks.select(slice(None))):
+        for position in range(len(tokens) - 1):
+            q, p = model_logits[block, position].softmax(0), teacher_logits[block, position].softmax(0)
+            nats -= math.log(q[tokens[position + 1]])
+            kl += float((p * (p.log() - q.log())).sum())
+            agreeing += int(q.argmax() == p.argmax())
+            count += 1
+    text_bytes = int(blocks.bytes[:, 1:].sum())
+    return Evaluation(
+        lm_loss=nats / count,
+        perplexity=math.exp(nats / count),
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        kl_to_teacher=kl / count,
+        top1_agreement=agreeing / count,
+        tokens=count,
+    )
+
+
+def test_every_number_is_that_of_a_naive_loop(pair: tuple[Any, Any, Corpus]) -> None:
+    model, teacher, corpus = pair
+    blocks = corpus.heldout.head(12)
+    expected = by_loop(model, teacher, blocks)
+    assert evaluate(model, blocks, teacher=teacher).to_dict() == pytest.approx(expected.to_dict(), rel=1e-5)
+    assert expected.kl_to_teacher > 0.01 and 0.1 < expected.top1_agreement < 1
+
+
+def test_bits_per_byte_are_of_the_text_behind_the_tokens(pair: tuple[Any, Any, Corpus], tmp_path: Path) -> None:
+    model, _, corpus = pair
+    tokenizer = tiny.tokenizer(tmp_path)
+    predicted = corpus.heldout.select(slice(None))[:, 1:]
+    # The text is ASCII, so every token decodes by itself.
+    text_bytes = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in predicted)
+    found = evaluate(model, corpus.heldout)
+    assert found.tokens == predicted.size
+    assert found.bits_per_byte == pytest.approx(found.lm_loss * predicted.size / (math.log(2) * text_bytes), rel=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(1, None), (3, None), (64, None), (8, 7), (5, 1)])
+def test_batches_and_chunks_do_not_matter(
+    pair: tuple[Any, Any, Corpus], batch: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, teacher, corpus = pair
+    blocks = corpus.heldout.head(10)
+    expected = evaluate(model, blocks, teacher=teacher).to_dict()
+    if chunk:
+        monkeypatch.setattr(quality, "chunk_tokens", lambda vocab: chunk)
+    assert evaluate(model, blocks, teacher=teacher, batch=batch).to_dict() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_agrees_with_itself(pair: tuple[Any, Any, Corpus]) -> None:
+    model, _, corpus = pair
+    found = evaluate(model, corpus.heldout, teacher=model)
+    assert (found.kl_to_teacher, found.top1_agreement) == (0.0, 1.0)
+
+
+def test_what_is_not_known_is_left_out(pair: tuple[Any, Any, Corpus]) -> None:
+    model, _, corpus = pair
+    blocks = corpus.train.head(3)
+    found = evaluate(model, blocks)
+    assert (found.bits_per_byte, found.kl_to_teacher, found.top1_agreement) == (None, None, None)
+    assert found.tokens == blocks.tokens.size - 3
+
+
+def test_a_bfloat16_model_has_the_numbers_of_its_weights(pair: tuple[Any, Any, Corpus]) -> None:
+    model, teacher, corpus = pair
+    low, guide = (tiny.model(Path(of.name_or_path), torch.bfloat16) for of in (model, teacher))
+    for rounded, full in ((low, model), (guide, teacher)):
+        rounded.load_state_dict(full.state_dict())
+    expected = evaluate(model, corpus.heldout, teacher=teacher)
+    found = evaluate(low, corpus.heldout, teacher=guide)
+    assert found.lm_loss == pytest.approx(expected.lm_loss, rel=0.01)
+    assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=0.1)
+
+
+def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:
+    model, _, corpus = pair
+    seen: list[tuple[int, int]] = []
+    evaluate(model, corpus.heldout.head(7), batch=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 7), (6, 7), (7, 7)]

@@ -1,0 +1,159 @@
+import dataclasses
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from pathlib import Path
+
+import example_run
+import numpy as np
+import pytest
+
+from minitron.publish.formats import duration, environments, hub_id, result_cells, share, short_count, size, source_name
+from minitron.publish.records import read_run, result_table
+from minitron.publish.report import headline, render, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return example_run.write(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(read_run(run)).read_text()
+
+
+def test_report_loads_nothing_and_runs_nothing(page: str) -> None:
+    references = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"')\s>]+)""", page.partition("<body>")[2])
+    assert references
+    assert {ref[:1] for ref in references if not ref.startswith("data:image/png;base64,")} <= {"#"}
+    assert "@import" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+
+
+def test_report_has_every_number_of_the_result_table(run: Path, page: str) -> None:
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", unescape(page))]
+    for row in result_table(read_run(run)):
+        assert [row["model"], *result_cells(row)] in rows
+    assert ["student", "1,697,616", "1,107,792", "47%", "3.803", "44.83", "1.433", "2.233", "35.5%", "6.79 MB"] in rows
+
+
+def test_headline_says_who_what_and_how_far_in_one_sentence(run: Path) -> None:
+    assert headline(read_run(run)) == (
+        "acme/parent-3M was cut to 47% of its non-embedding parameters (2,361,792 → 1,107,792); the KL divergence to "
+        "it on held-out text is 3.73 nats per token after pruning and 2.23 after distillation on 2,560 tokens."
+    )
+
+
+def test_generated_text_is_shown_as_text(page: str) -> None:
+    assert escape(example_run.HOSTILE) in page
+    assert "<script>alert" not in page
+    assert "x):\n\treturn 1" in page
+
+
+def test_report_works_without_scratch_and_without_speed(tmp_path: Path) -> None:
+    page = render(read_run(example_run.write(tmp_path / "run", scratch=False, speed=False)))
+    assert "scratch" not in page.partition("<body>")[2].replace("scratch_baseline", "")
+    assert "Size and speed" not in page
+
+
+def test_report_works_without_scores_and_metrics(run: Path) -> None:
+    page = render(dataclasses.replace(read_run(run), scores={}, plan={}, metrics=[], generations=[]))
+    assert "Importance" not in page
+
+
+def test_unmeasured_speed_is_a_dash(page: str) -> None:
+    assert not re.search(r"\bnan\b", page)
+    assert "<td>1.90 ×</td><td>–</td>" in page  # noqa: RUF001
+
+
+def test_equal_records_give_equal_bytes(run: Path, page: str) -> None:
+    assert write_report(read_run(run)).read_text() == page
+
+
+def test_ids_are_unique_and_every_reference_has_one(page: str) -> None:
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"""(?:href="|url\()#([\w-]+)""", page)) == set(ids)
+
+
+def test_every_figure_has_a_description(page: str) -> None:
+    assert page.count("<figure>") == page.count('role="img" aria-label="') == 9
+
+
+def test_report_of_a_large_model_stays_small(run: Path) -> None:
+    records = read_run(run)
+    layers, hidden, ffn, heads = 32, 4096, 14336, 32
+    rng = np.random.default_rng(0)
+    sizes = records.plan["teacher"] | {"layers": layers, "hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": 8}
+    scores = {
+        "layers": rng.random(layers).tolist(),
+        "hidden": rng.random(hidden).tolist(),
+        "ffn": rng.random((layers, ffn)).tolist(),
+        "heads": rng.random((layers, heads)).tolist(),
+        "kv_heads": rng.random((layers, 8)).tolist(),
+    }
+    plan = {"teacher": sizes, "student": sizes, "layers": list(range(layers)), "hidden": list(range(0, hidden, 2))} | {
+        "ffn": [list(range(0, ffn, 2))] * layers,
+        "heads": [list(range(heads))] * layers,
+        "kv_heads": [list(range(8))] * layers,
+    }
+    steps = [{"step": n, "tokens": n, "loss": 1 / n, "learning_rate": 1e-4} for n in range(1, 50_001)]
+    assert len(render(dataclasses.replace(records, scores=scores, plan=plan, metrics=steps))) < 1_000_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_its_window_without_console_messages(page: str, tmp_path: Path, width: int) -> None:
+    # A frame has any width (a window has a least one), and the measuring script stays outside the page's policy.
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        f"""<iframe id="page" width="{width}" height="800" style="border:0" srcdoc="{escape(page)}"></iframe>
+<output></output><script>onload = () => {{
+  const root = document.getElementById("page").contentDocument.documentElement;
+  document.querySelector("output").textContent = "measured " + root.scrollWidth + " of " + root.clientWidth;
+}}</script>"""
+    )
+    assert CHROMIUM is not None
+    flags = (
+        "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars "
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f"measured {width} of {width}" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [size(n) for n in (999, 1000, 12_592_896, 999_999, 16e9)] == [
+        "999 bytes",
+        "1.00 kB",
+        "12.6 MB",
+        "1.00 MB",
+        "16.0 GB",
+    ]
+    assert [short_count(n) for n in (17, 1_697_616, 4_512_000_000)] == ["17", "1.70M", "4.51B"]
+    assert [share(x) for x in (0, 0.0004, 0.469, 0.9996, 1)] == ["0%", "0.04%", "47%", "99.96%", "100%"]
+    assert [duration(s) for s in (0.04, 86.9, 7384)] == ["0.0 s", "1 min 27 s", "2 h 03 min"]
+
+
+def test_a_local_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert hub_id("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    for path in ("/data/mine", "./mine", "models/mine", "texts/train.jsonl", "a/b/c"):
+        assert hub_id(path) is None
+    assert source_name("/data/mine/") == "mine"
+
+
+def test_a_run_of_two_machines_names_the_stages_of_each() -> None:
+    here = {"device": "A", "cores": 2, "memory_bytes": 1e9}
+    stages = {"data": {"hardware": here, "versions": {"torch": "2"}}}
+    assert list(environments(stages)) == ["Hardware", "Software"]
+    stages["student"] = {"hardware": here | {"device": "B"}, "versions": {"torch": "2"}}
+    assert list(environments(stages))[::2] == ["Hardware (data)", "Hardware (student)"]

@@ -1,0 +1,278 @@
+"""The training loop is plain AdamW on a naive KL, and an interrupted run ends with the bits of an undisturbed one."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minitron.data import Corpus, batch_rows
+from minitron.distill.train import DistillConfig, distill, learning_rate, num_steps, resolve
+from minitron.errors import Interrupted, MinitronError
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.cut import cut
+
+STEPS, BATCH, BLOCK = 10, 4, 16
+CONFIG = DistillConfig(
+    tokens=STEPS * BATCH * BLOCK,
+    batch_blocks=BATCH,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    precision="float32",
+    checkpoint_steps=3,
+    evaluate_steps=4,
+    evaluate_blocks=8,
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A teacher, a student cut from it at random, their text, and the student that one undisturbed run makes of it."""
+
+    teacher: Path
+    student: Path
+    corpus: Corpus
+    undisturbed: Path
+
+    def distill(self, at: Path, config: DistillConfig = CONFIG, **options: Any) -> Path:
+        """Train in the directory `at`; the student is in `at / "out"`."""
+        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0} | options
+        config = resolve(config, open_checkpoint(self.student).shape, block_tokens=BLOCK, train_tokens=1)
+        (at / "out").mkdir(parents=True, exist_ok=True)
+        distill(config=config, work=at / "distill", out=at / "out", **arguments)
+        return at / "out"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    path = tmp_path_factory.mktemp("bench")
+    teacher = small.teacher(path / "teacher")
+    checkpoint = open_checkpoint(teacher)
+    (path / "student").mkdir()
+    cut(checkpoint, tiny.plan(checkpoint.shape, hidden=24, ffn=24, layers=3), path / "student")
+    bench = Bench(teacher, path / "student", small.corpus(path / "data", teacher, BLOCK), path / "undisturbed")
+    bench.distill(bench.undisturbed)
+    return bench
+
+
+def at_step(wanted: int, act: Callable[[], None]) -> Callable[[int, int, str], None]:
+    return lambda step, steps, note: act() if step == wanted else None
+
+
+class PowerCut(Exception):
+    pass
+
+
+def power_cut() -> None:
+    raise PowerCut
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = tiny.tensors(one), tiny.tensors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_undisturbed(bench: Bench, at: Path) -> None:
+    assert_same_weights(at / "out", bench.undisturbed / "out")
+    metrics = [(path / "distill" / "metrics.jsonl").read_text() for path in (at, bench.undisturbed)]
+    assert metrics[0] == metrics[1]
+
+
+def naive_kl(student: Any, teacher: Any, tokens: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over predicted tokens, from full logits."""
+    with torch.no_grad():
+        p = teacher(input_ids=tokens).logits[:, :-1].softmax(-1)
+    q = student(input_ids=tokens).logits[:, :-1].softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1).mean()
+
+
+def test_learning_rate_is_that_of_torchs_schedulers() -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 10})
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-4)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[10])
+    for step in range(100):
+        assert learning_rate(step, 100, config) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9), step
+        optimizer.step()
+        schedule.step()
+    assert learning_rate(55, 100, config) == pytest.approx(5.5e-4)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "tokens", "block", "rate", "batch", "warmup"),
+    [
+        (48, 1_500_000, 256, 8.3e-3, 10, 11),
+        (40, 20_000, 64, 1e-2, 32, 2),
+        (4096, 600_000_000, 2048, 9.8e-5, 488, 12),
+        (4096, 94_000_000_000, 4096, 9.8e-5, 2295, 200),
+    ],
+)
+def test_resolve_fills_every_default_by_its_rule(
+    bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int
+) -> None:
+    shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
+    config = resolve(DistillConfig(), shape, block_tokens=block, train_tokens=tokens)
+    assert None not in config.model_dump().values() and config.precision != "auto"
+    assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
+    assert config.min_learning_rate == pytest.approx(rate / 10)
+    assert config.warmup_steps == warmup
+    assert config.checkpoint_steps == config.evaluate_steps == num_steps(tokens, batch, block) // 10
+    assert resolve(config, shape, block_tokens=block, train_tokens=1) == config
+
+
+def test_resolve_keeps_what_is_given(bench: Bench) -> None:
+    given = CONFIG.model_copy(update={"min_learning_rate": 0.0, "warmup_steps": 0})
+    assert resolve(given, open_checkpoint(bench.student).shape, block_tokens=BLOCK, train_tokens=1) == given
+
+
+def test_distillation_lowers_the_kl_on_held_out_text(bench: Bench) -> None:
+    heldout = torch.from_numpy(bench.corpus.heldout.select(slice(None)))
+    teacher = tiny.model(bench.teacher)
+    before, after = (
+        naive_kl(tiny.model(path), teacher, heldout).item() for path in (bench.student, bench.undisturbed / "out")
+    )
+    assert after < 0.9 * before
+    # The metrics hold the same number, over the first blocks only.
+    rows = [json.loads(line) for line in (bench.undisturbed / "distill" / "metrics.jsonl").read_text().splitlines()]
+    first = naive_kl(tiny.model(bench.undisturbed / "out"), teacher, heldout[: CONFIG.evaluate_blocks])
+    assert rows[-1]["heldout_loss"] == pytest.approx(first.item(), rel=1e-5)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [4, 8, 10]
+
+
+def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_path: Path) -> None:
+    steps = 3
+    config = CONFIG.model_copy(update={"tokens": steps * BATCH * BLOCK, "gradient_clip": 0.05, "warmup_steps": 0})
+    trained = tiny.tensors(bench.distill(tmp_path, config))
+
+    teacher, student = tiny.model(bench.teacher), tiny.model(bench.student).train()
+    decayed = [p for name, p in student.named_parameters() if "norm" not in name]
+    gains = [p for name, p in student.named_parameters() if "norm" in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=False, foreach=False)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=3e-4)
+    train = bench.corpus.train
+    for step in range(steps):
+        rows = batch_rows(len(train), seed=0, step=step, batch=BATCH)
+        naive_kl(student, teacher, torch.from_numpy(train.select(rows))).backward()
+        norm = torch.stack([p.grad.square().sum() for p in student.parameters()]).sum().sqrt()
+        assert norm > config.gradient_clip
+        for parameter in student.parameters():
+            parameter.grad.mul_(config.gradient_clip / norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+    for name, expected in student.state_dict().items():
+        torch.testing.assert_close(trained[name], expected, atol=5e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 2 * BLOCK, 3 * BLOCK + 5])
+def test_gradient_accumulation_gives_the_same_weights(bench: Bench, tmp_path: Path, micro_batch_tokens: int) -> None:
+    short = {"tokens": 3 * BATCH * BLOCK, "learning_rate": 3e-4}
+    whole = bench.distill(tmp_path / "whole", CONFIG.model_copy(update=short))
+    short["micro_batch_tokens"] = micro_batch_tokens
+    pieces = tiny.tensors(bench.distill(tmp_path / "pieces", CONFIG.model_copy(update=short)))
+    for name, tensor in tiny.tensors(whole).items():
+        torch.testing.assert_close(pieces[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [(1,), (3,), (5,), (STEPS,), (2, 4, 7, 8)], ids=str)
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
+    bench: Bench, tmp_path: Path, steps: tuple[int, ...]
+) -> None:
+    for step in steps:
+        with pytest.raises(PowerCut):
+            bench.distill(tmp_path, progress=at_step(step, power_cut))
+        assert not any((tmp_path / "out").iterdir())
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_state_falls_back_to_the_one_before(bench: Bench, tmp_path: Path, file: str, damage: str) -> None:
+    with pytest.raises(PowerCut):
+        bench.distill(tmp_path, progress=at_step(8, power_cut))
+    states = sorted((tmp_path / "distill").glob("state-*"))
+    assert [state.name for state in states] == ["state-00000003", "state-00000006"]
+    if damage == "missing":
+        (states[-1] / file).unlink()
+    else:
+        (states[-1] / file).write_bytes((states[-1] / file).read_bytes()[:-100])
+    seen: list[int] = []
+    bench.distill(tmp_path, progress=lambda step, steps, note: seen.append(step))
+    assert seen[0] == 4
+    assert_undisturbed(bench, tmp_path)
+
+
+def test_a_line_of_metrics_cut_short_by_a_kill_is_forgotten(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        bench.distill(tmp_path, progress=at_step(5, power_cut))
+    with (tmp_path / "distill" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tok')
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+
+
+def test_sigterm_saves_the_state_and_says_how_to_go_on(bench: Bench, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped at step 5 of 10; the state is saved, run the same command"):
+        bench.distill(tmp_path, progress=at_step(4, terminate))
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "distill" / "state-00000005").is_dir()
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+
+
+def test_vocabularies_that_differ_are_refused(bench: Bench, tmp_path: Path) -> None:
+    other = small.teacher(tmp_path / "other", vocab_size=336)
+    with pytest.raises(MinitronError, match="vocabularies differ: .* has 336 tokens, .* has 320"):
+        bench.distill(tmp_path, teacher=other)
+
+
+def test_divergence_names_the_step_and_the_way_out(bench: Bench, tmp_path: Path) -> None:
+    wild = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(MinitronError, match=r"diverged at step 2: loss .*, gradient norm nan; lower distill.learning_rate \(now 1e\+30\)"):
+        bench.distill(tmp_path, wild)
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_the_student_is_saved_in_the_dtypes_it_came_in(tmp_path: Path, bench: Bench) -> None:
+    student = small.teacher(tmp_path / "student", "llama-bfloat16")
+    out = bench.distill(tmp_path, CONFIG.model_copy(update={"tokens": BATCH * BLOCK}), student=student)
+    saved = tiny.tensors(out)
+    master = load_file(tmp_path / "distill" / "state-00000001" / "student.safetensors")
+    assert {name: tensor.dtype for name, tensor in saved.items()} == {name: torch.bfloat16 for name in master}
+    assert {tensor.dtype for tensor in master.values()} == {torch.float32}
+    assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in master.items())
+
+
+def test_a_random_start_is_transformers_own_and_a_function_of_the_seed(bench: Bench, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # A step too small to change a float32.
+    still = CONFIG.model_copy(update={"tokens": BATCH * BLOCK, "learning_rate": 1e-30, "loss": "cross_entropy"})
+    for seed in (0, 1):
+        out = bench.distill(tmp_path / str(seed), still, teacher=None, initialize="random", seed=seed)
+        torch.manual_seed(seed)
+        expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(bench.student)).state_dict()
+        started = tiny.tensors(out)
+        assert all(torch.equal(started[name], expected[name]) for name in started)
+    matrices = [name for name, tensor in started.items() if tensor.ndim == 2]
+    first, pruned = tiny.tensors(tmp_path / "0" / "out"), tiny.tensors(bench.student)
+    assert not any(torch.equal(started[name], other[name]) for name in matrices for other in (first, pruned))
