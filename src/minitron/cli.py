@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import MinitronError
+from minitron.errors import Interrupted, MinitronError
+from minitron.publish.formats import size
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -47,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
-    from minitron.errors import Interrupted
-
     console = Console(args)
     try:
         args.verb(args, console)
@@ -186,6 +185,8 @@ class Console:
             self._draw(done, total, note)
         elif time.monotonic() - self._logged >= self.LOG_SECONDS:
             self._logged = time.monotonic()
+            if total == 0:
+                return self.note(f"{self._stage}: {done:,} {note}")
             left = (time.monotonic() - self._started) * (total - done) / done
             self.note(f"{self._stage}: {done}/{total} {note}, {left:.0f} s left")
 
@@ -211,8 +212,8 @@ class Console:
                 *columns, TextColumn("{task.description}"), console=RichConsole(stderr=True), transient=True
             )
             self._bar.start()
-            self._bar.add_task("", total=total)
-        self._bar.update(0, completed=done, total=total, description=note)
+            self._bar.add_task("", total=total or None)
+        self._bar.update(0, completed=done, total=total or None, description=note)
 
 
 def keep_freed_memory() -> None:
@@ -245,14 +246,14 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     facts = describe(open_checkpoint(resolve_model(args.model, args.revision)))
     shape, parameters = facts["shape"], facts["parameters"]
     lines = [
-        f"{args.model}: {facts['family']}, {facts['dtype']}, {_bytes(facts['weight_bytes'])}",
+        f"{args.model}: {facts['family']}, {facts['dtype']}, {size(facts['weight_bytes'])}",
         "",
         *(f"  {dim:<14}{size:>16,}" for dim, size in shape.items()),
         "",
         *(f"  {part:<14}{count:>16,}" for part, count in parameters.items()),
         "",
         f"  embeddings are {'tied' if facts['tied_embeddings'] else 'untied'}; "
-        f"KV cache {_bytes(facts['kv_cache_bytes_per_token'])} per token",
+        f"KV cache {size(facts['kv_cache_bytes_per_token'])} per token",
         f"  can be pruned: {', '.join(facts['prunable'])}",
     ]
     console.result(facts, "\n".join(lines))
@@ -369,31 +370,19 @@ def _card(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show_run(records: Any, console: Console) -> None:
+    from minitron.publish.formats import RESULT_COLUMNS, result_cells
     from minitron.publish.records import result_table
 
     rows = result_table(records)
     facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}
-    columns = ("", "parameters", "non-embedding", "share", "LM loss", "perplexity", "KL", "top-1", "size")
-    cells = [columns] + [
-        (
-            row["model"],
-            f"{row['total']:,}",
-            f"{row['non_embedding']:,}",
-            f"{row['non_embedding_share']:.1%}",
-            f"{row['lm_loss']:.3f}",
-            f"{row['perplexity']:.2f}",
-            "" if row["kl_to_teacher"] is None else f"{row['kl_to_teacher']:.3f}",
-            "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}",
-            _bytes(row["weight_bytes"]),
-        )
-        for row in rows
-    ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    cells = [["", *(column.heading for column in RESULT_COLUMNS)], ["", *(column.unit for column in RESULT_COLUMNS)]]
+    cells += [[row["model"], *result_cells(row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    tokens = rows and records.evaluations["teacher"]["tokens"]
+    tokens = records.evaluations["teacher"]["tokens"]
     notes = [
         "",
-        f"Held-out text, {tokens:,} tokens; loss and KL to the teacher in nats per token.",
+        f"Measured on {tokens:,} tokens of held-out text.",
         f"student: {records.path / 'student'}",
         f"report:  {records.path / 'report.html'}",
     ]
@@ -409,14 +398,14 @@ def _estimate_lines(facts: dict[str, Any]) -> list[str]:
         lines += [
             f"{name}: {sizes}",
             f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding, "
-            f"{_bytes(model['weight_bytes'])} of weights, KV cache {_bytes(model['kv_cache_bytes_per_token'])} a token",
+            f"{size(model['weight_bytes'])} of weights, KV cache {size(model['kv_cache_bytes_per_token'])} a token",
         ]
     tokens = facts["distill_tokens"]
     lines += [
         f"calibration: {facts['calibration_tokens']:,} tokens at most",
         f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}, "
         f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP per token (teacher forward and student step)",
-        f"memory while distilling: about {_bytes(facts['training_bytes'])} for weights, gradients and optimizer",
+        f"memory while distilling: about {size(facts['training_bytes'])} for weights, gradients and optimizer",
     ]
     if tokens:
         lines.append(
@@ -467,14 +456,6 @@ def _sizes(text: str) -> dict[str, int]:
         return {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def _interrupt(*_: object) -> None:

@@ -12,7 +12,7 @@ Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from pydantic import Field
 
 from minitron.config import Section
 from minitron.errors import DataError
-from minitron.files import digest_file
 
 BUILTIN = "builtin"
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -127,8 +126,19 @@ def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarr
     return rows
 
 
-def prepare(config: DataConfig, tokenizer: Any, *, vocab: int, block_tokens: int, out: Path) -> Corpus:
+def prepare(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    vocab: int,
+    block_tokens: int,
+    out: Path,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
+
+    Args:
+        progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
 
     Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
         knows more tokens than the model (`vocab`).
@@ -143,7 +153,8 @@ def prepare(config: DataConfig, tokenizer: Any, *, vocab: int, block_tokens: int
     with writer:
         for document in read_documents(config.source, config):
             held = config.heldout is None and _fraction(document.key) < config.heldout_fraction
-            writer.add(document, heldout=held)
+            if writer.add(document, heldout=held):
+                progress(sum(writer.tokens.values()), 0, "tokens")
             if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
                 break
         if config.heldout is not None:
@@ -189,10 +200,7 @@ def builtin_documents(*, tests: bool = False) -> Iterator[Document]:
     Keyed by path and not by content, so that a file is on the same side of the split under every Python version.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _NOT_SOURCE & set(parts) or bool(_TESTS & set(parts)) != tests:
-            continue
+    for path in _library_files(tests=tests):
         try:
             yield Document(key=path.relative_to(root).as_posix(), text=path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
@@ -206,24 +214,18 @@ def is_hub_id(source: str) -> bool:
     return source != BUILTIN and not looks_local and source.count("/") <= 1
 
 
-def source_digest(config: DataConfig) -> str:
-    """sha256 of what the sources hold now; of a hub dataset, only its id.
-
-    Raises: DataError if a source does not exist.
-    """
-    total = hashlib.sha256()
+def source_files(config: DataConfig) -> list[Path]:
+    """The files that the sources consist of; none for a hub dataset."""
+    files: list[Path] = []
     for source in filter(None, (config.source, config.heldout)):
         path = Path(source).expanduser()
         if source == BUILTIN:
-            total.update("".join(f"{d.key}\0{d.text}\0" for d in builtin_documents()).encode())
+            files += _library_files(tests=False)
         elif path.is_dir():
-            for file in sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES):
-                total.update(f"{file.relative_to(path)}\0{digest_file(file)}\n".encode())
+            files += _text_files(path)
         elif path.exists():
-            total.update(digest_file(path).encode())
-        else:
-            total.update(source.encode())
-    return total.hexdigest()
+            files.append(path)
+    return files
 
 
 def is_heldout(document: Document, fraction: float) -> bool:
@@ -231,12 +233,22 @@ def is_heldout(document: Document, fraction: float) -> bool:
     return _fraction(document.key) < fraction
 
 
+def _library_files(*, tests: bool) -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts = {path: set(path.relative_to(root).parts) for path in sorted(root.rglob("*.py"))}
+    return [path for path, names in parts.items() if not _NOT_SOURCE & names and bool(_TESTS & names) == tests]
+
+
+def _text_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.suffix in TEXT_SUFFIXES)
+
+
 def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
     if source == BUILTIN:
         return builtin_documents()
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)
+        files = _text_files(path)
         if not files:
             raise DataError(f"directory {source} holds no {', '.join(TEXT_SUFFIXES)} file")
         return (document for file in files for document in _read_file(file, config))
@@ -393,11 +405,14 @@ class _Writer:
         for file in self.files.values():
             file.close()
 
-    def add(self, document: Document, *, heldout: bool) -> None:
+    def add(self, document: Document, *, heldout: bool) -> bool:
+        """Take a document; returns whether that filled a batch and had it tokenized."""
         self.pending.append((document, heldout))
         self.pending_chars += len(document.text)
-        if self.pending_chars >= self.BATCH_CHARS:
-            self._flush()
+        if self.pending_chars < self.BATCH_CHARS:
+            return False
+        self._flush()
+        return True
 
     def hold_out_lowest(self, source: str) -> None:
         """Move the training document with the lowest hash, and its equals, to the held-out split if that is empty."""

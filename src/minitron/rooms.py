@@ -178,4 +178,5 @@ def _corpus(checkpoint: Checkpoint, config: data.DataConfig, listener: Listener)
             vocab=checkpoint.shape.vocab,
             block_tokens=block_length(config, checkpoint),
             out=Path(path),
+            progress=listener.progress,
         )

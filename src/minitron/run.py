@@ -81,8 +81,11 @@ def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
             )
         max_tokens = max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
     dtype = compute_dtype(recipe.calibrate.precision, pick_device())
+    # A local path is stored whole, so that the stored recipe runs from anywhere.
+    local = Path(recipe.model).expanduser()
     return recipe.model_copy(
         update={
+            "model": str(local.resolve()) if local.is_dir() else recipe.model,
             "data": recipe.data.model_copy(update={"block_tokens": block_tokens, "max_tokens": max_tokens}),
             "calibrate": recipe.calibrate.model_copy(
                 update={"precision": "bfloat16" if dtype == torch.bfloat16 else "float32"}
@@ -96,9 +99,19 @@ def prepare_data(stages: RunDirectory, config: data.DataConfig, teacher: Checkpo
     stages.do(
         "data",
         lambda out: asdict_without_path(
-            data.prepare(config, tokenizer, vocab=teacher.shape.vocab, block_tokens=block_tokens, out=out)
+            data.prepare(
+                config,
+                tokenizer,
+                vocab=teacher.shape.vocab,
+                block_tokens=block_tokens,
+                out=out,
+                progress=stages.listener.progress,
+            )
         ),
-        inputs={"text": data.source_digest(config), "tokenizer": stages.digest(carried_files(teacher.path))},
+        inputs={
+            "text": stages.digest(data.source_files(config)),
+            "tokenizer": stages.digest(carried_files(teacher.path)),
+        },
         config={"data": config},
     )
     return data.open_corpus(stages.out / "data")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitron.config import Section
 from minitron.data import Blocks
+from minitron.errors import CheckpointError
 from minitron.model.logits import chunk_tokens, float32_logits, project
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
@@ -60,6 +61,8 @@ def evaluate(
 
     Args:
         teacher: a loaded model of the same vocabulary; None leaves KL and agreement out.
+
+    Raises: CheckpointError if the loss is not finite.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
     count = 0
@@ -73,6 +76,8 @@ def evaluate(
         count += len(targets)
         progress(min(start + batch, len(blocks)), len(blocks))
     nats, kl, agreeing = (sums / count).tolist()
+    if not math.isfinite(nats):
+        raise CheckpointError("the model's loss on held-out text is not finite: its weights are damaged")
     text_bytes = None if blocks.bytes is None else int(blocks.bytes[:, 1:].sum(dtype="int64"))
     return Evaluation(
         lm_loss=nats,

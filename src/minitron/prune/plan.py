@@ -74,11 +74,11 @@ class Plan:
                 hidden=tuple(raw["hidden"]),
                 **{dim: tuple(tuple(units) for units in raw[dim]) for dim in ("ffn", "heads", "kv_heads")},
             )
+            require_consistent(plan)
         except FileNotFoundError:
             raise PlanError(f"plan {path} does not exist") from None
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is not a plan file: {error}") from None
-        require_consistent(plan)
         return plan
 
 
@@ -132,6 +132,8 @@ def require_cuttable(teacher: Shape, student: Shape) -> None:
                 f"target {dim}={wanted} is larger than the teacher's {dim}={have}; "
                 f"pruning only removes units: lower {dim} in prune.shape"
             )
+        if wanted <= 0:
+            raise PlanError(f"target {dim}={wanted} leaves nothing: every size must be positive")
     for dim in ("head_dim", "vocab"):
         if getattr(student, dim) != getattr(teacher, dim):
             raise PlanError(f"{dim} cannot change: the teacher has {getattr(teacher, dim)}, keep it")

@@ -73,6 +73,14 @@ def model_name(records: RunRecords) -> str:
     return f"{teacher}-minitron-{short_count(records.evaluations['student']['parameters']['total'])}"
 
 
+def public_recipe(records: RunRecords) -> dict[str, Any]:
+    """The recipe as it may be published: whose machine it was, and how its directories are called, is nobody's."""
+    data = dict(records.recipe["data"])
+    for key in ("source", "heldout"):
+        data[key] = source_name(data[key]) if data[key] else data[key]
+    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data}
+
+
 def parent_licence(records: RunRecords) -> dict[str, Any]:
     """license, license_name and license_link of a local teacher's own card, as far as it states them."""
     readme = Path(records.recipe["model"]).expanduser() / "README.md"
@@ -134,9 +142,9 @@ Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of
 
 {_method(records)}
 
-The recipe, complete:
+The recipe, complete (of local paths, the last part):
 
-{_fenced(yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True), "yaml")}
+{_fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
 
 ## Use
 

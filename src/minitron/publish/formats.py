@@ -106,7 +106,7 @@ def environments(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for name, stage in stages.items():
         machine = stage["hardware"]
-        device = f"{machine['device']}, {machine['cores']} cores, {size(machine['memory_bytes'])} memory"
+        device = f"{machine['device']}, {machine['cores']} CPU cores, {size(machine['memory_bytes'])} host memory"
         software = ", ".join(f"{package} {number}" for package, number in stage["versions"].items())
         groups.setdefault(json.dumps([device, software]), []).append(name)
     facts = {}

@@ -267,7 +267,7 @@ def provenance(records: RunRecords) -> str:
         ("Started", "UTC"),
         ("Time", "wall clock"),
         "Tokens",
-        ("Peak memory", "of the process, so far"),
+        ("Peak memory", "host, whole process"),
         ("Inputs", "sha256, first 12 digits"),
     ]
     rows = [
