@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SAMPLE_SECONDS = 0.002
 
 
@@ -78,7 +80,8 @@ def header(title: str) -> str:
         "Commit": _commit(),
         "Date": date.today().isoformat(),
         "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "Hardware": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory",
+        "Hardware": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory, "
+        f"{torch.get_num_threads()} threads",
     }
     return "\n".join([f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""])
 

@@ -32,7 +32,7 @@ from minitron.prune.plan import choose, with_sizes
 TEACHER = Shape(layers=0, hidden=2048, ffn=5632, heads=32, kv_heads=8, head_dim=64, vocab=32000)
 STUDENT = {"hidden": 1024, "ffn": 2816}
 LAYERS = (8, 41)  # 1.0 and 4.0 GB
-SAMPLES, BLOCK_TOKENS, BATCH = 8, 512, 2
+SAMPLES, BLOCK_TOKENS, BATCH = 4, 512, 2
 SHARD_BYTES = 500_000_000
 MIB = 1 << 20
 STEPS = {
@@ -53,7 +53,6 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(**args.child)))
         return
-    torch.set_num_threads(2)
     sizes, peaks = {}, {}
     for layers in LAYERS:
         with tempfile.TemporaryDirectory(dir=args.scratch, prefix="minitron-bench-") as directory:
@@ -61,6 +60,7 @@ def main() -> None:
             sizes[layers] = write_model(work / "model", layers)
             for step in STEPS:
                 peaks[layers, step] = in_fresh_process(__file__, step=step, work=str(work))
+                print(layers, step, peaks[layers, step], file=sys.stderr)
     publish(report(sizes, peaks), args.out)
 
 

@@ -114,7 +114,14 @@ def test_rotary_tables_of_old_exports_are_ignored(tmp_path: Path) -> None:
 def test_tokenizer_and_licence_travel_and_nothing_else_does(tmp_path: Path) -> None:
     path = tiny.checkpoint("llama", tmp_path / "teacher")
     tokenizer = tiny.tokenizer(path, adds_bos=True)
-    carried = {"generation_config.json", "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.model"}
+    carried = {
+        "generation_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "tokenizer.model",
+    }
     for name in (*carried, "README.md", "training_args.bin", "model.py"):
         (path / name).write_text("{}")
     carried |= {"tokenizer.json", "tokenizer_config.json"}
@@ -170,8 +177,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model_type 'mixtral' is not supported; did you mean 'mistral'. Available: llama, mistral",
     ),
     "strange family": (lambda p: change_config(p, model_type="gpt2"), "'gpt2' is not supported; Available: llama"),
-    "quantized": (lambda p: change_config(p, quantization_config={"bits": 4}), "holds quantized weights; cut the original"),
-    "size missing": (lambda p: change_config(p, hidden_size=None), "hidden_size is None; it must be a positive integer"),
+    "quantized": (
+        lambda p: change_config(p, quantization_config={"bits": 4}),
+        "holds quantized weights; cut the original",
+    ),
+    "size missing": (
+        lambda p: change_config(p, hidden_size=None),
+        "hidden_size is None; it must be a positive integer",
+    ),
     "size negative": (lambda p: change_config(p, vocab_size=-1), "vocab_size is -1"),
     "unequal groups": (lambda p: change_config(p, num_key_value_heads=3), "8 heads cannot share 3 kv_heads equally"),
     "other ffn": (
@@ -282,7 +295,7 @@ def test_a_directory_without_tokenizer_says_so(llama: Path) -> None:
         load_tokenizer(llama)
 
 
-# --- directories that appear whole or not at all -----------------------------------------------------------------------
+# --- directories that appear whole or not at all ----------------------------------------------------------------------
 
 
 def test_an_atomic_directory_appears_at_the_end_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -325,7 +338,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "message"), [("file", "file is a file; the output must be a directory"), ("file/out", "cannot write .*/file/out")]
+    ("out", "message"),
+    [("file", "file is a file; the output must be a directory"), ("file/out", "cannot write .*/file/out")],
 )
 def test_an_output_that_is_or_lies_under_a_file_is_refused(tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "file").write_text("keep")
@@ -337,7 +351,7 @@ def test_an_output_that_is_or_lies_under_a_file_is_refused(tmp_path: Path, out: 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(RunError, match="cannot write .*/out: No space left on device; free some space") as raised,
+        pytest.raises(RunError, match=r"cannot write .*/out: No space left on device; free some space") as raised,
         atomic_directory(tmp_path / "out") as partial,
     ):
         (partial / "model.safetensors").symlink_to("/dev/full")

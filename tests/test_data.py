@@ -17,10 +17,11 @@ from minitron.data import (
     batch_rows,
     builtin_documents,
     is_heldout,
+    is_hub_id,
     open_corpus,
     prepare,
     read_documents,
-    source_digest,
+    source_files,
 )
 from minitron.errors import DataError
 
@@ -126,7 +127,9 @@ def test_builtin_text_can_be_prepared(simple: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [1e-12, 0.05, 0.4])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_heldout_shares_no_document_with_training(tokenizer: Any, tmp_path: Path, fraction: float, repeats: int) -> None:
+def test_heldout_shares_no_document_with_training(
+    tokenizer: Any, tmp_path: Path, fraction: float, repeats: int
+) -> None:
     source = write_rows(tmp_path / "rows.jsonl", NAMED * repeats)
     corpus = prepared(source, tokenizer, tmp_path / "out", heldout_fraction=fraction)
     names = {name: set(tokenizer.convert_ids_to_tokens(stream(corpus, name).tolist())) for name in ("train", "heldout")}
@@ -179,7 +182,9 @@ def test_blocks_are_consecutive_windows_without_the_incomplete_last(simple: Any,
     assert corpus.train_tokens == len(stream(corpus, "train")) and corpus.train_tokens % BLOCK
     whole = len(corpus.train) * BLOCK
     assert corpus.train_tokens - BLOCK < whole <= corpus.train_tokens
-    assert corpus.train.select(np.arange(len(corpus.train))).flatten().tolist() == stream(corpus, "train")[:whole].tolist()
+    assert (
+        corpus.train.select(np.arange(len(corpus.train))).flatten().tolist() == stream(corpus, "train")[:whole].tolist()
+    )
     assert np.array_equal(corpus.heldout.head(1).tokens, corpus.heldout.tokens[:1])
     assert len(corpus.heldout.head(None)) == len(corpus.heldout)
 
@@ -200,7 +205,7 @@ def test_heldout_bytes_are_the_utf8_length_of_the_heldout_documents(
 def test_a_corpus_reopens_as_it_was_written(simple: Any, tmp_path: Path) -> None:
     corpus = prepared(write_rows(tmp_path / "rows.jsonl", NAMED), simple, tmp_path / "out")
     assert open_corpus(tmp_path / "out") == corpus
-    with pytest.raises(DataError, match="is not a prepared corpus: it has no corpus.json"):
+    with pytest.raises(DataError, match=r"is not a prepared corpus: it has no corpus\.json"):
         open_corpus(tmp_path)
 
 
@@ -226,30 +231,40 @@ def test_batch_rows_is_a_pure_function_of_seed_and_step() -> None:
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
-def test_digests_change_with_the_text_and_only_with_it(simple: Any, tmp_path: Path) -> None:
+def test_the_digest_changes_with_the_tokens_and_only_with_them(simple: Any, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", NAMED)
 
-    def digests(**options: Any) -> tuple[str, str]:
-        corpus = prepared(source, simple, tmp_path / "out", **options)
-        return corpus.digest, source_digest(DataConfig(source=str(source)))
+    def digest(**options: Any) -> str:
+        return prepared(source, simple, tmp_path / "out", **options).digest
 
-    before = digests()
+    before = digest()
     os.utime(source, (0, 0))
-    assert digests() == before
-    assert digests(block=16)[0] != before[0]
+    assert digest() == before
+    assert digest(block=16) != before
+    assert digest(heldout_fraction=0.5) != before
     write_rows(source, [*NAMED[:-1], NAMED[-1] + "!"])
-    after = digests()
-    assert after[0] != before[0] and after[1] != before[1]
+    assert digest() != before
 
 
-def test_source_digest_sees_a_changed_file_in_a_directory_and_the_heldout_source(tmp_path: Path) -> None:
-    config = DataConfig(source=str(tmp_path / "train"), heldout=str(tmp_path / "heldout.txt"))
-    (tmp_path / "train").mkdir()
-    seen = set()
-    for name, text in (("train/a.txt", "a"), ("heldout.txt", "b"), ("train/a.txt", "c"), ("train/d.md", "d")):
-        (tmp_path / name).write_text(text)
-        seen.add(source_digest(config))
-    assert len(seen) == 4
+def test_source_files_are_the_files_that_are_read(tmp_path: Path) -> None:
+    train, heldout = tmp_path / "train", tmp_path / "heldout.txt"
+    (train / "inner").mkdir(parents=True)
+    for name in ("train/a.txt", "train/inner/b.md", "train/c.png", "heldout.txt"):
+        (tmp_path / name).write_text("text")
+    expected = [train / "a.txt", train / "inner" / "b.md"]
+    assert source_files(DataConfig(source=str(train))) == expected
+    assert source_files(DataConfig(source=str(train), heldout=str(heldout))) == [*expected, heldout]
+    assert source_files(DataConfig(source="owner/dataset")) == []
+    assert Path(json.__file__) in source_files(DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("owner/dataset", True), ("wikitext", True), ("builtin", False), ("./a", False), ("/a", False), ("a/b/c", False)],
+)
+def test_a_hub_id_is_what_can_be_nothing_else(source: str, expected: bool) -> None:
+    assert is_hub_id(source) == expected
+    assert not is_hub_id("rows.jsonl")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -305,7 +320,7 @@ def test_missing_sources_are_named(tmp_path: Path, source: Callable[[Path], str]
 
 def test_a_heldout_part_shorter_than_a_block_names_the_way_out(simple: Any, tmp_path: Path) -> None:
     train, heldout = write_rows(tmp_path / "a.jsonl", NAMED), write_rows(tmp_path / "b.jsonl", ["ab"])
-    with pytest.raises(DataError, match="heldout part of .* fewer than one block of 8: raise data.heldout_fraction"):
+    with pytest.raises(DataError, match=r"heldout part of .* fewer than one block of 8: raise data.heldout_fraction"):
         prepared(train, simple, tmp_path / "out", heldout=str(heldout))
 
 

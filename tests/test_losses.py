@@ -12,7 +12,9 @@ from minitron.model.logits import CHUNK_BYTES, chunk_tokens, float32_logits, pro
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 50, 12, 16
 NAIVE = {
-    "forward_kl": lambda student, teacher, targets: kl_divergence(Categorical(logits=teacher), Categorical(logits=student)),
+    "forward_kl": lambda student, teacher, targets: kl_divergence(
+        Categorical(logits=teacher), Categorical(logits=student)
+    ),
     "cross_entropy": lambda student, teacher, targets: -Categorical(logits=student).log_prob(targets),
 }
 
@@ -68,7 +70,8 @@ def test_gradients_predict_small_changes_of_the_value(name: str) -> None:
     for step_hidden, step_head in ((torch.randn_like(hidden), 0 * head), (0 * hidden, torch.randn_like(head))):
         step = 1e-3 / (step_hidden.norm() + step_head.norm())
         up, down = (
-            naive(name, (hidden + sign * step * step_hidden, head + sign * step * step_head, *rest))[0] for sign in (1, -1)
+            naive(name, (hidden + sign * step * step_hidden, head + sign * step * step_head, *rest))[0]
+            for sign in (1, -1)
         )
         predicted = 2 * step * ((grad_hidden * step_hidden).sum() + (grad_head * step_head).sum())
         assert predicted.item() == pytest.approx((up - down).item(), rel=5e-3, abs=1e-8)

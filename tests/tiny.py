@@ -90,7 +90,9 @@ def logits(of: Any, tokens: Tensor) -> Tensor:
 
 
 def tokens(num_samples: int, num_tokens: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, SIZES["vocab_size"], (num_samples, num_tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, SIZES["vocab_size"], (num_samples, num_tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

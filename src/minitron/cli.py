@@ -248,7 +248,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     lines = [
         f"{args.model}: {facts['family']}, {facts['dtype']}, {size(facts['weight_bytes'])}",
         "",
-        *(f"  {dim:<14}{size:>16,}" for dim, size in shape.items()),
+        *(f"  {dim:<14}{number:>16,}" for dim, number in shape.items()),
         "",
         *(f"  {part:<14}{count:>16,}" for part, count in parameters.items()),
         "",
@@ -393,7 +393,7 @@ def _estimate_lines(facts: dict[str, Any]) -> list[str]:
     lines = []
     for name in ("teacher", "student"):
         model = facts[name]
-        sizes = " ".join(f"{dim}={size}" for dim, size in model["shape"].items())
+        sizes = " ".join(f"{dim}={number}" for dim, number in model["shape"].items())
         parameters = model["parameters"]
         lines += [
             f"{name}: {sizes}",
@@ -453,7 +453,7 @@ def _count(text: str) -> int:
 def _sizes(text: str) -> dict[str, int]:
     """hidden=3072,ffn=9216 -> dict, for argparse."""
     try:
-        return {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+        return {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
 

@@ -1,5 +1,7 @@
 """A recipe is everything that changes a number: the rooms' sections, loaded strictly and dumped completely."""
 
+import copy
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,16 +34,25 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for text; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `--set` overrides such as `distill.tokens=2000000`.
 
     Raises: RecipeError naming the path of every key that is unknown or has a bad value.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must be a mapping of recipe keys")
@@ -53,6 +64,7 @@ def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: s
 
     Raises: RecipeError.
     """
+    raw = copy.deepcopy(raw)
     for override in overrides:
         _apply(raw, override)
     try:
@@ -70,7 +82,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator:
         raise RecipeError(f"--set {override!r}: write it as section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from None
     *sections, key = path.split(".")

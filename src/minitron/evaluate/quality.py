@@ -99,7 +99,9 @@ def _token_sums(
 ) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64)
     chunk = chunk_tokens(len(head))
-    with float32_logits(head.dtype):
+    dtype, head = head.dtype, head.float()  # once, not per chunk
+    teacher_head = None if teacher_head is None else teacher_head.float()
+    with float32_logits(dtype):
         for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             logits = project(hidden[rows], head)
             sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()

@@ -76,8 +76,9 @@ class Checkpoint:
         Raises: CheckpointError if it cannot be read or holds NaN or infinity.
         """
         tensor = _read(self.stored[name])
-        # The sum is finite unless a value is not: one pass and no mask the size of the tensor.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
+        # float32: that would convert a copy of the whole tensor first.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             file = self.stored[name].file
             raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
         return tensor

@@ -1,0 +1,209 @@
+"""What does the chunked head + loss save against the plain way, and how large should its chunks be?
+
+    python benchmarks/chunked_loss.py [--out benchmarks/results/chunked_loss_xeon-2c_2026-11-21.md]
+
+One step is forward KL and its gradient for the student's hidden states and head. The plain way makes both models' full
+logits in float32 and leaves the rest to autograd. Every variant runs in a process of its own, several times in turn.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import PeakMemory, header, in_fresh_process, publish, table
+from torch import Tensor
+
+from minitron.cli import keep_freed_memory
+from minitron.distill.losses import chunked_loss, forward_kl
+from minitron.model.logits import CHUNK_BYTES, chunk_tokens, float32_logits, project
+
+HIDDEN, TEACHER_HIDDEN = 512, 768
+VOCABS = (32_000, 128_256)
+DTYPES = ("float32", "bfloat16")
+BUDGETS_MIB = (32, 64, 128, 256, 512, 1024)
+STEPS = 3
+MIB = 1 << 20
+DEFAULT_MIB = CHUNK_BYTES // MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3, help=f"processes per variant, each of {STEPS} steps")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(**args.child)))
+        return
+    cases = list(product(VOCABS, DTYPES))
+    variants: list[int | None] = [None, *sorted({*BUDGETS_MIB, DEFAULT_MIB})]  # None is the plain way
+    results: dict[tuple[int, str, int | None], list[dict[str, Any]]] = {}
+    for _ in range(args.rounds):
+        for (vocab, dtype), budget in product(cases, variants):
+            one = in_fresh_process(__file__, vocab=vocab, dtype=dtype, budget_mib=budget, tokens=args.tokens)
+            results.setdefault((vocab, dtype, budget), []).append(one)
+            print(vocab, dtype, budget, one, file=sys.stderr)
+    publish(report(args, cases, results), args.out)
+
+
+class Problem:
+    """Hidden states and heads whose distributions over the vocabulary differ by a KL of about 0.03 nats."""
+
+    def __init__(self, vocab: int, tokens: int, kl: float = 0.03):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator)
+
+        # The teacher sees the student's features and some of its own; those alone make the logits differ, by a
+        # variance of twice the KL.
+        own = TEACHER_HIDDEN - HIDDEN
+        self.hidden = draw(tokens, HIDDEN)
+        self.head = 2 * draw(vocab, HIDDEN) / HIDDEN**0.5
+        self.teacher_hidden = torch.cat([self.hidden, draw(tokens, own)], 1)
+        self.teacher_head = torch.cat([self.head, (2 * kl / own) ** 0.5 * draw(vocab, own)], 1)
+        self.targets = torch.randint(0, vocab, (tokens,), generator=generator)
+        self.hidden.requires_grad_()
+        self.head.requires_grad_()
+
+    def chunked(self, dtype: torch.dtype, chunk: int) -> Tensor:
+        return chunked_loss(
+            forward_kl, self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.targets,
+            dtype=dtype, chunk=chunk,
+        )  # fmt: skip
+
+    def plain(self) -> Tensor:
+        teacher_logits = project(self.teacher_hidden, self.teacher_head)
+        return forward_kl(project(self.hidden, self.head), teacher_logits, self.targets).sum()
+
+    def gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        self.hidden.grad = self.head.grad = None
+        loss().backward()
+        assert self.hidden.grad is not None and self.head.grad is not None
+        return self.hidden.grad, self.head.grad
+
+
+def measure(vocab: int, dtype: str, budget_mib: int | None, tokens: int) -> dict[str, Any]:
+    """Peak memory of a first step and seconds of the following ones."""
+    keep_freed_memory()
+    problem, precision = Problem(vocab, tokens), getattr(torch, dtype)
+
+    def step() -> None:
+        if budget_mib is None:
+            with float32_logits(precision):
+                problem.gradients(problem.plain)
+        else:
+            chunk = chunk_tokens(vocab, budget_mib * MIB)
+            problem.gradients(lambda: problem.chunked(precision, chunk))
+
+    with PeakMemory() as memory:
+        step()
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {"bytes": memory.peak.anonymous, "seconds": seconds}
+
+
+def gradient_errors(vocab: int, tokens: int = 256) -> tuple[float, list[list[str]]]:
+    """The KL per token, and for each way the error of the gradients, relative to float64, in per cent."""
+    problem = Problem(vocab, tokens)
+    student = problem.hidden.detach().double(), problem.head.detach().double()
+    log_p = (problem.teacher_hidden.double() @ problem.teacher_head.double().T).log_softmax(-1)
+    log_q = (student[0] @ student[1].T).log_softmax(-1)
+    slope = log_q.exp() - log_p.exp()
+    exact = slope @ student[1], slope.T @ student[0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = problem.hidden @ problem.head.T
+            teacher_logits = problem.teacher_hidden @ problem.teacher_head.T
+        return forward_kl(logits.float(), teacher_logits.float(), problem.targets).sum()
+
+    ways = {
+        "plain, float32": problem.plain,
+        "chunked, float32": lambda: problem.chunked(torch.float32, 64),
+        "chunked, bfloat16": lambda: problem.chunked(torch.bfloat16, 64),
+        "plain under autocast: logits rounded to bfloat16": autocast,
+    }
+    rows = []
+    for name, loss in ways.items():
+        found = problem.gradients(loss)
+        errors = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
+        rows.append([name, *(f"{100 * error:.2g} %" for error in errors)])
+    return kl, rows
+
+
+def report(
+    args: argparse.Namespace,
+    cases: list[tuple[int, str]],
+    results: dict[tuple[int, str, int | None], list[dict[str, Any]]],
+) -> str:
+    def peak(*key: Any) -> float:
+        return max(one["bytes"] for one in results[key]) / MIB
+
+    def seconds(*key: Any) -> list[float]:
+        return [value for one in results[key] for value in one["seconds"]]
+
+    def spread(*key: Any) -> str:
+        return f"{median(seconds(*key)):.2f} ({min(seconds(*key)):.2f} to {max(seconds(*key)):.2f})"
+
+    main_rows = [
+        [
+            f"{vocab:,} {dtype}",
+            f"{peak(vocab, dtype, None):,.0f}",
+            f"{peak(vocab, dtype, DEFAULT_MIB):,.0f}",
+            f"{peak(vocab, dtype, None) / peak(vocab, dtype, DEFAULT_MIB):.1f}",
+            spread(vocab, dtype, None),
+            spread(vocab, dtype, DEFAULT_MIB),
+            f"{median(seconds(vocab, dtype, None)) / median(seconds(vocab, dtype, DEFAULT_MIB)):.2f}",
+        ]
+        for vocab, dtype in cases
+    ]
+    budgets = sorted({budget for _, _, budget in results if budget is not None})
+    budget_rows = [
+        [
+            f"{vocab:,} {dtype}",
+            *(f"{median(seconds(vocab, dtype, b)):.2f} s, {peak(vocab, dtype, b):,.0f}" for b in budgets),
+        ]
+        for vocab, dtype in cases
+    ]
+    kl, errors = gradient_errors(VOCABS[0])
+    return "\n".join(
+        [
+            header("Chunked head + loss against full logits"),
+            f"{args.tokens} tokens, hidden {HIDDEN} (teacher {TEACHER_HIDDEN}), forward and backward; weights, logits and "
+            "gradients float32, and bfloat16 means that products may round their inputs to it, in both ways. "
+            "`keep_freed_memory` is on in both, as in the command line. Peak: anonymous memory in MiB beyond the inputs, "
+            f"gradients included. Time: median of {args.rounds} processes of {STEPS} steps, taken in turn, with the "
+            "fastest and the slowest step.",
+            "",
+            table(
+                ["vocab", "peak, plain", "peak, chunked", "ratio", "s/step, plain", "s/step, chunked", "plain / chunked"],
+                main_rows,
+            ),
+            "",
+            f"Chunk budget in MiB (the default is {DEFAULT_MIB}): median time, peak MiB.",
+            "",
+            table(["vocab", *map(str, budgets)], budget_rows),
+            "",
+            f"Error of the gradient relative to float64, vocab {VOCABS[0]:,}, KL {kl:.3f} nats:",
+            "",
+            table(["", "hidden", "head"], errors),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,506 @@
+"""Every verb keeps its contract, and every bad input is one clear line that leaves nothing behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import tiny
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from minitron import cli
+from minitron.prune.plan import Plan
+from minitron.rundir import RunDirectory
+
+SHAPE = "hidden=24,ffn=24,layers=3"
+PROMPT = "the rain in"
+
+
+@dataclass
+class Desk:
+    """A command line in a directory with a teacher and a text, and what it said."""
+
+    path: Path
+    teacher: Path
+    text: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def run(self, *command: Any) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        try:
+            code = cli.main([str(word) for word in command])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+    def json(self, *command: Any) -> Any:
+        code, out, err = self.run(*command, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    def recipe(self, **changes: Any) -> Path:
+        raw = {
+            "model": str(self.teacher),
+            "data": {"source": str(self.text), "block_tokens": 16},
+            "prune": {"shape": {"ffn": 24}},
+            "distill": {"tokens": 256, "batch_blocks": 4},
+            "evaluate": {"blocks": 4, "prompts": [PROMPT], "new_tokens": 4, "speed": False},
+        }
+        (self.path / "recipe.yaml").write_text(yaml.safe_dump(raw | changes))
+        return self.path / "recipe.yaml"
+
+    def files(self) -> set[str]:
+        return {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
+
+    def refuses(self, *command: Any) -> str:
+        """The one line that a refused command prints, after checking that it wrote nothing."""
+        before = self.files()
+        code, out, err = self.run(*command, "--quiet")
+        assert code == 1, (code, out, err)
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), (out, err)
+        assert self.files() == before
+        return err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("desk")
+    small.teacher(path / "teacher")
+    small.text(path / "text.jsonl")
+    return path
+
+
+@pytest.fixture
+def desk(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Desk]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Desk(tmp_path, made / "teacher", made / "text.jsonl", capsys)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("verb", cli.EXAMPLES)
+def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = desk.run(verb, "--help")
+    assert code == 0
+    assert " ".join(cli.EXAMPLES[verb].split()) in " ".join(out.split())
+    assert cli.HELP[verb] in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["prun", "m"],
+        ["prune", "m", "--out", "o"],
+        ["prune", "m", "--out", "o", "--shape", "ffn=2", "--target-params", "50%"],
+        ["prune", "m", "--out", "o", "--shape", "ffn"],
+        ["distill", "--teacher", "t", "--out", "o"],
+        ["distill", "--teacher", "t", "--student", "s", "--out", "o", "--tokens", "20X"],
+        ["evaluate", "m", "--blocks", "0"],
+        ["compress", "m"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_prints_the_usage(desk: Desk, command: list[str]) -> None:
+    code, out, err = desk.run(*command)
+    assert code == 2 and out == "" and err.startswith("usage: minitron")
+
+
+def test_version_is_that_of_the_package(desk: Desk) -> None:
+    from importlib.metadata import version
+
+    assert desk.run("--version")[:2] == (0, f"minitron {version('minitron')}\n")
+
+
+def test_inspect_says_what_the_model_is(desk: Desk) -> None:
+    facts = desk.json("inspect", desk.teacher)
+    model = tiny.model(desk.teacher)
+    embedding = sum(p.numel() for name, p in model.named_parameters() if "embed" in name or "lm_head" in name)
+    total = sum(p.numel() for p in model.parameters())
+    assert facts["family"] == "llama" and facts["dtype"] == "float32" and facts["weight_bytes"] == 4 * total
+    assert facts["shape"] == {
+        "layers": 4, "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 4, "head_dim": 4, "vocab": 320,
+    }  # fmt: skip
+    counts = facts["parameters"]
+    assert (counts["total"], counts["embedding"], counts["non_embedding"]) == (total, embedding, total - embedding)
+    code, text, _ = desk.run("inspect", desk.teacher)
+    assert code == 0 and f"{total:,}" in text and "embeddings are untied" in text
+
+
+def test_the_rooms_one_by_one(desk: Desk) -> None:
+    path, data = desk.path, ("--data", desk.text)
+    counted = desk.json("calibrate", desk.teacher, *data, "--samples", 8, "--block-tokens", 16, "--out", path / "stats")
+    assert (counted["samples"], counted["tokens"]) == (8, 8 * 16)
+
+    stats = ("--statistics", path / "stats")
+    by_shape = desk.json("prune", desk.teacher, "--shape", SHAPE, *stats, "--out", path / "pruned")
+    assert {dim: by_shape["shape"][dim] for dim in ("hidden", "ffn", "layers")} == {"hidden": 24, "ffn": 24, "layers": 3}
+    by_target = desk.json("prune", desk.teacher, "--target-params", "60%", *stats, "--out", path / "target")
+    whole = desk.json("inspect", desk.teacher)["parameters"]["non_embedding"]
+    assert 0.3 * whole < by_target["parameters"]["non_embedding"] <= 0.6 * whole
+    desk.json("prune", desk.teacher, "--plan", path / "pruned" / "plan.json", "--out", path / "planned")
+    assert same_weights(path / "planned", path / "pruned")
+    desk.json("prune", desk.teacher, "--shape", SHAPE, *data, "--out", path / "direct")
+    assert Plan.load(path / "direct" / "plan.json").student == Plan.load(path / "pruned" / "plan.json").student
+
+    pair = ("--teacher", desk.teacher, "--student", path / "pruned")
+    taught = desk.json("distill", *pair, *data, "--tokens", "4K", "--block-tokens", 16, "--out", path / "student")
+    assert taught["shape"] == by_shape["shape"] and taught["training"]["tokens"] == 4096
+    assert not same_weights(path / "student", path / "pruned")
+    assert not (path / "student.work").exists() and (path / "student" / "metrics.jsonl").is_file()
+
+    measured = {
+        name: desk.json("evaluate", path / name, "--teacher", desk.teacher, *data, "--block-tokens", 16)
+        for name in ("pruned", "student")
+    }
+    assert measured["student"].keys() == {
+        "lm_loss", "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "tokens",
+    }  # fmt: skip
+    assert measured["student"]["kl_to_teacher"] < measured["pruned"]["kl_to_teacher"]
+    alone = desk.json("evaluate", path / "student", *data, "--block-tokens", 16)
+    assert alone == measured["student"] | {"kl_to_teacher": None, "top1_agreement": None}
+
+    texts = [
+        desk.json("generate", path / "student", "--prompt", PROMPT, "--new-tokens", 9, *sampling)["text"]
+        for sampling in ((), ("--temperature", 2, "--seed", 1), ("--temperature", 2, "--seed", 1))
+    ]
+    assert texts[0] != texts[1] == texts[2]
+    assert desk.run("generate", path / "student", "--prompt", PROMPT, "--new-tokens", 9)[1] == PROMPT + texts[0] + "\n"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = tiny.tensors(one), tiny.tensors(other)
+    return all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_run_and_compress_and_their_report_and_card(desk: Desk) -> None:
+    facts = desk.json("run", desk.recipe(), "--set", "distill.tokens=512", "--out", desk.path / "a")
+    assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]
+    assert yaml.safe_load((desk.path / "a" / "recipe.yaml").read_text())["distill"]["tokens"] == 512
+
+    settings = ("--set", "evaluate.speed=false", "--set", "data.block_tokens=16", "--set", "evaluate.blocks=4")
+    command = ("compress", desk.teacher, "--target-params", "60%", "--data", desk.text, "--tokens", 2048, *settings)
+    table = desk.run(*command, "--out", desk.path / "b")[1]
+    assert all(word in table for word in ("teacher", "pruned", "student", "perplexity", "report.html"))
+    for verb, file in (("report", "report.html"), ("card", "student/README.md")):
+        before = (desk.path / "b" / file).read_text()
+        (desk.path / "b" / file).unlink()
+        assert desk.json(verb, desk.path / "b") == {verb: str(desk.path / "b" / file)}
+        assert (desk.path / "b" / file).read_text() == before
+
+
+@pytest.mark.parametrize("verb", ["run", "compress"])
+def test_a_dry_run_says_what_it_would_make_and_writes_nothing(desk: Desk, verb: str) -> None:
+    what = (desk.recipe(),) if verb == "run" else (desk.teacher, "--target-params", "60%", "--tokens", "1M")
+    before = desk.files()
+    facts = desk.json(verb, *what, "--dry-run", "--out", desk.path / "out")
+    assert facts["distill_tokens"] == (256 if verb == "run" else 1_000_000)
+    assert facts["student"]["parameters"]["total"] < facts["teacher"]["parameters"]["total"]
+    assert facts["flops_per_token"] > 0 and facts["seconds"] > 0 and facts["training_bytes"] > 0
+    code, text, _ = desk.run(verb, *what, "--dry-run", "--out", desk.path / "out")
+    assert code == 0 and "student: layers=4" in text and "memory while distilling" in text
+    assert desk.files() == before
+
+
+def test_a_missing_data_option_is_noticed_on_stderr(desk: Desk) -> None:
+    code, out, err = desk.run("compress", desk.teacher, "--target-params", "60%", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)
+    assert err.startswith("no --data given: using the built-in corpus")
+
+
+def test_an_interrupted_distill_exits_with_130_and_the_same_command_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = desk.path / "pruned"
+    desk.json("prune", desk.teacher, "--shape", SHAPE, "--data", desk.text, "--out", student)
+    command = ("distill", "--teacher", desk.teacher, "--student", student, "--data", desk.text, "--tokens", "64K")
+    steps: list[int] = []
+
+    def interrupt_at_third_step(console: cli.Console, done: int, total: int, note: str = "") -> None:
+        steps.append(done)
+        if steps[-1] == 3 and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cli.Console, "progress", interrupt_at_third_step)
+    code, out, err = desk.run(*command, "--out", desk.path / "student", "--quiet")
+    assert (code, out) == (130, "") and err.startswith("interrupted: stopped at step 4 of ") and err.count("\n") == 1
+    assert not (desk.path / "student").exists()
+    desk.json(*command, "--out", desk.path / "student")
+    assert steps[3] == 5
+    desk.json(*command, "--out", desk.path / "undisturbed")
+    assert same_weights(desk.path / "student", desk.path / "undisturbed")
+
+
+def test_an_interrupted_calibration_exits_with_130_and_leaves_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.Console, "progress", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = desk.files()
+    code, out, err = desk.run("calibrate", desk.teacher, "--data", desk.text, "--out", desk.path / "out", "--quiet")
+    assert (code, out) == (130, "") and err.startswith("interrupted; ")
+    assert desk.files() == before
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def empty(model: Path) -> None:
+    shutil.rmtree(model)
+    model.mkdir()
+
+
+def drop_a_shard(model: Path) -> None:
+    empty(model)
+    small.teacher(model, "llama-sharded")
+    sorted(model.glob("*.safetensors"))[1].unlink()
+
+
+def truncate(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def put_nan(model: Path) -> None:
+    tensors = tiny.tensors(model)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle(model: Path) -> None:
+    torch.save(tiny.tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def grow_tokenizer(model: Path) -> None:
+    tokenizer = tiny.tokenizer(model)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(100)])
+    tokenizer.save_pretrained(model)
+
+
+def drop_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no model": (empty, "is not a model directory: it has no config.json"),
+    "no directory": (shutil.rmtree, "does not exist"),
+    "missing shard": (drop_a_shard, r"lacks 1 of \d+ shards: model-00002-of"),
+    "truncated": (truncate, "model.safetensors is truncated: .* copy it again"),
+    "contradiction": (
+        lambda model: change_config(model, intermediate_size=48),
+        r"mlp.\w+_proj.weight is \[.*40.*\], but by config.json it must be \[.*48.*\]",
+    ),
+    "too few layers": (lambda model: change_config(model, num_hidden_layers=3), "are not part of the llama family"),
+    "too many layers": (lambda model: change_config(model, num_hidden_layers=5), "9 are missing, first model.layers.4"),
+    "nan": (put_nan, "tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity: the checkpoint is damaged"),
+    "pickle": (pickle, r"only pickled weights \(pytorch_model.bin\)"),
+    "unknown family": (
+        lambda model: change_config(model, model_type="lama"),
+        "model_type 'lama' is not supported; did you mean 'llama'",
+    ),
+    "config no json": (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
+    "large tokenizer": (grow_tokenizer, "the tokenizer has 400 tokens but the model's vocabulary only 320"),
+    "no tokenizer": (drop_tokenizer, "has no tokenizer that transformers can load"),
+}
+VERBS = {
+    "prune": ("prune", "MODEL", "--shape", "ffn=24", "--data", "TEXT", "--out", "OUT"),
+    "compress": ("compress", "MODEL", "--target-params", "60%", "--data", "TEXT", "--tokens", "1K", "--out", "OUT"),
+    "distill": ("distill", "--teacher", "TEACHER", "--student", "MODEL", "--data", "TEXT", "--out", "OUT"),
+    "evaluate": ("evaluate", "MODEL", "--data", "TEXT"),
+    "generate": ("generate", "MODEL", "--prompt", PROMPT),
+}
+NO_TOKENIZER_NEEDED = {("distill", "large tokenizer"), ("distill", "no tokenizer")}  # it reads the teacher's
+
+
+@pytest.mark.parametrize("bad", BAD_MODELS)
+def test_a_bad_model_is_one_line_and_nothing_is_written(desk: Desk, bad: str) -> None:
+    model = desk.path / "model"
+    shutil.copytree(desk.teacher, model)
+    damage, message = BAD_MODELS[bad]
+    damage(model)
+    names = {"MODEL": model, "TEACHER": desk.teacher, "TEXT": desk.text, "OUT": desk.path / "out"}
+    for verb, command in VERBS.items():
+        if (verb, bad) not in NO_TOKENIZER_NEEDED:
+            line = desk.refuses(*(names.get(word, word) for word in command))
+            pytest.fail(f"{verb}: {line}") if not matches(message, line) else None
+
+
+def matches(pattern: str, line: str) -> bool:
+    import re
+
+    return re.search(pattern, line) is not None
+
+
+BAD_TEXTS: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("text.txt", b"", "holds no text: every document in it is empty"),
+    "blank": ("text.txt", b" \n\n\t\n", "holds no text: every document in it is empty"),
+    "binary": ("text.txt", bytes(range(256)), r"is not UTF-8 text \(byte 128\)"),
+    "nul": ("text.txt", b"abc\x00def", "is binary: it holds a NUL character at position 3"),
+    "short": ("text.jsonl", b'{"text": "one"}\n{"text": "two"}\n', "fewer than one block of 64"),
+    "single": ("text.txt", b"only one document", "is a single document, so nothing can be held out"),
+    "not json": ("text.jsonl", b"{", "text.jsonl, line 1: not JSON"),
+    "other field": ("text.jsonl", b'{"content": "one"}', r"no field 'text' \(data.text_field\); it has content"),
+    "other suffix": ("text.csv", b"a,b", "has the suffix '.csv'; data files end in .txt"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TEXTS)
+def test_a_bad_text_is_one_line_and_nothing_is_written(desk: Desk, bad: str) -> None:
+    name, content, message = BAD_TEXTS[bad]
+    (desk.path / name).write_bytes(content)
+    out = ("--data", desk.path / name, "--out", desk.path / "out")
+    pair = ("--teacher", desk.teacher, "--student", desk.teacher)
+    for command in (
+        ("calibrate", desk.teacher),
+        ("distill", *pair),
+        ("compress", desk.teacher, "--target-params", "60%"),
+    ):
+        assert matches(message, desk.refuses(*command, *out))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("110%", "110%"),
+        ("10B", "target 10B is larger than the model, which has"),
+        ("1%", "target 1% is impossible: the smallest student"),
+        ("half", "half"),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused(desk: Desk, target: str, message: str) -> None:
+    for verb in ("prune", "compress"):
+        what = ("--target-params", target, "--data", desk.text, "--out", desk.path / "out")
+        assert message in desk.refuses(verb, desk.teacher, *what)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("ffn=48", "ffn=48 is larger than the teacher's ffn=40"),
+        ("ffn=0", "ffn"),
+        ("fnn=24", "did you mean 'ffn'"),
+        ("vocab=100", "vocab"),
+        ("heads=3", "heads"),
+    ],
+)
+def test_a_shape_that_cannot_be_cut_is_refused(desk: Desk, shape: str, message: str) -> None:
+    what = ("--shape", shape, "--data", desk.text, "--out", desk.path / "out")
+    assert message in desk.refuses("prune", desk.teacher, *what)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.learning_rat=1", "unknown key distill.learning_rat; did you mean 'learning_rate'"),
+        ("distil.tokens=1", "unknown key distil; did you mean 'distill'"),
+        ("distill.tokens=many", "distill.tokens: Input should be a valid integer"),
+        ("distill.tokens=0", "distill.tokens: Input should be greater than or equal to 1 (got 0)"),
+        ("seed", "write it as section.key=value"),
+        ("model.path=x", "model is not a section"),
+    ],
+)
+def test_a_bad_recipe_value_is_named_with_its_path(desk: Desk, override: str, message: str) -> None:
+    assert message in desk.refuses("run", desk.recipe(), "--set", override, "--out", desk.path / "out")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("model: m\nprune: {target: 50%}\ndistill: {lr: 1}", "unknown key distill.lr; Available: batch_blocks"),
+        ("prune: {target: 50%}", "model is missing"),
+        ("model: [", "is not YAML"),
+        ("- a", "must be a mapping of recipe keys"),
+        (None, "cannot read recipe"),
+    ],
+)
+def test_a_bad_recipe_file_is_named(desk: Desk, recipe: str | None, message: str) -> None:
+    path = desk.path / "recipe.yaml"
+    if recipe is not None:
+        path.write_text(recipe)
+    line = desk.refuses("run", path, "--out", desk.path / "out")
+    assert message in line and str(path) in line
+
+
+def writers(desk: Desk, out: Path) -> dict[str, tuple[Any, ...]]:
+    data = ("--data", desk.text, "--out", out)
+    pair = ("--teacher", desk.teacher, "--student", desk.teacher)
+    return {
+        "calibrate": ("calibrate", desk.teacher, *data),
+        "prune": ("prune", desk.teacher, "--shape", "ffn=32", *data),
+        "distill": ("distill", *pair, "--tokens", "1K", *data),
+        "run": ("run", desk.recipe(), "--out", out),
+    }
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "prune", "distill", "run"])
+def test_an_output_that_is_a_file_is_refused(desk: Desk, verb: str) -> None:
+    (desk.path / "out").write_text("mine")
+    command = writers(desk, desk.path / "out")[verb]
+    assert "out" in desk.refuses(*command)
+    assert (desk.path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "prune", "distill"])
+def test_an_output_that_holds_something_is_refused(desk: Desk, verb: str) -> None:
+    (desk.path / "out").mkdir()
+    (desk.path / "out" / "mine.txt").write_text("mine")
+    assert "exists and is not empty; remove it, or choose another --out" in desk.refuses(
+        *writers(desk, desk.path / "out")[verb]
+    )
+
+
+def test_a_run_directory_in_use_is_refused(desk: Desk) -> None:
+    command = writers(desk, desk.path / "out")["run"]
+    with RunDirectory(desk.path / "out"):
+        assert "is in use by another process" in desk.refuses(*command)
+
+
+def test_vocabularies_that_differ_are_refused(desk: Desk) -> None:
+    other = small.teacher(desk.path / "other", vocab_size=336)
+    for command in (
+        ("distill", "--student", other, "--out", desk.path / "out"),
+        ("evaluate", other),
+    ):
+        line = desk.refuses(*command, "--teacher", desk.teacher, "--data", desk.text)
+        assert "teacher and student vocabularies differ" in line and "336" in line and "320" in line
+
+
+def test_an_unfinished_run_has_no_report(desk: Desk) -> None:
+    assert "is not a run directory: it has no recipe.yaml" in desk.refuses("report", desk.path)
+    desk.recipe()
+    assert "is not finished; the same command" in desk.refuses("card", desk.path)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB: smaller than the model."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode == 0
+    )
+    if not mounted:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "prune", "distill", "run"])
+def test_a_full_disk_is_one_line_and_nothing_is_left(desk: Desk, full_disk: Path, verb: str) -> None:
+    line = desk.refuses(*writers(desk, full_disk / "out")[verb])
+    assert f"cannot write {full_disk}/out" in line and "No space left on device" in line

@@ -1,0 +1,75 @@
+"""Imports point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import minitron
+
+ROOT = Path(minitron.__file__).parent
+# Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("config", "files", "device"),
+    ("model", "data"),
+    ("describe", "prune", "distill", "evaluate", "publish"),
+    ("recipe",),
+    ("rundir",),
+    ("run",),
+    ("rooms", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+# Inside a room, the stages follow each other too.
+STAGES = {
+    "prune": ("calibrate", "importance", "plan", "cut"),
+    "model": ("architecture", "families", "checkpoint", "stream"),
+}
+FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
+
+
+def parts(file: Path) -> tuple[str, ...]:
+    return file.relative_to(ROOT).with_suffix("").parts
+
+
+def imported(file: Path) -> set[tuple[str, ...]]:
+    """Modules of minitron that a file imports anywhere in it, as path parts below minitron."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {tuple(name.split(".")[1:]) for name in found if name.split(".")[0] == "minitron"}
+
+
+def test_every_module_has_its_place() -> None:
+    assert {parts(file)[0] for file in FILES} <= {name for row in ORDER for name in row}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: ".".join(parts(file)))
+def test_a_module_imports_only_what_stands_below_it(file: Path) -> None:
+    own = parts(file)[0]
+    row = next(index for index, names in enumerate(ORDER) if own in names)
+    below = {own, *(name for names in ORDER[:row] for name in names)}
+    assert {module[0] for module in imported(file)} <= below
+
+
+@pytest.mark.parametrize(("room", "stages"), STAGES.items(), ids=STAGES)
+def test_a_stage_imports_only_stages_before_it(room: str, stages: tuple[str, ...]) -> None:
+    for file in (ROOT / room).rglob("*.py"):
+        stage = parts(file)[1]
+        if stage in stages:
+            seen = {module[1] for module in imported(file) if module[0] == room} & set(stages)
+            assert seen <= set(stages[: stages.index(stage) + 1])
+
+
+@pytest.mark.parametrize("heavy", ["transformers", "datasets", "pyarrow", "matplotlib"])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: ".".join(parts(file)))
+def test_heavy_libraries_are_imported_where_they_are_used(file: Path, heavy: str) -> None:
+    top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+    assert heavy not in {name.split(".")[0] for name in names}

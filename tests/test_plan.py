@@ -1,0 +1,296 @@
+"""A plan keeps the best units that fit the target, and a plan that contradicts itself is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig
+
+from minitron.errors import PlanError
+from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.families import FAMILIES
+from minitron.prune.importance import Scores
+from minitron.prune.plan import (
+    Plan,
+    PruneConfig,
+    choose,
+    default_multiple,
+    identity_plan,
+    parse_target,
+    require_consistent,
+    target_shape,
+)
+
+TEACHER = Shape(layers=4, hidden=32, ffn=40, heads=8, kv_heads=4, head_dim=4, vocab=320)
+REAL = {
+    "llama-3.1-8b": ("llama", Shape(32, 4096, 14336, 32, 8, 128, 128256), False),
+    "mistral-nemo-12b": ("mistral", Shape(40, 5120, 14336, 32, 8, 128, 131072), False),
+    "llama-3.2-1b": ("llama", Shape(16, 2048, 8192, 32, 8, 64, 128256), True),
+    "smollm-135m": ("llama", Shape(30, 576, 1536, 9, 3, 64, 49152), True),
+    "tiny": ("mistral", TEACHER, False),
+}
+STUDENTS = [
+    {},
+    {"layers": 1},
+    {"hidden": 7, "ffn": 11},
+    {"heads": 4},
+    {"kv_heads": 2, "heads": 4},
+    {"kv_heads": 1, "heads": 1},
+    {"layers": 2, "hidden": 16, "ffn": 1, "heads": 3, "kv_heads": 3},
+]
+
+
+def random_scores(seed: int = 0) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"ffn": TEACHER.ffn, "heads": TEACHER.heads, "kv_heads": TEACHER.kv_heads}
+    per_layer = {dim: torch.randn(TEACHER.layers, size, generator=generator).double() for dim, size in sizes.items()}
+    rows = {dim: torch.randn(getattr(TEACHER, dim), generator=generator).double() for dim in ("layers", "hidden")}
+    return Scores(**rows, **per_layer)
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", STUDENTS, ids=str)
+def test_no_dropped_unit_scores_higher_than_a_kept_one(sizes: dict[str, int]) -> None:
+    scores, student = random_scores(), replace(TEACHER, **sizes)
+    plan = choose(scores, TEACHER, student)
+    require_consistent(plan)
+
+    def best(kept: tuple[int, ...], row: torch.Tensor, among: range) -> bool:
+        dropped = [row[unit] for unit in among if unit not in kept]
+        return not dropped or max(dropped) <= min(row[unit] for unit in kept if unit in among)
+
+    assert best(plan.layers, scores.layers, range(TEACHER.layers))
+    assert best(plan.hidden, scores.hidden, range(TEACHER.hidden))
+    for index, layer in enumerate(plan.layers):
+        assert best(plan.ffn[index], scores.ffn[layer], range(TEACHER.ffn))
+        assert best(plan.kv_heads[index], scores.kv_heads[layer], range(TEACHER.kv_heads))
+        for kv_head in plan.kv_heads[index]:
+            group = range(kv_head * TEACHER.group, (kv_head + 1) * TEACHER.group)
+            assert best(plan.heads[index], scores.heads[layer], group)
+            assert len(set(group) & set(plan.heads[index])) == student.group
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    even = Scores(
+        **{dim: torch.zeros(size).double() for dim, size in (("layers", 4), ("hidden", 32))},
+        **{dim: torch.zeros(4, size).double() for dim, size in (("ffn", 40), ("heads", 8), ("kv_heads", 4))},
+    )
+    plan = choose(even, TEACHER, replace(TEACHER, layers=2, ffn=3, kv_heads=2, heads=2))
+    assert (plan.layers, plan.ffn, plan.kv_heads, plan.heads) == (
+        (0, 1),
+        ((0, 1, 2),) * 2,
+        ((0, 1),) * 2,
+        ((0, 2),) * 2,
+    )
+
+
+def test_the_students_own_shape_is_the_identity() -> None:
+    assert choose(random_scores(), TEACHER, TEACHER) == identity_plan(TEACHER)
+    assert str(identity_plan(TEACHER)) == "identity"
+    assert str(choose(random_scores(), TEACHER, replace(TEACHER, ffn=3, layers=2))) == "layers 4 -> 2, ffn 40 -> 3"
+
+
+UNREACHABLE: dict[str, tuple[dict[str, int], str]] = {
+    "larger": ({"ffn": 41}, "target ffn=41 is larger than the teacher's ffn=40; pruning only removes units: lower ffn"),
+    "head_dim": ({"head_dim": 2}, "head_dim cannot change: the teacher has 4, keep it"),
+    "vocab": ({"vocab": 300}, "vocab cannot change: the teacher has 320"),
+    "group": ({"kv_heads": 2, "heads": 8}, "heads=8 with kv_heads=2 cannot be cut from heads=8 with kv_heads=4"),
+    "no multiple": ({"heads": 6}, "heads=6 with kv_heads=4 cannot be cut"),
+    "nothing left": ({"kv_heads": 0}, "kv_heads=0.* must be positive"),
+    "negative": ({"hidden": -8}, "hidden=-8.* must be positive"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), UNREACHABLE.values(), ids=UNREACHABLE)
+def test_a_student_that_cannot_be_cut_is_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        choose(random_scores(), TEACHER, replace(TEACHER, **sizes))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", STUDENTS, ids=str)
+def test_a_plan_reads_back_as_it_was_saved(tmp_path: Path, sizes: dict[str, int]) -> None:
+    plan = tiny.plan(TEACHER, **sizes)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+INCONSISTENT: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "missing part": (lambda raw: raw.pop("hidden"), "plan.json is not a plan file: 'hidden'"),
+    "unknown size": (lambda raw: raw["student"].update(width=3), "is not a plan file: .*width"),
+    "texts for units": (lambda raw: raw.update(hidden=[chr(65 + i) for i in range(24)]), "is not a plan file"),
+    "no kv heads": (lambda raw: raw["student"].update(kv_heads=0), "kv_heads=0"),
+    "too few layers": (
+        lambda raw: raw["layers"].pop(),
+        "layers must list 3 different indices below 4, in ascending order",
+    ),
+    "layer twice": (lambda raw: raw.update(layers=[0, 1, 1]), "layers must list 3 different"),
+    "descending": (lambda raw: raw["hidden"].reverse(), "hidden must list 24 different indices below 32, in ascending"),
+    "out of range": (lambda raw: raw["ffn"][1].__setitem__(-1, 40), "ffn must list 20 different indices below 40"),
+    "negative": (lambda raw: raw["hidden"].__setitem__(0, -1), "hidden must list 24"),
+    "list too few": (lambda raw: raw["heads"].pop(), "heads has 2 lists for 3 layers"),
+    "foreign heads": (
+        lambda raw: raw.update(heads=[[0, 1]] * 3, kv_heads=[[0, 1]] * 3),
+        "each kept kv head must keep the same number of its own query heads",
+    ),
+    "larger": (lambda raw: raw["student"].update(ffn=41), "target ffn=41 is larger"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), INCONSISTENT.values(), ids=INCONSISTENT)
+def test_a_plan_that_contradicts_itself_is_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    path = tmp_path / "plan.json"
+    tiny.plan(TEACHER, layers=3, hidden=24, ffn=20, kv_heads=2, heads=2).save(path)
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "{}", "plan"])
+def test_a_file_that_is_no_plan_says_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(PlanError, match=r"plan.json is not a plan file"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"nothing.json does not exist"):
+        Plan.load(tmp_path / "nothing.json")
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("50%", ("non_embedding", 0.5)),
+        ("100 %", ("non_embedding", 1.0)),
+        ("12.5%", ("non_embedding", 0.125)),
+        ("4.5B", ("total", 4.5e9)),
+        ("300m", ("total", 3e8)),
+        ("12k", ("total", 12e3)),
+        (" 12_000 ", ("total", 12000)),
+    ],
+)
+def test_targets_are_shares_or_counts(text: str, expected: tuple[str, float]) -> None:
+    assert parse_target(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "half", "50%%", "-1B", "1e9", "4.5T", "%", "1 2"])
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(PlanError, match=r"is neither a percentage such as 50% nor a count such as 4.5B or 300M"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["0%", "101%"])
+def test_shares_are_above_zero_and_at_most_all(text: str) -> None:
+    with pytest.raises(PlanError, match="must be more than 0% and at most 100%"):
+        parse_target(text)
+
+
+SHARES = [100, 95, 75, 50, 33, 20, 10]
+# How far below the target the rule may land: the steps of large models are fine, those of small ones are not.
+MARGIN = {"llama-3.1-8b": 0.03, "mistral-nemo-12b": 0.03, "llama-3.2-1b": 0.06, "smollm-135m": 0.16, "tiny": 0.35}
+
+
+@cache
+def chosen(name: str, target: str) -> Shape:
+    family, teacher, tied = REAL[name]
+    return target_shape(FAMILIES[family], {"tie_word_embeddings": tied}, teacher, PruneConfig(target=target))
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", REAL)
+def test_a_target_is_met_from_below_by_a_model_that_transformers_accepts(name: str, share: int) -> None:
+    family, teacher, tied = REAL[name]
+    config = {"model_type": family, "tie_word_embeddings": tied}
+    architecture = FAMILIES[family]
+    student = chosen(name, f"{share}%")
+    have, got = (architecture.count(shape, config).non_embedding for shape in (teacher, student))
+    assert (1 - MARGIN[name]) * share / 100 * have <= got <= share / 100 * have
+    accepted = AutoConfig.for_model(**architecture.config_for(config, student, []))
+    assert accepted.hidden_size == student.hidden
+    for dim, size in (("hidden", student.hidden), ("ffn", student.ffn)):
+        assert size == getattr(teacher, dim) or size % default_multiple(getattr(teacher, dim)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("llama-3.1-8b", "4.5B"), ("llama-3.1-8b", "1B"), ("mistral-nemo-12b", "8.4B"), ("tiny", "40K")],
+)
+def test_a_count_as_target_is_a_count_of_all_parameters(name: str, target: str) -> None:
+    family, _, tied = REAL[name]
+    total = FAMILIES[family].count(chosen(name, target), {"tie_word_embeddings": tied}).total
+    _, wanted = parse_target(target)
+    assert (1 - MARGIN[name]) * wanted <= total <= wanted
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "mistral-nemo-12b"])
+def test_a_smaller_target_never_gives_a_larger_model(name: str) -> None:
+    family, _, tied = REAL[name]
+    counts = [
+        FAMILIES[family].count(chosen(name, f"{share}%"), {"tie_word_embeddings": tied}).total for share in SHARES
+    ]
+    assert all(larger > smaller for larger, smaller in pairwise(counts))
+
+
+def test_half_of_a_large_model_is_cut_in_width_alone() -> None:
+    teacher, student = REAL["llama-3.1-8b"][1], chosen("llama-3.1-8b", "50%")
+    assert (student.layers, student.heads, student.kv_heads) == (32, 32, 8)
+    assert student.hidden / teacher.hidden == pytest.approx(student.ffn / teacher.ffn, rel=0.1)
+
+
+def test_wanted_multiples_are_kept() -> None:
+    family, teacher, _ = REAL["mistral-nemo-12b"]
+    prune = PruneConfig(target="60%", hidden_multiple=640, ffn_multiple=1000)
+    student = target_shape(FAMILIES[family], {}, teacher, prune)
+    assert student.hidden % 640 == 0 and student.ffn % 1000 == 0
+
+
+def test_an_explicit_shape_is_taken_as_it_is() -> None:
+    student = target_shape(FAMILIES["llama"], {}, TEACHER, PruneConfig(shape={"hidden": 24, "ffn": 7}))
+    assert student == replace(TEACHER, hidden=24, ffn=7)
+
+
+BAD_TARGETS: dict[str, tuple[PruneConfig, str]] = {
+    "neither": (PruneConfig(), r"give either prune.target \(such as 50%\) or prune.shape, and not both"),
+    "both": (PruneConfig(target="50%", shape={"ffn": 8}), "and not both"),
+    "too large": (PruneConfig(target="1B"), "target 1B is larger than the model, which has 48,416 total"),
+    "too small": (
+        PruneConfig(target="1%"),
+        "target 1% is impossible: the smallest student .* has [0-9,]+ of the model's",
+    ),
+    "nothing": (PruneConfig(target="0"), "target 0 is impossible"),
+    "unknown dim": (
+        PruneConfig(shape={"hiden": 8}),
+        "unknown dim 'hiden'; did you mean 'hidden'. Available: ffn, heads",
+    ),
+    "fixed dim": (PruneConfig(shape={"vocab": 8}), "unknown dim 'vocab'"),
+    "shape too large": (PruneConfig(shape={"layers": 5}), "target layers=5 is larger than the teacher's layers=4"),
+    "no such llama": (PruneConfig(shape={"hidden": 20}), "hidden=20 is no multiple of heads=8"),
+    "zero": (PruneConfig(shape={"kv_heads": 0}), "kv_heads=0.* must be positive"),
+}
+
+
+@pytest.mark.parametrize(("prune", "message"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_impossible_targets_are_refused_with_a_reason(prune: PruneConfig, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        target_shape(FAMILIES["llama"], {}, TEACHER, prune)
+
+
+def test_prunable_dims_are_those_a_plan_lists() -> None:
+    assert set(PRUNABLE) == Plan.__dataclass_fields__.keys() - {"teacher", "student"}

@@ -1,0 +1,259 @@
+"""The whole pipeline: its files, its resume after anything, and that the stored recipe makes the same student again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import tiny
+import torch
+import yaml
+
+from minitron import cli
+from minitron.data import open_corpus
+from minitron.errors import RunError
+from minitron.evaluate.quality import evaluate
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.plan import Plan
+from minitron.recipe import build_recipe, load_recipe
+from minitron.run import run
+
+STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+FILES = (
+    "recipe.yaml",
+    "data/corpus.json",
+    "statistics/statistics.safetensors",
+    "scores/scores.json",
+    "plan/plan.json",
+    "pruned/config.json",
+    "pruned/model.safetensors",
+    "student/config.json",
+    "student/model.safetensors",
+    "student/README.md",
+    "distill/metrics.jsonl",
+    "evaluations/teacher.json",
+    "evaluations/pruned.json",
+    "evaluations/student.json",
+    "evaluations/scratch.json",
+    "evaluations/generations.json",
+    "evaluations/speed.json",
+    "report.html",
+    *(f"{stage}/record.json" for stage in STAGES),
+)
+PROMPT = "the rain in"
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, str]] = []
+
+    def stage(self, name: str, state: str) -> None:
+        self.stages.append((name, state))
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        assert 0 < done <= total
+
+
+def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
+    """A short whole run of a tiny teacher, with everything that can be left open left open."""
+    return {
+        "model": str(small.teacher(path / "teacher", variant)),
+        "data": {"source": str(small.text(path / "text.jsonl")), "heldout_fraction": 0.2, "block_tokens": 16},
+        "calibrate": {"samples": 8},
+        "prune": {"shape": {"hidden": 24, "ffn": 24, "layers": 3}},
+        "distill": {"tokens": 40 * 4 * 16, "batch_blocks": 4, "evaluate_blocks": 4},
+        "evaluate": {"blocks": 8, "prompts": [PROMPT], "new_tokens": 12, "speed": False},
+    } | changes
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a finished run, to read only."""
+    path = tmp_path_factory.mktemp("run")
+    raw = raw_recipe(path, request.param, scratch_baseline=True)
+    raw["evaluate"]["speed"] = True
+    run(build_recipe(raw), path / "out")
+    return path / "out"
+
+
+def stamps(path: Path) -> dict[str, int]:
+    """Modification time of every file but those that each call writes from the records."""
+    again = {".lock", "recipe.yaml", "report.html", "student/README.md"}
+    names = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
+    return {name: file.stat().st_mtime_ns for name, file in names.items() if name not in again}
+
+
+def assert_same_student(one: Path, other: Path) -> None:
+    first, second = tiny.tensors(one / "student"), tiny.tensors(other / "student")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_run_has_every_file_of_the_contract_and_no_leftover(finished: Path) -> None:
+    names = {str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file()}
+    assert names.issuperset(FILES)
+    assert not [name for name in names if ".partial" in name or "state-" in name]
+    assert tiny.logits(tiny.model(finished / "student"), tiny.tokens(1, 8)).isfinite().all()
+
+
+def test_the_evaluations_are_those_of_the_models_on_disk(finished: Path) -> None:
+    models = {name: finished / name for name in ("pruned", "student", "scratch")}
+    models["teacher"] = finished.parent / "teacher"
+    teacher = tiny.model(models["teacher"])
+    measured = {}
+    for name, path in models.items():
+        guide = None if name == "teacher" else teacher
+        expected = evaluate(tiny.model(path), open_corpus(finished / "data").heldout.head(8), teacher=guide)
+        measured[name] = json.loads((finished / "evaluations" / f"{name}.json").read_text())
+        assert {key: measured[name][key] for key in expected.to_dict()} == pytest.approx(expected.to_dict())
+        assert measured[name]["parameters"]["total"] == open_checkpoint(path).parameters.total
+    assert measured["student"]["kl_to_teacher"] < measured["pruned"]["kl_to_teacher"]
+    assert measured["student"]["shape"] == measured["scratch"]["shape"] == measured["pruned"]["shape"]
+
+
+def test_the_pruned_model_is_the_plan_cut_from_the_teacher(finished: Path) -> None:
+    plan = Plan.load(finished / "plan" / "plan.json")
+    name = "model.layers.{}.mlp.down_proj.weight"
+    teacher, pruned = tiny.tensors(finished.parent / "teacher"), tiny.tensors(finished / "pruned")
+    for layer, kept in enumerate(plan.layers):
+        expected = teacher[name.format(kept)][list(plan.hidden)][:, list(plan.ffn[layer])]
+        assert torch.equal(pruned[name.format(layer)], expected)
+
+
+def test_the_same_command_again_skips_everything(finished: Path) -> None:
+    recipe, before, heard = load_recipe(finished / "recipe.yaml"), stamps(finished), Heard()
+    run(recipe, finished, heard)
+    assert heard.stages == [(stage, "unchanged") for stage in STAGES]
+    assert stamps(finished) == before
+
+
+def test_the_stored_recipe_is_resolved_and_makes_the_same_student_again(finished: Path, tmp_path: Path) -> None:
+    stored = load_recipe(finished / "recipe.yaml")
+    assert None not in stored.distill.model_dump().values()
+    assert "auto" not in (stored.calibrate.precision, stored.distill.precision)
+    again = run(stored, tmp_path / "again")
+    assert load_recipe(tmp_path / "again" / "recipe.yaml") == stored
+    assert again.recipe == yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert_same_student(finished, tmp_path / "again")
+    rows = [(out / "distill" / "metrics.jsonl").read_text() for out in (finished, tmp_path / "again")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "named"),
+    [
+        ("data.heldout_fraction=0.3", "data", r"data.heldout_fraction \(0.2, now 0.3\)"),
+        ("calibrate.samples=4", "statistics", r"calibrate.samples \(8, now 4\)"),
+        ("prune.shape.ffn=32", "plan", r"shape.ffn \(24, now 32\)"),
+        ("distill.learning_rate=0.01", "student", r"distill.learning_rate \(0.017, now 0.01\)"),
+        ("evaluate.blocks=4", "evaluations", r"evaluate.blocks \(8, now 4\)"),
+    ],
+)
+def test_a_changed_recipe_is_an_error_that_names_the_change(
+    finished: Path, change: str, stage: str, named: str
+) -> None:
+    stored, before = (finished / "recipe.yaml").read_text(), stamps(finished)
+    with pytest.raises(RunError, match=f"{stage} was made from other inputs; changed: .*{named}"):
+        run(load_recipe(finished / "recipe.yaml", [change]), finished)
+    assert (finished / "recipe.yaml").read_text() == stored and stamps(finished) == before
+
+
+def test_changed_text_or_weights_are_an_error_that_names_them(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path, "llama", distill={"tokens": 128, "batch_blocks": 4})
+    recipe = build_recipe(raw)
+    run(recipe, tmp_path / "out")
+    text = (tmp_path / "text.jsonl").read_text()
+    small.text(tmp_path / "text.jsonl", seed=1)
+    with pytest.raises(RunError, match=r"data was made from other inputs; changed: text\. Put them back"):
+        run(recipe, tmp_path / "out")
+    (tmp_path / "text.jsonl").write_text(text)
+    tiny.checkpoint("llama", tmp_path / "teacher", rms_norm_eps=1e-4)
+    with pytest.raises(RunError, match=r"statistics was made from other inputs; changed: model\."):
+        run(recipe, tmp_path / "out")
+
+
+def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Path) -> None:
+    recipe = build_recipe(raw_recipe(tmp_path, "llama"))
+
+    class Impatient(Heard):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            if total == 40 and done == 9:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", Impatient())
+    assert list((tmp_path / "out" / "distill").glob("state-*"))
+    other = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"weight_decay": 0.2})})
+    with pytest.raises(RunError, match=r"distill was made from other inputs; changed: distill.weight_decay \(0.1, now"):
+        run(other, tmp_path / "out")
+    run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "undisturbed")
+    assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+
+GENERATE = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+*paths, prompt = sys.argv[1:]
+texts = []
+for path in paths:
+    model, notes = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(notes.values()), (path, notes)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=20, do_sample=False)
+    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+assert "minitron" not in sys.modules
+print(json.dumps(texts))
+"""
+
+
+def test_what_a_run_makes_generates_the_same_text_without_minitron(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(finished / name) for name in ("pruned", "student")]
+    texts = []
+    for path in paths:
+        assert cli.main(["generate", path, "--prompt", PROMPT, "--new-tokens", "20", "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert json.loads(python("-c", GENERATE, *paths, PROMPT)) == texts
+
+
+MOMENTS = ("statistics/record.json", "distill/state-*", "evaluations.partial")
+
+
+def test_a_run_that_was_killed_three_times_ends_with_the_same_student(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path, "llama")
+    raw["distill"]["tokens"] *= 5
+    run(build_recipe(raw), tmp_path / "undisturbed")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    command = ("-m", "minitron", "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--json")
+    for moment in MOMENTS:
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENV)
+        while process.poll() is None and not any((tmp_path / "out").glob(moment)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"the run ended before {moment} was seen"
+    facts = json.loads(python(*command))
+    assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]
+    assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+    metrics = [(tmp_path / out / "distill" / "metrics.jsonl").read_text() for out in ("out", "undisturbed")]
+    assert metrics[0] == metrics[1]
+    assert not list((tmp_path / "out").glob("**/*.partial"))
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+
+
+def python(*arguments: str) -> str:
+    """What a process of its own prints, with as many threads as this one."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
