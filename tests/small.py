@@ -10,13 +10,13 @@ import tiny
 from minitron.data import Corpus, DataConfig, prepare
 from minitron.model.checkpoint import load_tokenizer
 
-WORDS = "the rain in the plain remains while a grey boat sails home over some wide and windy sea again".split()
+WORDS = "the rain in the plain remains while a grey boat sails home over some wide and windy sea again"
 
 
 def text(path: Path, documents: int = 60, seed: int = 0) -> Path:
     """A .jsonl file of documents of 40 random words each."""
     draw = random.Random(seed)
-    rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=40))}) for _ in range(documents)]
+    rows = [json.dumps({"text": " ".join(draw.choices(WORDS.split(), k=40))}) for _ in range(documents)]
     path.write_text("\n".join(rows))
     return path
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,13 +63,13 @@ class Desk:
     def files(self) -> set[str]:
         return {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
 
-    def refuses(self, *command: Any) -> str:
-        """The one line that a refused command prints, after checking that it wrote nothing."""
+    def refuses(self, *command: Any, keeps: str = "nothing") -> str:
+        """The one line that a refused command prints, after checking that it wrote nothing outside `keeps`."""
         before = self.files()
         code, out, err = self.run(*command, "--quiet")
         assert code == 1, (code, out, err)
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), (out, err)
-        assert self.files() == before
+        assert {file for file in self.files() - before if file.split("/")[0] != keeps} == set() == before - self.files()
         return err
 
 
@@ -144,7 +145,7 @@ def test_the_rooms_one_by_one(desk: Desk) -> None:
 
     stats = ("--statistics", path / "stats")
     by_shape = desk.json("prune", desk.teacher, "--shape", SHAPE, *stats, "--out", path / "pruned")
-    assert {dim: by_shape["shape"][dim] for dim in ("hidden", "ffn", "layers")} == {"hidden": 24, "ffn": 24, "layers": 3}
+    assert [by_shape["shape"][dim] for dim in ("hidden", "ffn", "layers")] == [24, 24, 3]
     by_target = desk.json("prune", desk.teacher, "--target-params", "60%", *stats, "--out", path / "target")
     whole = desk.json("inspect", desk.teacher)["parameters"]["non_embedding"]
     assert 0.3 * whole < by_target["parameters"]["non_embedding"] <= 0.6 * whole
@@ -191,7 +192,7 @@ def test_run_and_compress_and_their_report_and_card(desk: Desk) -> None:
     settings = ("--set", "evaluate.speed=false", "--set", "data.block_tokens=16", "--set", "evaluate.blocks=4")
     command = ("compress", desk.teacher, "--target-params", "60%", "--data", desk.text, "--tokens", 2048, *settings)
     table = desk.run(*command, "--out", desk.path / "b")[1]
-    assert all(word in table for word in ("teacher", "pruned", "student", "perplexity", "report.html"))
+    assert all(word in table for word in ("teacher", "pruned", "student", "held-out text", "report.html"))
     for verb, file in (("report", "report.html"), ("card", "student/README.md")):
         before = (desk.path / "b" / file).read_text()
         (desk.path / "b" / file).unlink()
@@ -223,7 +224,7 @@ def test_an_interrupted_distill_exits_with_130_and_the_same_command_goes_on(
 ) -> None:
     student = desk.path / "pruned"
     desk.json("prune", desk.teacher, "--shape", SHAPE, "--data", desk.text, "--out", student)
-    command = ("distill", "--teacher", desk.teacher, "--student", student, "--data", desk.text, "--tokens", "64K")
+    command = ("distill", "--teacher", desk.teacher, "--student", student, "--data", desk.text, "--tokens", "24K")
     steps: list[int] = []
 
     def interrupt_at_third_step(console: cli.Console, done: int, total: int, note: str = "") -> None:
@@ -322,7 +323,10 @@ VERBS = {
     "evaluate": ("evaluate", "MODEL", "--data", "TEXT"),
     "generate": ("generate", "MODEL", "--prompt", PROMPT),
 }
-NO_TOKENIZER_NEEDED = {("distill", "large tokenizer"), ("distill", "no tokenizer")}  # it reads the teacher's
+# Distillation reads the teacher's tokenizer; a prompt may well have only tokens that the model knows.
+FINE = {("distill", "large tokenizer"), ("distill", "no tokenizer"), ("generate", "large tokenizer")}
+# Weights are read after the text is tokenized, and a stage that is done stays.
+KEEPS = {("distill", "nan"): "distill-out.work", ("compress", "nan"): "compress-out"}
 
 
 @pytest.mark.parametrize("bad", BAD_MODELS)
@@ -331,17 +335,13 @@ def test_a_bad_model_is_one_line_and_nothing_is_written(desk: Desk, bad: str) ->
     shutil.copytree(desk.teacher, model)
     damage, message = BAD_MODELS[bad]
     damage(model)
-    names = {"MODEL": model, "TEACHER": desk.teacher, "TEXT": desk.text, "OUT": desk.path / "out"}
+    names = {"MODEL": model, "TEACHER": desk.teacher, "TEXT": desk.text}
     for verb, command in VERBS.items():
-        if (verb, bad) not in NO_TOKENIZER_NEEDED:
-            line = desk.refuses(*(names.get(word, word) for word in command))
-            pytest.fail(f"{verb}: {line}") if not matches(message, line) else None
-
-
-def matches(pattern: str, line: str) -> bool:
-    import re
-
-    return re.search(pattern, line) is not None
+        names["OUT"] = desk.path / f"{verb}-out"
+        if (verb, bad) not in FINE:
+            keeps = KEEPS.get((verb, bad), "nothing")
+            assert re.search(message, desk.refuses(*(names.get(word, word) for word in command), keeps=keeps)), verb
+            assert not list(desk.path.rglob("*.partial"))
 
 
 BAD_TEXTS: dict[str, tuple[str, bytes, str]] = {
@@ -368,7 +368,7 @@ def test_a_bad_text_is_one_line_and_nothing_is_written(desk: Desk, bad: str) -> 
         ("distill", *pair),
         ("compress", desk.teacher, "--target-params", "60%"),
     ):
-        assert matches(message, desk.refuses(*command, *out))
+        assert re.search(message, desk.refuses(*command, *out))
 
 
 @pytest.mark.parametrize(
@@ -484,13 +484,14 @@ def test_an_unfinished_run_has_no_report(desk: Desk) -> None:
     assert "is not finished; the same command" in desk.refuses("card", desk.path)
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB: smaller than the model."""
+@pytest.fixture(params=["16k", "64k"])
+def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system smaller than the tokens of the text, or than the model."""
     disk = tmp_path / "disk"
     disk.mkdir()
+    size = f"size={request.param}"
     mounted = os.geteuid() == 0 and (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode == 0
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], capture_output=True).returncode == 0
     )
     if not mounted:
         pytest.skip("cannot mount a small file system here")
@@ -501,6 +502,13 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "prune", "distill", "run"])
-def test_a_full_disk_is_one_line_and_nothing_is_left(desk: Desk, full_disk: Path, verb: str) -> None:
-    line = desk.refuses(*writers(desk, full_disk / "out")[verb])
+def test_a_full_disk_is_one_line_and_only_stages_that_are_done_are_left(
+    desk: Desk, full_disk: Path, verb: str, request: pytest.FixtureRequest
+) -> None:
+    small_disk = "16k" in request.node.name
+    if verb == "calibrate" and not small_disk:
+        pytest.skip("these statistics are smaller")
+    line = desk.refuses(*writers(desk, full_disk / "out")[verb], keeps="nothing" if small_disk else "disk")
     assert f"cannot write {full_disk}/out" in line and "No space left on device" in line
+    for stage in ("data", "statistics", "scores", "plan", "pruned", "student"):
+        assert all((made / "record.json").is_file() for made in full_disk.rglob(stage))

@@ -72,14 +72,25 @@ def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a finished run, to read only."""
-    path = tmp_path_factory.mktemp("run")
-    raw = raw_recipe(path, request.param, scratch_baseline=True)
-    raw["evaluate"]["speed"] = True
-    run(build_recipe(raw), path / "out")
-    return path / "out"
+VARIANTS = ("llama", "llama-tied")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The directories of finished runs, to read only."""
+    outs = {}
+    for variant in VARIANTS:
+        path = tmp_path_factory.mktemp(variant)
+        raw = raw_recipe(path, variant, scratch_baseline=True)
+        raw["evaluate"]["speed"] = True
+        run(build_recipe(raw), path / "out")
+        outs[variant] = path / "out"
+    return outs
+
+
+@pytest.fixture(params=VARIANTS)
+def finished(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
+    return runs[request.param]
 
 
 def stamps(path: Path) -> dict[str, int]:
@@ -179,11 +190,12 @@ def test_changed_text_or_weights_are_an_error_that_names_them(tmp_path: Path) ->
 
 
 def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Path) -> None:
-    recipe = build_recipe(raw_recipe(tmp_path, "llama"))
+    steps = 10
+    recipe = build_recipe(raw_recipe(tmp_path, "llama", distill={"tokens": steps * 4 * 16, "batch_blocks": 4}))
 
     class Impatient(Heard):
         def progress(self, done: int, total: int, note: str = "") -> None:
-            if total == 40 and done == 9:
+            if total == steps and done == 5:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -207,17 +219,18 @@ for path in paths:
     assert not any(notes.values()), (path, notes)
     tokenizer = AutoTokenizer.from_pretrained(path)
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=20, do_sample=False)
-    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    output = model.generate(tokens, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    texts.append(tokenizer.decode(output[0, tokens.shape[1]:], skip_special_tokens=True))
 assert "minitron" not in sys.modules
 print(json.dumps(texts))
 """
 
 
 def test_what_a_run_makes_generates_the_same_text_without_minitron(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [str(finished / name) for name in ("pruned", "student")]
+    paths = [str(out / name) for out in runs.values() for name in ("pruned", "student")]
     texts = []
     for path in paths:
         assert cli.main(["generate", path, "--prompt", PROMPT, "--new-tokens", "20", "--json"]) == 0
@@ -230,16 +243,16 @@ MOMENTS = ("statistics/record.json", "distill/state-*", "evaluations.partial")
 
 def test_a_run_that_was_killed_three_times_ends_with_the_same_student(tmp_path: Path) -> None:
     raw = raw_recipe(tmp_path, "llama")
-    raw["distill"]["tokens"] *= 5
+    raw["distill"]["tokens"] *= 4
     run(build_recipe(raw), tmp_path / "undisturbed")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     command = ("-m", "minitron", "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--json")
     for moment in MOMENTS:
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENV)
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, env=ENV)
         while process.poll() is None and not any((tmp_path / "out").glob(moment)):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         assert process.returncode == -signal.SIGKILL, f"the run ended before {moment} was seen"
     facts = json.loads(python(*command))
     assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]

@@ -86,7 +86,8 @@ def test_a_changed_input_is_named(tmp_path: Path, changed: dict[str, Any], messa
             with pytest.raises(ValueError):
                 stages.do("scores", fail, **given, state=state)
         before = files(tmp_path)
-        with pytest.raises(RunError, match=f"{'scores' if finished else 'state'} was made from other inputs; {message}"):
+        held = "scores" if finished else "state"
+        with pytest.raises(RunError, match=f"{held} was made from other inputs; {message}"):
             stages.do("scores", Steps(), **(given | changed), state=state)
         assert files(tmp_path) == before
         assert stages.do("scores", Steps(), **given, state=state) == tmp_path / "scores"

@@ -241,13 +241,13 @@ def test_sigterm_saves_the_state_and_says_how_to_go_on(bench: Bench, tmp_path: P
 
 def test_vocabularies_that_differ_are_refused(bench: Bench, tmp_path: Path) -> None:
     other = small.teacher(tmp_path / "other", vocab_size=336)
-    with pytest.raises(MinitronError, match="vocabularies differ: .* has 336 tokens, .* has 320"):
+    with pytest.raises(MinitronError, match=r"vocabularies differ: .* has 336 tokens, .* has 320"):
         bench.distill(tmp_path, teacher=other)
 
 
 def test_divergence_names_the_step_and_the_way_out(bench: Bench, tmp_path: Path) -> None:
     wild = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
-    with pytest.raises(MinitronError, match=r"diverged at step 2: loss .*, gradient norm nan; lower distill.learning_rate \(now 1e\+30\)"):
+    with pytest.raises(MinitronError, match=r"diverged at step 2: .*; lower distill.learning_rate \(now 1e\+30\)"):
         bench.distill(tmp_path, wild)
     assert not any((tmp_path / "out").iterdir())
 
@@ -257,7 +257,7 @@ def test_the_student_is_saved_in_the_dtypes_it_came_in(tmp_path: Path, bench: Be
     out = bench.distill(tmp_path, CONFIG.model_copy(update={"tokens": BATCH * BLOCK}), student=student)
     saved = tiny.tensors(out)
     master = load_file(tmp_path / "distill" / "state-00000001" / "student.safetensors")
-    assert {name: tensor.dtype for name, tensor in saved.items()} == {name: torch.bfloat16 for name in master}
+    assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(master, torch.bfloat16)
     assert {tensor.dtype for tensor in master.values()} == {torch.float32}
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in master.items())
 

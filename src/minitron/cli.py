@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
         return 130
     except MinitronError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's reason may have many lines
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

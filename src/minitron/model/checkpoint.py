@@ -76,11 +76,7 @@ class Checkpoint:
         Raises: CheckpointError if it cannot be read or holds NaN or infinity.
         """
         tensor = _read(self.stored[name])
-        # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
-        # float32: that would convert a copy of the whole tensor first.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            file = self.stored[name].file
-            raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
+        _require_finite(tensor, name, self.stored[name].file)
         return tensor
 
     def _bytes(self, name: str) -> int:
@@ -208,10 +204,23 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """The directory's model in memory, in evaluation mode; `dtype` None keeps the stored one."""
+    """The directory's model in memory, in evaluation mode; `dtype` None keeps the stored one.
+
+    Raises: CheckpointError if a weight is NaN or infinite.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+    for name, parameter in model.named_parameters():
+        _require_finite(parameter.detach(), name, path)
+    return model
+
+
+def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
+    # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
+    # float32: that would convert a copy of the whole tensor first.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
 
 
 def _read(stored: StoredTensor) -> Tensor:

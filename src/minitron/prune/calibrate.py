@@ -110,7 +110,7 @@ def calibrate(
     """
     valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     layers = checkpoint.shape.layers
-    sites = _Sites(valid)
+    sites = _Sites(valid, layers)
     cosine = torch.zeros(layers, dtype=torch.float64)
     stream = Stream(checkpoint, tokens, dtype=dtype, batch=batch, scratch=scratch)
     stream.embed()
@@ -127,7 +127,7 @@ def calibrate(
             sites.collect(rows)
     num_tokens = int(valid.sum())
     return Statistics(
-        sums={site: torch.stack(per_layer) for site, per_layer in sites.sums.items()},
+        sums=sites.sums,
         cosine=cosine / num_tokens,
         second_moment=sites.second_moment / (num_tokens * sites.num_norms),
         mean=sites.mean / (num_tokens * sites.num_norms),
@@ -139,29 +139,33 @@ def calibrate(
 class _Sites:
     """Hooks that keep the last batch's activations, and the sums that `collect` adds them to."""
 
-    def __init__(self, valid: Tensor):
-        self.valid = valid
-        self.sums: dict[str, list[Tensor]] = {}
+    def __init__(self, valid: Tensor, layers: int):
+        self.valid, self.layers = valid, layers
+        # Allocated once for all layers: small tensors made layer by layer, and kept, would lie between the large freed
+        # ones and keep the allocator from using that memory again.
+        self.sums: dict[str, Tensor] = {}
         self.num_norms = 0
         self.second_moment = torch.zeros(0)
         self.mean = torch.zeros(0)
+        self._layer = 0
         self._seen: dict[str, Tensor] = {}
         self._norm_inputs: list[Tensor] = []
 
     @contextmanager
     def watch(self, layer: nn.Module, index: int, architecture: Architecture) -> Iterator[None]:
         norms, projections = _layer_sites(architecture)
+        self._layer = index
         with ExitStack() as stack:
             for site, name in norms.items():
                 self._watch_norm(stack, site, layer.get_submodule(name))
             for site, name in projections.items():
                 hook = layer.get_submodule(name).register_forward_pre_hook(self._keep_input(site))
                 stack.callback(hook.remove)
-                self.sums.setdefault(site, []).append(torch.zeros(0))
             yield
 
     @contextmanager
     def watch_final(self, norm: nn.Module) -> Iterator[None]:
+        self.layers, self._layer = 1, 0  # head_in is one site, not one per layer
         with ExitStack() as stack:
             self._watch_norm(stack, "head_in", norm)
             yield
@@ -171,8 +175,9 @@ class _Sites:
         for site, activation in self._seen.items():
             for sample, real in zip(activation, valid, strict=True):
                 added = sample_sums(sample[real])
-                last = self.sums[site][-1]
-                self.sums[site][-1] = added if last.numel() == 0 else last + added
+                if site not in self.sums:
+                    self.sums[site] = torch.zeros(self.layers, *added.shape, dtype=torch.float64)
+                self.sums[site][self._layer] += added
         for states in self._norm_inputs:
             for sample, real in zip(states, valid, strict=True):
                 self._add_moment(sample[real].float())
@@ -193,7 +198,6 @@ class _Sites:
             self._seen[site] = output
 
         stack.callback(norm.register_forward_hook(keep).remove)
-        self.sums.setdefault(site, []).append(torch.zeros(0))
         self.num_norms += 1
 
     def _keep_input(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
