@@ -1,6 +1,6 @@
 """Print docs/recipe.md from the recipe's own field descriptions: `make docs`."""
 
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
@@ -10,6 +10,8 @@ from minitron.recipe import Recipe
 
 def type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
     if origin is None:
         return getattr(annotation, "__name__", str(annotation)).replace("NoneType", "null")
     names = [repr(arg) if isinstance(arg, str) else type_name(arg) for arg in get_args(annotation)]

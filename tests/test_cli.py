@@ -108,6 +108,7 @@ def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch
         ["distill", "--teacher", "t", "--out", "o"],
         ["distill", "--teacher", "t", "--student", "s", "--out", "o", "--tokens", "20X"],
         ["evaluate", "m", "--blocks", "0"],
+        ["calibrate", "m", "--out", "o", "--seed", "-1"],
         ["compress", "m"],
     ],
     ids=" ".join,
@@ -408,6 +409,7 @@ def test_a_shape_that_cannot_be_cut_is_refused(desk: Desk, shape: str, message: 
         ("distil.tokens=1", "unknown key distil; did you mean 'distill'"),
         ("distill.tokens=many", "distill.tokens: Input should be a valid integer"),
         ("distill.tokens=0", "distill.tokens: Input should be greater than or equal to 1 (got 0)"),
+        ("distill.betas=[0.9, 1.5]", "distill.betas.1: Input should be less than 1 (got 1.5)"),
         ("seed", "write it as section.key=value"),
         ("model.path=x", "model is not a section"),
     ],
@@ -476,6 +478,27 @@ def test_vocabularies_that_differ_are_refused(desk: Desk) -> None:
     ):
         line = desk.refuses(*command, "--teacher", desk.teacher, "--data", desk.text)
         assert "teacher and student vocabularies differ" in line and "336" in line and "320" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("distill", "--learning-rate", "-1"), "--learning-rate: Input should be greater than 0 (got -1.0)"),
+        (("calibrate", "--block-tokens", 4), "--block-tokens: Input should be greater than or equal to 8 (got 4)"),
+        (("calibrate", "--block-tokens", 65), "data.block_tokens=65 is longer than the model's context of 64 tokens"),
+        (("generate", "--prompt", ""), "the prompt is empty and the tokenizer adds no start token"),
+        (("generate", "--prompt", "a", "--temperature", "-1"), "temperature -1.0 is negative; 0 is greedy"),
+    ],
+)
+def test_an_option_out_of_range_is_named(desk: Desk, command: tuple[Any, ...], message: str) -> None:
+    verb, *options = command
+    where = ("--data", desk.text, "--out", desk.path / "out")
+    model = {
+        "distill": ("--teacher", desk.teacher, "--student", desk.teacher, *where),
+        "calibrate": (desk.teacher, *where),
+        "generate": (desk.teacher,),
+    }[verb]
+    assert message in desk.refuses(verb, *model, *options)
 
 
 def test_an_unfinished_run_has_no_report(desk: Desk) -> None:

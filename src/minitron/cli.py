@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL")
     inspect.add_argument("--revision")
 
-    compress = add("compress", _compress)
-    compress.add_argument("model", metavar="MODEL", help="a local directory or a hub id")
-    compress.add_argument("--revision")
-    compress.add_argument(
+    smaller = add("compress", _compress)
+    smaller.add_argument("model", metavar="MODEL", help="a local directory or a hub id")
+    smaller.add_argument("--revision")
+    smaller.add_argument(
         "--target-params", required=True, help="50%% of the non-embedding parameters, or a total such as 4.5B"
     )
-    _add_data(compress)
-    compress.add_argument("--tokens", type=_count, help="distillation tokens, such as 20M; default one pass")
-    compress.add_argument("--seed", type=int, default=0)
-    compress.add_argument("--out", type=Path, help="run directory; default runs/NAME-TARGET")
-    compress.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
-    _add_set(compress)
+    _add_data(smaller)
+    smaller.add_argument("--tokens", type=_count, help="distillation tokens, such as 20M; default one pass")
+    smaller.add_argument("--seed", type=_seed, default=0)
+    smaller.add_argument("--out", type=Path, help="run directory; default runs/NAME-TARGET")
+    smaller.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
+    _add_set(smaller)
 
     run = add("run", _run)
     run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
@@ -114,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(calibrate)
     calibrate.add_argument("--samples", type=_count, default=1024)
     calibrate.add_argument("--block-tokens", type=_count, help="tokens per sample; default the context, at most 2048")
-    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--seed", type=_seed, default=0)
     calibrate.add_argument("--out", type=Path, required=True)
 
     prune = add("prune", _prune)
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--tokens", type=_count, help="such as 20M; default one pass over the text")
     distill.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
     distill.add_argument("--learning-rate", type=float)
-    distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument("--seed", type=_seed, default=0)
     distill.add_argument("--out", type=Path, required=True)
 
     evaluate = add("evaluate", _evaluate)
@@ -150,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--new-tokens", type=_count, default=200)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0)
 
     for name, verb in (("report", _report), ("card", _card)):
         add(name, verb).add_argument("run", type=Path, metavar="RUN")
@@ -295,7 +296,7 @@ def _calibrate(args: argparse.Namespace, console: Console) -> None:
     from minitron.prune.calibrate import CalibrateConfig
     from minitron.rooms import calibrate_model
 
-    config = CalibrateConfig(samples=args.samples)
+    config = _section(CalibrateConfig, samples=args.samples)
     data = _data_config(args, console)
     statistics = calibrate_model(args.model, data, config, seed=args.seed, out=args.out, listener=console)
     facts = {"out": str(args.out), "samples": statistics.samples, "tokens": statistics.tokens}
@@ -306,7 +307,7 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
     from minitron.prune.plan import PruneConfig
     from minitron.rooms import prune_model
 
-    config = None if args.plan else PruneConfig(target=args.target_params, shape=args.shape)
+    config = None if args.plan else _section(PruneConfig, target=args.target_params, shape=args.shape)
     data = None if args.statistics or args.plan else _data_config(args, console)
     plan, facts = prune_model(
         args.model,
@@ -325,7 +326,7 @@ def _distill(args: argparse.Namespace, console: Console) -> None:
     from minitron.distill.train import DistillConfig
     from minitron.rooms import distill_models
 
-    config = DistillConfig(tokens=args.tokens, learning_rate=args.learning_rate)
+    config = _section(DistillConfig, tokens=args.tokens, learning_rate=args.learning_rate)
     data = _data_config(args, console)
     facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
     console.result(facts, f"student after {facts['training']['tokens']:,} tokens: {args.out}")
@@ -377,6 +378,9 @@ def _show_run(records: Any, console: Console) -> None:
     facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}
     cells = [["", *(column.heading for column in RESULT_COLUMNS)], ["", *(column.unit for column in RESULT_COLUMNS)]]
     cells += [[row["model"], *result_cells(row)] for row in rows]
+    hidden = {"non_embedding_share", "bits_per_byte"}  # in the report and in --json; a terminal is narrow
+    shown = [True, *(column.key not in hidden for column in RESULT_COLUMNS)]
+    cells = [list(compress(row, shown)) for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     tokens = records.evaluations["teacher"]["tokens"]
@@ -433,7 +437,20 @@ def _data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _data_config(args: argparse.Namespace, console: Console) -> Any:
     from minitron.data import DataConfig
 
-    return DataConfig(**_data_section(args, console), block_tokens=getattr(args, "block_tokens", None))
+    values = _data_section(args, console) | {"block_tokens": getattr(args, "block_tokens", None)}
+    return _section(DataConfig, **values)
+
+
+def _section(kind: Any, **values: Any) -> Any:
+    """A recipe section from command-line options of the same names."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise MinitronError(f"--{option}: {first['msg']} (got {first['input']!r})") from None
 
 
 def _count(text: str) -> int:
@@ -448,6 +465,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
     return value
+
+
+def _seed(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _sizes(text: str) -> dict[str, int]:

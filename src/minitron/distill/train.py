@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,8 @@ from minitron.errors import Interrupted, MinitronError
 from minitron.files import atomic_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DistillConfig(Section):
@@ -45,7 +47,7 @@ class DistillConfig(Section):
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on matrices; vectors have none."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
     """AdamW's moment decays."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""

@@ -224,9 +224,10 @@ def default_multiple(size: int) -> int:
 
 def _stages(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Iterator[list[Shape]]:
     """Sets of candidate shapes, gentlest first."""
-    hidden_step = architecture.hidden_step(teacher, prune.hidden_multiple or default_multiple(teacher.hidden))
+    hidden_multiple = prune.hidden_multiple or default_multiple(teacher.hidden)
     ffn_step = prune.ffn_multiple or default_multiple(teacher.ffn)
     for base, least_hidden in _bases(teacher):
+        hidden_step = architecture.hidden_step(base, hidden_multiple)
         yield [
             with_sizes(base, hidden=hidden, ffn=ffn)
             for hidden in _sizes(teacher.hidden, hidden_step, least_hidden)
