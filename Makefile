@@ -33,9 +33,9 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
 
-# Trains the model that ships in src/minitron/demo/teacher again; about an hour on two cores.
+# Trains the model that ships in src/minitron/demo/demo-teacher again; about an hour on two cores.
 demo-teacher: $(INSTALLED)
-	$(BIN)/python benchmarks/train_demo_teacher.py --out src/minitron/demo/teacher
+	$(BIN)/python benchmarks/train_demo_teacher.py --out src/minitron/demo/demo-teacher
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

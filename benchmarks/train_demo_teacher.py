@@ -1,6 +1,6 @@
 """Train the demo teacher that ships in src/minitron/demo_teacher: tokenizer and model, from nothing, on one CPU.
 
-    python benchmarks/train_demo_teacher.py --out /tmp/demo-teacher [--tokens 30000000] [--threads 2]
+    python benchmarks/train_demo_teacher.py --out /tmp/demo-teacher [--tokens 24000000] [--threads 2]
 
 The text is the running Python's standard library with its tests; the documents that the built-in corpus holds out
 are never seen, neither by the tokenizer nor by the model.
@@ -114,7 +114,7 @@ Licence: the text is under the Python Software Foundation License Version 2, and
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=30_000_000)
+    parser.add_argument("--tokens", type=int, default=24_000_000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     keep_freed_memory()

@@ -10,7 +10,7 @@ from minitron.errors import RecipeError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.prune.plan import target_shape
 
-TEACHER = HERE / "teacher"
+TEACHER = HERE / "demo-teacher"
 
 
 def test_the_demo_teacher_is_small_and_in_bfloat16() -> None:

@@ -16,4 +16,4 @@ def demo_recipe(overrides: Iterable[str] = ()) -> Recipe:
     Raises: RecipeError for a bad override.
     """
     raw = yaml.safe_load((HERE / "recipe.yaml").read_text())
-    return build_recipe({"model": str(HERE / "teacher"), **raw}, overrides, where="demo recipe")
+    return build_recipe({"model": str(HERE / "demo-teacher"), **raw}, overrides, where="demo recipe")
