@@ -189,7 +189,15 @@ def report(
             "fastest and the slowest step.",
             "",
             table(
-                ["vocab", "peak, plain", "peak, chunked", "ratio", "s/step, plain", "s/step, chunked", "plain / chunked"],
+                [
+                    "vocab",
+                    "peak, plain",
+                    "peak, chunked",
+                    "ratio",
+                    "s/step, plain",
+                    "s/step, chunked",
+                    "plain / chunked",
+                ],
                 main_rows,
             ),
             "",

@@ -146,7 +146,14 @@ def report(sizes: dict[int, dict[str, int]], peaks: dict[tuple[int, str], dict[s
         )
     ]
     rows = [
-        [title, *(f"{peaks[layers, step][kind] / MIB:,.0f}" for layers in LAYERS for kind in ("anonymous", "mapped", "total"))]
+        [
+            title,
+            *(
+                f"{peaks[layers, step][kind] / MIB:,.0f}"
+                for layers in LAYERS
+                for kind in ("anonymous", "mapped", "total")
+            ),
+        ]
         for step, title in STEPS.items()
     ]
     growth = max(peaks[large, step]["total"] - peaks[small, step]["total"] for step in STEPS)
@@ -163,7 +170,10 @@ def report(sizes: dict[int, dict[str, int]], peaks: dict[tuple[int, str], dict[s
             "kernel's high-water mark of both.",
             "",
             table(
-                ["step", *(f"{layers} layers: {kind}" for layers in LAYERS for kind in ("anonymous", "mapped", "total"))],
+                [
+                    "step",
+                    *(f"{layers} layers: {kind}" for layers in LAYERS for kind in ("anonymous", "mapped", "total")),
+                ],
                 rows,
             ),
             "",

@@ -326,8 +326,6 @@ VERBS = {
 }
 # Distillation reads the teacher's tokenizer; a prompt may well have only tokens that the model knows.
 FINE = {("distill", "large tokenizer"), ("distill", "no tokenizer"), ("generate", "large tokenizer")}
-# Weights are read after the text is tokenized, and a stage that is done stays.
-KEEPS = {("distill", "nan"): "distill-out.work", ("compress", "nan"): "compress-out"}
 
 
 @pytest.mark.parametrize("bad", BAD_MODELS)
@@ -340,8 +338,7 @@ def test_a_bad_model_is_one_line_and_nothing_is_written(desk: Desk, bad: str) ->
     for verb, command in VERBS.items():
         names["OUT"] = desk.path / f"{verb}-out"
         if (verb, bad) not in FINE:
-            keeps = KEEPS.get((verb, bad), "nothing")
-            assert re.search(message, desk.refuses(*(names.get(word, word) for word in command), keeps=keeps)), verb
+            assert re.search(message, desk.refuses(*(names.get(word, word) for word in command))), verb
             assert not list(desk.path.rglob("*.partial"))
 
 

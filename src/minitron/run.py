@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen, and each room on its own. Only this module composes the rooms."""
+"""The whole pipeline on one screen. Only this module and rooms.py compose the rooms."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -81,17 +81,28 @@ def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
             )
         max_tokens = max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
     dtype = compute_dtype(recipe.calibrate.precision, pick_device())
-    # A local path is stored whole, so that the stored recipe runs from anywhere.
-    local = Path(recipe.model).expanduser()
     return recipe.model_copy(
         update={
-            "model": str(local.resolve()) if local.is_dir() else recipe.model,
-            "data": recipe.data.model_copy(update={"block_tokens": block_tokens, "max_tokens": max_tokens}),
+            "model": _whole_path(recipe.model),
+            "data": recipe.data.model_copy(
+                update={
+                    "source": _whole_path(recipe.data.source),
+                    "heldout": recipe.data.heldout and _whole_path(recipe.data.heldout),
+                    "block_tokens": block_tokens,
+                    "max_tokens": max_tokens,
+                }
+            ),
             "calibrate": recipe.calibrate.model_copy(
                 update={"precision": "bfloat16" if dtype == torch.bfloat16 else "float32"}
             ),
         }
     ), shape
+
+
+def _whole_path(source: str) -> str:
+    """A local path made absolute, so that the stored recipe runs from anywhere; a hub id or `builtin` as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source != data.BUILTIN and path.exists() else source
 
 
 def prepare_data(stages: RunDirectory, config: data.DataConfig, teacher: Checkpoint, tokenizer: Any) -> data.Corpus:

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from minitron.config import Section
-from minitron.errors import RunError
+from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory, digest_files, readable_os_errors, write_json
 from minitron.recipe import Recipe, dump_recipe
 
@@ -78,8 +78,8 @@ class RunDirectory:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self._write_recipe()  # not before every stage has agreed to it
-        elif self._created and not any(self.out.glob("*/")):
-            shutil.rmtree(self.out)  # bad input: leave nothing behind
+        elif self._created and (issubclass(kind, CheckpointError) or not any(self.out.glob("*/"))):
+            shutil.rmtree(self.out)  # bad input: leave nothing behind; text tokenized for a damaged model is no use
         self._lock.close()
 
     def settle(self, **sections: Section) -> Recipe:

@@ -81,7 +81,7 @@ def evaluate(
     text_bytes = None if blocks.bytes is None else int(blocks.bytes[:, 1:].sum(dtype="int64"))
     return Evaluation(
         lm_loss=nats,
-        perplexity=math.exp(nats),
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
         bits_per_byte=nats * count / math.log(2) / text_bytes if text_bytes else None,
         kl_to_teacher=None if teacher is None else kl,
         top1_agreement=None if teacher is None else agreeing,
