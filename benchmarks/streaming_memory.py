@@ -13,7 +13,6 @@ import runpy
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (lazily imported otherwise, and counted as memory held)
@@ -160,8 +159,8 @@ def report(sizes: dict[int, dict[str, int]], peaks: dict[tuple[int, str], dict[s
     return "\n".join(
         [
             header("Peak memory of calibrating and cutting, one decoder layer at a time"),
-            f"hidden {TEACHER.hidden}, ffn {TEACHER.ffn}, vocab {TEACHER.vocab}, bfloat16 on disk; {SAMPLES} samples of "
-            f"{BLOCK_TOKENS} tokens; cut to {STUDENT}. MiB:",
+            f"hidden {TEACHER.hidden}, ffn {TEACHER.ffn}, vocab {TEACHER.vocab}, bfloat16 on disk; {SAMPLES} samples "
+            f"of {BLOCK_TOKENS} tokens; cut to hidden {STUDENT['hidden']}, ffn {STUDENT['ffn']}. MiB:",
             "",
             table(["", *(f"{layers} layers" for layers in LAYERS)], parts),
             "",
@@ -177,8 +176,8 @@ def report(sizes: dict[int, dict[str, int]], peaks: dict[tuple[int, str], dict[s
                 rows,
             ),
             "",
-            f"Largest growth of a total from {small} to {large} layers: {growth / MIB:,.0f} MiB, where the model grew by "
-            f"{(sizes[large]['model'] - sizes[small]['model']) / MIB:,.0f} MiB.",
+            f"Largest growth of a total from {small} to {large} layers: {growth / MIB:,.0f} MiB, where the model grew "
+            f"by {(sizes[large]['model'] - sizes[small]['model']) / MIB:,.0f} MiB.",
             "",
         ]
     )

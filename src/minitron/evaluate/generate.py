@@ -28,4 +28,6 @@ def generate(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=pad, **sampling)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
+    before = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]

@@ -4,6 +4,7 @@ The skeleton is transformers' own model with its matrices on the meta device. Ea
 that the model would give it: they are recorded from the model's own forward with stand-ins for the layers.
 """
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ class Stream:
             start = len(prefix.format(layer=index)) + 1
             with self._loaded(layer, {name[start:]: name for name in names}):
                 yield index, layer
+            _return_freed_memory()
 
     @torch.no_grad()
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -129,6 +131,17 @@ class Stream:
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="minitron-states-") as file:
             file.truncate(size * self.dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap pages back to the system.
+
+    Without this, holes between blocks of different sizes make the heap grow with the number of layers.
+    """
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        return  # not glibc: nothing to do
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
