@@ -2,3 +2,30 @@
 
 P1 in the docstrings is arXiv:2407.14679, P2 is arXiv:2408.11796. Start reading at `minitron.run`.
 """
+
+from importlib import import_module
+from typing import Any
+
+# Name -> module. Imported when used, so that `minitron --help` does not wait for torch.
+_PUBLIC = {
+    "Architecture": "minitron.model.architecture",
+    "Checkpoint": "minitron.model.checkpoint",
+    "Evaluation": "minitron.evaluate.quality",
+    "FAMILIES": "minitron.model.families",
+    "MinitronError": "minitron.errors",
+    "Plan": "minitron.prune.plan",
+    "Recipe": "minitron.recipe",
+    "Scores": "minitron.prune.importance",
+    "Shape": "minitron.model.architecture",
+    "Statistics": "minitron.prune.calibrate",
+    "load_recipe": "minitron.recipe",
+    "open_checkpoint": "minitron.model.checkpoint",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

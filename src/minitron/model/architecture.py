@@ -98,12 +98,12 @@ class Architecture:
     tensors: Mapping[str, str]
     # Norm module -> module whose matrices read its output. The layers' two are where `hidden` is scored.
     norms: Mapping[str, str]
+    # Dim -> key of config.json.
+    config_keys: Mapping[str, str]
     layer: str = "model.layers.{layer}"
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm"
-    # Dim -> key of config.json.
-    config_keys: Mapping[str, str] = None  # type: ignore[assignment]
     # Config keys that hold one entry per layer, cut with the layers.
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     # transformers refuses configs of some families whose hidden size is no multiple of the head count.
