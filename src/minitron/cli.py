@@ -165,7 +165,9 @@ class Console:
 
     def __init__(self, args: argparse.Namespace):
         self.json, self.quiet = args.json, args.quiet
-        self._started = time.monotonic()
+        self._started = time.monotonic()  # of the stage
+        self._since = time.monotonic()  # of what is being counted: a stage may count several things in turn
+        self._done = 0
         self._stage = ""
         self._logged = 0.0
         self._bar: Any = None
@@ -173,7 +175,8 @@ class Console:
     def stage(self, name: str, state: str) -> None:
         self.close()
         if state == "running":
-            self._stage, self._started, self._logged = name, time.monotonic(), time.monotonic()
+            self._stage, self._done = name, 0
+            self._started = self._since = self._logged = time.monotonic()
             self.note(f"{name} ...")
         else:
             took = f" ({time.monotonic() - self._started:.1f} s)" if state == "done" else ""
@@ -182,13 +185,16 @@ class Console:
     def progress(self, done: int, total: int, note: str = "") -> None:
         if self.quiet:
             return
+        if done < self._done:
+            self._since = time.monotonic()
+        self._done = done
         if sys.stderr.isatty():
             self._draw(done, total, note)
         elif time.monotonic() - self._logged >= self.LOG_SECONDS:
             self._logged = time.monotonic()
             if total == 0:
                 return self.note(f"{self._stage}: {done:,} {note}")
-            left = (time.monotonic() - self._started) * (total - done) / done
+            left = (time.monotonic() - self._since) * (total - done) / done
             self.note(f"{self._stage}: {done}/{total} {note}, {left:.0f} s left")
 
     def note(self, text: str) -> None:
