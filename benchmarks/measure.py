@@ -2,10 +2,7 @@
 
 import ctypes
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -14,8 +11,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
-
-import torch
 
 SAMPLE_SECONDS = 0.002
 
@@ -73,15 +68,16 @@ def in_fresh_process(script: str, **arguments: Any) -> dict[str, Any]:
 
 def header(title: str) -> str:
     """Markdown: what was run, where and with what."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "safetensors")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from minitron.rundir import hardware, versions
+
+    machine = hardware()
     facts = {
         "Command": f"`python {shlex.join(sys.argv)}`",
         "Commit": _commit(),
         "Date": date.today().isoformat(),
-        "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "Hardware": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB memory, "
-        f"{torch.get_num_threads()} threads",
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "Hardware": f"{machine['device']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB memory, "
+        f"{machine['threads']} threads",
     }
     return "\n".join([f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""])
 
@@ -105,8 +101,3 @@ def _commit() -> str:
     # Not the benchmarks: a result file that is being written would make every commit look changed.
     changed = git("status", "--porcelain", "--", "src")
     return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes in src" if changed else "")
-
-
-def _cpu_name() -> str:
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return next(names, platform.processor()).partition(":")[2].strip()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import Interrupted, MinitronError
-from minitron.publish.formats import size
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -249,6 +248,7 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from minitron.describe import describe
     from minitron.model.checkpoint import open_checkpoint, resolve_model
+    from minitron.publish.formats import size
 
     facts = describe(open_checkpoint(resolve_model(args.model, args.revision)))
     shape, parameters = facts["shape"], facts["parameters"]
@@ -400,6 +400,8 @@ def _show_run(records: Any, console: Console) -> None:
 
 
 def _estimate_lines(facts: dict[str, Any]) -> list[str]:
+    from minitron.publish.formats import size
+
     lines = []
     for name in ("teacher", "student"):
         model = facts[name]

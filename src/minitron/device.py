@@ -26,6 +26,11 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
+def settle_precision(precision: Precision) -> Precision:
+    """What `auto` means on this machine."""
+    return "bfloat16" if compute_dtype(precision, pick_device()) == torch.bfloat16 else "float32"
+
+
 def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
     """Speed of a large square matrix product on this device: the best of a few."""
     device = pick_device()

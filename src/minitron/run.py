@@ -10,7 +10,7 @@ import torch
 
 from minitron import data
 from minitron.describe import describe
-from minitron.device import compute_dtype, pick_device
+from minitron.device import compute_dtype, pick_device, settle_precision
 from minitron.distill import train
 from minitron.errors import RunError
 from minitron.evaluate.generate import generate
@@ -80,7 +80,6 @@ def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
                 "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
             )
         max_tokens = max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
-    dtype = compute_dtype(recipe.calibrate.precision, pick_device())
     return recipe.model_copy(
         update={
             "model": _whole_path(recipe.model),
@@ -93,7 +92,7 @@ def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
                 }
             ),
             "calibrate": recipe.calibrate.model_copy(
-                update={"precision": "bfloat16" if dtype == torch.bfloat16 else "float32"}
+                update={"precision": settle_precision(recipe.calibrate.precision)}
             ),
         }
     ), shape

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitron.config import Section
 from minitron.data import Corpus, batch_rows
-from minitron.device import Precision, compute_dtype, pick_device
+from minitron.device import Precision, compute_dtype, pick_device, settle_precision
 from minitron.distill.losses import LOSSES, WITHOUT_TEACHER, chunked_loss
 from minitron.errors import Interrupted, MinitronError
 from minitron.files import atomic_directory
@@ -83,9 +83,7 @@ def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_t
             else config.warmup_steps,
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
-            "precision": {torch.bfloat16: "bfloat16", torch.float32: "float32"}[
-                compute_dtype(config.precision, pick_device())
-            ],
+            "precision": settle_precision(config.precision),
         }
     )
 

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from minitron.errors import PlanError
-from minitron.model.architecture import Axis, Shape, TensorSpec
+from minitron.model.architecture import Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.prune.plan import Plan
 
@@ -61,11 +61,7 @@ def _kept_units(plan: Plan, unit: str, layer: int | None) -> tuple[int, ...]:
     if unit in ("ffn", "heads", "kv_heads"):
         assert layer is not None, f"{unit} outside a layer"
         return getattr(plan, unit)[layer]
-    return plan.hidden if unit == "hidden" else tuple(range(_size(plan.teacher, unit)))
-
-
-def _size(shape: Shape, unit: str) -> int:
-    return getattr(shape, unit)
+    return plan.hidden if unit == "hidden" else tuple(range(getattr(plan.teacher, unit)))
 
 
 def _sources(checkpoint: Checkpoint, plan: Plan) -> list[str]:

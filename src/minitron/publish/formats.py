@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron.data import TEXT_SUFFIXES
+
 Number = int | float
 
 MISSING = "–"  # noqa: RUF001 (an en dash)
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
 def count(number: Number) -> str:
