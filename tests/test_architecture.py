@@ -25,13 +25,14 @@ PUBLISHED = {
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert FAMILIES.keys() == {family for family, _ in tiny.VARIANTS.values()} == tiny.CLASSES.keys()
+    assert FAMILIES.keys() == {family for family, _ in tiny.VARIANTS.values()}
 
 
 def test_predicted_tensors_are_those_that_transformers_builds(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    built = {name: tuple(tensor.shape) for name, tensor in tiny.model(directory).state_dict().items()}
-    if checkpoint.config["tie_word_embeddings"]:
+    model = tiny.model(directory)
+    built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
         assert built.pop("lm_head.weight") == built["model.embed_tokens.weight"]
     assert {spec.name: spec.shape(checkpoint.shape) for spec in checkpoint.specs()} == built
 
@@ -70,22 +71,32 @@ def test_cache_bytes_are_those_that_transformers_keeps(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_that_a_config_leaves_out_have_transformers_defaults(family: str) -> None:
-    config = {name: size for name, size in tiny.SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-    config["model_type"] = family
-    if family == "llama":  # MistralConfig's own default is 8 kv heads, and so is the tiny model's head count
-        assert AutoConfig.for_model(**config).num_key_value_heads == 8
-    shape = FAMILIES[family].shape(config)
-    assert (shape.kv_heads, shape.head_dim, shape.group) == (8, AutoConfig.for_model(**config).head_dim, 1)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    table, theirs = FAMILIES[family], AutoConfig.for_model(family)
+    conditions = {line.partition("?")[2].lstrip("!") for line in table.tensors.values()} - {""}
+    for key in conditions:
+        assert table.defaults.get(key, False) == getattr(theirs, key, False), key
+    assert not table.logits_softcap or table.defaults.get(table.logits_softcap) == getattr(theirs, table.logits_softcap)
+    left_out = {"num_key_value_heads", "head_dim"}
+    config = {name: size for name, size in tiny.SIZES.items() if name not in left_out} | {"num_attention_heads": 32}
+    config |= {"hidden_size": 2048, "pad_token_id": 0}
+    theirs = AutoConfig.for_model(family, **config)
+    shape = table.shape(config)
+    assert shape.kv_heads == (theirs.num_key_value_heads or 32)
+    assert shape.head_dim == getattr(theirs, "head_dim", 2048 // 32)
+    assert table.shape(config | {"num_key_value_heads": None}).kv_heads == 32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shape_goes_into_a_config_and_comes_back(family: str) -> None:
-    shape = Shape(2, 48, 20, 6, 3, 10, 99)
-    config = {**tiny.SIZES, "rope_theta": 7.0}
+    head_dim = 8 if FAMILIES[family].heads_fill_hidden else 10
+    shape = Shape(2, 48, 20, 6, 3, head_dim, 99)
+    config = {name: size for name, size in tiny.SIZES.items() if name in FAMILIES[family].config_keys.values()}
+    config |= {"rope_theta": 7.0}
+    before = dict(config)
     new = FAMILIES[family].config_for(config, shape, [0, 3])
     assert FAMILIES[family].shape(new) == shape
-    assert new["rope_theta"] == 7.0 and config == {**tiny.SIZES, "rope_theta": 7.0}
+    assert new["rope_theta"] == 7.0 and config == before
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -118,10 +129,36 @@ def test_a_shape_that_no_llama_can_have_is_refused(sizes: dict[str, int], messag
         FAMILIES["llama"].require_valid(with_sizes(SHAPE, **sizes))
 
 
-def test_mistral_takes_a_hidden_size_that_is_no_multiple_of_heads() -> None:
-    FAMILIES["mistral"].require_valid(with_sizes(SHAPE, hidden=36))
-    assert FAMILIES["mistral"].hidden_step(with_sizes(SHAPE, heads=6), 16) == 16
-    assert FAMILIES["llama"].hidden_step(with_sizes(SHAPE, heads=6), 16) == 48
+def test_a_hidden_size_that_the_family_cannot_have_is_no_candidate() -> None:
+    six = with_sizes(SHAPE, heads=6, kv_heads=3)
+    assert FAMILIES["llama"].with_hidden(six, 32) is None
+    assert FAMILIES["llama"].with_hidden(six, 24) == with_sizes(six, hidden=24)
+    assert FAMILIES["mistral"].with_hidden(six, 32) == six
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "kv_heads"), [(32, 8, 4), (24, 6, 3), (16, 4, 4), (20, 5, None), (4, 1, 1), (18, None, None)]
+)
+def test_heads_go_with_hidden_where_a_config_has_no_head_dim(
+    hidden: int, heads: int | None, kv_heads: int | None
+) -> None:
+    table = FAMILIES["qwen2"]
+    shape = table.with_hidden(SHAPE, hidden)
+    if kv_heads is None or heads is None:
+        assert shape is None
+    else:
+        assert shape == with_sizes(SHAPE, hidden=hidden, heads=heads, kv_heads=kv_heads)
+        table.require_valid(shape)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "smollm3", "olmo2", "granite"])
+def test_fewer_heads_at_one_head_dim_are_refused_where_a_config_has_no_head_dim(family: str) -> None:
+    with pytest.raises(
+        PlanError, match=rf"hidden=32 needs heads=8 of head_dim=4, not heads=4: the config of a {family}"
+    ):
+        FAMILIES[family].require_valid(with_sizes(SHAPE, heads=4))
+    with pytest.raises(CheckpointError, match="8 heads of 6 do not make hidden_size 32"):
+        FAMILIES[family].shape(tiny.SIZES | {"head_dim": 6})
 
 
 def test_an_unknown_dim_is_named() -> None:

@@ -26,15 +26,17 @@ def by_loops(path: Path, samples: list[Tensor]) -> Statistics:
     model = tiny.model(path)
     layers = model.model.layers
     seen: dict[tuple[str, int], Tensor] = {}
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}  # states between layers, and the stream where a layer reads it
     for index, layer in enumerate(layers):
         _watch(layer.self_attn.o_proj, lambda x, y, i=index: seen.update({("attention_out", i): x}))
         _watch(layer.mlp.down_proj, lambda x, y, i=index: seen.update({("mlp_out", i): x}))
         _watch(layer, lambda x, y, i=index: inputs.update({f"before{i}": x, f"after{i}": y}))
-        for site, norm in (("attention_in", layer.input_layernorm), ("mlp_in", layer.post_attention_layernorm)):
-            _watch(
-                norm, lambda x, y, i=index, site=site: (seen.update({(site, i): y}), inputs.update({f"{site}{i}": x}))
-            )
+        for site, norm, reader in (
+            ("attention_in", _norm(layer, ATTENTION_NORM), _first(layer.self_attn, ("q_proj", "qkv_proj"))),
+            ("mlp_in", _norm(layer, MLP_NORM), _first(layer.mlp, ("gate_proj", "gate_up_proj", "up_proj"))),
+        ):
+            _watch(reader, lambda x, y, i=index, site=site: seen.update({(site, i): x}))
+            _watch(norm or reader, lambda x, y, i=index, site=site: inputs.update({f"{site}{i}": x}))
     _watch(model.model.norm, lambda x, y: (seen.update({("head_in", 0): y}), inputs.update({"head_in0": x})))
 
     sums: dict[tuple[str, int], Tensor] = {}
@@ -66,6 +68,19 @@ def by_loops(path: Path, samples: list[Tensor]) -> Statistics:
         samples=len(samples),
         tokens=num_tokens,
     )
+
+
+ATTENTION_NORM = ("input_layernorm",)
+MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma 2 has both, and the first is the MLP's
+
+
+def _norm(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The norm in front of attention or MLP; OLMo 2 has none."""
+    return _first(layer, names) if hasattr(layer, "input_layernorm") else None
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def _watch(module: nn.Module, keep: Any) -> None:

@@ -60,7 +60,7 @@ def test_only_the_layer_at_hand_has_matrices_in_memory(directory: Path) -> None:
     assert not matrices_in_memory(flow.model)
     for index, _ in flow.layers():
         here = [name for name, p in flow.model.named_parameters() if f".layers.{index}." in name and p.ndim == 2]
-        assert matrices_in_memory(flow.model) == here and len(here) == 7
+        assert matrices_in_memory(flow.model) == here and len(here) >= 4
     assert not matrices_in_memory(flow.model)
 
 

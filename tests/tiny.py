@@ -9,19 +9,11 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minitron.model.architecture import Shape
 from minitron.prune.plan import Plan
 
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -40,6 +32,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GRANITE_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 # Name -> family and what differs from the plain config. `dtype` and `shard` say how the weights are saved.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -52,6 +50,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 5}),
     "mistral-head_dim": ("mistral", {"sliding_window": None, "hidden_size": 36, "head_dim": 6}),
+    "nemotron": ("nemotron", {"head_dim": 6}),
+    "nemotron-biases": ("nemotron", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 6, "pad_token_id": 0}),
+    "gemma2": ("gemma2", {"head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 7}),
+    "gemma2-untied": ("gemma2", {"tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3": ("gemma3_text", {"head_dim": 6, "sliding_window": 5, "sliding_window_pattern": 3}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "olmo2": ("olmo2", {"pad_token_id": 0}),
+    "granite": ("granite", GRANITE_MULTIPLIERS),
 }
 
 
@@ -60,8 +70,7 @@ def checkpoint(variant: str, path: Path, **changes: Any) -> Path:
     family, differs = VARIANTS[variant]
     options = SIZES | differs | changes
     dtype, shard = options.pop("dtype", torch.float32), options.pop("shard", "1GB")
-    make_config, make_model = CLASSES[family]
-    model = make_model(make_config(**options))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
     randomize(model)
     model.to(dtype).save_pretrained(path, max_shard_size=shard)
     return path
@@ -74,7 +83,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.copy_(1 + 0.3 * noise)
+            parameter.add_(0.3 * noise)  # some families store a gain as its difference from one
         else:
             parameter.copy_(0.3 * noise if parameter.ndim == 1 else noise / parameter.shape[1] ** 0.5)
 

@@ -12,9 +12,9 @@ one unit. `{layer}` in a name is the layer index.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from math import lcm, prod
+from math import prod
 from typing import Any
 
 from minitron.errors import CheckpointError, PlanError
@@ -96,10 +96,13 @@ class Architecture:
 
     name: str
     tensors: Mapping[str, str]
-    # Norm module -> module whose matrices read its output. The layers' two are where `hidden` is scored.
+    # Norm of the residual stream -> module whose matrices read its output. A family that puts its norms after
+    # attention and MLP has only the final one.
     norms: Mapping[str, str]
-    # Dim -> key of config.json.
+    # Dim -> key of config.json. A family without a key for head_dim can only have hidden = heads * head_dim.
     config_keys: Mapping[str, str]
+    # What transformers takes for a key that config.json leaves out, where it is not false or derived from others.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     layer: str = "model.layers.{layer}"
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -108,19 +111,28 @@ class Architecture:
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     # transformers refuses configs of some families whose hidden size is no multiple of the head count.
     hidden_multiple_of_heads: bool = False
+    # A stored norm weight w means a gain of norm_gain_offset + w.
+    norm_gain_offset: float = 0.0
+    # The model multiplies its embeddings by sqrt(hidden), which a smaller hidden changes.
+    embedding_times_sqrt_hidden: bool = False
+    # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
+    logits_divisor: str = ""
+    logits_softcap: str = ""
     # Tensors that old exports store but that no module loads.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
         """Read the shape from a config.json.
 
-        Raises: CheckpointError if a size is missing or is no positive integer.
+        Raises: CheckpointError if a size is missing or is no positive integer, or if the sizes contradict each other.
         """
+        config = {**self.defaults, **config}
         sizes: dict[str, int] = {}
-        for dim, key in self.config_keys.items():
+        for dim in DIMS:
+            key = self.config_keys.get(dim, dim)
             value = config.get(key)
             if value is None and dim == "kv_heads":
-                value = config.get(self.config_keys["heads"])
+                value = sizes["heads"]
             if value is None and dim == "head_dim":
                 value = sizes["hidden"] // sizes["heads"]
             if not isinstance(value, int) or value <= 0:
@@ -129,6 +141,11 @@ class Architecture:
         shape = Shape(**sizes)
         if shape.heads % shape.kv_heads:
             raise CheckpointError(f"config.json: {shape.heads} heads cannot share {shape.kv_heads} kv_heads equally")
+        if self.heads_fill_hidden and shape.hidden != shape.heads * shape.head_dim:
+            raise CheckpointError(
+                f"config.json: {shape.heads} heads of {shape.head_dim} do not make hidden_size {shape.hidden}, "
+                f"which is the only size that a {self.name} model can have"
+            )
         return shape
 
     def config_for(self, config: Mapping[str, Any], shape: Shape, layers: list[int]) -> dict[str, Any]:
@@ -143,6 +160,7 @@ class Architecture:
 
     def specs(self, config: Mapping[str, Any], layers: int) -> Iterator[TensorSpec]:
         """Every tensor of a checkpoint with this config, in the table's order, layer by layer."""
+        config = {**self.defaults, **config}
         present = [(name, axes) for name, line in self.tensors.items() if (axes := _axes(line, config)) is not None]
         for name, axes in present:
             if "{layer}" not in name:
@@ -167,25 +185,64 @@ class Architecture:
                 raise PlanError(f"shape {dim}={getattr(shape, dim)}: every size must be positive")
         if shape.heads % shape.kv_heads:
             raise PlanError(f"heads={shape.heads} is no multiple of kv_heads={shape.kv_heads}")
+        if self.heads_fill_hidden and shape.hidden != shape.heads * shape.head_dim:
+            raise PlanError(
+                f"hidden={shape.hidden} needs heads={shape.hidden / shape.head_dim:g} of head_dim={shape.head_dim}, "
+                f"not heads={shape.heads}: the config of a {self.name} model has no head_dim of its own, so it cannot "
+                "express another; change hidden and heads together"
+            )
         if self.hidden_multiple_of_heads and shape.hidden % shape.heads:
             raise PlanError(
                 f"hidden={shape.hidden} is no multiple of heads={shape.heads}, "
                 f"and transformers refuses such {self.name} models: choose a multiple of {shape.heads}"
             )
 
-    def hidden_step(self, shape: Shape, multiple: int) -> int:
-        """The step in which `hidden` can shrink, for a wanted multiple."""
-        return lcm(multiple, shape.heads) if self.hidden_multiple_of_heads else multiple
+    @property
+    def heads_fill_hidden(self) -> bool:
+        """Whether hidden can only be heads * head_dim, for want of a config key."""
+        return "head_dim" not in self.config_keys
+
+    def with_hidden(self, shape: Shape, hidden: int) -> Shape | None:
+        """`shape` with another hidden size, and with fewer heads where they must fill it; None if there is no such."""
+        if self.hidden_multiple_of_heads and hidden % shape.heads:
+            return None
+        if not self.heads_fill_hidden or hidden == shape.hidden:
+            return replace(shape, hidden=hidden)
+        heads, rest = divmod(hidden, shape.head_dim)
+        fitting = [n for n in range(1, shape.kv_heads + 1) if heads % n == 0 and heads // n <= shape.group]
+        return replace(shape, hidden=hidden, heads=heads, kv_heads=max(fitting)) if fitting and not rest else None
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Site -> module whose input is the activation scored there; the layers' four, and the output projection's.
+
+        For families that normalise before attention and MLP, a matrix's input is that norm's output.
+        """
+        found: dict[str, str] = {}
+        for name, line in self.tensors.items():
+            axes, _ = _parse(line)
+            if "{layer}" in name and len(axes) == 2:
+                writes, reads = (axis[0].unit for axis in axes)
+                site = {"heads": "attention", "kv_heads": "attention", "ffn": "mlp"}
+                key = f"{site[writes]}_in" if reads == "hidden" else f"{site[reads]}_out"
+                found.setdefault(key, name.removesuffix(".weight"))
+        return found
+
+    @property
+    def stream_reads(self) -> tuple[str, ...]:
+        """Modules of a layer whose input is the bare residual stream: its norms, or where it has none, its matrices."""
+        norms = tuple(name for name in self.norms if "{layer}" in name)
+        return norms or (self.sites["attention_in"], self.sites["mlp_in"])
 
     def _part(self, spec: TensorSpec) -> str:
         if spec.name in (self.embedding, self.head):
             return "embedding"
-        module = spec.name.rpartition(".")[0]
-        if module in {norm.format(layer=spec.layer) for norm in self.norms}:
-            return "norm"
         # A bias belongs to its matrix: o_proj.bias has axis `hidden`, yet is attention.
-        weight = self.tensors[f"{module}.weight".replace(f".{spec.layer}.", ".{layer}.", 1)]
-        return "mlp" if "ffn" in weight else "attention"
+        module = spec.name.rpartition(".")[0]
+        axes, _ = _parse(self.tensors[f"{module}.weight".replace(f".{spec.layer}.", ".{layer}.", 1)])
+        if len(axes) == 1:
+            return "norm"
+        return "mlp" if any(segment.unit == "ffn" for axis in axes for segment in axis) else "attention"
 
 
 def kv_cache_bytes(shape: Shape, bytes_per_value: int = 2) -> int:
@@ -205,16 +262,20 @@ def with_sizes(shape: Shape, **sizes: int) -> Shape:
 
 
 def _axes(line: str, config: Mapping[str, Any]) -> tuple[Axis, ...] | None:
-    """Parse a table line; None if its condition says that this config has no such tensor."""
-    *axes, condition = line.split() if "?" in line else [*line.split(), ""]
-    if condition:
-        key = condition.lstrip("?!")
-        if bool(config.get(key, False)) == condition.startswith("?!"):
-            return None
-    return tuple(_axis(axis) for axis in axes)
+    """The axes of a table line; None if its condition says that this config has no such tensor."""
+    axes, condition = _parse(line)
+    if condition and bool(config.get(condition.lstrip("?!"), False)) == condition.startswith("?!"):
+        return None
+    return axes
 
 
 @cache
+def _parse(line: str) -> tuple[tuple[Axis, ...], str]:
+    """The axes of a table line, and its condition or nothing."""
+    *axes, condition = line.split() if "?" in line else [*line.split(), ""]
+    return tuple(_axis(axis) for axis in axes), condition
+
+
 def _axis(text: str) -> Axis:
     segments = []
     for part in text.split("+"):

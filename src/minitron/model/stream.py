@@ -112,14 +112,20 @@ class Stream:
 
     @contextmanager
     def _stand_ins(self) -> Iterator[list["_StandIn"]]:
-        layers = self._layers
-        originals = list(layers)
+        layers, core = (
+            self._layers,
+            self.model.get_submodule(self.checkpoint.architecture.final_norm.rpartition(".")[0]),
+        )
+        name = self.checkpoint.architecture.final_norm.rpartition(".")[2]
+        originals, norm = list(layers), getattr(core, name)
         stand_ins = [_StandIn(layer) for layer in originals]
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
+        setattr(core, name, nn.Identity())  # its weights are not loaded, and its output is not needed
         try:
             yield stand_ins
         finally:
+            setattr(core, name, norm)
             for index, original in enumerate(originals):
                 layers[index] = original
 

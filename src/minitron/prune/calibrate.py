@@ -2,11 +2,11 @@
 
 Sites, where activations are read (P1, "Importance Analysis"):
 
-    attention_in    output of the norm before attention     [hidden]
-    attention_out   input of the output projection          [heads * head_dim]
-    mlp_in          output of the norm before the MLP       [hidden]
-    mlp_out         input of the down projection            [ffn]
-    head_in         output of the final norm                [hidden]
+    attention_in    input of the query projection: the output of the norm before it, in families with one   [hidden]
+    attention_out   input of the attention's output projection                                  [heads * head_dim]
+    mlp_in          input of the MLP, the output of the norm before it, in families with one                [hidden]
+    mlp_out         input of the down projection                                                            [ffn]
+    head_in         output of the final norm                                                                [hidden]
 
 A sample is one block. Each sample is first reduced over its real tokens, then samples are summed one by one in
 float64, so neither the batch size nor padding matters.
@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Statistics:
         tokens (SEQUENCE_AGGREGATES), axis 2 is (sum of v, sum of v squared) over samples. The l2 reduction's sum of
         squares is the column square sum that an importance matrix needs.
     cosine: mean cosine between each layer's input and output [layers].
-    second_moment: mean of u u' over tokens and over all norm inputs, u = x / rms(x) [hidden, hidden].
+    second_moment: mean of u u' over tokens and over all reads of the residual stream x, u = x / rms(x) [hidden, hidden].
     mean: mean of u [hidden].
     samples, tokens: how many of each were seen, pads excluded.
     """
@@ -129,8 +130,8 @@ def calibrate(
     return Statistics(
         sums=sites.sums,
         cosine=cosine / num_tokens,
-        second_moment=sites.second_moment / (num_tokens * sites.num_norms),
-        mean=sites.mean / (num_tokens * sites.num_norms),
+        second_moment=sites.second_moment / (num_tokens * sites.num_reads),
+        mean=sites.mean / (num_tokens * sites.num_reads),
         samples=len(tokens),
         tokens=num_tokens,
     )
@@ -144,30 +145,32 @@ class _Sites:
         # Allocated once for all layers: small tensors made layer by layer, and kept, would lie between the large freed
         # ones and keep the allocator from using that memory again.
         self.sums: dict[str, Tensor] = {}
-        self.num_norms = 0
+        self.num_reads = 0
         self.second_moment = torch.zeros(0)
         self.mean = torch.zeros(0)
         self._layer = 0
         self._seen: dict[str, Tensor] = {}
-        self._norm_inputs: list[Tensor] = []
+        self._stream: list[Tensor] = []
 
     @contextmanager
     def watch(self, layer: nn.Module, index: int, architecture: Architecture) -> Iterator[None]:
-        norms, projections = _layer_sites(architecture)
+        prefix = architecture.layer + "."
         self._layer = index
         with ExitStack() as stack:
-            for site, name in norms.items():
-                self._watch_norm(stack, site, layer.get_submodule(name))
-            for site, name in projections.items():
-                hook = layer.get_submodule(name).register_forward_pre_hook(self._keep_input(site))
-                stack.callback(hook.remove)
+            for name in architecture.stream_reads:
+                self._watch(stack, layer.get_submodule(name.removeprefix(prefix)), self._keep_stream)
+                self.num_reads += 1
+            for site, name in architecture.sites.items():
+                self._watch(stack, layer.get_submodule(name.removeprefix(prefix)), partial(self._keep_input, site))
             yield
 
     @contextmanager
     def watch_final(self, norm: nn.Module) -> Iterator[None]:
         self.layers, self._layer = 1, 0  # head_in is one site, not one per layer
         with ExitStack() as stack:
-            self._watch_norm(stack, "head_in", norm)
+            self._watch(stack, norm, self._keep_stream)
+            self.num_reads += 1
+            stack.callback(norm.register_forward_hook(self._keep_final).remove)
             yield
 
     def collect(self, rows: slice) -> None:
@@ -178,10 +181,10 @@ class _Sites:
                 if site not in self.sums:
                     self.sums[site] = torch.zeros(self.layers, *added.shape, dtype=torch.float64)
                 self.sums[site][self._layer] += added
-        for states in self._norm_inputs:
+        for states in self._stream:
             for sample, real in zip(states, valid, strict=True):
                 self._add_moment(sample[real].float())
-        self._seen, self._norm_inputs = {}, []
+        self._seen, self._stream = {}, []
 
     def _add_moment(self, states: Float[Tensor, "tokens hidden"]) -> None:
         unit = states * states.square().mean(-1, keepdim=True).rsqrt()
@@ -192,19 +195,17 @@ class _Sites:
         self.second_moment += unit.T @ unit
         self.mean += unit.sum(0)
 
-    def _watch_norm(self, stack: ExitStack, site: str, norm: nn.Module) -> None:
-        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._norm_inputs.append(args[0])
-            self._seen[site] = output
+    def _watch(self, stack: ExitStack, module: nn.Module, keep: Callable[..., None]) -> None:
+        stack.callback(module.register_forward_pre_hook(keep).remove)
 
-        stack.callback(norm.register_forward_hook(keep).remove)
-        self.num_norms += 1
+    def _keep_input(self, site: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._seen[site] = args[0]
 
-    def _keep_input(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._seen[site] = args[0]
+    def _keep_stream(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._stream.append(args[0])
 
-        return keep
+    def _keep_final(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._seen["head_in"] = output
 
 
 def sample_sums(activation: Float[Tensor, "tokens channels"]) -> Float[Tensor, "3 2 channels"]:
@@ -214,16 +215,3 @@ def sample_sums(activation: Float[Tensor, "tokens channels"]) -> Float[Tensor, "
     squares = absolute.square().sum(0).double()
     reductions = torch.stack([mean, squares.sqrt(), squares / len(absolute) - mean.square()])
     return torch.stack([reductions, reductions.square()], dim=1)
-
-
-def _layer_sites(architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:
-    """Names inside a layer of the norms and of the projections that are watched, by site."""
-    prefix = architecture.layer + "."
-    norms = [name.removeprefix(prefix) for name in architecture.norms if name.startswith(prefix)]
-    projections = {}
-    for name, line in architecture.tensors.items():
-        reads = line.split()[1] if not line.startswith("vocab") and len(line.split()) > 1 else ""
-        for site, axis in (("attention_out", "heads*head_dim"), ("mlp_out", "ffn")):
-            if reads == axis:
-                projections[site] = name.removeprefix(prefix).removesuffix(".weight")
-    return dict(zip(("attention_in", "mlp_in"), norms, strict=True)), projections

@@ -225,22 +225,22 @@ def default_multiple(size: int) -> int:
 def _stages(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Iterator[list[Shape]]:
     """Sets of candidate shapes, gentlest first."""
     hidden_multiple = prune.hidden_multiple or default_multiple(teacher.hidden)
-    ffn_step = prune.ffn_multiple or default_multiple(teacher.ffn)
-    for base, least_hidden in _bases(teacher):
-        hidden_step = architecture.hidden_step(base, hidden_multiple)
-        yield [
-            with_sizes(base, hidden=hidden, ffn=ffn)
-            for hidden in _sizes(teacher.hidden, hidden_step, least_hidden)
-            for ffn in _sizes(teacher.ffn, ffn_step, 0.25)
-        ]
+    ffn_multiple = prune.ffn_multiple or default_multiple(teacher.ffn)
+    for base, least_hidden in _bases(architecture, teacher):
+        hidden_sizes = _sizes(teacher.hidden, hidden_multiple, least_hidden)
+        narrowed = [shape for hidden in hidden_sizes if (shape := architecture.with_hidden(base, hidden))]
+        yield [with_sizes(shape, ffn=ffn) for shape in narrowed for ffn in _sizes(teacher.ffn, ffn_multiple, 0.25)]
 
 
-def _bases(teacher: Shape) -> Iterator[tuple[Shape, float]]:
+def _bases(architecture: Architecture, teacher: Shape) -> Iterator[tuple[Shape, float]]:
+    """Shapes to narrow, each with the least share of the hidden size to go down to."""
     yield teacher, 0.5
-    halved = with_sizes(teacher, heads=teacher.kv_heads * max(1, teacher.group // 2))
-    yield halved, 0.5
-    fewer_kv = max(1, teacher.kv_heads // 2)
-    narrow = with_sizes(halved, kv_heads=fewer_kv, heads=fewer_kv * halved.group)
+    narrow = teacher
+    if not architecture.heads_fill_hidden:  # else heads go with hidden
+        halved = with_sizes(teacher, heads=teacher.kv_heads * max(1, teacher.group // 2))
+        yield halved, 0.5
+        fewer_kv = max(1, teacher.kv_heads // 2)
+        narrow = with_sizes(halved, kv_heads=fewer_kv, heads=fewer_kv * halved.group)
     yield narrow, 0.375
     for quarters in (3, 2, 1):
         yield with_sizes(narrow, layers=max(1, teacher.layers * quarters // 4)), 0.25

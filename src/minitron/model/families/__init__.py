@@ -5,9 +5,17 @@ from typing import Any
 
 from minitron.errors import CheckpointError, UnsupportedArchitecture
 from minitron.model.architecture import Architecture
+from minitron.model.families.gemma import GEMMA, GEMMA2, GEMMA3
+from minitron.model.families.granite import GRANITE
 from minitron.model.families.llama import LLAMA, MISTRAL
+from minitron.model.families.nemotron import NEMOTRON
+from minitron.model.families.olmo2 import OLMO2
+from minitron.model.families.phi3 import PHI3
+from minitron.model.families.qwen import QWEN2, QWEN3
+from minitron.model.families.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Architecture] = {"llama": LLAMA, "mistral": MISTRAL}
+TABLES = (LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, SMOLLM3, OLMO2, GRANITE)
+FAMILIES: dict[str, Architecture] = {table.name: table for table in TABLES}
 
 
 def family_of(config: Mapping[str, Any]) -> Architecture:

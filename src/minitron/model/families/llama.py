@@ -44,4 +44,13 @@ LLAMA = Architecture(
     hidden_multiple_of_heads=True,
 )
 
-MISTRAL = replace(LLAMA, name="mistral", hidden_multiple_of_heads=False)
+MISTRAL = replace(
+    LLAMA,
+    name="mistral",
+    tensors={name: line for name, line in LLAMA.tensors.items() if not name.endswith("bias")},
+    defaults={"num_key_value_heads": 8},
+    hidden_multiple_of_heads=False,
+)
+
+# The config of some Llama-like families has no head_dim.
+KEYS_WITHOUT_HEAD_DIM = {dim: key for dim, key in LLAMA.config_keys.items() if dim != "head_dim"}

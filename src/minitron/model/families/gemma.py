@@ -1,0 +1,51 @@
+"""Gemma 1 to 3 (text): norm gains stored as w for 1 + w, embeddings times sqrt(hidden); from 2 on norms on both sides
+of attention and MLP, capped logits, and layers with a sliding window between those without."""
+
+from dataclasses import replace
+
+from minitron.model.architecture import Architecture
+from minitron.model.families.llama import LLAMA
+
+GEMMA = Architecture(
+    name="gemma",
+    config_keys=LLAMA.config_keys,
+    tensors={name: line for name, line in LLAMA.tensors.items() if not line.endswith("mlp_bias")},
+    norms=LLAMA.norms,
+    defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    norm_gain_offset=1.0,
+    embedding_times_sqrt_hidden=True,
+)
+
+GEMMA2 = replace(
+    GEMMA,
+    name="gemma2",
+    tensors={
+        **GEMMA.tensors,
+        "model.layers.{layer}.pre_feedforward_layernorm.weight": "hidden",
+        "model.layers.{layer}.post_feedforward_layernorm.weight": "hidden",
+    },
+    norms={
+        "model.layers.{layer}.input_layernorm": "model.layers.{layer}.self_attn",
+        "model.layers.{layer}.pre_feedforward_layernorm": "model.layers.{layer}.mlp",
+        "model.norm": "lm_head",
+    },
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 30.0,
+    },
+    hidden_multiple_of_heads=True,
+    logits_softcap="final_logit_softcapping",
+)
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3_text",
+    tensors={
+        **GEMMA2.tensors,
+        "model.layers.{layer}.self_attn.q_norm.weight": "head_dim",
+        "model.layers.{layer}.self_attn.k_norm.weight": "head_dim",
+    },
+    defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+)

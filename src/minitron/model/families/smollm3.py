@@ -1,0 +1,14 @@
+"""SmolLM3: Llama with layers that have no rotary positions."""
+
+from dataclasses import replace
+
+from minitron.model.families.llama import KEYS_WITHOUT_HEAD_DIM, LLAMA
+
+SMOLLM3 = replace(
+    LLAMA,
+    name="smollm3",
+    config_keys=KEYS_WITHOUT_HEAD_DIM,
+    defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
+    per_layer_keys=("layer_types", "no_rope_layers"),
+    hidden_multiple_of_heads=False,
+)
