@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from minitron.distill.losses import LOSSES, WITHOUT_TEACHER, chunked_loss, forward_kl
-from minitron.model.logits import CHUNK_BYTES, chunk_tokens, float32_logits, project
+from minitron.model.logits import CHUNK_BYTES, LogitTransform, chunk_tokens, float32_logits, project
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 50, 12, 16
 NAIVE = {
@@ -53,6 +53,18 @@ def test_value_and_gradients_are_those_of_the_naive_loss(name: str, dtype: torch
     parts = inputs(dtype)
     for got, expected in zip(chunked(name, parts, chunk=chunk), naive(name, parts), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_are_divided_and_capped_as_the_family_does_it(name: str) -> None:
+    hidden, head, teacher_hidden, teacher_head, targets = inputs()
+    got = chunked(name, inputs(), transforms=(LogitTransform(2.0, 0.5), LogitTransform(softcap=0.7)), chunk=7)
+    hidden.requires_grad_(), head.requires_grad_()
+    student, teacher = 0.5 * (hidden @ head.T / 2 / 0.5).tanh(), 0.7 * (teacher_hidden @ teacher_head.T / 0.7).tanh()
+    value = NAIVE[name](student, teacher, targets).mean()
+    expected = (value.detach(), *torch.autograd.grad(value, (hidden, head)))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LOSSES)

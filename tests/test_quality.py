@@ -13,7 +13,7 @@ from minitron.data import Blocks, Corpus
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
 
-VARIANTS = ["llama", "llama-tied", "mistral-window"]
+VARIANTS = ["llama", "llama-tied", "mistral-window", "gemma2", "granite"]  # the last two transform their logits
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -155,6 +155,22 @@ def test_distillation_lowers_the_kl_on_held_out_text(bench: Bench) -> None:
     assert [row["step"] for row in rows if "heldout_loss" in row] == [4, 8, 10]
 
 
+@pytest.mark.parametrize("variant", ["nemotron", "gemma2", "gemma3", "phi3", "olmo2", "granite"])
+def test_the_loss_of_every_kind_of_family_is_the_naive_one(bench: Bench, variant: str, tmp_path: Path) -> None:
+    teacher = tiny.checkpoint(variant, tmp_path / "teacher")
+    checkpoint = open_checkpoint(teacher)
+    (tmp_path / "student").mkdir()
+    cut(checkpoint, tiny.plan(checkpoint.shape, ffn=24, layers=3), tmp_path / "student")
+    one_step = CONFIG.model_copy(update={"tokens": BATCH * BLOCK, "warmup_steps": 0})
+    bench.distill(tmp_path, one_step, teacher=teacher, student=tmp_path / "student")
+    first = json.loads((tmp_path / "distill" / "metrics.jsonl").read_text().splitlines()[0])
+    train = bench.corpus.train
+    tokens = torch.from_numpy(train.select(batch_rows(len(train), seed=0, step=0, batch=BATCH)))
+    expected = naive_kl(tiny.model(tmp_path / "student"), tiny.model(teacher), tokens)
+    assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert not torch.equal(*(tiny.tensors(tmp_path / name)["model.embed_tokens.weight"] for name in ("student", "out")))
+
+
 def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_path: Path) -> None:
     steps = 3
     config = CONFIG.model_copy(update={"tokens": steps * BATCH * BLOCK, "gradient_clip": 0.05, "warmup_steps": 0})

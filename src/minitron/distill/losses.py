@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.model.logits import chunk_tokens, float32_logits, project
+from minitron.model.logits import LogitTransform, chunk_tokens, float32_logits, project
 
 # (student logits, teacher logits, targets) -> loss of each token. Without a teacher its logits are the student's.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +48,7 @@ def chunked_loss(
     teacher_head: Float[Tensor, "vocab teacher_hidden"] | None,
     targets: Int[Tensor, " tokens"],
     *,
+    transforms: tuple[LogitTransform, LogitTransform] = (LogitTransform(), LogitTransform()),
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -57,11 +58,12 @@ def chunked_loss(
     scales them.
 
     Args:
+        transforms: what student and teacher do to their logits after the projection.
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `chunk_tokens`.
     """
     chunk = chunk or chunk_tokens(len(head))
-    return _ChunkedLoss.apply(loss, hidden, head, teacher_hidden, teacher_head, targets, dtype, chunk)
+    return _ChunkedLoss.apply(loss, hidden, head, teacher_hidden, teacher_head, targets, transforms, dtype, chunk)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -74,6 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
         targets: Tensor,
+        transforms: tuple[LogitTransform, LogitTransform],
         dtype: torch.dtype,
         chunk: int,
     ) -> Tensor:
@@ -86,13 +89,14 @@ class _ChunkedLoss(torch.autograd.Function):
             for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
                 piece = hidden[rows].detach().float()
                 with torch.enable_grad():
-                    logits = project(piece, head_32).requires_grad_()
+                    projected = project(piece, head_32).requires_grad_()
+                    logits = transforms[0](projected)
                     if teacher_hidden is None or teacher_head_32 is None:
                         reference = logits.detach()
                     else:
-                        reference = project(teacher_hidden[rows].detach(), teacher_head_32)
+                        reference = transforms[1](project(teacher_hidden[rows].detach(), teacher_head_32))
                     value = loss(logits, reference, targets[rows]).sum()
-                    (slope,) = torch.autograd.grad(value, logits)
+                    (slope,) = torch.autograd.grad(value, projected)
                 total += value.detach()
                 grad_hidden[rows] = slope @ head_32
                 grad_head.addmm_(slope.T, piece)
@@ -102,4 +106,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None
+        return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None, None

@@ -26,6 +26,7 @@ from minitron.errors import Interrupted, MinitronError
 from minitron.files import atomic_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from minitron.model.logits import logit_transform
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -212,6 +213,7 @@ class _LossPerToken:
 
     def __init__(self, model: Any, teacher: Any, loss: str, dtype: torch.dtype, device: torch.device):
         self.model, self.teacher, self.loss, self.dtype, self.device = model, teacher, LOSSES[loss], dtype, device
+        self.transforms = (logit_transform(model), logit_transform(model if teacher is None else teacher))
 
     def sum(self, tokens: Tensor) -> Tensor:
         with self._autocast():
@@ -229,6 +231,7 @@ class _LossPerToken:
             teacher_hidden,
             teacher_head,
             tokens[:, 1:].flatten(),
+            transforms=self.transforms,
             dtype=self.dtype,
         )
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from minitron.model.families import FAMILIES
 
 # Logit-sized float32 temporaries alive at once inside one chunk of training: both models' logits, both
 # log-probabilities, and three in backward.
@@ -36,8 +40,28 @@ def float32_logits(dtype: torch.dtype) -> Iterator[None]:
             backend.fp32_precision = value
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to the output projection's result: divide it (Granite), then cap it softly (Gemma 2)."""
+
+    divisor: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, projected: Tensor) -> Tensor:
+        logits = projected if self.divisor == 1.0 else projected / self.divisor
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+def logit_transform(model: Any) -> LogitTransform:
+    """The transform of a loaded model, from its config."""
+    family = FAMILIES[model.config.model_type]
+    divisor = getattr(model.config, family.logits_divisor) if family.logits_divisor else 1.0
+    softcap = getattr(model.config, family.logits_softcap) if family.logits_softcap else None
+    return LogitTransform(divisor, softcap)
+
+
 def project(
     hidden: Float[Tensor, "tokens hidden"], head: Float[Tensor, "vocab hidden"]
 ) -> Float[Tensor, "tokens vocab"]:
-    """Logits in float32."""
+    """Logits in float32, before any `LogitTransform`."""
     return hidden.float() @ head.float().T
