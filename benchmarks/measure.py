@@ -17,8 +17,9 @@ SAMPLE_SECONDS = 0.002
 
 @dataclass
 class Peak:
-    """Bytes beyond what the process held when the measurement began."""
+    """Bytes beyond what the process held when the measurement began, but for `process`."""
 
+    process: int = 0  # sampled: all anonymous memory of the process, its imports included
     anonymous: int = 0  # sampled: memory that only swap could take away
     mapped: int = 0  # sampled: resident pages of mapped files, which the system takes back when it likes
     total: int = 0  # resident memory of any kind, from the kernel's own high-water mark
@@ -49,6 +50,7 @@ class PeakMemory:
 
     def _note(self) -> None:
         now, start = _status(), self._start
+        self.peak.process = max(self.peak.process, now["RssAnon"])
         self.peak.anonymous = max(self.peak.anonymous, now["RssAnon"] - start["RssAnon"])
         self.peak.mapped = max(self.peak.mapped, now["RssFile"] - start["RssFile"])
         self.peak.total = max(self.peak.total, now["VmHWM"] - start["VmRSS"])
@@ -64,6 +66,17 @@ def in_fresh_process(script: str, **arguments: Any) -> dict[str, Any]:
     command = [sys.executable, script, "--child", json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def save_byte_tokenizer(path: Path) -> None:
+    """A tokenizer whose tokens are bytes, for random models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_tokens = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=byte_tokens | {"</s>": len(byte_tokens)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
 
 
 def header(title: str) -> str:

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (lazily imported otherwise, and counted as memory held)
-from measure import PeakMemory, header, in_fresh_process, publish, table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from measure import PeakMemory, header, in_fresh_process, publish, save_byte_tokenizer, table
+from transformers import LlamaConfig
 
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint, write_checkpoint
@@ -78,11 +77,10 @@ def write_model(path: Path, layers: int) -> dict[str, int]:
 
     tensors = {spec.name: (torch.bfloat16, spec.shape(shape)) for spec in specs}
     path.mkdir()
-    write_checkpoint(path, config=config, tensors=tensors, read=draw, carry_from=path, shard_bytes=SHARD_BYTES)
-    byte_tokens = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=byte_tokens | {"</s>": len(byte_tokens)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
+    write_checkpoint(
+        path, config=config, tensors=tensors, pieces=map(draw, tensors), carry_from=path, shard_bytes=SHARD_BYTES
+    )
+    save_byte_tokenizer(path)
     elements = {spec.name: torch.Size(spec.shape(shape)).numel() for spec in specs}
     return {
         "model": 2 * sum(elements.values()),

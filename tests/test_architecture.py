@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import tiny
 import torch
@@ -13,15 +14,6 @@ from minitron.errors import CheckpointError, PlanError
 from minitron.model.architecture import Shape, kv_cache_bytes, with_sizes
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
-
-# Name -> family, shape, total and non-embedding parameters as published (untied embeddings).
-PUBLISHED = {
-    "Llama-3.1-8B": ("llama", Shape(32, 4096, 14336, 32, 8, 128, 128256), 8_030_261_248, 6_979_588_096),
-    "Llama-3.1-Minitron-4B-Width": ("llama", Shape(32, 3072, 9216, 32, 8, 128, 128256), 4_512_746_496, 3_724_741_632),
-    "Llama-3.1-Minitron-4B-Depth": ("llama", Shape(16, 4096, 14336, 32, 8, 128, 128256), 4_540_469_248, 3_489_796_096),
-    "Mistral-NeMo-12B": ("mistral", Shape(40, 5120, 14336, 32, 8, 128, 131072), 12_247_782_400, 10_905_605_120),
-    "Mistral-NeMo-Minitron-8B": ("mistral", Shape(40, 4096, 11520, 32, 8, 128, 131072), 8_414_105_600, 7_340_363_776),
-}
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -47,18 +39,14 @@ def test_counted_parameters_are_the_real_ones_part_by_part(directory: Path) -> N
     assert counted.non_embedding == counted.total - real["embedding"]
 
 
-@pytest.mark.parametrize(("family", "shape", "total", "non_embedding"), PUBLISHED.values(), ids=PUBLISHED)
-def test_published_models_have_the_published_counts(family: str, shape: Shape, total: int, non_embedding: int) -> None:
-    counted = FAMILIES[family].count(shape, {"tie_word_embeddings": False})
-    assert (counted.total, counted.non_embedding) == (total, non_embedding)
-
-
-@pytest.mark.parametrize(("family", "shape", "total"), [row[:3] for row in PUBLISHED.values()], ids=PUBLISHED)
-def test_transformers_builds_published_models_with_the_published_counts(family: str, shape: Shape, total: int) -> None:
-    config = FAMILIES[family].config_for({"model_type": family, "tie_word_embeddings": False}, shape, [])
+@pytest.mark.parametrize("model", published.MODELS.values(), ids=published.MODELS)
+def test_published_models_have_the_published_counts(model: published.Published) -> None:
+    table = FAMILIES[model.config["model_type"]]
+    counted = table.count(table.shape(model.config), model.config)
+    assert (counted.total, counted.non_embedding) == (model.total, model.non_embedding)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert sum(parameter.numel() for parameter in model.parameters()) == total
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config))
+    assert sum(parameter.numel() for parameter in built.parameters()) == model.total
 
 
 def test_cache_bytes_are_those_that_transformers_keeps(directory: Path) -> None:

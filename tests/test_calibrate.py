@@ -1,6 +1,6 @@
 """The statistics of one streamed pass are those of plain loops over transformers' own model."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from minitron.errors import RunError
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import Statistics, calibrate
+from minitron.prune import calibrate as module
+from minitron.prune.calibrate import Statistics, calibrate, cosine_sum, sample_sums
 
 LENGTHS = [11, 4, 7, 1, 9]
 
 
-def measure(path: Path, tokens: Tensor, batch: int = 2, **options: Any) -> Statistics:
-    return calibrate(open_checkpoint(path), tokens, dtype=torch.float32, batch=batch, **options)
+def measure(path: Path, tokens: Tensor, batch: int | None = 2, **options: Any) -> Statistics:
+    options = {"dtype": torch.float32, "second_moment": True} | options
+    return calibrate(open_checkpoint(path), tokens, batch=batch, **options)
 
 
 @torch.no_grad()
-def by_loops(path: Path, samples: list[Tensor]) -> Statistics:
+def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float32) -> Statistics:
     """Hooks on a whole model, one sample without pads at a time, every sum in float64 and written out."""
-    model = tiny.model(path)
+    model = tiny.model(path, dtype)
     layers = model.model.layers
     seen: dict[tuple[str, int], Tensor] = {}
     inputs: dict[str, Tensor] = {}  # states between layers, and the stream where a layer reads it
@@ -114,8 +116,8 @@ def test_what_stands_in_the_pads_does_not_matter(llama: Path) -> None:
     assert_same(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_statistics_do_not_depend_on_the_batch_size(directory: Path, batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 8, None])
+def test_statistics_do_not_depend_on_the_batch_size(directory: Path, batch: int | None) -> None:
     tokens = tiny.tokens(7, 10)
     assert_same(measure(directory, tokens, batch), measure(directory, tokens, 7), rtol=1e-5, atol=1e-6)
 
@@ -124,6 +126,48 @@ def test_every_sum_is_float64(llama: Path) -> None:
     statistics = measure(llama, tiny.tokens(2, 6))
     sums = [*statistics.sums.values(), statistics.cosine, statistics.second_moment, statistics.mean]
     assert {tensor.dtype for tensor in sums} == {torch.float64}
+
+
+def test_sums_of_bfloat16_activations_are_those_of_plain_loops(directory: Path) -> None:
+    tokens = tiny.tokens(5, 12)
+    found = measure(directory, tokens, batch=1, dtype=torch.bfloat16)
+    expected = by_loops(directory, list(tokens), torch.bfloat16)
+    # Products of the second moment are of values rounded to bfloat16, to 8 bits, which may be none of the machine's.
+    rounded = {"second_moment": found.second_moment, "mean": found.mean}
+    assert_same(found, replace(expected, **rounded), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.second_moment, expected.second_moment, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 700])
+def test_sums_of_a_sample_are_those_in_float64(num_tokens: int, dtype: torch.dtype) -> None:
+    activation = (3 + torch.randn(num_tokens, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    absolute = activation.double().abs()
+    reductions = [absolute.mean(0), absolute.square().sum(0).sqrt(), absolute.var(0, unbiased=False)]
+    expected = torch.stack([torch.stack([value, value.square()]) for value in reductions])
+    torch.testing.assert_close(sample_sums(activation), expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cosines_summed_in_pieces_are_those_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(11, 40, generator=generator).to(dtype) for _ in range(2))
+    one[5] = 0
+    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 40 * 4)
+    dots = (one.double() * other.double()).sum(1)
+    norms = one.double().norm(dim=1) * other.double().norm(dim=1)
+    expected = sum(dot / norm for dot, norm in zip(dots, norms, strict=True) if norm)
+    torch.testing.assert_close(cosine_sum(one, other).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_second_moment_is_left_out_unless_asked_for(llama: Path, tmp_path: Path) -> None:
+    tokens = tiny.tokens(2, 6)
+    without = measure(llama, tokens, second_moment=False)
+    assert without.second_moment is None and without.mean is None
+    assert_same(without, replace(measure(llama, tokens), second_moment=None, mean=None), rtol=0, atol=0)
+    without.save(tmp_path)
+    assert_same(Statistics.load(tmp_path), without, rtol=0, atol=0)
 
 
 def test_progress_names_each_layer_once(llama: Path) -> None:

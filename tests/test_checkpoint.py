@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from minitron.errors import CheckpointError, RunError, UnsupportedArchitecture
 from minitron.files import atomic_directory, digest_files, write_json
+from minitron.model import weights
 from minitron.model.checkpoint import (
     Checkpoint,
     carried_files,
@@ -24,6 +25,7 @@ from minitron.model.checkpoint import (
     resolve_model,
     write_checkpoint,
 )
+from minitron.model.families import FAMILIES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -35,7 +37,7 @@ def copy(checkpoint: Checkpoint, out: Path, **options: Any) -> Path:
         out,
         config=checkpoint.config,
         tensors={name: (stored.dtype, stored.shape) for name, stored in checkpoint.stored.items()},
-        read=checkpoint.read,
+        pieces=map(checkpoint.read, checkpoint.stored),
         carry_from=checkpoint.path,
         **options,
     )
@@ -65,6 +67,76 @@ def test_reading_is_safetensors_own_reading(directory: Path) -> None:
         assert torch.equal(checkpoint.read(name), tensor)
     assert checkpoint.weight_bytes == sum(tensor.nbytes for tensor in expected.values())
     assert checkpoint.dtype == expected[EMBEDDING].dtype
+
+
+def save_by_hand(path: Path, header_bytes: int, gap: int, files: int) -> None:
+    """Rewrite the weights as no library does: tensors backwards, over several files of any names, with gaps between.
+
+    header_bytes: the header is padded to a multiple of these, and so is not aligned unless they are 8.
+    """
+    tensors = tiny.tensors(path)
+    (path / "model.safetensors").unlink()
+    for number in range(files):
+        header: dict[str, Any] = {}
+        data = b""
+        for name in [*reversed(tensors)][number::files]:
+            data += b"#" * gap
+            raw = tensors[name].view(torch.uint8).numpy().tobytes()
+            header[name] = {
+                "dtype": {2: "BF16", 4: "F32"}[tensors[name].itemsize],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [len(data), len(data) + len(raw)],
+            }
+            data += raw
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % header_bytes)
+        (path / f"{number}-part.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    where = {
+        name: f"{number}-part.safetensors" for number in range(files) for name in [*reversed(tensors)][number::files]
+    }
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize(("header_bytes", "gap", "files"), [(8, 0, 1), (8, 8, 3), (7, 3, 2), (9, 1, 5)])
+@pytest.mark.parametrize("variant", ["llama", "llama-bfloat16"])
+def test_tensors_may_lie_in_any_file_in_any_order_anywhere(
+    tmp_path: Path, variant: str, header_bytes: int, gap: int, files: int
+) -> None:
+    path = tiny.checkpoint(variant, tmp_path / "model")
+    expected = tiny.tensors(path)
+    save_by_hand(path, header_bytes, gap, files)
+    checkpoint = open_checkpoint(path)
+    assert len({stored.file for stored in checkpoint.stored.values()}) == files
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+        assert torch.equal(checkpoint.read_rows(name, 3, 7), tensor[3:7]), name
+    copied = copy(checkpoint, tmp_path / "copy")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.tensors(copied).items())
+
+
+@pytest.mark.parametrize("gap_bytes", [0, 300, 10**6])
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 10**7])
+def test_rows_that_are_gathered_are_the_tensors_rows(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, gap_bytes: int
+) -> None:
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(weights, "GAP_BYTES", gap_bytes)
+    checkpoint = open_checkpoint(directory)
+    expected = checkpoint.read(EMBEDDING)
+    for rows in ([], [0], [319], [5, 5, 6], range(320), sorted(torch.randint(320, (40,)).tolist())):
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        gathered = checkpoint.gather_rows(EMBEDDING, wanted)
+        assert torch.equal(gathered, expected[wanted]) and gathered.dtype == expected.dtype
+    norm = "model.norm.weight"
+    assert torch.equal(checkpoint.gather_rows(norm, torch.tensor([1, 9])), checkpoint.read(norm)[[1, 9]])
+
+
+def test_rows_that_lie_together_are_read_together_and_those_between_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 40)
+    monkeypatch.setattr(weights, "GAP_BYTES", 20)
+    rows = torch.tensor([0, 1, 4, 5, 7, 8, 9, 20, 23, 30])
+    parts = [rows[start:stop].tolist() for start, stop in weights.runs(rows, row_bytes=10)]
+    assert parts == [[0, 1], [4, 5, 7], [8, 9], [20, 23], [30]]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 10**9])
@@ -163,6 +235,17 @@ def _pickle_only(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
 
+def _forget(path: Path, key: str) -> None:
+    config = json.loads((path / "config.json").read_text())
+    del config[key]
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def _grow(path: Path) -> None:
+    with (path / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+
+
 def _untie(path: Path) -> None:
     change_config(path, tie_word_embeddings=True)  # yet both tensors are there, and differ
 
@@ -174,12 +257,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no model type": (lambda p: change_config(p, model_type=None), "has no model_type"),
     "unknown family": (
         lambda p: change_config(p, model_type="mixtral"),
-        "model_type 'mixtral' is not supported; did you mean 'mistral'. Available: llama, mistral",
+        f"model_type 'mixtral' is not supported; did you mean 'mistral'. Available: {', '.join(sorted(FAMILIES))}",
     ),
-    "strange family": (lambda p: change_config(p, model_type="gpt2"), "'gpt2' is not supported; Available: llama"),
-    "quantized": (
-        lambda p: change_config(p, quantization_config={"bits": 4}),
-        "holds quantized weights; cut the original",
+    "strange family": (
+        lambda p: change_config(p, model_type="gpt2"),
+        f"'gpt2' is not supported; Available: {', '.join(sorted(FAMILIES))}",
     ),
     "size missing": (
         lambda p: change_config(p, hidden_size=None),
@@ -189,7 +271,30 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unequal groups": (lambda p: change_config(p, num_key_value_heads=3), "8 heads cannot share 3 kv_heads equally"),
     "other ffn": (
         lambda p: change_config(p, intermediate_size=41),
-        r"layers.0.mlp.gate_proj.weight is \[40, 32\], but by config.json it must be \[41, 32\]",
+        r"layers.0.mlp.gate_proj.weight is \[40, 32\], but by config.json it must be \[41, 32\]: "
+        r"axis 0 is ffn, by config.json's intermediate_size=41$",
+    ),
+    "other heads": (
+        lambda p: change_config(p, num_attention_heads=4),
+        r"layers.0.self_attn.q_proj.weight is \[32, 32\], but by config.json it must be \[16, 32\]: "
+        r"axis 0 is heads\*head_dim, by config.json's num_attention_heads=4, head_dim=4$",
+    ),
+    "other input": (
+        lambda p: change_tensors(p, **{"model.layers.1.self_attn.o_proj.weight": torch.zeros(32, 64)}),
+        r"layers.1.self_attn.o_proj.weight is \[32, 64\], .* \[32, 32\]: axis 1 is heads\*head_dim, by",
+    ),
+    "other hidden": (
+        lambda p: change_config(p, hidden_size=64),
+        r"embed_tokens.weight is \[320, 32\], .* \[320, 64\]: axis 1 is hidden, by config.json's hidden_size=64$",
+    ),
+    "head_dim left out": (
+        lambda p: change_config(p, num_attention_heads=4) or _forget(p, "head_dim"),
+        r"k_proj.weight is \[16, 32\], .* axis 0 is kv_heads\*head_dim, "
+        r"by config.json's num_key_value_heads=4, head_dim \(missing, so 8\)$",
+    ),
+    "other number of axes": (
+        lambda p: change_tensors(p, **{HEAD: torch.zeros(320)}),
+        r"lm_head.weight is \[320\], but by config.json it must be \[320, 32\]: config.json does not describe",
     ),
     "more layers": (
         lambda p: change_config(p, num_hidden_layers=5),
@@ -204,6 +309,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
     "pickle only": (_pickle_only, r"has only pickled weights \(pytorch_model.bin\), which can run code"),
     "truncated": (_cut_short, r"model.safetensors is truncated: \d+ bytes where its header says \d+; copy it again"),
+    "grown": (_grow, r"model.safetensors is too long: \d+ bytes where its header says \d+; copy it again"),
     "empty file": (_header(b""), "is truncated or no safetensors file"),
     "short file": (_header(b"abc"), "is truncated or no safetensors file"),
     "text file": (_header(b"version https://git-lfs.github.com/spec/v1"), "is truncated or no safetensors file"),
@@ -223,6 +329,67 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+PROJECTION = "model.layers.0.mlp.up_proj"
+INTEGERS = torch.ones(40, 4, dtype=torch.int32)
+WAY_OUT = "cut the original model in 16 or 32 bits and quantize after"
+
+
+def _quantized(dtype: torch.dtype = torch.uint8, **others: torch.Tensor) -> Callable[[Path], None]:
+    """A projection in another dtype, and what a method stores beside it."""
+    changes = {f"{PROJECTION}.{name.replace('__', '.')}": tensor for name, tensor in others.items()}
+    return lambda path: change_tensors(path, **{f"{PROJECTION}.weight": torch.ones(40, 32).to(dtype)} | changes)
+
+
+# A config.json's own word, and what tensors tell without it.
+QUANTIZED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "gptq": (lambda p: change_config(p, quantization_config=GPTQ), "config.json's quantization_config: gptq, 4 bits"),
+    "awq": (lambda p: change_config(p, quantization_config={"quant_method": "awq", "bits": 4}), "awq, 4 bits"),
+    "nf4": (lambda p: change_config(p, quantization_config=NF4), "quantization_config: bitsandbytes, load_in_4bit"),
+    "old 8 bit": (lambda p: change_config(p, quantization_config={"load_in_8bit": True}), "config: load_in_8bit"),
+    "fp8": (lambda p: change_config(p, quantization_config={"quant_method": "fp8"}), "quantization_config: fp8"),
+    "mxfp4": (lambda p: change_config(p, quantization_config={"quant_method": "mxfp4"}), "quantization_config: mxfp4"),
+    "compressed": (
+        lambda p: change_config(p, compression_config={"quant_method": "compressed-tensors"}),
+        "config.json's compression_config: compressed-tensors",
+    ),
+    "mlx": (lambda p: change_config(p, quantization={"bits": 8, "group_size": 64}), "'s quantization: 8 bits"),
+    "unnamed": (lambda p: change_config(p, quantization_config={"scheme": "odd"}), "config: {'scheme': 'odd'}"),
+    "no table": (lambda p: change_config(p, quantization_config="int8"), "quantization_config: int8"),
+    "fp8 tensors": (_quantized(torch.float8_e4m3fn), "up_proj.weight is stored as F8_E4M3; .*, as fp8 stores"),
+    "fp8 e5m2 tensors": (_quantized(torch.float8_e5m2), "up_proj.weight is stored as F8_E5M2; .*, as fp8 stores"),
+    "gptq tensors": (
+        _quantized(torch.float16, qweight=INTEGERS),
+        "up_proj.qweight is stored as I32; .*, as gptq or awq",
+    ),
+    "zeros": (_quantized(torch.float16, qzeros=INTEGERS), "up_proj.qzeros is stored as I32; .*, as gptq or awq stores"),
+    "int8 tensors": (
+        _quantized(torch.int8, SCB=torch.ones(40)),
+        r"up_proj.weight is stored as I8; .*, as bitsandbytes \(load_in_8bit\) stores",
+    ),
+    "nf4 tensors": (
+        _quantized(weight__absmax=torch.ones(40)),
+        r"up_proj.weight is stored as U8; .*, as bitsandbytes \(load_in_4bit\) stores",
+    ),
+    "packed tensors": (_quantized(torch.float16, weight_packed=INTEGERS), "weight_packed is .*, as compressed-tensors"),
+    "mlx tensors": (
+        _quantized(torch.uint32, scales=torch.ones(4)),
+        "up_proj.weight is stored as U32; .*, as mlx stores",
+    ),
+}
+
+
+@pytest.mark.parametrize(("quantize", "message"), QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized_weights_are_named_as_what_they_are(
+    tmp_path: Path, quantize: Callable[[Path], Any], message: str
+) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    quantize(path)
+    with pytest.raises(CheckpointError, match=f"{message}.*; {WAY_OUT}$"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_named_when_the_directory_is_opened(
     tmp_path: Path, damage: Callable[[Path], Any], message: str
@@ -231,6 +398,16 @@ def test_damage_is_named_when_the_directory_is_opened(
     open_checkpoint(path)
     damage(path)
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+
+
+def test_the_config_keys_of_a_fused_axis_are_each_named_once(tmp_path: Path) -> None:
+    path = tiny.checkpoint("phi3", tmp_path / "model")
+    change_config(path, num_key_value_heads=2)
+    keys = "num_attention_heads=8, head_dim=4, num_key_value_heads=2$"
+    with pytest.raises(
+        CheckpointError, match=r"axis 0 is heads\*head_dim(\+kv_heads\*head_dim){2}, by config.json's " + keys
+    ):
         open_checkpoint(path)
 
 
@@ -258,6 +435,21 @@ def test_values_that_are_no_numbers_are_refused_on_reading(tmp_path: Path, value
         open_checkpoint(path).read(EMBEDDING)
 
 
+def test_rows_are_refused_for_what_they_hold_and_not_for_what_others_do(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    damaged = tiny.tensors(path)[EMBEDDING]
+    damaged[7, 3] = float("nan")
+    change_tensors(path, **{EMBEDDING: damaged})
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.read_rows(EMBEDDING, 8, 320), damaged[8:])
+    for read in (
+        lambda: checkpoint.read_rows(EMBEDDING, 0, 8),
+        lambda: checkpoint.gather_rows(EMBEDDING, torch.tensor([2, 7])),
+    ):
+        with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {EMBEDDING} holds NaN or infinity"):
+            read()
+
+
 def test_large_but_finite_values_are_read(tmp_path: Path) -> None:
     path = tiny.checkpoint("llama", tmp_path / "model")
     change_tensors(path, **{EMBEDDING: torch.full((320, 32), 3e38)})
@@ -269,6 +461,41 @@ def test_a_file_that_vanishes_while_open_is_named(tmp_path: Path) -> None:
     (checkpoint.path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"model.safetensors: cannot read tensor {EMBEDDING}"):
         checkpoint.read(EMBEDDING)
+
+
+@pytest.mark.parametrize("keep_bytes", [8, 5000])
+def test_a_file_that_is_cut_short_while_open_is_named(tmp_path: Path, keep_bytes: int) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint("llama", tmp_path / "model"))
+    os.truncate(checkpoint.path / "model.safetensors", keep_bytes)
+    message = f"model.safetensors: cannot read tensor {EMBEDDING}: the file was changed after the checkpoint was opened"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(EMBEDDING)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint("llama", tmp_path / "model"))
+    read_range = weights.read_range
+
+    def cut_short(file: int, start: int, stop: int, buffer: Any) -> torch.Tensor:
+        os.truncate(checkpoint.path / "model.safetensors", stop - 100)
+        return read_range(file, start, stop, buffer)
+
+    monkeypatch.setattr(weights, "read_range", cut_short)
+    with pytest.raises(CheckpointError, match=f"cannot read tensor {EMBEDDING}: the file ends before it"):
+        checkpoint.read(EMBEDDING)
+
+
+def test_a_header_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "model")
+    file = path / "model.safetensors"
+    for old, new in ((b"[320,32]", b"[321,32]"), (b'"F32"', b'"F16"')):
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(
+            CheckpointError, match=r"tensor .* takes \d+ bytes where .* its header is damaged; copy it again"
+        ):
+            open_checkpoint(path)
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import small
 import tiny
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron import cli
 from minitron.prune.plan import Plan
@@ -110,6 +112,8 @@ def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch
         ["evaluate", "m", "--blocks", "0"],
         ["calibrate", "m", "--out", "o", "--seed", "-1"],
         ["compress", "m"],
+        ["run", "r", "--dry-run", "--gpus", "8", "--utilisation", "0"],
+        ["run", "r", "--dry-run", "--gpus", "8", "--gpu-teraflops", "fast"],
     ],
     ids=" ".join,
 )
@@ -137,6 +141,39 @@ def test_inspect_says_what_the_model_is(desk: Desk) -> None:
     assert (counts["total"], counts["embedding"], counts["non_embedding"]) == (total, embedding, total - embedding)
     code, text, _ = desk.run("inspect", desk.teacher)
     assert code == 0 and f"{total:,}" in text and "embeddings are untied" in text
+
+
+@pytest.mark.parametrize("model", published.MODELS.values(), ids=published.MODELS)
+def test_inspect_counts_a_published_model_from_its_config_alone(desk: Desk, model: published.Published) -> None:
+    path = model.write(desk.path / "model")
+    facts = desk.json("inspect", path)
+    assert (facts["parameters"]["total"], facts["parameters"]["non_embedding"]) == (model.total, model.non_embedding)
+    assert facts["weights"] is False
+    text = desk.run("inspect", path)[1]
+    assert f"{model.total:,}" in text and f"{model.non_embedding:,}" in text and "not here" in text
+
+
+def test_inspect_drafts_the_table_of_an_unknown_family(desk: Desk) -> None:
+    config = AutoConfig.for_model("stablelm", **tiny.SIZES | {"num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(desk.path / "model")
+    desk.capsys.readouterr()
+    code, out, err = desk.run("inspect", desk.path / "model")
+    assert code == 1 and err.startswith("error: model_type 'stablelm' is not supported")
+    assert '"model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",' in out and "docs/adding-a-family.md" in out
+    drafted = json.loads(desk.run("inspect", desk.path / "model", "--json")[1])["draft"]
+    assert drafted["config_keys"]["ffn"] == "intermediate_size" and not drafted["unplaced"]
+
+
+def test_an_unknown_family_without_weights_is_refused_alone(desk: Desk) -> None:
+    (desk.path / "config.json").write_text('{"model_type": "stablelm"}')
+    assert "model_type 'stablelm' is not supported" in desk.refuses("inspect", desk.path)
+
+
+def test_a_recipe_that_ships_runs_by_its_name(desk: Desk) -> None:
+    teacher = published.MODELS["Llama-3.1-8B"].write(desk.path / "model")
+    facts = desk.json("run", "llama-3.1-8b-to-4b-depth", "--set", f"model={teacher}", "--dry-run")
+    assert facts["student"]["shape"]["layers"] == 16
+    assert "no recipe file nowhere.yaml" in desk.refuses("run", "nowhere.yaml")
 
 
 def test_the_rooms_one_by_one(desk: Desk) -> None:
@@ -208,9 +245,10 @@ def test_a_dry_run_says_what_it_would_make_and_writes_nothing(desk: Desk, verb: 
     facts = desk.json(verb, *what, "--dry-run", "--out", desk.path / "out")
     assert facts["distill_tokens"] == (256 if verb == "run" else 1_000_000)
     assert facts["student"]["parameters"]["total"] < facts["teacher"]["parameters"]["total"]
-    assert facts["flops_per_token"] > 0 and facts["seconds"] > 0 and facts["training_bytes"] > 0
-    code, text, _ = desk.run(verb, *what, "--dry-run", "--out", desk.path / "out")
-    assert code == 0 and "student: layers=4" in text and "memory while distilling" in text
+    assert facts["distill_flops"] > 0 and facts["here"]["seconds"] > 0 and facts["training_bytes"] > 0
+    code, text, _ = desk.run(verb, *what, "--dry-run", "--gpus", "8", "--out", desk.path / "out")
+    assert code == 0 and "student: llama, layers=4" in text and "memory while distilling" in text
+    assert "on 8 GPUs: " in text and "at an assumed 40% of 989 TFLOP/s each" in text
     assert desk.files() == before
 
 

@@ -11,20 +11,22 @@ ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "files", "device"),
+    ("large_files",),
+    ("config", "files", "device", "parallel"),
     ("model", "data"),
     ("describe", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
     ("run",),
-    ("rooms", "demo"),
+    ("rooms", "demo", "estimate"),
+    ("console",),
     ("cli",),
     ("__main__",),
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
     "prune": ("calibrate", "importance", "plan", "cut"),
-    "model": ("architecture", "families", "checkpoint", "stream"),
+    "model": ("architecture", "families", "weights", "checkpoint", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
 

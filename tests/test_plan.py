@@ -22,6 +22,7 @@ from minitron.prune.plan import (
     PruneConfig,
     choose,
     default_multiple,
+    given_layers,
     identity_plan,
     parse_target,
     require_consistent,
@@ -34,6 +35,12 @@ REAL = {
     "mistral-nemo-12b": ("mistral", Shape(40, 5120, 14336, 32, 8, 128, 131072), False),
     "llama-3.2-1b": ("llama", Shape(16, 2048, 8192, 32, 8, 64, 128256), True),
     "smollm-135m": ("llama", Shape(30, 576, 1536, 9, 3, 64, 49152), True),
+    "nemotron-4-15b": ("nemotron", Shape(32, 6144, 24576, 48, 8, 128, 256000), False),
+    "qwen2.5-0.5b": ("qwen2", Shape(24, 896, 4864, 14, 2, 64, 151936), True),
+    "qwen2.5-7b": ("qwen2", Shape(28, 3584, 18944, 28, 4, 128, 152064), False),
+    "gemma-2-2b": ("gemma2", Shape(26, 2304, 9216, 8, 4, 256, 256000), True),
+    "phi-3-mini": ("phi3", Shape(32, 3072, 8192, 32, 32, 96, 32064), False),
+    "olmo-2-7b": ("olmo2", Shape(32, 4096, 11008, 32, 32, 128, 100352), False),
     "tiny": ("mistral", TEACHER, False),
 }
 STUDENTS = [
@@ -205,6 +212,8 @@ def test_shares_are_above_zero_and_at_most_all(text: str) -> None:
 SHARES = [100, 95, 75, 50, 33, 20, 10]
 # How far below the target the rule may land: the steps of large models are fine, those of small ones are not.
 MARGIN = {"llama-3.1-8b": 0.03, "mistral-nemo-12b": 0.03, "llama-3.2-1b": 0.06, "smollm-135m": 0.16, "tiny": 0.35}
+MARGIN |= {"nemotron-4-15b": 0.02, "gemma-2-2b": 0.05, "olmo-2-7b": 0.05}
+MARGIN |= {"qwen2.5-0.5b": 0.08, "qwen2.5-7b": 0.03, "phi-3-mini": 0.09}  # heads go with hidden
 
 
 @cache
@@ -222,7 +231,7 @@ def test_a_target_is_met_from_below_by_a_model_that_transformers_accepts(name: s
     student = chosen(name, f"{share}%")
     have, got = (architecture.count(shape, config).non_embedding for shape in (teacher, student))
     assert (1 - MARGIN[name]) * share / 100 * have <= got <= share / 100 * have
-    accepted = AutoConfig.for_model(**architecture.config_for(config, student, []))
+    accepted = AutoConfig.for_model(**architecture.config_for(config, student, []), pad_token_id=0)
     assert accepted.hidden_size == student.hidden
     for dim, size in (("hidden", student.hidden), ("ffn", student.ffn)):
         assert size == getattr(teacher, dim) or size % default_multiple(getattr(teacher, dim)) == 0
@@ -266,8 +275,25 @@ def test_an_explicit_shape_is_taken_as_it_is() -> None:
     assert student == replace(TEACHER, hidden=24, ffn=7)
 
 
+def test_half_of_nemotron_4_15b_has_the_width_of_minitron_8b() -> None:
+    assert chosen("nemotron-4-15b", "50%") == replace(REAL["nemotron-4-15b"][1], hidden=4096, ffn=16384)
+
+
+@pytest.mark.parametrize(
+    ("drop", "layers"), [("3", (0, 1, 2)), ("0-1", (2, 3)), ("0, 2-3", (1,)), ("1,1-2", (0, 3)), (None, None)]
+)
+def test_layers_dropped_by_hand_are_dropped_whatever_their_score(
+    drop: str | None, layers: tuple[int, ...] | None
+) -> None:
+    prune = PruneConfig(drop_layers=drop, shape={"ffn": 7})
+    student = target_shape(FAMILIES["llama"], {}, TEACHER, prune)
+    plan = choose(random_scores(), TEACHER, student, given_layers(prune, TEACHER))
+    assert plan.layers == (layers or (0, 1, 2, 3)) and (student.layers, student.ffn) == (len(plan.layers), 7)
+    require_consistent(plan)
+
+
 BAD_TARGETS: dict[str, tuple[PruneConfig, str]] = {
-    "neither": (PruneConfig(), r"give either prune.target \(such as 50%\) or prune.shape, and not both"),
+    "neither": (PruneConfig(), r"give either prune.target \(such as 50%\), or prune.shape and prune.drop"),
     "both": (PruneConfig(target="50%", shape={"ffn": 8}), "and not both"),
     "too large": (PruneConfig(target="1B"), "target 1B is larger than the model, which has 48,416 total"),
     "too small": (
@@ -282,6 +308,15 @@ BAD_TARGETS: dict[str, tuple[PruneConfig, str]] = {
     "fixed dim": (PruneConfig(shape={"vocab": 8}), "unknown dim 'vocab'"),
     "shape too large": (PruneConfig(shape={"layers": 5}), "target layers=5 is larger than the teacher's layers=4"),
     "no such llama": (PruneConfig(shape={"hidden": 20}), "hidden=20 is no multiple of heads=8"),
+    "target and layers": (PruneConfig(target="50%", drop_layers="1"), "and not both"),
+    "no layers": (PruneConfig(drop_layers="two"), "drop_layers 'two' is no list of layers such as 15-30 or 3,7,9-11"),
+    "too many layers": (PruneConfig(drop_layers="2-4"), "must name some, not all, of the teacher's layers 0 to 3"),
+    "all layers": (PruneConfig(drop_layers="0-3"), "must name some, not all"),
+    "backwards": (PruneConfig(drop_layers="3-1"), "must name some, not all"),
+    "layers twice": (
+        PruneConfig(drop_layers="1-2", shape={"layers": 3}),
+        "drop_layers keeps 2 layers, but prune.shape wants layers=3: give one",
+    ),
     "zero": (PruneConfig(shape={"kv_heads": 0}), "kv_heads=0.* must be positive"),
 }
 

@@ -1,15 +1,21 @@
 """Streaming layer by layer is transformers' own forward pass."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minitron.errors import CheckpointError
 from minitron.model import stream
-from minitron.model.checkpoint import open_checkpoint
-from minitron.model.stream import Stream
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.stream import Stream, default_batch
 
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 
@@ -54,6 +60,24 @@ def test_states_in_a_file_are_the_states_in_memory(
     assert not list(tmp_path.iterdir())
 
 
+def test_embeddings_are_read_of_tokens_that_occur_and_in_parts(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tiny.tokens(5, 7)
+    whole = streamed(directory, tokens, batch=2)
+    gathered: list[list[int]] = []
+    gather = Checkpoint.gather_rows
+
+    def watched(self: Checkpoint, name: str, rows: Tensor) -> Tensor:
+        gathered.append(rows.tolist())
+        return gather(self, name, rows)
+
+    monkeypatch.setattr(Checkpoint, "gather_rows", watched)
+    monkeypatch.setattr(stream, "EMBEDDING_BYTES", 1)  # so that a batch is a part
+    torch.testing.assert_close(streamed(directory, tokens, batch=2), whole, atol=0, rtol=0)
+    assert gathered == [sorted(set(part.flatten().tolist())) for part in tokens.split(2)]
+
+
 def test_only_the_layer_at_hand_has_matrices_in_memory(directory: Path) -> None:
     flow = Stream(open_checkpoint(directory), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
     flow.embed()
@@ -76,3 +100,90 @@ def test_weights_and_states_run_in_the_dtype_asked_for(llama: Path, dtype: torch
         assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
         assert all(after.dtype == dtype for _, _, after in flow.run(index, layer))
     assert flow.states.dtype == dtype
+
+
+def weights_of(path: Path, tokens: Tensor) -> list[int]:
+    """Where in memory a matrix of each layer lies."""
+    flow = Stream(open_checkpoint(path), tokens, dtype=torch.float32, batch=1)
+    flow.embed()
+    return [layer.mlp.down_proj.weight.data_ptr() for _, layer in flow.layers()]
+
+
+def test_layers_take_turns_in_the_memory_of_two_and_of_one_where_there_is_no_room(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, *rest = weights_of(llama, tiny.tokens(1, 5))
+    assert one != other and rest == [one, other]
+    monkeypatch.setattr(stream, "free_bytes", lambda device: 0)
+    assert len(set(weights_of(llama, tiny.tokens(1, 5)))) == 1
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_next_layer_is_read_while_one_computes_if_there_is_room(
+    llama: Path, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, second = open_checkpoint(llama), threading.Event()
+    read = Checkpoint.read_rows
+
+    def watched(self: Checkpoint, name: str, *rest: Any) -> Tensor:
+        if ".layers.1." in name:
+            second.set()
+        return read(self, name, *rest)
+
+    monkeypatch.setattr(Checkpoint, "read_rows", watched)
+    if not room:
+        monkeypatch.setattr(stream, "free_bytes", lambda device: 0)
+    flow = Stream(checkpoint, tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    flow.embed()
+    layers = flow.layers()
+    next(layers)
+    assert second.wait(timeout=10 if room else 0.2) == room
+    next(layers)
+    assert second.is_set()
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_damaged_layer_is_an_error_when_its_turn_comes(
+    llama: Path, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    if not room:
+        monkeypatch.setattr(stream, "free_bytes", lambda device: 0)
+    seen = []
+    flow = Stream(open_checkpoint(tmp_path), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN or infinity"):
+        for index, _ in flow.layers():
+            seen.append(index)
+    assert seen == [0, 1]
+
+
+def test_no_thread_stays_behind_when_layers_are_left_early(llama: Path) -> None:
+    flow = Stream(open_checkpoint(llama), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    before = threading.active_count()
+    layers = flow.layers()
+    next(layers)
+    layers.close()
+    assert threading.active_count() == before
+    assert not matrices_in_memory(flow.model)
+
+
+SHAPE = Shape(layers=32, hidden=6144, ffn=24576, heads=48, kv_heads=8, head_dim=128, vocab=256000)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "num_tokens", "dtype", "batch"),
+    [
+        (24576, 4096, torch.bfloat16, 1),
+        (24576, 512, torch.bfloat16, 3),
+        (24576, 512, torch.float32, 1),
+        (1024, 512, torch.float32, 8),
+    ],
+)
+def test_the_default_batch_keeps_activations_within_their_budget(
+    ffn: int, num_tokens: int, dtype: torch.dtype, batch: int
+) -> None:
+    assert default_batch(replace(SHAPE, ffn=ffn), num_tokens, dtype) == batch
+    assert batch == 1 or batch * 3 * ffn * num_tokens * dtype.itemsize <= stream.ACTIVATION_BYTES

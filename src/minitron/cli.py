@@ -2,23 +2,23 @@
 
 import argparse
 import ctypes
-import json
+import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from minitron.console import Console
 from minitron.errors import Interrupted, MinitronError
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
     "inspect": "minitron inspect meta-llama/Llama-3.1-8B",
     "compress": "minitron compress ./my-model --target-params 50% --data corpus.jsonl --tokens 20M --out runs/half",
-    "run": "minitron run recipe.yaml --set distill.tokens=5000000 --dry-run",
+    "run": "minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64",
     "calibrate": "minitron calibrate ./my-model --data corpus.jsonl --out statistics",
     "prune": "minitron prune ./my-model --shape hidden=3072,ffn=9216 --statistics statistics --out pruned",
     "distill": "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
@@ -45,20 +45,28 @@ HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
     args = build_parser().parse_args(argv)
+    from minitron.parallel import ranks  # and torch with it, for which --help does not wait
+
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
+    args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
+        if ranks().size > 1 and args.verb is not _calibrate:
+            raise MinitronError(
+                f"torchrun started {ranks().size} processes, and this command runs in one: start it without torchrun; "
+                "`minitron calibrate` is the command that several processes share"
+            )
         args.verb(args, console)
     except Interrupted as error:
-        print(f"interrupted: {error}", file=sys.stderr)
+        _complain(f"interrupted: {error}")
         return 130
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
+        _complain("interrupted; what was finished is kept, run the same command to go on")
         return 130
     except MinitronError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's reason may have many lines
+        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, verb: Callable[[argparse.Namespace, "Console"], None]) -> argparse.ArgumentParser:
+    def add(name: str, verb: Callable[[argparse.Namespace, Console], None]) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=HELP[name], description=HELP[name], epilog=f"example: {EXAMPLES[name]}")
         sub.set_defaults(verb=verb)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -100,13 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
     smaller.add_argument("--tokens", type=_count, help="distillation tokens, such as 20M; default one pass")
     smaller.add_argument("--seed", type=_seed, default=0)
     smaller.add_argument("--out", type=Path, help="run directory; default runs/NAME-TARGET")
-    smaller.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
+    _add_dry_run(smaller)
     _add_set(smaller)
 
     run = add("run", _run)
-    run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    run.add_argument("recipe", metavar="RECIPE", help="a .yaml file, or the name of a recipe that ships with minitron")
     run.add_argument("--out", type=Path, help="run directory; default runs/RECIPE")
-    run.add_argument("--dry-run", action="store_true", help="print shapes, memory and cost, and run nothing")
+    _add_dry_run(run)
     _add_set(run)
 
     calibrate = add("calibrate", _calibrate)
@@ -115,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--samples", type=_count, default=1024)
     calibrate.add_argument("--block-tokens", type=_count, help="tokens per sample; default the context, at most 2048")
     calibrate.add_argument("--seed", type=_seed, default=0)
+    calibrate.add_argument("--second-moment", action="store_true", help="also the residual stream's second moment")
     calibrate.add_argument("--out", type=Path, required=True)
 
     prune = add("prune", _prune)
@@ -157,71 +166,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Console:
-    """Draws progress: a bar on a terminal, plain lines elsewhere. Results go to stdout, everything else to stderr."""
-
-    LOG_SECONDS = 20.0
-
-    def __init__(self, args: argparse.Namespace):
-        self.json, self.quiet = args.json, args.quiet
-        self._started = time.monotonic()  # of the stage
-        self._since = time.monotonic()  # of what is being counted: a stage may count several things in turn
-        self._done = 0
-        self._stage = ""
-        self._logged = 0.0
-        self._bar: Any = None
-
-    def stage(self, name: str, state: str) -> None:
-        self.close()
-        if state == "running":
-            self._stage, self._done = name, 0
-            self._started = self._since = self._logged = time.monotonic()
-            self.note(f"{name} ...")
-        else:
-            took = f" ({time.monotonic() - self._started:.1f} s)" if state == "done" else ""
-            self.note(f"{name} {state}{took}")
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        if self.quiet:
-            return
-        if done < self._done:
-            self._since = time.monotonic()
-        self._done = done
-        if sys.stderr.isatty():
-            self._draw(done, total, note)
-        elif time.monotonic() - self._logged >= self.LOG_SECONDS:
-            self._logged = time.monotonic()
-            if total == 0:
-                return self.note(f"{self._stage}: {done:,} {note}")
-            left = (time.monotonic() - self._since) * (total - done) / done
-            self.note(f"{self._stage}: {done}/{total} {note}, {left:.0f} s left")
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    def result(self, value: Any, text: str) -> None:
-        print(json.dumps(value, indent=2) if self.json else text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _draw(self, done: int, total: int, note: str) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar is None:
-            columns = (TextColumn(self._stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(
-                *columns, TextColumn("{task.description}"), console=RichConsole(stderr=True), transient=True
-            )
-            self._bar.start()
-            self._bar.add_task("", total=total or None)
-        self._bar.update(0, completed=done, total=total or None, description=note)
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks instead of returning them to the system.
 
@@ -246,14 +190,23 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from minitron.describe import describe
-    from minitron.model.checkpoint import open_checkpoint, resolve_model
+    from minitron.errors import UnsupportedArchitecture
+    from minitron.model.checkpoint import resolve_model
     from minitron.publish.formats import size
+    from minitron.rooms import draft_model, inspect_model
 
-    facts = describe(open_checkpoint(resolve_model(args.model, args.revision)))
+    path = resolve_model(args.model, args.revision, config_only=True)
+    try:
+        facts = inspect_model(path)
+    except UnsupportedArchitecture:
+        draft = draft_model(path)
+        if draft is not None:
+            console.result({"draft": draft.to_dict()}, draft.text())
+        raise
     shape, parameters = facts["shape"], facts["parameters"]
+    weights = size(facts["weight_bytes"]) if facts["weights"] else f"{size(facts['weight_bytes'])} of weights, not here"
     lines = [
-        f"{args.model}: {facts['family']}, {facts['dtype']}, {size(facts['weight_bytes'])}",
+        f"{args.model}: {facts['family']}, {facts['dtype']}, {weights}",
         "",
         *(f"  {dim:<14}{number:>16,}" for dim, number in shape.items()),
         "",
@@ -282,29 +235,32 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.recipe import load_recipe
+    from minitron.recipe import find_recipe, load_recipe
 
-    out = args.out or Path("runs") / args.recipe.stem
-    _run_recipe(load_recipe(args.recipe, args.set), out, args, console)
+    path = find_recipe(args.recipe)
+    _run_recipe(load_recipe(path, args.set), args.out or Path("runs") / path.stem, args, console)
 
 
 def _run_recipe(recipe: Any, out: Path, args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import estimate
+    from minitron.estimate import Gpus, estimate
     from minitron.run import run
 
     if not args.dry_run:
         return _show_run(run(recipe, out, console), console)
-    facts = estimate(recipe)
+    facts = estimate(recipe, Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None)
     console.result(facts, "\n".join(_estimate_lines(facts)))
 
 
 def _calibrate(args: argparse.Namespace, console: Console) -> None:
+    from minitron.parallel import ranks
     from minitron.prune.calibrate import CalibrateConfig
     from minitron.rooms import calibrate_model
 
-    config = _section(CalibrateConfig, samples=args.samples)
+    config = _section(CalibrateConfig, samples=args.samples, second_moment=args.second_moment)
     data = _data_config(args, console)
     statistics = calibrate_model(args.model, data, config, seed=args.seed, out=args.out, listener=console)
+    if ranks().rank > 0:
+        return
     facts = {"out": str(args.out), "samples": statistics.samples, "tokens": statistics.tokens}
     console.result(facts, f"statistics of {statistics.samples} samples, {statistics.tokens:,} tokens: {args.out}")
 
@@ -400,31 +356,50 @@ def _show_run(records: Any, console: Console) -> None:
 
 
 def _estimate_lines(facts: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import size
+    from minitron.publish.formats import duration, flops, size
 
-    lines = []
+    lines, context, tokens = [], facts["context"], facts["distill_tokens"]
     for name in ("teacher", "student"):
         model = facts[name]
-        sizes = " ".join(f"{dim}={number}" for dim, number in model["shape"].items())
-        parameters = model["parameters"]
+        parameters, cache = model["parameters"], model["kv_cache_bytes_per_token"]
         lines += [
-            f"{name}: {sizes}",
-            f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding, "
-            f"{size(model['weight_bytes'])} of weights, KV cache {size(model['kv_cache_bytes_per_token'])} a token",
+            f"{name}: {model['family']}, " + " ".join(f"{dim}={number}" for dim, number in model["shape"].items()),
+            f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding",
+            f"  {size(model['weight_bytes'])} of {model['dtype']} weights, "
+            f"KV cache {size(cache)} a token, {size(cache * context)} at {context:,} tokens",
         ]
-    tokens = facts["distill_tokens"]
+    forward, step = facts["teacher_forward_flops_per_token"], facts["student_step_flops_per_token"]
     lines += [
-        f"calibration: {facts['calibration_tokens']:,} tokens at most",
-        f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}, "
-        f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP per token (teacher forward and student step)",
-        f"memory while distilling: about {size(facts['training_bytes'])} for weights, gradients and optimizer",
+        f"calibration: {facts['calibration_tokens']:,} tokens at most, {flops(facts['calibration_flops'])}",
+        f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}; per token "
+        f"{flops(forward)} teacher forward, {flops(step)} student step",
+        f"memory while distilling: {size(facts['training_bytes'])} for weights, gradients and optimizer, "
+        "and activations on top",
     ]
     if tokens:
+        here = facts["here"]
+        lines.append(f"all of distillation: {flops(facts['distill_flops'])}")
         lines.append(
-            f"time: about {facts['seconds'] / 60:,.1f} minutes at {facts['flops_per_second'] / 1e9:,.0f} GFLOP/s "
-            f"({facts['utilisation']:.0%} of what a large matrix product reaches here; an estimate)"
+            f"on this machine: {duration(here['seconds'])} at {flops(here['flops_per_second'])}/s, an assumed "
+            f"{here['utilisation']:.0%} of what a large matrix product reaches here"
+        )
+    if tokens and "gpus" in facts:
+        gpus = facts["gpus"]
+        lines.append(
+            f"on {gpus['count']} GPUs: {duration(gpus['seconds'])}, "
+            f"{gpus['count'] * gpus['seconds'] / 3600:,.0f} GPU hours, at an assumed {gpus['utilisation']:.0%} of "
+            f"{gpus['teraflops']:g} TFLOP/s each; {size(gpus['bytes_per_gpu'])} on each, fully sharded"
         )
     return lines
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print shapes, memory and cost from config.json alone, and run nothing"
+    )
+    parser.add_argument("--gpus", type=_count, help="with --dry-run: also estimate for this many GPUs")
+    parser.add_argument("--gpu-teraflops", type=_positive, default=989.0, help="peak of each; default an H100 in bfloat16")
+    parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -475,6 +450,17 @@ def _count(text: str) -> int:
     return value
 
 
+def _positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def _seed(text: str) -> int:
     """An integer of at least 0, for argparse."""
     if not text.isdecimal():
@@ -488,6 +474,14 @@ def _sizes(text: str) -> dict[str, int]:
         return {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
+
+
+def _complain(text: str) -> None:
+    """On stderr, from the first process only: what ends one ends them all."""
+    from minitron.parallel import ranks
+
+    if ranks().rank == 0:
+        print(text, file=sys.stderr)
 
 
 def _interrupt(*_: object) -> None:

@@ -8,11 +8,12 @@ import torch
 
 from minitron.model.architecture import PRUNABLE, Architecture, Parameters, Shape, kv_cache_bytes
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.model_config import ModelConfig
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Family, shape, exact parameters and bytes of a checkpoint."""
-    return describe_shape(checkpoint.architecture, checkpoint.config, checkpoint.shape, checkpoint.dtype)
+def describe(model: Checkpoint | ModelConfig) -> dict[str, Any]:
+    """Family, shape, exact parameters and bytes."""
+    return describe_shape(model.architecture, model.config, model.shape, model.dtype)
 
 
 def describe_shape(
@@ -20,7 +21,7 @@ def describe_shape(
 ) -> dict[str, Any]:
     """What `describe` says, from a config alone."""
     parameters = architecture.count(shape, config)
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = architecture.tied(config)
     return {
         "family": architecture.name,
         "shape": asdict(shape),

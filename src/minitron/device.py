@@ -1,6 +1,10 @@
-"""Which device, and which number format is fast on it."""
+"""Which device, what it has room for, and which number format is fast on it."""
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,7 +13,39 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU that is this process's current one, or the CPU."""
+    # With its index: other threads have a current one of their own.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def sums_device(device: torch.device) -> torch.device:
+    """Where float64 sums of what `device` computes are kept: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def copying_beside(device: torch.device) -> Iterator[None]:
+    """What is copied to a GPU in this block is copied while that computes, into memory that nothing it was given before
+    still needs, and is there at the end. A CPU copies as always."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def fast_bfloat16(device: torch.device) -> bool:

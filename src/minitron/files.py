@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minitron.errors import RunError
+from minitron.large_files import digest_file, stamp
 
 _UNWRITABLE = (
     errno.ENOSPC,
@@ -81,11 +82,6 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
 
 
-def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
     """sha256 over the names and contents of files.
 
@@ -97,13 +93,16 @@ def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
+def remember_digest(file: Path, digest: str, cache: dict[str, Any]) -> None:
+    """Put into a cache of digests what is known of a file as it is now."""
+    cache[str(file)] = [*stamp(file.stat()), digest]
+
+
 def _cached_digest(file: Path, cache: dict[str, Any]) -> str:
-    status = file.stat()
-    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
     known = cache.get(str(file))
-    if known is None or known[:3] != stamp:
-        cache[str(file)] = known = [*stamp, digest_file(file)]
-    return known[3]
+    if known is None or known[:3] != [*stamp(file.stat())]:
+        remember_digest(file, digest_file(file), cache)
+    return cache[str(file)][3]
 
 
 def _sync(directory: Path) -> None:

@@ -17,6 +17,9 @@ from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
 
+# Complete recipes of the published models, by name.
+SHIPPED = Path(__file__).parent / "recipes"
+
 
 class Recipe(Section):
     model: str
@@ -41,6 +44,18 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that name, or the recipe that ships under that name.
+
+    Raises: RecipeError if there is neither.
+    """
+    for path in (Path(name).expanduser(), SHIPPED / f"{name}.yaml"):
+        if path.exists():
+            return path
+    known = [file.stem for file in SHIPPED.glob("*.yaml")]
+    raise RecipeError(f"there is no recipe file {name}, and none ships under that name{did_you_mean(name, known)}")
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

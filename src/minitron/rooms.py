@@ -8,49 +8,53 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron import data
-from minitron.describe import describe, describe_shape, forward_flops
-from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron import data, parallel
+from minitron.describe import describe
+from minitron.device import pick_device
 from minitron.distill import train
 from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.checkpoint import (
+    Checkpoint,
+    has_weights,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    read_config,
+    resolve_model,
+    stored_tensors,
+)
+from minitron.model.draft import Draft, draft_table
+from minitron.model.model_config import open_config
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
-from minitron.prune.plan import Plan, PruneConfig, choose, target_shape
-from minitron.recipe import Recipe
-from minitron.run import block_length, calibrate_on, prepare_data, resolve, score_units, teach
+from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, target_shape
+from minitron.run import (
+    block_length,
+    calibrate_on,
+    calibrate_tokens,
+    calibration_tokens,
+    prepare_data,
+    score_units,
+    teach,
+)
 from minitron.rundir import SILENT, Listener, RunDirectory
 
-# Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
-UTILISATION = 0.25
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    """What `describe` says, and whether weights are there; where they are, they are held against config.json."""
+    weights = has_weights(path)
+    return describe(open_checkpoint(path) if weights else open_config(path)) | {"weights": weights}
 
 
-def estimate(recipe: Recipe) -> dict[str, Any]:
-    """What a run would make and cost, before any text is read or weight touched."""
-    teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
-    recipe, shape = resolve(recipe, teacher)
-    student = describe_shape(teacher.architecture, teacher.config, shape, teacher.dtype)
-    block_tokens = block_length(recipe.data, teacher)
-    flops = forward_flops(teacher.shape, teacher.parameters, block_tokens) + 3 * forward_flops(
-        shape, teacher.architecture.count(shape, teacher.config), block_tokens
-    )
-    tokens = recipe.distill.tokens
-    rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
-    return {
-        "teacher": describe(teacher),
-        "student": student,
-        "calibration_tokens": recipe.calibrate.samples * block_tokens,
-        "distill_tokens": tokens,
-        "flops_per_token": flops,
-        "flops_per_second": rate,
-        "utilisation": UTILISATION,
-        "seconds": tokens * flops / rate if tokens else None,
-        # float32 student, gradients and two moments, and the teacher in the compute dtype
-        "training_bytes": 16 * student["parameters"]["total"] + 2 * teacher.parameters.total,
-    }
+def draft_model(path: Path) -> Draft | None:
+    """A draft of the table for a model type that has none; None without weights, whose shapes it is drawn from."""
+    if not has_weights(path):
+        return None
+    shapes = {name: stored.shape for name, stored in stored_tensors(path).items()}
+    return draft_table(read_config(path), shapes)
 
 
 def calibrate_model(
@@ -62,12 +66,16 @@ def calibrate_model(
     out: Path,
     listener: Listener = SILENT,
 ) -> Statistics:
-    """Calibrate one model and write its statistics to `out`."""
-    teacher = open_checkpoint(resolve_model(model))
-    with atomic_directory(out) as partial:
-        with _corpus(teacher, data_config, listener) as corpus:
-            statistics = calibrate_on(teacher, corpus, config, seed, scratch=partial, listener=listener)
-        statistics.save(partial)
+    """Calibrate one model and write its statistics to `out`; under torchrun, with all its processes."""
+    with parallel.process_group() as here:
+        teacher = open_checkpoint(resolve_model(model))
+        if here.rank > 0:
+            return calibrate_tokens(teacher, parallel.broadcast(None), config)
+        with atomic_directory(out) as partial:
+            with _corpus(teacher, data_config, listener) as corpus:
+                tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
+                statistics = calibrate_tokens(teacher, tokens, config, scratch=partial, listener=listener)
+            statistics.save(partial)
     return statistics
 
 
@@ -95,7 +103,8 @@ def prune_model(
                 assert data_config is not None
                 with _corpus(teacher, data_config, listener) as corpus:
                     statistics = calibrate_on(teacher, corpus, CalibrateConfig(), 0, scratch=partial, listener=listener)
-            plan = choose(score_units(statistics, teacher.shape, config), teacher.shape, shape)
+            scores = score_units(statistics, teacher.shape, config)
+            plan = choose(scores, teacher.shape, shape, given_layers(config, teacher.shape))
         listener.stage("prune", "running")
         cut(teacher, plan, partial)
         plan.save(partial / "plan.json")

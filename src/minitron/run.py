@@ -27,10 +27,11 @@ from minitron.model.checkpoint import (
     open_checkpoint,
     resolve_model,
 )
+from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate
 from minitron.prune.cut import cut
 from minitron.prune.importance import CRITERIA, Scores
-from minitron.prune.plan import Plan, PruneConfig, choose, target_shape
+from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, target_shape
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
@@ -68,7 +69,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     return publish(out)
 
 
-def resolve(recipe: Recipe, teacher: Checkpoint) -> tuple[Recipe, Shape]:
+def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
     """Fill in every default that the teacher's config decides, and the student's shape."""
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
     block_tokens = block_length(recipe.data, teacher)
@@ -154,7 +155,7 @@ def make_plan(
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        made = choose(Scores.load(stages.out / "scores"), teacher.shape, shape)
+        made = choose(Scores.load(stages.out / "scores"), teacher.shape, shape, given_layers(config, teacher.shape))
         made.save(out / "plan.json")
         return {"plan": str(made)}
 
@@ -164,21 +165,25 @@ def make_plan(
         "plan",
         plan,
         inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])},
-        config={"shape": asdict(shape)},
+        config={"shape": asdict(shape), "drop_layers": config.drop_layers},
     )
     return Plan.load(stages.out / "plan" / "plan.json")
 
 
 def prune(stages: RunDirectory, teacher: Checkpoint, plan: Plan) -> Path:
+    digests: dict[str, str] = {}
+
     def work(out: Path) -> dict[str, Any]:
-        cut(teacher, plan, out)
+        digests.update(cut(teacher, plan, out))
         return describe(open_checkpoint(out))
 
     inputs = {
         "model": stages.digest(model_files(teacher.path)),
         "plan": stages.digest([stages.out / "plan" / "plan.json"]),
     }
-    return stages.do("pruned", work, inputs=inputs, config={})
+    made = stages.do("pruned", work, inputs=inputs, config={})
+    stages.remember({made / file: digest for file, digest in digests.items()})
+    return made
 
 
 def teach(
@@ -258,13 +263,31 @@ def publish(out: Path) -> RunRecords:
 def calibrate_on(
     teacher: Checkpoint, corpus: data.Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
 ) -> Statistics:
+    tokens = calibration_tokens(corpus, config, seed)
+    return calibrate_tokens(teacher, tokens, config, scratch=scratch, listener=listener)
+
+
+def calibration_tokens(corpus: data.Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
+    """Token ids, int64 [samples, tokens]."""
     blocks = corpus.train
     rows = data.batch_rows(len(blocks), seed=seed, step=0, batch=min(config.samples, len(blocks)))
+    return torch.from_numpy(blocks.select(rows))
+
+
+def calibrate_tokens(
+    teacher: Checkpoint,
+    tokens: torch.Tensor,
+    config: CalibrateConfig,
+    *,
+    scratch: Path | None = None,
+    listener: Listener = SILENT,
+) -> Statistics:
     return calibrate(
         teacher,
-        torch.from_numpy(blocks.select(rows)),
-        dtype=compute_dtype(config.precision, torch.device("cpu")),
+        tokens,
+        dtype=compute_dtype(config.precision, pick_device()),
         batch=config.batch,
+        second_moment=config.second_moment,
         scratch=scratch,
         progress=lambda done, total: listener.progress(done, total, "layers"),
     )
@@ -274,12 +297,12 @@ def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Sc
     return CRITERIA[config.criterion](statistics, shape, config.sequence_aggregate, config.batch_aggregate)
 
 
-def block_length(config: data.DataConfig, checkpoint: Checkpoint) -> int:
+def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:
     """Tokens in a block: what the config says, else the model's context, at most LARGEST_DEFAULT_BLOCK.
 
     Raises: RunError if the model's context is shorter.
     """
-    context = checkpoint.config.get("max_position_embeddings") or LARGEST_DEFAULT_BLOCK
+    context = model.config.get("max_position_embeddings") or LARGEST_DEFAULT_BLOCK
     length = config.block_tokens or min(context, LARGEST_DEFAULT_BLOCK)
     if length > context:
         raise RunError(f"data.block_tokens={length} is longer than the model's context of {context} tokens")

@@ -22,7 +22,7 @@ import torch
 
 from minitron.config import Section
 from minitron.errors import CheckpointError, RunError
-from minitron.files import atomic_directory, digest_files, readable_os_errors, write_json
+from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
 from minitron.recipe import Recipe, dump_recipe
 
 
@@ -94,6 +94,13 @@ class RunDirectory:
         if self._digests != known:
             write_json(self.out / ".digests.json", self._digests)
         return digest
+
+    def remember(self, digests: Mapping[Path, str]) -> None:
+        """Take over the digests of files that were hashed when they were written, so that they are not read again."""
+        for file, digest in digests.items():
+            remember_digest(file, digest, self._digests)
+        if digests:
+            write_json(self.out / ".digests.json", self._digests)
 
     def do(
         self,

@@ -203,7 +203,7 @@ def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
         tensors={
             spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()
         },
-        read=lambda name: state[name].to("cpu", checkpoint.stored[name].dtype),
+        pieces=(state[spec.name].to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()),
         carry_from=checkpoint.path,
     )
 

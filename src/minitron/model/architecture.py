@@ -170,6 +170,10 @@ class Architecture:
                 if "{layer}" in name:
                     yield TensorSpec(name.format(layer=layer), axes, layer)
 
+    def tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output projection is the embedding itself."""
+        return bool({**self.defaults, **config}.get("tie_word_embeddings", False))
+
     def count(self, shape: Shape, config: Mapping[str, Any]) -> Parameters:
         """Exact parameters of a model of this shape."""
         parts = dict.fromkeys(("embedding", "attention", "mlp", "norm"), 0)

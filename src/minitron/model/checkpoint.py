@@ -5,38 +5,41 @@ Only safetensors, and nothing from the directory is executed.
 
 import json
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from minitron.errors import CheckpointError
-from minitron.model.architecture import Architecture, Parameters, Shape, TensorSpec
+from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
 from minitron.model.families import family_of
+from minitron.model.weights import (
+    WAY_OUT,
+    StoredTensor,
+    TensorType,
+    bytes_of,
+    gather_rows,
+    plan_shards,
+    read_header,
+    read_rows,
+    require_finite,
+    runs,
+    write_shard,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Files that travel with the weights: tokenizer, chat template, generation config, licence.
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    file: Path
-    name: str  # in the file
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(self._bytes(name) for name in self.stored)
+        return sum(stored.num_bytes for stored in self.stored.values())
 
     @property
     def parameters(self) -> Parameters:
@@ -73,19 +76,24 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype.
 
-        Raises: CheckpointError if it cannot be read or holds NaN or infinity.
+        Raises: CheckpointError if it cannot be read or holds NaN or infinity. So do the two below.
         """
-        tensor = _read(self.stored[name])
-        _require_finite(tensor, name, self.stored[name].file)
-        return tensor
+        return self.read_rows(name, 0, self.stored[name].shape[0])
 
-    def _bytes(self, name: str) -> int:
-        stored = self.stored[name]
-        return torch.Size(stored.shape).numel() * stored.dtype.itemsize
+    def read_rows(self, name: str, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor; in `buffer` if they fit there."""
+        return read_rows(self.stored[name], start, stop, buffer)
+
+    def gather_rows(self, name: str, rows: Int[Tensor, " rows"]) -> Tensor:
+        """Some rows of a tensor, in ascending order; the others are not read, but where a gap is short."""
+        return gather_rows(self.stored[name], rows)
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The local directory of a model: a directory as it is, a hub id downloaded to the hub's cache.
+
+    Args:
+        config_only: download nothing but config.json.
 
     Raises: CheckpointError if there is neither.
     """
@@ -99,7 +107,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["*.json", "*.safetensors", *CARRIED]
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", *CARRIED]
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -117,14 +125,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_config(path)
     architecture = family_of(config)
     shape = architecture.shape(config)
-    stored = _stored_tensors(path)
-    if config.get("tie_word_embeddings") and architecture.embedding not in stored and architecture.head in stored:
+    stored = stored_tensors(path)
+    tied = architecture.tied(config)
+    if tied and architecture.embedding not in stored and architecture.head in stored:
         stored[architecture.embedding] = stored[architecture.head]  # tied: some exports keep only the other name
-    expected = {spec.name: spec.shape(shape) for spec in architecture.specs(config, shape.layers)}
-    _require_match(path, architecture, expected, stored)
-    if config.get("tie_word_embeddings") and architecture.head in stored:
+    specs = list(architecture.specs(config, shape.layers))
+    _require_match(path, architecture, specs, stored)
+    checkpoint = Checkpoint(path, config, architecture, shape, {spec.name: stored[spec.name] for spec in specs})
+    for spec in specs:
+        _require_shape(checkpoint, spec)
+    if tied and architecture.head in stored:
         _require_tied(path, stored[architecture.embedding], stored[architecture.head])
-    return Checkpoint(path, config, architecture, shape, {name: stored[name] for name in expected})
+    return checkpoint
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -140,10 +152,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'} must be a JSON object")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path} holds quantized weights; cut the original model in 16 or 32 bits and quantize after"
-        )
+    method = _quantized_by(config)
+    if method:
+        raise CheckpointError(f"{path} holds quantized weights ({method}); {WAY_OUT}")
     return config
 
 
@@ -151,32 +162,37 @@ def write_checkpoint(
     out: Path,
     *,
     config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    read: Callable[[str], Tensor],
+    tensors: Mapping[str, TensorType],
+    pieces: Iterable[Tensor],
     carry_from: Path,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a model into the existing directory `out`, asking `read` for one tensor at a time.
+) -> dict[str, str]:
+    """Write a model into the existing directory `out`; returns the sha256 of each file of weights by its name.
 
     Dtypes and shapes are given in advance, so a shard's header is written before its data and no shard is ever held.
+
+    Args:
+        pieces: the tensors in the order of `tensors`, each whole or in runs of rows. They are asked for in another
+            thread, and each is used up before the next is asked for.
     """
-    shards = _plan_shards(tensors, shard_bytes)
+    shards = plan_shards(tensors, shard_bytes)
     names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
-    for file, members in zip(names, shards, strict=True):
-        _write_shard(out / file, {name: tensors[name] for name in members}, read)
+    left = iter(pieces)
+    digests = {file: write_shard(out / file, shard, left) for file, shard in zip(names, shards, strict=True)}
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(_num_bytes(*tensor) for tensor in tensors.values())},
-            "weight_map": {name: file for file, members in zip(names, shards, strict=True) for name in members},
+            "metadata": {"total_size": sum(bytes_of(*tensor) for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
         (out / INDEX).write_text(json.dumps(index, indent=2))
     (out / "config.json").write_text(json.dumps(config, indent=2))
     for carried in carried_files(carry_from):
         shutil.copyfile(carried, out / carried.name)
+    return digests
 
 
 def model_files(path: Path) -> list[Path]:
@@ -212,33 +228,34 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
     for name, parameter in model.named_parameters():
-        _require_finite(parameter.detach(), name, path)
+        require_finite(parameter.detach(), name, path)
     return model
 
 
-def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
-    # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
-    # float32: that would convert a copy of the whole tensor first.
-    if not tensor.sum().isfinite() and not tensor.isfinite().all():
-        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
+def has_weights(path: Path) -> bool:
+    """Whether a model directory holds weights, whole or in part and in any format."""
+    return any(file.is_file() for pattern in ("*.safetensors", INDEX, *_PICKLES) for file in path.glob(pattern))
 
 
-def _read(stored: StoredTensor) -> Tensor:
-    try:
-        with safe_open(stored.file, framework="pt") as reader:
-            return reader.get_tensor(stored.name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{stored.file}: cannot read tensor {stored.name}: {error}") from None
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by its name, from the files' headers.
+
+    Raises: CheckpointError.
+    """
+    return {name: stored for file in _weight_files(path) for name, stored in read_header(file).items()}
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    stored: dict[str, StoredTensor] = {}
-    for file in _weight_files(path):
-        for name, (dtype, shape) in _read_header(file).items():
-            if dtype not in DTYPES:
-                raise CheckpointError(f"{file}: tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}")
-            stored[name] = StoredTensor(file, name, DTYPES[dtype], shape)
-    return stored
+def _quantized_by(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says of its weights' quantization; None for plain weights."""
+    for key in ("quantization_config", "compression_config", "quantization"):  # the last is mlx's
+        facts = config.get(key)
+        if facts:
+            said = {name: value for name, value in facts.items() if value} if isinstance(facts, dict) else {}
+            method = [str(said["quant_method"])] if "quant_method" in said else []
+            flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if flag in said]
+            bits = [f"{said['bits']} bits"] if "bits" in said else []
+            return f"config.json's {key}: {', '.join([*method, *flags, *bits]) or facts}"
+    return None
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -253,7 +270,7 @@ def _weight_files(path: Path) -> list[Path]:
         return [path / name for name in names]
     if (path / SINGLE).is_file():
         return [path / SINGLE]
-    pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    pickles = [file for pattern in _PICKLES for file in path.glob(pattern)]
     if pickles:
         raise CheckpointError(
             f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded: "
@@ -262,43 +279,16 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a safetensors file, which must be as long as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        start = data.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file: its header would be {length} bytes long"
-            )
-        try:
-            entries = json.loads(data.read(length))
-            entries.pop("__metadata__", None)
-            expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors") from None
-    if size != expected:
-        raise CheckpointError(f"{file} is truncated: {size} bytes where its header says {expected}; copy it again")
-    return tensors
-
-
 def _require_match(
-    path: Path, architecture: Architecture, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+    path: Path, architecture: Architecture, specs: list[TensorSpec], stored: Mapping[str, StoredTensor]
 ) -> None:
-    missing = [name for name in expected if name not in stored]
+    missing = [spec.name for spec in specs if spec.name not in stored]
     if missing:
         raise CheckpointError(
-            f"{path}: config.json promises {len(expected)} tensors, {len(missing)} are missing, first {missing[0]}"
+            f"{path}: config.json promises {len(specs)} tensors, {len(missing)} are missing, first {missing[0]}"
         )
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: tensor {name} is {list(stored[name].shape)}, but by config.json it must be {list(shape)}"
-            )
     # A tied model may store its output projection a second time.
-    known = {*expected, architecture.head}
+    known = {*(spec.name for spec in specs), architecture.head}
     strange = [name for name in stored if name not in known and not name.endswith(architecture.ignored_suffixes)]
     if strange:
         raise CheckpointError(
@@ -307,46 +297,40 @@ def _require_match(
         )
 
 
+def _require_shape(checkpoint: Checkpoint, spec: TensorSpec) -> None:
+    found, expected = checkpoint.stored[spec.name].shape, spec.shape(checkpoint.shape)
+    if found == expected:
+        return
+    message = f"{checkpoint.path}: tensor {spec.name} is {list(found)}, but by config.json it must be {list(expected)}"
+    if len(found) != len(expected):
+        raise CheckpointError(f"{message}: config.json does not describe these weights")
+    index = next(index for index, size in enumerate(expected) if size != found[index])
+    axis = spec.axes[index]
+    dims = dict.fromkeys(dim for segment in axis for dim in (segment.unit, *segment.block))
+    keys = ", ".join(_said(checkpoint, dim) for dim in dims)
+    raise CheckpointError(f"{message}: axis {index} is {_notation(axis)}, by config.json's {keys}")
+
+
+def _said(checkpoint: Checkpoint, dim: str) -> str:
+    key, size = checkpoint.architecture.config_keys.get(dim, dim), getattr(checkpoint.shape, dim)
+    return f"{key}={size}" if key in checkpoint.config else f"{key} (missing, so {size})"
+
+
+def _notation(axis: Axis) -> str:
+    return "+".join("*".join((segment.unit, *segment.block)) for segment in axis)
+
+
 def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
     """transformers unties two tensors that are stored with different values, whatever the config says."""
-    if embedding != head and not torch.equal(_read(embedding), _read(head)):
+    if embedding != head and not _equal(embedding, head):
         raise CheckpointError(
             f"{path}: config.json ties {head.name} to {embedding.name}, yet they are stored with different values; "
             "set tie_word_embeddings to false if both are meant"
         )
 
 
-def _plan_shards(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = _num_bytes(*tensor)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _write_shard(
-    file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + _num_bytes(dtype, shape)
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, (dtype, shape) in tensors.items():
-            tensor = read(name)
-            assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    parts = runs(torch.arange(one.shape[0]), one.row_bytes)
+    return one.shape == other.shape and all(
+        torch.equal(read_rows(one, start, stop), read_rows(other, start, stop)) for start, stop in parts
+    )

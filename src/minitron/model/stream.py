@@ -6,25 +6,48 @@ that the model would give it: they are recorded from the model's own forward wit
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minitron.device import copying_beside, free_bytes
+from minitron.large_files import ALIGNED, aligned
+from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.weights import bytes_of
 
-# Hidden states between layers live in memory up to this size, in a memory-mapped file beyond it.
+CPU = torch.device("cpu")
+# Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
+# size, else in a memory-mapped file.
+STATES_SHARE_OF_DEVICE = 0.25
 STATES_IN_MEMORY_BYTES = 1 << 30
+# Rows of the embedding in memory at a time.
+EMBEDDING_BYTES = 512 << 20
+# The next layer is read ahead where free memory is this many times its size.
+ROOM_TO_READ_AHEAD = 3
+# Larger batches are no faster: a call computes on thousands of tokens as it is.
+LARGEST_DEFAULT_BATCH = 8
+ACTIVATION_BYTES = 256 << 20
+
+
+def default_batch(shape: Shape, num_tokens: int, dtype: torch.dtype) -> int:
+    """Samples per forward call whose widest activations, three of ffn at once in a gated MLP, fit ACTIVATION_BYTES."""
+    return max(1, min(LARGEST_DEFAULT_BATCH, ACTIVATION_BYTES // (3 * shape.ffn * num_tokens * dtype.itemsize)))
 
 
 class Stream:
     """A checkpoint and the token blocks on their way through it.
 
-    `states` [samples, tokens, hidden] holds the residual stream before the next layer.
+    `states` [samples, tokens, hidden] holds the residual stream before the next layer; `rows` are the samples whose
+    states are on their way through a module.
     """
 
     def __init__(
@@ -34,6 +57,7 @@ class Stream:
         *,
         dtype: torch.dtype,
         batch: int,
+        device: torch.device = CPU,
         scratch: Path | None = None,
     ):
         """
@@ -43,33 +67,57 @@ class Stream:
             batch: samples per forward call; results do not depend on it beyond rounding.
             scratch: where the file of hidden states goes if it is needed; default the system's temporary directory.
         """
-        self.checkpoint, self.tokens, self.dtype = checkpoint, tokens, dtype
-        self.model = skeleton(checkpoint, dtype)
+        self.checkpoint, self.tokens, self.dtype, self.device = checkpoint, tokens, dtype, device
+        self.model = skeleton(checkpoint, dtype, device)
         self.slices = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
+        self.rows = slice(0, 0)
         self._scratch = scratch
         self._calls: dict[int, list[dict[str, Any]]] = {}  # batch size -> keyword arguments of each layer
 
     @torch.no_grad()
     def embed(self) -> None:
         """Fill `states` with what the first layer reads."""
-        num_samples, num_tokens = self.tokens.shape
-        self.states = self._buffer((num_samples, num_tokens, self.checkpoint.shape.hidden))
+        self.states = self._buffer((*self.tokens.shape, self.checkpoint.shape.hidden))
         weight = self.checkpoint.architecture.embedding
-        with self._loaded(self.model, {weight: weight}), self._stand_ins() as stand_ins:
-            for rows in self.slices:
-                self.model.model(input_ids=self.tokens[rows], use_cache=False)
-                self.states[rows] = stand_ins[0].seen
-                self._calls.setdefault(rows.stop - rows.start, [stand_in.arguments for stand_in in stand_ins])
+        # Its index is one of the whole vocabulary, and only gradients depend on it.
+        self.model.get_submodule(weight.removesuffix(".weight")).padding_idx = None
+        with self._stand_ins() as stand_ins:
+            for slices, known in self._parts_of_vocabulary(self.slices):
+                rows = self.checkpoint.gather_rows(weight, known)
+                with _filled(self.model, {weight: rows.to(self.device, self.dtype)}):
+                    for samples in slices:
+                        places = torch.searchsorted(known, self.tokens[samples])
+                        self.model.model(input_ids=places.to(self.device), use_cache=False)
+                        self.states[samples] = stand_ins[0].seen
+                        self._calls.setdefault(len(places), [stand_in.arguments for stand_in in stand_ins])
+        _return_freed_memory()
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Each decoder layer in turn, with its weights; they are gone when the next one comes."""
-        prefix = self.checkpoint.architecture.layer
-        for index, layer in enumerate(self._layers):
-            names = [spec.name for spec in self.checkpoint.specs() if spec.layer == index]
-            start = len(prefix.format(layer=index)) + 1
-            with self._loaded(layer, {name[start:]: name for name in names}):
-                yield index, layer
-            _return_freed_memory()
+        """Each decoder layer in turn, with its weights; they are gone when the next one comes.
+
+        The next one is read while this one computes, where there is room for both.
+
+        Raises: CheckpointError if a layer cannot be read, when its turn comes.
+        """
+        unused: list[dict[str, Tensor]] = [{}, {}]  # room for two layers, taken when it is first needed
+        largest = max(self.checkpoint.stored[name].num_bytes for name in self._names(0))
+        read = partial(self._read_layer, staging=aligned(largest + 2 * ALIGNED))
+        with ThreadPoolExecutor(1) as reader:
+            coming: Future[dict[str, Tensor]] | None = None
+            for index, layer in enumerate(self._layers):
+                weights = coming.result() if coming else read(index, unused.pop())
+                with _filled(layer, weights):
+                    coming = None
+                    if index + 1 < self.checkpoint.shape.layers and (unused[0] or self._has_room()):
+                        coming = reader.submit(read, index + 1, unused.pop())
+                    yield index, layer
+                unused.append(weights)
+
+    def batches(self) -> Iterator[tuple[slice, Tensor]]:
+        """The samples of each batch, and their states on the device."""
+        for rows in self.slices:
+            self.rows = rows
+            yield rows, self.states[rows].to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -77,10 +125,8 @@ class Stream:
 
         Hooks on the layer's modules see each batch just before it is yielded.
         """
-        for rows in self.slices:
-            before = self.states[rows]
-            arguments = self._calls[rows.stop - rows.start][index]
-            after = layer(before, **arguments)
+        for rows, before in self.batches():
+            after = layer(before, **self._calls[len(before)][index])
             after = after[0] if isinstance(after, tuple) else after
             yield rows, before, after
             self.states[rows] = after
@@ -88,10 +134,11 @@ class Stream:
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:
         """The norm before the output projection, with its weights."""
-        module = self.model.get_submodule(self.checkpoint.architecture.final_norm)
-        prefix = self.checkpoint.architecture.final_norm + "."
-        names = [spec.name for spec in self.checkpoint.specs() if spec.name.startswith(prefix)]
-        with self._loaded(module, {name.removeprefix(prefix): name for name in names}):
+        name = self.checkpoint.architecture.final_norm
+        names = [spec.name for spec in self.checkpoint.specs() if spec.name.startswith(f"{name}.")]
+        module = self.model.get_submodule(name)
+        weights = {own.removeprefix(f"{name}."): self.checkpoint.read(own).to(self.device, self.dtype) for own in names}
+        with _filled(module, weights):
             yield module
 
     @property
@@ -100,15 +147,44 @@ class Stream:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    @contextmanager
-    def _loaded(self, module: nn.Module, names: dict[str, str]) -> Iterator[None]:
-        """Parameters of `module` (by their name in it) filled from the checkpoint, and emptied again after."""
-        state = {inside: self.checkpoint.read(name).to(self.dtype) for inside, name in names.items()}
-        module.load_state_dict(state, assign=True, strict=False)
-        try:
-            yield
-        finally:
-            module.load_state_dict({inside: t.to("meta") for inside, t in state.items()}, assign=True, strict=False)
+    def _parts_of_vocabulary(self, slices: list[slice]) -> Iterator[tuple[list[slice], Tensor]]:
+        """Batches, and the ids that occur in them, so few that their embeddings fit EMBEDDING_BYTES."""
+        if not slices:
+            return
+        known = self.tokens[slices[0].start : slices[-1].stop].unique()
+        if len(slices) > 1 and len(known) * self.checkpoint.shape.hidden * self.dtype.itemsize > EMBEDDING_BYTES:
+            half = len(slices) // 2
+            yield from self._parts_of_vocabulary(slices[:half])
+            yield from self._parts_of_vocabulary(slices[half:])
+        else:
+            yield slices, known
+
+    def _read_layer(
+        self, index: int, weights: dict[str, Tensor], staging: UInt8[Tensor, " bytes"]
+    ) -> dict[str, Tensor]:
+        """`weights` by their names in the layer, on the device, in place of those of another layer that it holds.
+
+        The same memory again and again: fresh pages cost as much as reading, and blocks of many sizes that come and go
+        would make the heap grow with the number of layers.
+        """
+        prefix = self.checkpoint.architecture.layer.format(layer=index) + "."
+        with copying_beside(self.device):
+            for name in self._names(index):
+                tensor = self.checkpoint.read_rows(name, 0, self.checkpoint.stored[name].shape[0], staging)
+                own = name.removeprefix(prefix)
+                if own not in weights:
+                    weights[own] = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+                weights[own].copy_(tensor)
+        return weights
+
+    def _names(self, index: int) -> list[str]:
+        return [spec.name for spec in self.checkpoint.specs() if spec.layer == index]
+
+    def _has_room(self) -> bool:
+        """For one more layer."""
+        stored = (self.checkpoint.stored[name] for name in self._names(0))
+        size = sum(bytes_of(self.dtype, tensor.shape) for tensor in stored)
+        return all(free_bytes(device) > ROOM_TO_READ_AHEAD * size for device in {CPU, self.device})
 
     @contextmanager
     def _stand_ins(self) -> Iterator[list["_StandIn"]]:
@@ -131,12 +207,32 @@ class Stream:
 
     def _buffer(self, shape: tuple[int, int, int]) -> Tensor:
         size = torch.Size(shape).numel()
-        if size * self.dtype.itemsize <= STATES_IN_MEMORY_BYTES:
-            return torch.empty(shape, dtype=self.dtype)
+        num_bytes = size * self.dtype.itemsize
+        if self.device != CPU and num_bytes <= STATES_SHARE_OF_DEVICE * free_bytes(self.device):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        if num_bytes <= STATES_IN_MEMORY_BYTES:
+            return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # Unlinked once mapped: the space returns when the tensor goes, even if the process is killed.
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="minitron-states-") as file:
-            file.truncate(size * self.dtype.itemsize)
+            file.truncate(num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
+
+
+@contextmanager
+def _filled(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters of `module`, by their names in it, have these values in the block."""
+    before = {name: module.get_parameter(name) for name in weights}
+    _set_parameters(module, weights)
+    try:
+        yield
+    finally:
+        _set_parameters(module, before)
+
+
+def _set_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, nn.Parameter(value, requires_grad=False))
 
 
 def _return_freed_memory() -> None:
@@ -150,13 +246,16 @@ def _return_freed_memory() -> None:
         return  # not glibc: nothing to do
 
 
-def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU) -> Any:
     """transformers' model for the checkpoint's config: matrices on meta, small buffers (rotary tables, ...) real."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**checkpoint.config)
     with _EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model.eval().requires_grad_(False)
 
 

@@ -8,8 +8,8 @@ Sites, where activations are read (P1, "Importance Analysis"):
     mlp_out         input of the down projection                                                            [ffn]
     head_in         output of the final norm                                                                [hidden]
 
-A sample is one block. Each sample is first reduced over its real tokens, then samples are summed one by one in
-float64, so neither the batch size nor padding matters.
+A sample is one block. Each sample is first reduced over its real tokens in float32, then samples are summed in float64,
+so neither the batch size nor padding matters, nor how many processes share the samples.
 """
 
 import json
@@ -18,32 +18,41 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minitron import parallel
 from minitron.config import Section
-from minitron.device import Precision
+from minitron.device import Precision, pick_device, sums_device
 from minitron.errors import RunError
-from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.stream import Stream
+from minitron.model.logits import float32_logits
+from minitron.model.stream import Stream, default_batch
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
+# States are copied to float32 in pieces: a CPU's cache holds so many bytes, and elsewhere each piece costs a call.
+PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
+SMALLEST_NORMS = 1e-16  # a product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
+MOMENT_STRIPS = 8
 
 
 class CalibrateConfig(Section):
     samples: int = Field(default=1024, ge=1)
     """Calibration blocks, drawn from the training split. The papers use 1024."""
-    batch: int = Field(default=8, ge=1)
-    """Blocks per forward call; changes speed and memory, not the statistics."""
+    batch: int | None = Field(default=None, ge=1)
+    """Blocks per forward call; changes speed and memory, not the statistics. Default: as many as keep the widest
+    activations within 256 MiB, at most 8."""
     precision: Precision = "auto"
     """Number format of the forward pass; sums are float32 or better in any case."""
+    second_moment: bool = False
+    """Also average the products of all pairs of residual channels: a hidden x hidden matrix, for about a sixth more
+    time."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,24 @@ class Statistics:
         tokens (SEQUENCE_AGGREGATES), axis 2 is (sum of v, sum of v squared) over samples. The l2 reduction's sum of
         squares is the column square sum that an importance matrix needs.
     cosine: mean cosine between each layer's input and output [layers].
-    second_moment: mean of u u' over tokens and over all reads of the residual stream x, u = x / rms(x) [hidden, hidden].
-    mean: mean of u [hidden].
+    second_moment: mean of u u' over tokens and over all reads of the residual stream x, u = x / rms(x), or None where
+        it was not asked for [hidden, hidden].
+    mean: mean of u, or None likewise [hidden].
     samples, tokens: how many of each were seen, pads excluded.
     """
 
     sums: dict[str, Tensor]
     cosine: Tensor
-    second_moment: Tensor
-    mean: Tensor
+    second_moment: Tensor | None
+    mean: Tensor | None
     samples: int
     tokens: int
 
     def save(self, path: Path) -> None:
-        tensors = {f"sums.{site}": tensor for site, tensor in self.sums.items()}
-        tensors |= {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "statistics.safetensors")
+        named = {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
+        named |= {f"sums.{site}": tensor for site, tensor in self.sums.items()}
+        there = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+        save_file(there, path / "statistics.safetensors")
         (path / "statistics.json").write_text(json.dumps({"samples": self.samples, "tokens": self.tokens}))
 
     @staticmethod
@@ -84,8 +95,8 @@ class Statistics:
         return Statistics(
             sums=sums,
             cosine=tensors["cosine"],
-            second_moment=tensors["second_moment"],
-            mean=tensors["mean"],
+            second_moment=tensors.get("second_moment"),
+            mean=tensors.get("mean"),
             samples=meta["samples"],
             tokens=meta["tokens"],
         )
@@ -96,122 +107,172 @@ def calibrate(
     tokens: Int[Tensor, "samples tokens"],
     *,
     dtype: torch.dtype,
-    batch: int,
+    batch: int | None = None,
+    second_moment: bool = False,
     valid: Bool[Tensor, "samples tokens"] | None = None,
+    device: torch.device | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """Stream the samples through the model once, one decoder layer in memory at a time.
+    """Stream the samples through the model once, one decoder layer at work at a time.
+
+    In a `parallel.process_group` each process takes a share of the samples, and all return the statistics of all.
 
     Args:
+        batch: samples per forward call; default `default_batch`.
         valid: False for pads, which must be on the right; None when every token is real.
+        device: where the layers run; default `pick_device`.
         progress: called with (layers done, layers).
 
     Paper: P1, "Importance Analysis"; the sums of all its aggregators are collected together.
     """
-    valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-    layers = checkpoint.shape.layers
-    sites = _Sites(valid, layers)
-    cosine = torch.zeros(layers, dtype=torch.float64)
-    stream = Stream(checkpoint, tokens, dtype=dtype, batch=batch, scratch=scratch)
+    num_tokens = tokens.shape[1]
+    lengths = [num_tokens] * len(tokens) if valid is None else valid.sum(1).tolist()
+    batch = batch or default_batch(checkpoint.shape, num_tokens, dtype)
+    mine = parallel.joined().share(len(tokens), batch)
+    stream = Stream(checkpoint, tokens[mine], dtype=dtype, batch=batch, device=device or pick_device(), scratch=scratch)
+    collector = _Collector(stream, lengths[mine], second_moment)
     stream.embed()
     for index, layer in stream.layers():
-        with sites.watch(layer, index, checkpoint.architecture):
-            for rows, before, after in stream.run(index, layer):
-                sites.collect(rows)
-                angle = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-                cosine[index] += (angle.double() * valid[rows]).sum()
-        progress(index + 1, layers)
-    with stream.final_norm() as norm, sites.watch_final(norm):
-        for rows in stream.slices:
-            norm(stream.states[rows])
-            sites.collect(rows)
-    num_tokens = int(valid.sum())
-    return Statistics(
-        sums=sites.sums,
-        cosine=cosine / num_tokens,
-        second_moment=sites.second_moment / (num_tokens * sites.num_reads),
-        mean=sites.mean / (num_tokens * sites.num_reads),
-        samples=len(tokens),
-        tokens=num_tokens,
-    )
+        with collector.watch(layer, index):
+            for _, before, after in stream.run(index, layer):
+                collector.add_cosines(index, before, after)
+        parallel.require_all_well()
+        progress(index + 1, checkpoint.shape.layers)
+    with stream.final_norm() as norm, collector.watch_final(norm):
+        for _, states in stream.batches():
+            norm(states)
+    return collector.statistics(len(tokens), sum(lengths))
 
 
-class _Sites:
-    """Hooks that keep the last batch's activations, and the sums that `collect` adds them to."""
+class _Collector:
+    """Sums over what flows through a watched module, reduced sample by sample and not kept."""
 
-    def __init__(self, valid: Tensor, layers: int):
-        self.valid, self.layers = valid, layers
-        # Allocated once for all layers: small tensors made layer by layer, and kept, would lie between the large freed
-        # ones and keep the allocator from using that memory again.
-        self.sums: dict[str, Tensor] = {}
-        self.num_reads = 0
-        self.second_moment = torch.zeros(0)
-        self.mean = torch.zeros(0)
-        self._layer = 0
-        self._seen: dict[str, Tensor] = {}
-        self._stream: list[Tensor] = []
+    def __init__(self, stream: Stream, lengths: list[int], second_moment: bool):
+        """
+        Args:
+            lengths: real tokens of each sample.
+        """
+        self.stream, self.lengths = stream, lengths
+        self.shape, self.architecture = stream.checkpoint.shape, stream.checkpoint.architecture
+        zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(stream.device))
+        widths = {spec.name: spec.shape(self.shape)[-1] for spec in stream.checkpoint.specs()}
+        # All at once: made layer by layer, they would lie between the large freed blocks and keep the allocator from
+        # using that memory again.
+        self.sums = {
+            site: zeros(self.shape.layers, 3, 2, widths[f"{module.format(layer=0)}.weight"])
+            for site, module in self.architecture.sites.items()
+        }
+        self.sums["head_in"] = zeros(1, 3, 2, self.shape.hidden)
+        self.cosine = zeros(self.shape.layers)
+        self.moment = _Moment(self.shape.hidden, stream.device) if second_moment else None
 
     @contextmanager
-    def watch(self, layer: nn.Module, index: int, architecture: Architecture) -> Iterator[None]:
-        prefix = architecture.layer + "."
-        self._layer = index
+    def watch(self, layer: nn.Module, index: int) -> Iterator[None]:
+        prefix = self.architecture.layer + "."
         with ExitStack() as stack:
-            for name in architecture.stream_reads:
-                self._watch(stack, layer.get_submodule(name.removeprefix(prefix)), self._keep_stream)
-                self.num_reads += 1
-            for site, name in architecture.sites.items():
-                self._watch(stack, layer.get_submodule(name.removeprefix(prefix)), partial(self._keep_input, site))
+            for name in self.architecture.stream_reads:
+                self._watch_read(stack, layer.get_submodule(name.removeprefix(prefix)))
+            for site, name in self.architecture.sites.items():
+                module, add = layer.get_submodule(name.removeprefix(prefix)), partial(self._add_site, site, index)
+                stack.callback(module.register_forward_pre_hook(lambda _, args, add=add: add(args[0])).remove)
             yield
 
     @contextmanager
     def watch_final(self, norm: nn.Module) -> Iterator[None]:
-        self.layers, self._layer = 1, 0  # head_in is one site, not one per layer
+        add = partial(self._add_site, "head_in", 0)
         with ExitStack() as stack:
-            self._watch(stack, norm, self._keep_stream)
-            self.num_reads += 1
-            stack.callback(norm.register_forward_hook(self._keep_final).remove)
+            self._watch_read(stack, norm)
+            stack.callback(norm.register_forward_hook(lambda _, args, output: add(output)).remove)
             yield
 
-    def collect(self, rows: slice) -> None:
-        valid = self.valid[rows]
-        for site, activation in self._seen.items():
-            for sample, real in zip(activation, valid, strict=True):
-                added = sample_sums(sample[real])
-                if site not in self.sums:
-                    self.sums[site] = torch.zeros(self.layers, *added.shape, dtype=torch.float64)
-                self.sums[site][self._layer] += added
-        for states in self._stream:
-            for sample, real in zip(states, valid, strict=True):
-                self._add_moment(sample[real].float())
-        self._seen, self._stream = {}, []
+    def add_cosines(self, index: int, before: Tensor, after: Tensor) -> None:
+        for one, other in zip(self._real(before), self._real(after), strict=True):
+            self.cosine[index] += cosine_sum(one, other).to(self.cosine)
 
-    def _add_moment(self, states: Float[Tensor, "tokens hidden"]) -> None:
-        unit = states * states.square().mean(-1, keepdim=True).rsqrt()
-        if self.mean.numel() == 0:
-            hidden = states.shape[-1]
-            self.second_moment = torch.zeros(hidden, hidden, dtype=torch.float64)
-            self.mean = torch.zeros(hidden, dtype=torch.float64)
-        self.second_moment += unit.T @ unit
-        self.mean += unit.sum(0)
+    def statistics(self, num_samples: int, num_tokens: int) -> Statistics:
+        """The sums of all processes, as means where they are; `num_samples` and `num_tokens` are those of all, too."""
+        for tensor in (*self.sums.values(), self.cosine):
+            parallel.all_reduce_sum(tensor)
+        num_reads = self.shape.layers * len(self.architecture.stream_reads) + 1
+        second_moment, mean = self.moment.means(num_tokens * num_reads) if self.moment else (None, None)
+        return Statistics(
+            sums={site: tensor.cpu() for site, tensor in self.sums.items()},
+            cosine=self.cosine.cpu() / num_tokens,
+            second_moment=second_moment,
+            mean=mean,
+            samples=num_samples,
+            tokens=num_tokens,
+        )
 
-    def _watch(self, stack: ExitStack, module: nn.Module, keep: Callable[..., None]) -> None:
-        stack.callback(module.register_forward_pre_hook(keep).remove)
+    def _real(self, states: Float[Tensor, "samples tokens channels"]) -> Iterator[Float[Tensor, "_ channels"]]:
+        """The real tokens of each sample that is on its way through the model."""
+        for sample, length in zip(states, self.lengths[self.stream.rows], strict=True):
+            yield sample[:length]
 
-    def _keep_input(self, site: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._seen[site] = args[0]
+    def _watch_read(self, stack: ExitStack, module: nn.Module) -> None:
+        if self.moment:
+            stack.callback(module.register_forward_pre_hook(lambda _, args: self._add_read(args[0])).remove)
 
-    def _keep_stream(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._stream.append(args[0])
+    def _add_site(self, site: str, index: int, activation: Tensor) -> None:
+        for sample in self._real(activation):
+            self.sums[site][index] += sample_sums(sample)
 
-    def _keep_final(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._seen["head_in"] = output
+    def _add_read(self, states: Tensor) -> None:
+        assert self.moment
+        self.moment.add(self._real(states))
+
+
+class _Moment:
+    """Sums of n n' and of n over tokens, n = x / |x|."""
+
+    def __init__(self, hidden: int, device: torch.device):
+        zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(device))
+        self.products, self.total = zeros(hidden, hidden), zeros(hidden)
+        self._of_batch = torch.empty(hidden, hidden, device=device)
+        # The products are symmetric: only those from each strip's diagonal block on are summed.
+        size = -(-hidden // MOMENT_STRIPS)
+        self._strips = [(slice(start, start + size), slice(start, None)) for start in range(0, hidden, size)]
+
+    def add(self, samples: Iterator[Float[Tensor, "_ hidden"]]) -> None:
+        """Add a batch: sums are float32 in it, and products of values that are rounded as the model rounds its own."""
+        for number, sample in enumerate(samples):
+            unit = F.normalize(sample.float(), dim=-1)
+            with float32_logits(sample.dtype):
+                for rows, columns in self._strips:
+                    self._of_batch[rows, columns].addmm_(unit[:, rows].T, unit[:, columns], beta=min(number, 1))
+            self.total += unit.sum(0).to(self.total)
+        for strip in self._strips:
+            self.products[strip] += self._of_batch[strip].to(self.products.device)
+
+    def means(self, count: int) -> tuple[Tensor, Tensor]:
+        """Over all processes, of u u' and u."""
+        hidden = len(self.total)
+        for tensor in (self.products, self.total):
+            parallel.all_reduce_sum(tensor)
+        upper = self.products.cpu().triu() * (hidden / count)
+        return upper + upper.triu(1).T, self.total.cpu() * (hidden**0.5 / count)
 
 
 def sample_sums(activation: Float[Tensor, "tokens channels"]) -> Float[Tensor, "3 2 channels"]:
     """One sample's contribution to `Statistics.sums`: (v, v squared) for each reduction v of |a| over its tokens."""
-    absolute = activation.float().abs()
-    mean = absolute.sum(0).double() / len(absolute)
-    squares = absolute.square().sum(0).double()
-    reductions = torch.stack([mean, squares.sqrt(), squares / len(absolute) - mean.square()])
+    # The first half of a batch norm: a convolution net's tokens are pixels. It reads bfloat16 and sums in float32
+    # without a copy in between, if the running statistics, which are of no use here, are float32.
+    running = activation.new_zeros(2, activation.shape[1], dtype=torch.float32)
+    moments = torch.stack(torch.batch_norm_update_stats(activation.abs(), running[0], running[1], 1.0))
+    mean, variance = moments.to(sums_device(activation.device)).double()
+    reductions = torch.stack([mean, ((variance + mean.square()) * len(activation)).sqrt(), variance])
     return torch.stack([reductions, reductions.square()], dim=1)
+
+
+def cosine_sum(one: Float[Tensor, "tokens channels"], other: Float[Tensor, "tokens channels"]) -> Float[Tensor, ""]:
+    """Sum over the tokens of the cosine between the two, in float32."""
+    size = PIECE_BYTES if one.device.type == "cpu" else PIECE_BYTES_ON_DEVICE
+    rows = max(1, size // (4 * one.shape[1]))
+    buffers = one.new_empty(2, min(rows, len(one)), one.shape[1], dtype=torch.float32)
+    total = buffers.new_zeros(())
+    for pieces in zip(one.split(rows), other.split(rows), strict=True):
+        x, y = (buffer[: len(piece)].copy_(piece) for buffer, piece in zip(buffers, pieces, strict=True))
+        norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+        total += (torch.linalg.vecdot(x, y) / norms.clamp_min(SMALLEST_NORMS)).sum()
+    return total

@@ -24,6 +24,8 @@ class PruneConfig(Section):
     """Size of the student: `50%` of the teacher's non-embedding parameters, or a total such as `4.5B` or `300M`."""
     shape: dict[str, int] | None = None
     """The student's sizes instead of a target, such as {hidden: 3072, ffn: 9216}; dims not named stay."""
+    drop_layers: str | None = None
+    """Layers to drop whatever their score, such as `15-30` or `3,7,9-11`, numbered from 0 as in the tensors' names."""
     criterion: Literal["activation"] = "activation"
     """How units are scored."""
     sequence_aggregate: Aggregate = "mean"
@@ -99,15 +101,18 @@ def identity_plan(shape: Shape) -> Plan:
     )
 
 
-def choose(scores: Scores, teacher: Shape, student: Shape) -> Plan:
+def choose(scores: Scores, teacher: Shape, student: Shape, layers: Units | None = None) -> Plan:
     """Keep the highest-scored units of each dim: layers and hidden in one order, the rest layer by layer.
 
     Query heads are ranked inside their kv group and each group keeps the same number (P1, "Importance Analysis").
 
+    Args:
+        layers: the layers to keep, where they are given; None keeps those of the highest score.
+
     Raises: PlanError if the student's shape cannot be cut from the teacher's.
     """
     require_cuttable(teacher, student)
-    layers = _top(scores.layers, student.layers)
+    layers = _top(scores.layers, student.layers) if layers is None else layers
     kv_heads = tuple(_top(scores.kv_heads[layer], student.kv_heads) for layer in layers)
     return Plan(
         teacher=teacher,
@@ -177,6 +182,27 @@ def parse_target(text: str) -> tuple[Literal["total", "non_embedding"], float]:
     return "total", value * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
 
 
+def given_layers(prune: PruneConfig, teacher: Shape) -> Units | None:
+    """The layers that `drop_layers` keeps; None where the scores decide.
+
+    Raises: PlanError if it is no list of the teacher's layers, or leaves none.
+    """
+    if prune.drop_layers is None:
+        return None
+    dropped: set[int] = set()
+    for part in prune.drop_layers.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
+        if not match:
+            raise PlanError(f"prune.drop_layers {prune.drop_layers!r} is no list of layers such as 15-30 or 3,7,9-11")
+        dropped |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not dropped or not dropped < set(range(teacher.layers)):
+        raise PlanError(
+            f"prune.drop_layers {prune.drop_layers!r} must name some, not all, of the teacher's layers "
+            f"0 to {teacher.layers - 1}"
+        )
+    return tuple(sorted(set(range(teacher.layers)) - dropped))
+
+
 def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher: Shape, prune: PruneConfig) -> Shape:
     """The student's shape: the explicit one, or the default rule for a parameter target.
 
@@ -187,17 +213,10 @@ def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher:
 
     Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
     """
-    if (prune.target is None) == (prune.shape is None):
-        raise PlanError("give either prune.target (such as 50%) or prune.shape, and not both")
-    if prune.shape is not None:
-        unknown = [dim for dim in prune.shape if dim not in PRUNABLE]
-        if unknown:
-            raise PlanError(f"prune.shape has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
-        student = with_sizes(teacher, **prune.shape)
-        require_cuttable(teacher, student)
-        architecture.require_valid(student)
-        return student
-    assert prune.target is not None
+    if (prune.target is None) == (prune.shape is None and prune.drop_layers is None):
+        raise PlanError("give either prune.target (such as 50%), or prune.shape and prune.drop_layers, and not both")
+    if prune.target is None:
+        return _given_shape(architecture, teacher, prune)
     kind, value = parse_target(prune.target)
     have = getattr(architecture.count(teacher, config), kind)
     limit = value * have if kind == "non_embedding" else value
@@ -214,6 +233,22 @@ def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher:
         f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
         f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
     )
+
+
+def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Shape:
+    sizes = dict(prune.shape or {})
+    unknown = [dim for dim in sizes if dim not in PRUNABLE]
+    if unknown:
+        raise PlanError(f"prune.shape has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
+    layers = given_layers(prune, teacher)
+    if layers is not None and sizes.setdefault("layers", len(layers)) != len(layers):
+        raise PlanError(
+            f"prune.drop_layers keeps {len(layers)} layers, but prune.shape wants layers={sizes['layers']}: give one"
+        )
+    student = with_sizes(teacher, **sizes)
+    require_cuttable(teacher, student)
+    architecture.require_valid(student)
+    return student
 
 
 def default_multiple(size: int) -> int:

@@ -31,6 +31,10 @@ def size(num_bytes: Number) -> str:
     return _scaled(num_bytes, 1000, (" bytes", " kB", " MB", " GB", " TB"))
 
 
+def flops(operations: Number) -> str:
+    return _scaled(operations, 1000, tuple(f" {prefix}FLOP" for prefix in ("", "k", "M", "G", "T", "P", "E", "Z")))
+
+
 def share(fraction: Number) -> str:
     """Whole per cent, with more digits where a rounded 0% or 100% would be untrue."""
     return f"{fraction:.0%}" if 0.01 <= fraction <= 0.99 or fraction in (0, 1) else f"{fraction:.2%}"
@@ -57,6 +61,8 @@ def duration(seconds: Number) -> str:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 72:
+        return f"{hours / 24:,.0f} days"
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 

@@ -26,6 +26,12 @@ def family_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("config.json has no model_type: it does not describe a Hugging Face model")
+    text = config.get("text_config")
+    if model_type not in FAMILIES and isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+        raise CheckpointError(
+            f"model_type {model_type!r} is more than a language model; its text part is a {text['model_type']} model, "
+            "which is supported where it is stored on its own"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedArchitecture(model_type, FAMILIES)
     return FAMILIES[model_type]

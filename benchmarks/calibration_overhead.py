@@ -1,0 +1,120 @@
+"""What does calibrating cost over a plain forward pass of the same tokens?
+
+    python benchmarks/calibration_overhead.py [--out benchmarks/results/calibration_overhead_xeon-2c_2026-11-21.md]
+
+A random Llama of 1.1 billion parameters in bfloat16 fits in memory, so transformers can run it whole: that is the plain
+pass, without logits. Calibrating streams the same model from its files, in the same dtype and batches. The variants take
+turns in one process, after a warm-up on one batch each.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import header, publish, table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minitron.cli import keep_freed_memory
+from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.stream import default_batch
+from minitron.prune.calibrate import calibrate
+
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+BLOCKS, BLOCK_TOKENS, REPETITIONS = 40, 1024, 5
+DTYPE = torch.bfloat16
+PLAIN = "plain forward pass"
+BARS = {"`calibrate`": 1.10, "`calibrate`, with the second moment": 1.25}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
+    parser.add_argument("--scratch", type=Path, help="where the model goes; needs 2.3 GB; default the system's")
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    args = parser.parse_args()
+    keep_freed_memory()  # as the command line does
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="minitron-bench-") as directory:
+        path = Path(directory)
+        write_model(path, args.layers)
+        tokens = torch.randint(
+            0, SIZES["vocab_size"], (args.blocks, BLOCK_TOKENS), generator=torch.Generator().manual_seed(0)
+        )
+        publish(report(path, tokens, measure(path, tokens, args.repetitions)), args.out)
+
+
+def write_model(path: Path, layers: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": layers}, dtype=DTYPE)
+    LlamaForCausalLM._from_config(config, dtype=DTYPE).save_pretrained(path)
+    gc.collect()
+
+
+def measure(path: Path, tokens: Tensor, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each variant, repetition by repetition."""
+    checkpoint = open_checkpoint(path)
+    batch = default_batch(checkpoint.shape, BLOCK_TOKENS, DTYPE)
+    model = load_model(path, DTYPE).model
+
+    @torch.no_grad()
+    def plain(tokens: Tensor) -> None:
+        for rows in tokens.split(batch):
+            model(input_ids=rows, use_cache=False)
+
+    scores, moment = BARS
+    variants: dict[str, Callable[[Tensor], object]] = {
+        PLAIN: plain,
+        scores: lambda tokens: calibrate(checkpoint, tokens, dtype=DTYPE, batch=batch),
+        moment: lambda tokens: calibrate(checkpoint, tokens, dtype=DTYPE, batch=batch, second_moment=True),
+    }
+    for run in variants.values():
+        run(tokens[:batch])
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repetitions):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run(tokens)
+            seconds[name].append(time.perf_counter() - started)
+            print(name, f"{seconds[name][-1]:.2f} s", file=sys.stderr)
+    return seconds
+
+
+def report(path: Path, tokens: Tensor, seconds: dict[str, list[float]]) -> str:
+    checkpoint = open_checkpoint(path)
+    rows = []
+    for name, times in seconds.items():
+        ratios = [one / plain for one, plain in zip(times, seconds[PLAIN], strict=True)]
+        bar = f"{BARS[name]:.2f}" if name in BARS else ""
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        rows.append([name, f"{statistics.median(times):.1f}", f"{statistics.median(ratios):.3f}", spread, bar])
+    return "\n".join(
+        [
+            header("Time of calibrating over a plain forward pass"),
+            f"{checkpoint.shape}, bfloat16, {checkpoint.parameters.total:,} random parameters; {tokens.shape[0]} blocks of "
+            f"{tokens.shape[1]} tokens in batches of {default_batch(checkpoint.shape, tokens.shape[1], DTYPE)}. "
+            f"{len(seconds[PLAIN])} repetitions, the variants in turn; a ratio is to the plain pass of its repetition. "
+            "Calibrating includes reading the weights from the disk, past the page cache.",
+            "",
+            table(["", "median, s", "median ratio", "ratios", "bar"], rows),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What a run would make and cost, from the teacher's config.json alone: no text is read and no weight."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minitron.describe import describe, describe_shape, forward_flops
+from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron.model.checkpoint import resolve_model
+from minitron.model.model_config import open_config
+from minitron.recipe import Recipe
+from minitron.run import block_length, resolve
+
+# Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
+UTILISATION = 0.25
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Hardware that a run is to be estimated for."""
+
+    count: int
+    teraflops: float = 989.0  # dense bfloat16 peak of an H100, by its data sheet
+    utilisation: float = 0.4  # share of the peak that training reaches: an assumption
+
+
+def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
+    """Shapes, exact parameters and bytes of teacher and student, tokens, floating-point operations, time, memory.
+
+    A training step of the student costs three forward passes: one forward, two for both gradients of backward.
+    """
+    teacher = open_config(resolve_model(recipe.model, recipe.revision, config_only=True))
+    recipe, shape = resolve(recipe, teacher)
+    student = describe_shape(teacher.architecture, teacher.config, shape, teacher.dtype)
+    block_tokens = block_length(recipe.data, teacher)
+    calibration_tokens, tokens = recipe.calibrate.samples * block_tokens, recipe.distill.tokens
+    forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)
+    step = 3 * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
+    rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
+    # float32 student, gradients and two moments, and the teacher in bfloat16; activations come on top
+    training_bytes = 16 * student["parameters"]["total"] + 2 * teacher.parameters.total
+    facts = {
+        "teacher": describe(teacher),
+        "student": student,
+        "context": block_tokens,
+        "calibration_tokens": calibration_tokens,
+        "calibration_flops": calibration_tokens * forward,
+        "distill_tokens": tokens,
+        "teacher_forward_flops_per_token": forward,
+        "student_step_flops_per_token": step,
+        "distill_flops": tokens * (forward + step) if tokens else None,
+        "training_bytes": training_bytes,
+        "here": {
+            "flops_per_second": rate,
+            "utilisation": UTILISATION,
+            "seconds": tokens * (forward + step) / rate if tokens else None,
+        },
+    }
+    if gpus is not None:
+        speed = gpus.count * gpus.teraflops * 1e12 * gpus.utilisation
+        seconds = tokens * (forward + step) / speed if tokens else None
+        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": training_bytes / gpus.count}
+    return facts

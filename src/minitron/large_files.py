@@ -1,0 +1,177 @@
+"""Large files, read and written past the page cache where the system allows it (Linux, O_DIRECT).
+
+Weights are read once and written once, so the cache would hold what nobody asks for again, and filling it can cost
+more than the disk does. Where there is no O_DIRECT the same bytes go through the cache.
+"""
+
+import errno
+import hashlib
+import os
+import sys
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+CHUNK_BYTES = 4 << 20  # of one read or write: larger ones are no faster, and stay less in the processor's cache
+ALIGNED = 4096  # O_DIRECT wants addresses, offsets and lengths in whole blocks of the disk: 512 or 4096 bytes
+AHEAD = 2  # items made before they are asked for
+Item = TypeVar("Item")
+_END = object()
+
+
+def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """The same items, made in a thread of their own, AHEAD of them before they are asked for.
+
+    An error in `items` is raised where its item is asked for. When the caller stops asking, the thread ends.
+    """
+    with closing(items), ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, _END) for _ in range(AHEAD))
+        try:
+            while (item := waiting.popleft().result()) is not _END:
+                waiting.append(thread.submit(next, items, _END))
+                yield item  # type: ignore[misc]
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def buffers() -> Iterator[UInt8[Tensor, " bytes"]]:
+    """Buffers for the items of one `ahead`, without end; each holds CHUNK_BYTES from anywhere in a file.
+
+    They are few and come round again: AHEAD items wait or are being made while the caller has one, which is used up
+    when the caller asks for the next.
+    """
+    return cycle([aligned(CHUNK_BYTES + 2 * ALIGNED) for _ in range(AHEAD + 1)])
+
+
+def aligned(num_bytes: int) -> UInt8[Tensor, " bytes"]:
+    """Uninitialised memory that O_DIRECT can read into."""
+    memory = torch.empty(num_bytes + ALIGNED, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNED
+    return memory[start : start + num_bytes]
+
+
+def read_range(
+    file: int, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
+) -> UInt8[Tensor, " bytes"]:
+    """The bytes [start, stop) of an open file, fewer if it ends before; in `buffer` if they fit there."""
+    low = start - start % ALIGNED
+    size = stop - low + -(stop - low) % ALIGNED
+    if buffer is None or len(buffer) < size:
+        buffer = aligned(size)
+    view = buffer.numpy().data[:size]
+    filled = 0
+    while low + filled < stop and (count := _read(file, view[filled:], low + filled)):
+        filled += count
+    return buffer[start - low : max(start - low, min(stop - low, filled))]
+
+
+def write_file(path: Path, parts: Generator[UInt8[Tensor, " _"], None, None]) -> str:
+    """Write a file from parts of any length, each used up before the next is asked for; returns its sha256."""
+    digest = hashlib.sha256()
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file, closing(ahead(_blocks(parts))) as blocks:
+        for block in blocks:
+            view = block.numpy().data
+            digest.update(view)
+            while view:
+                view = view[_write(file, view) :]
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with opened(path, os.O_RDONLY) as file, closing(ahead(_read_all(file))) as blocks:
+        for block in blocks:
+            digest.update(block.numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file descriptor whose reads and writes pass the page cache by, where the file system can do that."""
+    file = _open(path, flags | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, time of change and inode: a file that still has them has its content, as git's index assumes too."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _open(path: Path, flags: int) -> int:
+    if sys.platform == "linux":
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what file systems and devices without O_DIRECT answer
+                raise
+    return os.open(path, flags, 0o666)
+
+
+def _through_cache(file: int) -> None:
+    if sys.platform == "linux":
+        import fcntl
+
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+def _read(file: int, into: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(file, [into], offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # blocks larger than ALIGNED, or the offset after a read that was cut short
+            raise
+        _through_cache(file)
+        return os.preadv(file, [into], offset)
+
+
+def _write(file: int, data: memoryview) -> int:
+    if len(data) % ALIGNED:
+        _through_cache(file)  # the file's end
+    try:
+        return os.write(file, data)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _through_cache(file)
+        return os.write(file, data)
+
+
+def _read_all(file: int) -> Generator[UInt8[Tensor, " bytes"], None, None]:
+    start = 0
+    for buffer in buffers():
+        block = read_range(file, start, start + CHUNK_BYTES, buffer)
+        start += len(block)
+        if len(block):
+            yield block
+        if len(block) < CHUNK_BYTES:
+            return
+
+
+def _blocks(parts: Iterable[UInt8[Tensor, " _"]]) -> Generator[UInt8[Tensor, " bytes"], None, None]:
+    """The bytes of all parts, CHUNK_BYTES at a time."""
+    room = buffers()
+    block, filled = next(room), 0
+    for part in parts:
+        taken = 0
+        while taken < len(part):
+            count = min(len(part) - taken, CHUNK_BYTES - filled)
+            block[filled : filled + count] = part[taken : taken + count]
+            taken, filled = taken + count, filled + count
+            if filled == CHUNK_BYTES:
+                yield block[:filled]
+                block, filled = next(room), 0
+    if filled:
+        yield block[:filled]

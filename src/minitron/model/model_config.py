@@ -1,0 +1,44 @@
+"""A model as its config.json describes it. Shapes, counts and costs need no weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.errors import CheckpointError
+from minitron.model.architecture import Architecture, Parameters, Shape
+from minitron.model.checkpoint import read_config
+from minitron.model.families import family_of
+
+_CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a Checkpoint knows without its tensors."""
+
+    path: Path
+    config: Mapping[str, Any]
+    architecture: Architecture
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.architecture.count(self.shape, self.config)
+
+
+def open_config(path: Path) -> ModelConfig:
+    """Read a model directory's config.json; nothing else need be there.
+
+    Raises: CheckpointError, UnsupportedArchitecture.
+    """
+    config = read_config(path)
+    architecture = family_of(config)
+    name = config.get("dtype", config.get("torch_dtype", "float32"))
+    if name not in _CONFIG_DTYPES:
+        known = ", ".join(sorted(_CONFIG_DTYPES))
+        raise CheckpointError(f"{path / 'config.json'}: dtype is {name!r}; supported are {known}")
+    return ModelConfig(path, config, architecture, architecture.shape(config), _CONFIG_DTYPES[name])

@@ -1,0 +1,219 @@
+"""Tensors in safetensors files: found by their headers, read by rows, written in shards."""
+
+import json
+import os
+import struct
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from minitron.errors import CheckpointError
+from minitron.large_files import CHUNK_BYTES, opened, read_range, stamp, write_file
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+GAP_BYTES = 256 << 10  # unwanted bytes that are read rather than skipped: a read of its own costs about as much
+_HEADER_BYTES = 100_000_000  # the format's own limit
+# Part of a tensor's name that only one kind of quantized checkpoint has -> what made it.
+QUANTIZED_NAMES = {
+    ".qweight": "gptq or awq",
+    ".qzeros": "gptq or awq",
+    ".SCB": "bitsandbytes (load_in_8bit)",
+    ".quant_state.": "bitsandbytes (load_in_4bit)",
+    ".absmax": "bitsandbytes (load_in_4bit)",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "mxfp4",
+    ".scales": "mlx",
+}
+WAY_OUT = "cut the original model in 16 or 32 bits and quantize after"
+
+# Dtype and shape.
+TensorType = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` bytes from the start of a file that had this stamp when its header was read."""
+
+    file: Path
+    name: str  # in the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    stamp: tuple[int, int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return bytes_of(self.dtype, self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return bytes_of(self.dtype, self.shape[1:])
+
+
+def bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return prod(shape) * dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, which must be as long as its header says.
+
+    Raises: CheckpointError; also for dtypes other than those of DTYPES, with the quantization that they are a sign of.
+    """
+    with file.open("rb") as data:
+        status = os.fstat(data.fileno())
+        size = status.st_size
+        start = data.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, _HEADER_BYTES):
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: its header would be {length} bytes long"
+            )
+        try:
+            entries = json.loads(data.read(length))
+            entries.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            _require_supported(file, {name: entry["dtype"] for name, entry in entries.items()})
+            tensors = {name: _stored(file, name, entry, 8 + length, status) for name, entry in entries.items()}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors") from None
+    if size != end:
+        state = "truncated" if size < end else "too long"
+        raise CheckpointError(f"{file} is {state}: {size} bytes where its header says {end}; copy it again")
+    return tensors
+
+
+def read_rows(stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
+    """Rows [start, stop) of a tensor, in its stored dtype; in `buffer` if they fit there.
+
+    Raises: CheckpointError if they cannot be read or hold NaN or infinity.
+    """
+    first, wanted = stored.offset + start * stored.row_bytes, (stop - start) * stored.row_bytes
+    try:
+        with opened(stored.file, os.O_RDONLY) as file:
+            if stamp(os.fstat(file)) != stored.stamp:
+                raise CheckpointError(_unreadable(stored, "the file was changed after the checkpoint was opened"))
+            data = read_range(file, first, first + wanted, buffer)
+    except OSError as error:
+        raise CheckpointError(_unreadable(stored, error.strerror or str(error))) from None
+    if len(data) != wanted:
+        raise CheckpointError(_unreadable(stored, "the file ends before it"))
+    if data.storage_offset() % stored.dtype.itemsize:
+        data = data.clone()  # a header of odd length
+    tensor = data.view(stored.dtype).view(stop - start, *stored.shape[1:])
+    require_finite(tensor, stored.name, stored.file)
+    return tensor
+
+
+def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
+    """The given rows of a tensor, which must be in ascending order; those that lie together are read together."""
+    gathered = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
+    for start, stop in runs(rows, stored.row_bytes):
+        first = int(rows[start])
+        gathered[start:stop] = read_rows(stored, first, int(rows[stop - 1]) + 1)[rows[start:stop] - first]
+    return gathered
+
+
+def runs(rows: Int[Tensor, " rows"], row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Split ascending rows into parts [start, stop) that are best read in one go each.
+
+    A part spans at most CHUNK_BYTES (or one row) of the tensor and has no gap of more than GAP_BYTES.
+    """
+    gaps = (rows.diff() > 1 + GAP_BYTES // row_bytes).nonzero().flatten() + 1
+    longest = max(1, CHUNK_BYTES // row_bytes)
+    for start, end in pairwise([0, *gaps.tolist(), len(rows)]):
+        while start < end:
+            stop = start + int(torch.searchsorted(rows[start:end], int(rows[start]) + longest))
+            yield start, stop
+            start = stop
+
+
+def require_finite(tensor: Tensor, name: str, file: Path) -> None:
+    # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
+    # float32: that would convert a copy of the whole tensor first.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
+
+
+def plan_shards(tensors: Mapping[str, TensorType], shard_bytes: int) -> list[dict[str, TensorType]]:
+    """The tensors in their order, in shards of at most `shard_bytes` (or one tensor)."""
+    shards: list[dict[str, TensorType]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = bytes_of(*tensor)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    return shards
+
+
+def write_shard(file: Path, tensors: Mapping[str, TensorType], pieces: Iterator[Tensor]) -> str:
+    """Write one safetensors file, taking its tensors from `pieces`, whole or in runs of rows; returns its sha256."""
+    return write_file(file, _shard_bytes(tensors, pieces))
+
+
+def _shard_bytes(
+    tensors: Mapping[str, TensorType], pieces: Iterator[Tensor]
+) -> Generator[UInt8[Tensor, " _"], None, None]:
+    yield torch.frombuffer(bytearray(_header(tensors)), dtype=torch.uint8)
+    for name, (dtype, shape) in tensors.items():
+        missing = shape[0]
+        while missing > 0:
+            piece = next(pieces)
+            assert piece.dtype == dtype and piece.shape[1:] == shape[1:], name
+            missing -= len(piece)
+            yield piece.contiguous().view(-1).view(torch.uint8)
+        assert missing == 0, name
+
+
+def _header(tensors: Mapping[str, TensorType]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + bytes_of(dtype, shape)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, status: os.stat_result) -> StoredTensor:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if begin < 0 or end - begin != bytes_of(dtype, shape):
+        raise CheckpointError(
+            f"{file}: tensor {name} takes {end - begin} bytes where {entry['dtype']} {list(shape)} takes "
+            f"{bytes_of(dtype, shape)}: its header is damaged; copy it again"
+        )
+    return StoredTensor(file, name, dtype, shape, data + begin, stamp(status))
+
+
+def _require_supported(file: Path, dtypes: Mapping[str, str]) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            method = _quantized_by(dtypes)
+            reason = f", as {method} stores quantized weights; {WAY_OUT}" if method else ""
+            raise CheckpointError(
+                f"{file}: tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}{reason}"
+            )
+
+
+def _quantized_by(dtypes: Mapping[str, str]) -> str | None:
+    """What quantized a file's tensors, by its dtypes and by the names of the tensors it adds."""
+    if any(str(dtype).startswith("F8_") for dtype in dtypes.values()):
+        return "fp8"
+    return next((method for mark, method in QUANTIZED_NAMES.items() if any(mark in name for name in dtypes)), None)
+
+
+def _unreadable(stored: StoredTensor, reason: str) -> str:
+    return f"{stored.file}: cannot read tensor {stored.name}: {reason}"

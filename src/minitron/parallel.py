@@ -1,0 +1,134 @@
+"""Several processes at one job, as torchrun starts them. The only module that knows torch.distributed.
+
+The processes go in step: before anything is exchanged, and at the end, each says whether it is well, so an error in one
+ends all of them, and none waits for one that is gone.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+
+from minitron.errors import RunError
+
+# The first process may tokenize for hours while the others wait for it.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process's place in a job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes on this machine
+
+    def share(self, num_samples: int, batch: int) -> slice:
+        """This process's samples: consecutive whole batches, so that no batch depends on the number of processes."""
+        num_batches = -(-num_samples // batch)
+        start, stop = (num_batches * rank // self.size * batch for rank in (self.rank, self.rank + 1))
+        return slice(start, min(stop, num_samples))
+
+
+class _Elsewhere(RunError):
+    """Another process failed, with this message."""
+
+
+def ranks() -> Ranks:
+    """What torchrun's environment says of this process; without it, that it is alone."""
+    rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Ranks(int(rank or 0), int(size or 1), int(local_rank or 0))
+
+
+def joined() -> Ranks:
+    """This process among those of the `process_group` it is in, if any."""
+    return ranks() if dist.is_initialized() else Ranks()
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """The processes of the job can exchange tensors in this block, and each has a GPU of its own where there are GPUs.
+
+    Raises: RunError with the message of another process that failed.
+    """
+    here = ranks()
+    if here.size == 1:
+        yield here
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield here
+        require_all_well()
+    except Exception as error:
+        with suppress(RuntimeError):  # the others are gone already
+            if not isinstance(error, _Elsewhere):
+                with suppress(_Elsewhere):  # it failed at the same time
+                    _exchange_failure(str(error) or type(error).__name__)
+            # Leave together: torchrun ends the others when one has left, and the first has yet to print the message.
+            dist.all_reduce(torch.zeros(1))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def require_all_well() -> None:
+    """Wait for the other processes.
+
+    Raises: RunError with the message of one that failed.
+    """
+    if dist.is_initialized():
+        with _loss_as_error():
+            _exchange_failure(None)
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    require_all_well()
+    if dist.is_initialized():
+        with _loss_as_error():
+            dist.all_reduce(tensor)
+
+
+def broadcast(matrix: Int[Tensor, "rows columns"] | None) -> Int[Tensor, "rows columns"]:
+    """The matrix, int64, that the first process gives; the others give None."""
+    require_all_well()
+    if not dist.is_initialized():
+        assert matrix is not None
+        return matrix
+    with _loss_as_error():
+        return _send(matrix, source=0)
+
+
+def _exchange_failure(message: str | None) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first_failed = torch.tensor(size if message is None else rank)
+    dist.all_reduce(first_failed, dist.ReduceOp.MIN)
+    source = int(first_failed)
+    if source < size:
+        text = _send(torch.tensor([[*(message or "").encode()]]) if source == rank else None, source)
+        if source != rank:
+            raise _Elsewhere(bytes(text[0].tolist()).decode())
+
+
+def _send(matrix: Tensor | None, source: int) -> Tensor:
+    shape = torch.zeros(2, dtype=torch.int64) if matrix is None else torch.tensor(matrix.shape)
+    dist.broadcast(shape, source)
+    matrix = torch.empty(shape.tolist(), dtype=torch.int64) if matrix is None else matrix.contiguous()
+    dist.broadcast(matrix, source)
+    return matrix
+
+
+@contextmanager
+def _loss_as_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch.distributed raises when a connection breaks
+        raise _Elsewhere(f"another of the {dist.get_world_size()} processes was ended: {error}") from None
