@@ -331,8 +331,8 @@ def report(case: Case, found: dict[str, Any], memory_limit: bool) -> str:
     return "\n".join(
         [
             header(f"{case.title}: a full-size model"),
-            f"Random weights in bfloat16. Teacher: {_size(teacher)}. Student: {_size(student)}{published}; transformers "
-            "loads it with as many, and its logits are finite.",
+            f"Random weights in bfloat16. Teacher: {_size(teacher)}. Student: {_size(student)}{published}; "
+            "transformers loads it with as many, and its logits are finite.",
             "",
             f"Calibration: {SAMPLES} samples of {BLOCK_TOKENS} tokens in bfloat16, {BATCH} at a time. Memory is that "
             "of the whole process, its imports included, sampled every 2 ms. The cut's seconds include the reading of "

@@ -161,6 +161,17 @@ def test_cosines_summed_in_pieces_are_those_in_float64(dtype: torch.dtype, monke
     torch.testing.assert_close(cosine_sum(one, other).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_moment_of_values_that_bfloat16_holds_is_exact(dtype: torch.dtype) -> None:
+    signs = torch.randint(0, 2, (4, 333, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    moment = module._Moment(64, torch.device("cpu"))
+    moment.add(iter(signs[:2].to(dtype)))
+    moment.add(iter(signs[2:].to(dtype)))
+    units = signs.flatten(0, 1).double()
+    expected = units.T @ units / len(units), units.mean(0)
+    torch.testing.assert_close(moment.means(len(units)), expected, rtol=0, atol=1e-12)
+
+
 def test_the_second_moment_is_left_out_unless_asked_for(llama: Path, tmp_path: Path) -> None:
     tokens = tiny.tokens(2, 6)
     without = measure(llama, tokens, second_moment=False)

@@ -19,14 +19,18 @@ from minitron.large_files import AHEAD, ALIGNED, ahead, digest_file, opened, rea
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, 3 * ALIGNED, 10 * ALIGNED + 17)
 
 
-@pytest.fixture(params=["direct", "no O_DIRECT", "refused when used"], autouse=True)
+@pytest.fixture(params=["direct", "no O_DIRECT", "refused when used", "a little at a time"], autouse=True)
 def _file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks on three kinds of file system."""
+    """Small chunks on four kinds of file system."""
     monkeypatch.setattr(large_files, "CHUNK_BYTES", 2 * ALIGNED)
     if request.param == "no O_DIRECT":
         monkeypatch.setattr(os, "O_DIRECT", 0)
     if request.param == "refused when used":  # as if its blocks were larger than ALIGNED
         monkeypatch.setattr(large_files, "ALIGNED", 1)
+    if request.param == "a little at a time":
+        read, write = os.preadv, os.write
+        monkeypatch.setattr(os, "preadv", lambda file, into, offset: read(file, [into[0][:ALIGNED]], offset))
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:ALIGNED]))
 
 
 def content(num_bytes: int) -> bytes:

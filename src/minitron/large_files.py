@@ -5,16 +5,17 @@ more than the disk does. Where there is no O_DIRECT the same bytes go through th
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import cycle
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import UInt8
@@ -69,7 +70,7 @@ def read_range(
         buffer = aligned(size)
     view = buffer.numpy().data[:size]
     filled = 0
-    while low + filled < stop and (count := _read(file, view[filled:], low + filled)):
+    while low + filled < stop and (count := _transfer(os.preadv, file, [view[filled:]], low + filled)):
         filled += count
     return buffer[start - low : max(start - low, min(stop - low, filled))]
 
@@ -82,7 +83,7 @@ def write_file(path: Path, parts: Generator[UInt8[Tensor, " _"], None, None]) ->
             view = block.numpy().data
             digest.update(view)
             while view:
-                view = view[_write(file, view) :]
+                view = view[_transfer(os.write, file, view) :]
     return digest.hexdigest()
 
 
@@ -120,44 +121,26 @@ def _open(path: Path, flags: int) -> int:
     return os.open(path, flags, 0o666)
 
 
-def _through_cache(file: int) -> None:
-    if sys.platform == "linux":
-        import fcntl
-
+def _transfer(call: Callable[..., int], file: int, *arguments: Any) -> int:
+    """Read or write, from now on through the cache if O_DIRECT cannot do what is asked for; returns the bytes moved."""
+    try:
+        return call(file, *arguments)
+    except OSError as error:
+        # A length or offset that is no whole number of the disk's blocks: the end of a file, or blocks over ALIGNED.
+        if error.errno != errno.EINVAL or sys.platform != "linux":
+            raise
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
-
-
-def _read(file: int, into: memoryview, offset: int) -> int:
-    try:
-        return os.preadv(file, [into], offset)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # blocks larger than ALIGNED, or the offset after a read that was cut short
-            raise
-        _through_cache(file)
-        return os.preadv(file, [into], offset)
-
-
-def _write(file: int, data: memoryview) -> int:
-    if len(data) % ALIGNED:
-        _through_cache(file)  # the file's end
-    try:
-        return os.write(file, data)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        _through_cache(file)
-        return os.write(file, data)
+        return call(file, *arguments)
 
 
 def _read_all(file: int) -> Generator[UInt8[Tensor, " bytes"], None, None]:
     start = 0
     for buffer in buffers():
         block = read_range(file, start, start + CHUNK_BYTES, buffer)
-        start += len(block)
-        if len(block):
-            yield block
-        if len(block) < CHUNK_BYTES:
+        if not len(block):
             return
+        yield block
+        start += len(block)
 
 
 def _blocks(parts: Iterable[UInt8[Tensor, " _"]]) -> Generator[UInt8[Tensor, " bytes"], None, None]:

@@ -12,6 +12,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the process group that is there when it is imported, by default arguments: with that, transformers
+# would import it in the middle of a job, and the group's threads would crash the exit of the process.
+import torch.distributed.nn.functional
 from jaxtyping import Int
 from torch import Tensor
 

@@ -1,0 +1,123 @@
+"""Processes that torchrun starts share a calibration, and end together."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from minitron import cli
+from minitron.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
+from minitron.prune.calibrate import Statistics
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# A job in which the process whose rank is the argument fails while the other goes on to sum.
+ONE_FAILS = """
+import sys
+from pathlib import Path
+import torch
+from minitron.errors import RunError
+from minitron.parallel import all_reduce_sum, process_group
+
+try:
+    with process_group() as here:
+        import transformers.models.llama.modeling_llama
+        if here.rank == int(sys.argv[1]):
+            raise RunError(f"rank {here.rank} found naïve text")
+        all_reduce_sum(torch.ones(3))
+except RunError as error:
+    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    left = sum("gloo" in name for name in threads)
+    Path(f"heard{here.rank}").write_text(f"{error}; {left} threads left", encoding="utf-8")
+    sys.exit(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher and a text."""
+    path = tmp_path_factory.mktemp("desk")
+    small.teacher(path / "teacher")
+    small.text(path / "text.jsonl")
+    return path
+
+
+def start(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def calibration(data: str, samples: int, out: str) -> list[object]:
+    options = ["--samples", samples, "--block-tokens", 16, "--second-moment", "--out", out]
+    return ["-m", "minitron", "calibrate", "teacher", "--data", data, *options]
+
+
+@pytest.mark.parametrize("samples", [20, 4])  # three batches, and fewer batches than processes
+def test_statistics_of_two_processes_are_those_of_one(
+    desk: Path, samples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    assert cli.main([str(word) for word in calibration("text.jsonl", samples, f"one{samples}")[2:]]) == 0
+    together = start(*TORCHRUN, 2, *calibration("text.jsonl", samples, f"two{samples}"), cwd=desk)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == capsys.readouterr().out.replace("one", "two")  # one of them speaks
+    one, two = (Statistics.load(desk / f"{name}{samples}") for name in ("one", "two"))
+    torch.testing.assert_close(vars(two), vars(one), rtol=1e-12, atol=1e-15)
+
+
+def test_an_error_of_the_first_process_ends_both_with_one_message(desk: Path) -> None:
+    ended = start(*TORCHRUN, 2, *calibration("missing.jsonl", 4, "none"), cwd=desk)
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if line.startswith(("error", "interrupted"))] == [
+        "error: data source 'missing.jsonl' does not exist; give a file, a directory, a dataset id or 'builtin'"
+    ]
+    assert not [*desk.glob("none*")]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int) -> None:
+    (tmp_path / "job.py").write_text(ONE_FAILS, encoding="utf-8")
+    ended = start(*TORCHRUN, 2, "job.py", failing, cwd=tmp_path)
+    assert ended.returncode == 1
+    heard = [(tmp_path / f"heard{rank}").read_text(encoding="utf-8") for rank in range(2)]
+    assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_commands_refuse_several_processes(
+    desk: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli.main(["inspect", str(desk / "teacher")]) == 1
+    message = (
+        "error: torchrun started 2 processes, and this command runs in one: start it without torchrun; "
+        "`minitron calibrate` is the command that several processes share\n"
+    )
+    assert capsys.readouterr() == ("", "" if rank else message)
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 8, 9, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_whole_batches_that_follow_each_other(num_samples: int, size: int) -> None:
+    shares = [Ranks(rank, size).share(num_samples, 4) for rank in range(size)]
+    assert [shares[0].start, shares[-1].stop] == [0, num_samples]
+    assert all(one.stop == other.start for one, other in pairwise(shares))
+    assert all(share.start % 4 == 0 for share in shares if share.start < num_samples)
+    lengths = [-(-(share.stop - share.start) // 4) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_one_process_alone_exchanges_nothing() -> None:
+    tokens = torch.arange(6).view(2, 3)
+    with process_group() as here:
+        assert here == ranks() == joined() == Ranks(rank=0, size=1, local_rank=0)
+        require_all_well()
+        all_reduce_sum(tokens)
+        assert broadcast(tokens) is tokens
+    assert torch.equal(tokens, torch.arange(6).view(2, 3))
