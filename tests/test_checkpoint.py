@@ -173,6 +173,15 @@ def test_a_tied_model_reads_alike_whichever_name_it_is_stored_under(tmp_path: Pa
     assert torch.equal(tiny.logits(copied, tiny.tokens(1, 5)), tiny.logits(tiny.model(path), tiny.tokens(1, 5)))
 
 
+@pytest.mark.parametrize("rows", [319, 321])
+def test_a_second_copy_of_a_tied_embedding_must_be_as_large(tmp_path: Path, rows: int) -> None:
+    path = tiny.checkpoint("llama-tied", tmp_path / "tied")
+    embedding = tiny.tensors(path)[EMBEDDING]
+    change_tensors(path, **{HEAD: torch.cat([embedding, embedding])[:rows].clone()})
+    with pytest.raises(CheckpointError, match="yet they are stored with different values"):
+        open_checkpoint(path)
+
+
 def test_the_head_of_an_untied_model_is_its_own(llama: Path) -> None:
     assert open_checkpoint(llama).head == HEAD
 
@@ -346,7 +355,7 @@ def _quantized(dtype: torch.dtype = torch.uint8, **others: torch.Tensor) -> Call
 QUANTIZED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gptq": (lambda p: change_config(p, quantization_config=GPTQ), "config.json's quantization_config: gptq, 4 bits"),
     "awq": (lambda p: change_config(p, quantization_config={"quant_method": "awq", "bits": 4}), "awq, 4 bits"),
-    "nf4": (lambda p: change_config(p, quantization_config=NF4), "quantization_config: bitsandbytes, load_in_4bit"),
+    "nf4": (lambda p: change_config(p, quantization_config=NF4), r"bitsandbytes, load_in_4bit\)"),
     "old 8 bit": (lambda p: change_config(p, quantization_config={"load_in_8bit": True}), "config: load_in_8bit"),
     "fp8": (lambda p: change_config(p, quantization_config={"quant_method": "fp8"}), "quantization_config: fp8"),
     "mxfp4": (lambda p: change_config(p, quantization_config={"quant_method": "mxfp4"}), "quantization_config: mxfp4"),

@@ -92,8 +92,8 @@ def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int)
 def test_other_commands_refuse_several_processes(
     desk: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", str(rank))
+    for name, value in (("WORLD_SIZE", 2), ("RANK", rank), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
     assert cli.main(["inspect", str(desk / "teacher")]) == 1
     message = (
         "error: torchrun started 2 processes, and this command runs in one: start it without torchrun; "

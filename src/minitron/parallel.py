@@ -46,8 +46,9 @@ class _Elsewhere(RunError):
 
 def ranks() -> Ranks:
     """What torchrun's environment says of this process; without it, that it is alone."""
-    rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Ranks(int(rank or 0), int(size or 1), int(local_rank or 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def joined() -> Ranks:

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
 # size, else in a memory-mapped file.
 STATES_SHARE_OF_DEVICE = 0.25
-STATES_IN_MEMORY_BYTES = 1 << 30
+STATES_IN_MEMORY_BYTES = 512 << 20
 # Rows of the embedding in memory at a time.
 EMBEDDING_BYTES = 512 << 20
 # The next layer is read ahead where free memory is this many times its size.

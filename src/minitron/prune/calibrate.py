@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -229,7 +228,7 @@ class _Moment:
     def __init__(self, hidden: int, device: torch.device):
         zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(device))
         self.products, self.total = zeros(hidden, hidden), zeros(hidden)
-        self._of_batch = torch.empty(hidden, hidden, device=device)
+        self._of_batch, self._unit = torch.empty(hidden, hidden, device=device), torch.empty(0, hidden, device=device)
         # The products are symmetric: only those from each strip's diagonal block on are summed.
         size = -(-hidden // MOMENT_STRIPS)
         self._strips = [(slice(start, start + size), slice(start, None)) for start in range(0, hidden, size)]
@@ -237,13 +236,21 @@ class _Moment:
     def add(self, samples: Iterator[Float[Tensor, "_ hidden"]]) -> None:
         """Add a batch: sums are float32 in it, and products of values that are rounded as the model rounds its own."""
         for number, sample in enumerate(samples):
-            unit = F.normalize(sample.float(), dim=-1)
+            unit = self._normalized(sample)
             with float32_logits(sample.dtype):
                 for rows, columns in self._strips:
                     self._of_batch[rows, columns].addmm_(unit[:, rows].T, unit[:, columns], beta=min(number, 1))
             self.total += unit.sum(0).to(self.total)
         for strip in self._strips:
             self.products[strip] += self._of_batch[strip].to(self.products.device)
+
+    def _normalized(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        """In float32, in the same memory again and again: fresh pages cost more than the arithmetic."""
+        if len(self._unit) < len(states):
+            self._unit = states.new_empty(states.shape, dtype=torch.float32)
+        unit = self._unit[: len(states)].copy_(states)
+        norms = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        return unit.div_(norms.clamp_min_(SMALLEST_NORMS))
 
     def means(self, count: int) -> tuple[Tensor, Tensor]:
         """Over all processes, of u u' and u."""
@@ -256,13 +263,23 @@ class _Moment:
 
 def sample_sums(activation: Float[Tensor, "tokens channels"]) -> Float[Tensor, "3 2 channels"]:
     """One sample's contribution to `Statistics.sums`: (v, v squared) for each reduction v of |a| over its tokens."""
-    # The first half of a batch norm: a convolution net's tokens are pixels. It reads bfloat16 and sums in float32
-    # without a copy in between, if the running statistics, which are of no use here, are float32.
-    running = activation.new_zeros(2, activation.shape[1], dtype=torch.float32)
-    moments = torch.stack(torch.batch_norm_update_stats(activation.abs(), running[0], running[1], 1.0))
+    moments = torch.stack(mean_and_variance(activation.abs()))
     mean, variance = moments.to(sums_device(activation.device)).double()
     reductions = torch.stack([mean, ((variance + mean.square()) * len(activation)).sqrt(), variance])
     return torch.stack([reductions, reductions.square()], dim=1)
+
+
+def mean_and_variance(
+    values: Float[Tensor, "tokens channels"],
+) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Over the tokens, summed in float32."""
+    if values.device.type != "cpu":
+        variance, mean = torch.var_mean(values.float(), dim=0, correction=0)
+        return mean, variance
+    # What a batch norm begins with. It sums bfloat16 in float32 without the copy that would take most of the time here,
+    # provided that the running statistics, which are of no use, are float32.
+    running = values.new_zeros(2, values.shape[1], dtype=torch.float32)
+    return torch.batch_norm_update_stats(values, running[0], running[1], 1.0)
 
 
 def cosine_sum(one: Float[Tensor, "tokens channels"], other: Float[Tensor, "tokens channels"]) -> Float[Tensor, ""]:
