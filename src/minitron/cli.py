@@ -398,7 +398,9 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print shapes, memory and cost from config.json alone, and run nothing"
     )
     parser.add_argument("--gpus", type=_count, help="with --dry-run: also estimate for this many GPUs")
-    parser.add_argument("--gpu-teraflops", type=_positive, default=989.0, help="peak of each; default an H100 in bfloat16")
+    parser.add_argument(
+        "--gpu-teraflops", type=_positive, default=989.0, help="peak of each; default an H100 in bfloat16"
+    )
     parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
