@@ -3,8 +3,8 @@
     python benchmarks/calibration_overhead.py [--out benchmarks/results/calibration_overhead_xeon-2c_2026-11-21.md]
 
 A random Llama of 1.1 billion parameters in bfloat16 fits in memory, so transformers can run it whole: that is the
-plain pass, without logits. Calibrating streams the same model from its files, in the same dtype and batches. The variants take
-turns in one process, after a warm-up on one batch each.
+plain pass, without logits. Calibrating streams the same model from its files, in the same dtype and batches. The
+variants take turns in one process, after a warm-up on one batch each.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def report(path: Path, tokens: Tensor, seconds: dict[str, list[float]]) -> str:
         [
             header("Time of calibrating over a plain forward pass"),
             f"{checkpoint.shape}, bfloat16, {checkpoint.parameters.total:,} random parameters; "
-            f"{tokens.shape[0]} blocks of {tokens.shape[1]} tokens in batches of {default_batch(checkpoint.shape, tokens.shape[1], DTYPE)}. "
+            f"{tokens.shape[0]} blocks of {tokens.shape[1]} tokens in batches of "
+            f"{default_batch(checkpoint.shape, tokens.shape[1], DTYPE)}. "
             f"{len(seconds[PLAIN])} repetitions, the variants in turn; a ratio is to the plain pass of its repetition. "
             "Calibrating includes reading the weights from the disk, past the page cache.",
             "",
