@@ -460,7 +460,7 @@ def test_a_bad_recipe_value_is_named_with_its_path(desk: Desk, override: str, me
         ("prune: {target: 50%}", "model is missing"),
         ("model: [", "is not YAML"),
         ("- a", "must be a mapping of recipe keys"),
-        (None, "cannot read recipe"),
+        (None, "there is no recipe file"),
     ],
 )
 def test_a_bad_recipe_file_is_named(desk: Desk, recipe: str | None, message: str) -> None:
