@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,25 @@ def copying_beside(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+@contextmanager
+def helper_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread to which work can be handed, and whose tensor operations stay in it.
+
+    With OpenMP threads of its own there would be more of them than cores, and then all of them sleep after every
+    operation instead of waiting awake: the small operations of the main thread take several times as long.
+    """
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as helper:
+        helper.submit(_stay_alone).result()
+        torch.set_num_threads(num_threads)  # of threads that are yet to come; this one's is what it was
+        yield helper
+
+
+def _stay_alone() -> None:
+    torch.get_num_threads()  # the first call sets a thread's number to that of all
+    torch.set_num_threads(1)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ that the model would give it: they are recorded from the model's own forward wit
 import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minitron.device import copying_beside, free_bytes
+from minitron.device import copying_beside, free_bytes, helper_thread
 from minitron.large_files import ALIGNED, aligned
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ class Stream:
         unused: list[dict[str, Tensor]] = [{}, {}]  # room for two layers, taken when it is first needed
         largest = max(self.checkpoint.stored[name].num_bytes for name in self._names(0))
         read = partial(self._read_layer, staging=aligned(largest + 2 * ALIGNED))
-        with ThreadPoolExecutor(1) as reader:
+        with helper_thread() as reader:
             coming: Future[dict[str, Tensor]] | None = None
             for index, layer in enumerate(self._layers):
                 weights = coming.result() if coming else read(index, unused.pop())
