@@ -148,7 +148,12 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
 def make_plan(
     stages: RunDirectory, config: PruneConfig, teacher: Checkpoint, statistics: Statistics, shape: Shape
 ) -> Plan:
-    criterion = {"criterion": config.criterion, "sequence": config.sequence_aggregate, "batch": config.batch_aggregate}
+    criterion: dict[str, Any] = {
+        "criterion": config.criterion,
+        "sequence": config.sequence_aggregate,
+        "batch": config.batch_aggregate,
+    }
+    criterion |= {"seed": config.seed} if config.criterion == "random" else {}
 
     def score(out: Path) -> dict[str, Any]:
         score_units(statistics, teacher.shape, config).save(out)
@@ -294,7 +299,8 @@ def calibrate_tokens(
 
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
-    return CRITERIA[config.criterion](statistics, shape, config.sequence_aggregate, config.batch_aggregate)
+    score = CRITERIA[config.criterion]
+    return score(statistics, shape, config.sequence_aggregate, config.batch_aggregate, config.seed)
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:

@@ -26,12 +26,15 @@ class PruneConfig(Section):
     """The student's sizes instead of a target, such as {hidden: 3072, ffn: 9216}; dims not named stay."""
     drop_layers: str | None = None
     """Layers to drop whatever their score, such as `15-30` or `3,7,9-11`, numbered from 0 as in the tensors' names."""
-    criterion: Literal["activation"] = "activation"
-    """How units are scored."""
+    criterion: Literal["activation", "magnitude", "random"] = "activation"
+    """How units other than layers are scored: by activations, or, as baselines, by the norm of their weights or by a
+    draw."""
     sequence_aggregate: Aggregate = "mean"
     """Reduction of absolute activations over the tokens of a sample; mean is best in P1's ablation."""
     batch_aggregate: Aggregate = "l2"
     """Reduction over samples; l2 is best in P1's ablation."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the criterion `random`; the others have no use for it."""
     hidden_multiple: int | None = Field(default=None, ge=1)
     """The student's hidden size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
     ffn_multiple: int | None = Field(default=None, ge=1)
