@@ -114,6 +114,13 @@ def block_influence(statistics: Statistics) -> Float[Tensor, " layers"]:
     return 1 - statistics.cosine
 
 
+def even_scores(shape: Shape) -> Scores:
+    """Zeros, where nothing is left to choose."""
+    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in PER_LAYER}
+    flat = {dim: torch.zeros(getattr(shape, dim), dtype=torch.float64) for dim in ("layers", "hidden")}
+    return Scores(**flat, **per_layer)
+
+
 # Statistics, shape, sequence and batch aggregate, seed -> Scores.
 CRITERIA: dict[str, Callable[[Statistics, Shape, Aggregate, Aggregate, int], Scores]] = {
     "activation": activation_scores,
