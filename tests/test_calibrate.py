@@ -70,7 +70,37 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
         mean=mean / num_units,
         samples=len(samples),
         tokens=num_tokens,
+        weight_squares=weight_squares(path, model.config, dtype),
     )
+
+
+def weight_squares(path: Path, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By the names of the matrices, which are fused in Phi-3."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    ffn, hidden, count = config.intermediate_size, config.hidden_size, config.num_hidden_layers
+    zeros = torch.zeros(count, dtype=torch.float64)
+    found = {"layers": zeros.clone(), "hidden": torch.zeros(hidden, dtype=torch.float64)}
+    found |= {dim: zeros[:, None].repeat(1, n) for dim, n in (("ffn", ffn), ("heads", heads), ("kv_heads", kv_heads))}
+    for name, tensor in tiny.tensors(path).items():
+        if ".layers." not in name or tensor.ndim != 2:
+            continue
+        layer, kind = int(name.split(".")[2]), name.split(".")[-2]
+        square = tensor.to(dtype).double().square()
+        inner = square if kind in ("o_proj", "down_proj") else square.T  # [hidden, others]
+        found["layers"][layer] += square.sum()
+        found["hidden"] += inner.sum(1)
+        others = inner.sum(0)
+        if kind in ("q_proj", "o_proj"):
+            found["heads"][layer] += others.view(heads, -1).sum(1)
+        elif kind in ("k_proj", "v_proj"):
+            found["kv_heads"][layer] += others.view(kv_heads, -1).sum(1)
+        elif kind == "qkv_proj":
+            by_head = others.view(heads + 2 * kv_heads, -1).sum(1)
+            found["heads"][layer] += by_head[:heads]
+            found["kv_heads"][layer] += by_head[heads : heads + kv_heads] + by_head[heads + kv_heads :]
+        else:
+            found["ffn"][layer] += others.view(-1, ffn).sum(0)
+    return found
 
 
 ATTENTION_NORM = ("input_layernorm",)
@@ -125,7 +155,13 @@ def test_statistics_do_not_depend_on_the_batch_size(directory: Path, batch: int 
 
 def test_every_sum_is_float64(llama: Path) -> None:
     statistics = measure(llama, tiny.tokens(2, 6))
-    sums = [*statistics.sums.values(), statistics.cosine, statistics.second_moment, statistics.mean]
+    sums = [
+        *statistics.sums.values(),
+        *statistics.weight_squares.values(),
+        statistics.cosine,
+        statistics.second_moment,
+        statistics.mean,
+    ]
     assert {tensor.dtype for tensor in sums} == {torch.float64}
 
 

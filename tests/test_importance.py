@@ -1,7 +1,7 @@
 """Scores from sums are the formulas on the activations themselves."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,19 @@ import tiny
 import torch
 from torch import Tensor
 
+from minitron.errors import PlanError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
-from minitron.prune.importance import CRITERIA, Scores, activation_scores, aggregate
+from minitron.prune.cut import cut_tensor
+from minitron.prune.importance import (
+    CRITERIA,
+    Scores,
+    activation_scores,
+    aggregate,
+    magnitude_scores,
+    random_scores,
+)
+from minitron.prune.plan import Plan
 
 AGGREGATES = {
     "mean": lambda values: sum(values) / len(values),
@@ -53,7 +63,7 @@ def test_aggregates_of_sums_are_the_formulas_on_activations(sequence: Any, batch
 @pytest.mark.parametrize(("sequence", "batch"), PAIRS)
 def test_scores_combine_channels_as_the_paper_says(measured: Any, sequence: Any, batch: Any) -> None:
     shape, statistics = measured
-    scores = CRITERIA["activation"](statistics, shape, sequence, batch)
+    scores = CRITERIA["activation"](statistics, shape, sequence, batch, 0)
 
     def channel(site: str, layer: int, index: int) -> float:
         total, squares = statistics.sums[site][layer, SEQUENCE_AGGREGATES.index(sequence), :, index].tolist()
@@ -75,9 +85,10 @@ def test_scores_combine_channels_as_the_paper_says(measured: Any, sequence: Any,
         assert scores.hidden[hidden].item() == pytest.approx(sum(outputs))
 
 
-def test_scores_have_one_number_per_unit(measured: Any) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scores_have_one_number_per_unit(measured: Any, criterion: str) -> None:
     shape, statistics = measured
-    scores = activation_scores(statistics, shape, "mean", "l2")
+    scores = CRITERIA[criterion](statistics, shape, "mean", "l2", 0)
     assert {field.name: tuple(getattr(scores, field.name).shape) for field in fields(Scores)} == {
         "layers": (shape.layers,),
         "hidden": (shape.hidden,),
@@ -85,6 +96,56 @@ def test_scores_have_one_number_per_unit(measured: Any) -> None:
         "heads": (shape.layers, shape.heads),
         "kv_heads": (shape.layers, shape.kv_heads),
     }
+
+
+def test_the_magnitude_of_a_unit_is_the_norm_of_what_goes_with_it(directory: Path) -> None:
+    """Without the unit, the squares of the layers' matrices sum to so much less."""
+    checkpoint = open_checkpoint(directory)
+    shape = checkpoint.shape
+    scores = magnitude_scores(calibrate(checkpoint, tiny.tokens(1, 3), dtype=torch.float32), shape)
+    every = {"layers": range(shape.layers), "hidden": range(shape.hidden), "ffn": range(shape.ffn)}
+    every |= {"heads": range(shape.heads), "kv_heads": range(shape.kv_heads)}
+    stored = tiny.tensors(directory)
+    matrices = {name: t.double() for name, t in stored.items() if ".layers." in name and t.ndim == 2}
+    total = sum(matrix.square().sum() for matrix in matrices.values())
+
+    def without(dim: str, layer: int, unit: int) -> Tensor:
+        kept = {name: [*units] for name, units in every.items()}
+        kept[dim].remove(unit)
+        if dim == "kv_heads":
+            kept["heads"] = [head for head in kept["heads"] if head // shape.group != unit]
+        plan = Plan(
+            teacher=shape,
+            student=replace(shape, **{name: len(units) for name, units in kept.items()}),
+            layers=tuple(kept["layers"]),
+            hidden=tuple(kept["hidden"]),
+            **{name: (tuple(kept[name]),) * shape.layers for name in ("ffn", "heads", "kv_heads")},
+        )
+        specs = [s for s in checkpoint.specs() if s.name in matrices and (dim == "hidden" or s.layer == layer)]
+        cut = sum(cut_tensor(matrices[s.name].float(), s, plan).double().square().sum() for s in specs)
+        others = sum(matrices[name].square().sum() for name in matrices.keys() - {s.name for s in specs})
+        return cut + others
+
+    for dim, layer, unit in (("hidden", 0, 5), ("ffn", 2, 7), ("heads", 1, 3), ("kv_heads", 3, 2)):
+        found = getattr(scores, dim)[unit] if dim == "hidden" else getattr(scores, dim)[layer, unit]
+        assert found.item() == pytest.approx((total - without(dim, layer, unit)).sqrt().item(), rel=1e-4)
+
+
+def test_random_scores_are_those_of_their_seed(measured: Any) -> None:
+    shape, statistics = measured
+    one, again, other = (random_scores(statistics, shape, seed=seed) for seed in (3, 3, 4))
+    for dim in ("hidden", "ffn", "heads", "kv_heads"):
+        assert torch.equal(getattr(one, dim), getattr(again, dim))
+        assert not torch.equal(getattr(one, dim), getattr(other, dim))
+
+
+def test_statistics_without_weights_say_what_a_criterion_lacks_and_how_to_get_it(measured: Any, tmp_path: Path) -> None:
+    shape, statistics = measured
+    replace(statistics, weight_squares={}).save(tmp_path)
+    old = Statistics.load(tmp_path)
+    with pytest.raises(PlanError, match=r"'magnitude' needs the norms of weights, .* again with `minitron calibrate`"):
+        magnitude_scores(old, shape)
+    assert torch.equal(activation_scores(old, shape).ffn, activation_scores(statistics, shape).ffn)
 
 
 def test_save_and_load_round_trip(measured: Any, tmp_path: Path) -> None:

@@ -128,10 +128,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = add("prune", _prune)
     prune.add_argument("model", metavar="MODEL")
-    what = prune.add_mutually_exclusive_group(required=True)
-    what.add_argument("--shape", type=_sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
-    what.add_argument("--plan", type=Path, help="a plan.json")
-    what.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
+    prune.set_defaults(usage_error=prune.error)
+    prune.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
+    prune.add_argument("--shape", type=_sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
+    prune.add_argument("--layers", type=_layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
+    prune.add_argument(
+        "--plan", type=Path, help='a plan.json, or one that lists units of some dims, such as {"layers": [0, 1, 3]}'
+    )
+    prune.add_argument("--criterion", help="how units are scored: activation (default), magnitude or random")
+    prune.add_argument(
+        "--layer-criterion", help="how layers are scored: block_influence (default), loss, contiguous or task"
+    )
+    prune.add_argument("--layer-task", metavar="TASK", help="for --layer-criterion task: a .jsonl file of questions")
+    prune.add_argument("--iterations", type=_count, help="cut in so many steps, each on new scores; default 1")
     prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     _add_data(prune)
     prune.add_argument("--out", type=Path, required=True)
@@ -269,14 +278,21 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
     from minitron.prune.plan import PruneConfig
     from minitron.rooms import prune_model
 
-    config = None if args.plan else _section(PruneConfig, target=args.target_params, shape=args.shape)
-    data = None if args.statistics or args.plan else _data_config(args, console)
+    units = [name for name in ("shape", "layers", "plan") if getattr(args, name)]
+    if not units and not args.target_params:
+        args.usage_error("one of the arguments --target-params --shape --layers --plan is required")
+    if units and args.target_params:
+        args.usage_error(f"argument --{units[0]}: not allowed with argument --target-params")
+    options = {
+        name: getattr(args, name) for name in ("shape", "criterion", "layer_criterion", "layer_task", "iterations")
+    }
+    options |= {"target": args.target_params, **(args.layers or {})}
     plan, facts = prune_model(
         args.model,
-        config=config,
+        config=_section(PruneConfig, **{name: value for name, value in options.items() if value is not None}),
         plan_file=args.plan,
         statistics_dir=args.statistics,
-        data_config=data,
+        data_config=lambda: _data_config(args, console),
         out=args.out,
         listener=console,
     )
@@ -476,6 +492,14 @@ def _sizes(text: str) -> dict[str, int]:
         return {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
+
+
+def _layers(text: str) -> dict[str, str]:
+    """drop=15-30 or keep=0-14,31 -> the recipe key and its value, for argparse."""
+    kind, _, listed = text.partition("=")
+    if kind.strip() not in ("drop", "keep") or not listed:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither drop=15-30 nor keep=0-14,31 or the like")
+    return {f"{kind.strip()}_layers": listed}
 
 
 def _complain(text: str) -> None:

@@ -3,8 +3,9 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
 from minitron.distill import train
-from minitron.errors import RunError
+from minitron.errors import PlanError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
@@ -30,14 +31,25 @@ from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
-from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, target_shape
+from minitron.prune.importance import even_scores
+from minitron.prune.plan import (
+    Given,
+    Plan,
+    PruneConfig,
+    choose,
+    given_layers,
+    load_given,
+    needs_scores,
+    step_shapes,
+    target_shape,
+)
+from minitron.prune.scoring import layers_need_a_pass, refine, score_layers, score_units
 from minitron.run import (
     block_length,
-    calibrate_on,
     calibrate_tokens,
     calibration_tokens,
     prepare_data,
-    score_units,
+    scoring_on,
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
@@ -82,35 +94,64 @@ def calibrate_model(
 def prune_model(
     model: str,
     *,
-    config: PruneConfig | None,
+    config: PruneConfig,
     plan_file: Path | None,
     statistics_dir: Path | None,
-    data_config: data.DataConfig | None,
+    data_config: Callable[[], data.DataConfig],
     out: Path,
     listener: Listener = SILENT,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Cut one model by a plan file, or by `config` with statistics that are given or collected on `data_config`."""
+    """Cut one model by a plan file, by units that such a file or `config` lists, and by scores for the rest.
+
+    Statistics are those given, else collected on `data_config`, which is asked for only where text is needed.
+    """
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
-        if plan_file is not None:
-            plan = Plan.load(plan_file)
+        plan = Given() if plan_file is None else load_given(plan_file, teacher.shape)
+        if isinstance(plan, Plan):
+            _require_nothing_else(config, plan_file)
         else:
-            assert config is not None
-            shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config)
-            if statistics_dir is not None:
-                statistics = Statistics.load(statistics_dir)
-            else:
-                assert data_config is not None
-                with _corpus(teacher, data_config, listener) as corpus:
-                    statistics = calibrate_on(teacher, corpus, CalibrateConfig(), 0, scratch=partial, listener=listener)
-            scores = score_units(statistics, teacher.shape, config)
-            plan = choose(scores, teacher.shape, shape, given_layers(config, teacher.shape))
+            plan = _choose(teacher, config, plan, statistics_dir, data_config, partial, listener)
         listener.stage("prune", "running")
         cut(teacher, plan, partial)
         plan.save(partial / "plan.json")
         facts = describe(open_checkpoint(partial))
     listener.stage("prune", "done")
     return plan, facts
+
+
+def _choose(
+    teacher: Checkpoint,
+    config: PruneConfig,
+    given: Given,
+    statistics_dir: Path | None,
+    data_config: Callable[[], data.DataConfig],
+    work: Path,
+    listener: Listener,
+) -> Plan:
+    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
+    by_number = given_layers(config, teacher.shape)
+    given = given if by_number.layers is None else replace(given, layers=by_number.layers)
+    if not needs_scores(teacher.shape, shape, given):
+        return choose(even_scores(teacher.shape), teacher.shape, shape, given)
+    first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
+    if statistics_dir is not None and not further and not layers_need_a_pass(config, teacher.shape, first):
+        scores = score_units(Statistics.load(statistics_dir), teacher.shape, config)
+        return choose(scores, teacher.shape, first, given)
+    with _corpus(teacher, data_config(), listener) as corpus:
+        calibration, tokenizer = CalibrateConfig(), load_tokenizer(teacher.path)
+        scoring = replace(scoring_on(corpus, config, calibration, 0, tokenizer, listener), scratch=work)
+        if statistics_dir is not None:
+            statistics = Statistics.load(statistics_dir)
+        else:
+            statistics = calibrate_tokens(teacher, scoring.tokens, calibration, scratch=work, listener=listener)
+        scores = score_layers(teacher, score_units(statistics, teacher.shape, config), first, scoring)
+        return refine(teacher, choose(scores, teacher.shape, first, given), further, scoring, work)
+
+
+def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
+    if config.shape or config.drop_layers or config.keep_layers:
+        raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
 
 
 def distill_models(

@@ -1,7 +1,7 @@
 """The whole pipeline on one screen. Only this module and rooms.py compose the rooms."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from minitron.model.checkpoint import (
 from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate
 from minitron.prune.cut import cut
-from minitron.prune.importance import CRITERIA, Scores
-from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, target_shape
+from minitron.prune.importance import Scores
+from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, step_shapes, target_shape
+from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
@@ -59,7 +60,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             )
         )
         statistics = collect_statistics(stages, recipe, teacher, corpus)
-        plan = make_plan(stages, recipe.prune, teacher, statistics, shape)
+        plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
         pruned = prune(stages, teacher, plan)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, teacher.path, corpus)
         models = {"teacher": teacher.path, "pruned": pruned, "student": student}
@@ -91,6 +92,9 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
                     "block_tokens": block_tokens,
                     "max_tokens": max_tokens,
                 }
+            ),
+            "prune": recipe.prune.model_copy(
+                update={"layer_task": recipe.prune.layer_task and _whole_path(recipe.prune.layer_task)}
             ),
             "calibrate": recipe.calibrate.model_copy(
                 update={"precision": settle_precision(recipe.calibrate.precision)}
@@ -146,28 +150,58 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
 
 
 def make_plan(
-    stages: RunDirectory, config: PruneConfig, teacher: Checkpoint, statistics: Statistics, shape: Shape
+    stages: RunDirectory,
+    recipe: Recipe,
+    teacher: Checkpoint,
+    corpus: data.Corpus,
+    tokenizer: Any,
+    statistics: Statistics,
+    shape: Shape,
 ) -> Plan:
-    criterion = {"criterion": config.criterion, "sequence": config.sequence_aggregate, "batch": config.batch_aggregate}
+    config, given = recipe.prune, given_layers(recipe.prune, teacher.shape)
+    first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
+    scoring = scoring_on(corpus, config, recipe.calibrate, recipe.seed, tokenizer, stages.listener)
+    criterion: dict[str, Any] = {
+        "criterion": config.criterion,
+        "sequence": config.sequence_aggregate,
+        "batch": config.batch_aggregate,
+    }
+    criterion |= {"seed": config.seed} if config.criterion == "random" else {}
+    inputs = {"statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"])}
+    measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
+    if layers_need_a_pass(config, teacher.shape, first):
+        criterion |= {"layers": config.layer_criterion, "dropped": teacher.shape.layers - first.layers}
+        criterion |= {"task": config.layer_task, "samples": config.layer_samples}
+        inputs |= measured | task_digest(stages, config)
 
     def score(out: Path) -> dict[str, Any]:
-        score_units(statistics, teacher.shape, config).save(out)
+        scores = score_units(statistics, teacher.shape, config)
+        score_layers(teacher, scores, first, replace(scoring, scratch=out)).save(out)
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        made = choose(Scores.load(stages.out / "scores"), teacher.shape, shape, given_layers(config, teacher.shape))
+        made = choose(Scores.load(stages.out / "scores"), teacher.shape, first, given)
+        made = refine(teacher, made, further, replace(scoring, scratch=out), out)
         made.save(out / "plan.json")
         return {"plan": str(made)}
 
-    statistics_digest = stages.digest([stages.out / "statistics" / "statistics.safetensors"])
-    stages.do("scores", score, inputs={"statistics": statistics_digest}, config={"prune": criterion})
+    stages.do("scores", score, inputs=inputs, config={"prune": criterion})
+    shapes: dict[str, Any] = {"shape": asdict(shape), "drop_layers": config.drop_layers}
+    shapes |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
+    shapes |= {"iterations": config.iterations, "criterion": criterion} if further else {}
     stages.do(
         "plan",
         plan,
-        inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])},
-        config={"shape": asdict(shape), "drop_layers": config.drop_layers},
+        inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])} | (measured if further else {}),
+        config=shapes,
     )
     return Plan.load(stages.out / "plan" / "plan.json")
+
+
+def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
+    """Of the file of questions that layers are scored by, if there is one."""
+    file = Path(config.layer_task or "").expanduser()
+    return {"task": stages.digest([file])} if file.is_file() else {}
 
 
 def prune(stages: RunDirectory, teacher: Checkpoint, plan: Plan) -> Path:
@@ -293,8 +327,11 @@ def calibrate_tokens(
     )
 
 
-def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
-    return CRITERIA[config.criterion](statistics, shape, config.sequence_aggregate, config.batch_aggregate)
+def scoring_on(
+    corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
+) -> Scoring:
+    tokens = calibration_tokens(corpus, calibrate, seed)
+    return Scoring(prune, calibrate, tokens, tokenizer, progress=partial(listener.progress, note="layers"))
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:

@@ -59,6 +59,7 @@ class Stream:
         batch: int,
         device: torch.device = CPU,
         scratch: Path | None = None,
+        num_states: int = 1,
     ):
         """
         Args:
@@ -66,18 +67,19 @@ class Stream:
             dtype: dtype of weights and states while they run.
             batch: samples per forward call; results do not depend on it beyond rounding.
             scratch: where the file of hidden states goes if it is needed; default the system's temporary directory.
+            num_states: sets of states that live at once (see `more_states`) and share the room for states.
         """
         self.checkpoint, self.tokens, self.dtype, self.device = checkpoint, tokens, dtype, device
         self.model = skeleton(checkpoint, dtype, device)
         self.slices = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
         self.rows = slice(0, 0)
-        self._scratch = scratch
+        self._scratch, self._num_states = scratch, num_states
         self._calls: dict[int, list[dict[str, Any]]] = {}  # batch size -> keyword arguments of each layer
 
     @torch.no_grad()
     def embed(self) -> None:
         """Fill `states` with what the first layer reads."""
-        self.states = self._buffer((*self.tokens.shape, self.checkpoint.shape.hidden))
+        self.states = self.more_states()
         weight = self.checkpoint.architecture.embedding
         # Its index is one of the whole vocabulary, and only gradients depend on it.
         self.model.get_submodule(weight.removesuffix(".weight")).padding_idx = None
@@ -113,23 +115,32 @@ class Stream:
                     yield index, layer
                 unused.append(weights)
 
-    def batches(self) -> Iterator[tuple[slice, Tensor]]:
-        """The samples of each batch, and their states on the device."""
+    def batches(self, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The samples of each batch, and their states on the device; of `states` where those are not this stream's."""
+        states = self.states if states is None else states
         for rows in self.slices:
             self.rows = rows
-            yield rows, self.states[rows].to(self.device, non_blocking=True)
+            yield rows, states[rows].to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Run one layer over all samples: yields (samples, states before, states after), and keeps the states after.
 
         Hooks on the layer's modules see each batch just before it is yielded.
+
+        Args:
+            states: a set of states from `more_states` instead of this stream's own.
         """
-        for rows, before in self.batches():
+        states = self.states if states is None else states
+        for rows, before in self.batches(states):
             after = layer(before, **self._calls[len(before)][index])
             after = after[0] if isinstance(after, tuple) else after
             yield rows, before, after
-            self.states[rows] = after
+            states[rows] = after
+
+    def more_states(self) -> Tensor:
+        """Room for another set of states, for samples that take several ways through the layers."""
+        return self._buffer((*self.tokens.shape, self.checkpoint.shape.hidden))
 
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:
@@ -208,9 +219,10 @@ class Stream:
     def _buffer(self, shape: tuple[int, int, int]) -> Tensor:
         size = torch.Size(shape).numel()
         num_bytes = size * self.dtype.itemsize
-        if self.device != CPU and num_bytes <= STATES_SHARE_OF_DEVICE * free_bytes(self.device):
+        of_all = num_bytes * self._num_states
+        if self.device != CPU and of_all <= STATES_SHARE_OF_DEVICE * free_bytes(self.device):
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        if num_bytes <= STATES_IN_MEMORY_BYTES:
+        if of_all <= STATES_IN_MEMORY_BYTES:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # Unlinked once mapped: the space returns when the tensor goes, even if the process is killed.
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="minitron-states-") as file:

@@ -15,7 +15,7 @@ so neither the batch size nor padding matters, nor how many processes share the 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from minitron.model.stream import Stream, default_batch
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
 # States are copied to float32 in pieces: a CPU's cache holds so many bytes, and elsewhere each piece costs a call.
 PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
+# Dims that have units of their own in every layer.
+PER_LAYER = ("ffn", "heads", "kv_heads")
 SMALLEST_NORMS = 1e-16  # a product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
 MOMENT_STRIPS = 8
 
@@ -67,6 +69,9 @@ class Statistics:
         norm the first of a sample and so on, those before the MLP the others.
     mean: mean of u, or None likewise [hidden].
     samples, tokens: how many of each were seen, pads excluded.
+    weight_squares: dim -> sum of the squares of the weights in the layers' matrices that belong to each of its units;
+        of ffn, heads and kv_heads [layers, units], of hidden [hidden], of layers [layers]. A weight belongs to the
+        units of both its axes. Empty in files of a version that did not collect them.
     """
 
     sums: dict[str, Tensor]
@@ -75,10 +80,12 @@ class Statistics:
     mean: Tensor | None
     samples: int
     tokens: int
+    weight_squares: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         named = {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
         named |= {f"sums.{site}": tensor for site, tensor in self.sums.items()}
+        named |= {f"weight_squares.{dim}": tensor for dim, tensor in self.weight_squares.items()}
         there = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
         save_file(there, path / "statistics.safetensors")
         (path / "statistics.json").write_text(json.dumps({"samples": self.samples, "tokens": self.tokens}))
@@ -91,9 +98,13 @@ class Statistics:
             tensors = load_file(path / "statistics.safetensors")
         except FileNotFoundError:
             raise RunError(f"{path} holds no statistics; make them with `minitron calibrate`") from None
-        sums = {name.removeprefix("sums."): t for name, t in tensors.items() if name.startswith("sums.")}
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
         return Statistics(
-            sums=sums,
+            sums=group("sums."),
+            weight_squares=group("weight_squares."),
             cosine=tensors["cosine"],
             second_moment=tensors.get("second_moment"),
             mean=tensors.get("mean"),
@@ -134,6 +145,7 @@ def calibrate(
     collector = _Collector(stream, lengths[mine], second_moment)
     stream.embed()
     for index, layer in stream.layers():
+        collector.add_weights(layer, index)
         with collector.watch(layer, index):
             for _, before, after in stream.run(index, layer):
                 collector.add_cosines(index, before, after)
@@ -165,6 +177,14 @@ class _Collector:
         }
         self.sums["head_in"] = zeros(1, 3, 2, self.shape.hidden)
         self.cosine = zeros(self.shape.layers)
+        self.weight_squares = {
+            dim: zeros(self.shape.hidden) if dim == "hidden" else zeros(self.shape.layers, *sizes)
+            for dim, sizes in (
+                ("layers", ()),
+                ("hidden", ()),
+                *((dim, (getattr(self.shape, dim),)) for dim in PER_LAYER),
+            )
+        }
         self.moment = _Moment(self.shape.hidden, stream.device) if second_moment else None
 
     @contextmanager
@@ -186,6 +206,20 @@ class _Collector:
             stack.callback(norm.register_forward_hook(lambda _, args, output: add(output)).remove)
             yield
 
+    def add_weights(self, layer: nn.Module, index: int) -> None:
+        """The squares of a layer's matrices, each added to the units of both its axes."""
+        prefix = self.architecture.layer.format(layer=index) + "."
+        for spec in self.stream.checkpoint.specs():
+            if spec.layer != index or len(spec.axes) != 2:
+                continue
+            of_axes = squares(layer.get_parameter(spec.name.removeprefix(prefix)))
+            self.weight_squares["layers"][index] += of_axes[0].sum().to(self.cosine)
+            for axis, of_axis in zip(spec.axes, of_axes, strict=True):
+                for segment, part in zip(axis, of_axis.split([s.size(self.shape) for s in axis]), strict=True):
+                    sums = self.weight_squares[segment.unit]
+                    own = sums if segment.unit == "hidden" else sums[index]
+                    own += part.to(own).unflatten(0, (len(own), -1)).sum(1)
+
     def add_cosines(self, index: int, before: Tensor, after: Tensor) -> None:
         for one, other in zip(self._real(before), self._real(after), strict=True):
             self.cosine[index] += cosine_sum(one, other).to(self.cosine)
@@ -202,6 +236,7 @@ class _Collector:
             mean=mean,
             samples=num_samples,
             tokens=num_tokens,
+            weight_squares={dim: tensor.cpu() for dim, tensor in self.weight_squares.items()},
         )
 
     def _real(self, states: Float[Tensor, "samples tokens channels"]) -> Iterator[Float[Tensor, "_ channels"]]:
@@ -296,3 +331,16 @@ def cosine_sum(one: Float[Tensor, "tokens channels"], other: Float[Tensor, "toke
         norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
         total += (torch.linalg.vecdot(x, y) / norms.clamp_min(SMALLEST_NORMS)).sum()
     return total
+
+
+def squares(matrix: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+    """Sums of the squares along each axis: of every row, and of every column; in float32."""
+    size = PIECE_BYTES if matrix.device.type == "cpu" else PIECE_BYTES_ON_DEVICE
+    num_rows = max(1, size // (4 * matrix.shape[1]))
+    buffer = matrix.new_empty(min(num_rows, len(matrix)), matrix.shape[1], dtype=torch.float32)
+    of_rows, of_columns = [], buffer.new_zeros(matrix.shape[1])
+    for piece in matrix.split(num_rows):
+        x = buffer[: len(piece)].copy_(piece).square_()
+        of_rows.append(x.sum(1))
+        of_columns += x.sum(0)
+    return torch.cat(of_rows), of_columns

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitron.errors import PlanError
 from minitron.model.architecture import Shape
-from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
+from minitron.prune.calibrate import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
 
 Aggregate = Literal["mean", "l2", "variance"]
 
@@ -39,8 +40,10 @@ class Scores:
         return Scores(**{name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()})
 
 
-def activation_scores(statistics: Statistics, shape: Shape, sequence: Aggregate, batch: Aggregate) -> Scores:
-    """Scores from activation magnitude, and Block Influence for layers.
+def activation_scores(
+    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
+) -> Scores:
+    """Scores from activation magnitude.
 
     Channels: |a| reduced over the sequence, then over samples. ffn neurons are channels of the down projection's
     input; a head is the L2 norm over its head_dim channels of the output projection's input; a kv head is the sum over
@@ -54,7 +57,7 @@ def activation_scores(statistics: Statistics, shape: Shape, sequence: Aggregate,
 
     per_head = channels("attention_out").unflatten(-1, (shape.heads, shape.head_dim)).square().sum(-1).sqrt()
     return Scores(
-        layers=1 - statistics.cosine,
+        layers=block_influence(statistics),
         hidden=(channels("attention_in") + channels("mlp_in")).sum(0),
         ffn=channels("mlp_out"),
         heads=per_head,
@@ -62,7 +65,68 @@ def activation_scores(statistics: Statistics, shape: Shape, sequence: Aggregate,
     )
 
 
-CRITERIA: dict[str, Callable[[Statistics, Shape, Aggregate, Aggregate], Scores]] = {"activation": activation_scores}
+def magnitude_scores(
+    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
+) -> Scores:
+    """Scores from the L2 norm of the weights that go with a unit: a baseline that sees no text.
+
+    An ffn neuron: its rows of gate and up, and its column of down. A head: its rows of the query projection and its
+    columns of the output projection; a kv head: its rows of key and value, and its query heads. A hidden channel: its
+    columns and rows of all the layers' matrices. The aggregates mean nothing here.
+
+    Raises: PlanError if the statistics are of a version that did not collect weights.
+    """
+    missing = {"hidden", *PER_LAYER} - statistics.weight_squares.keys()
+    if missing:
+        raise PlanError(
+            f"prune.criterion 'magnitude' needs the norms of weights, and the statistics lack those of "
+            f"{', '.join(sorted(missing))}: they were collected by an older version; collect them again with "
+            "`minitron calibrate`"
+        )
+    squares = statistics.weight_squares
+    return Scores(
+        layers=block_influence(statistics),
+        hidden=squares["hidden"].sqrt(),
+        ffn=squares["ffn"].sqrt(),
+        heads=squares["heads"].sqrt(),
+        kv_heads=(squares["kv_heads"] + squares["heads"].unflatten(-1, (shape.kv_heads, shape.group)).sum(-1)).sqrt(),
+    )
+
+
+def random_scores(
+    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
+) -> Scores:
+    """Scores drawn from `seed`: the baseline that every other criterion must beat. The aggregates mean nothing here."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.rand(sizes, generator=generator, dtype=torch.float64)
+
+    per_layer = {dim: draw(shape.layers, getattr(shape, dim)) for dim in PER_LAYER}
+    return Scores(layers=block_influence(statistics), hidden=draw(shape.hidden), **per_layer)
+
+
+def block_influence(statistics: Statistics) -> Float[Tensor, " layers"]:
+    """1 - mean cosine between a layer's input and its output. Whole layers have criteria of their own, see depth.py.
+
+    Paper: P1, "Importance Analysis".
+    """
+    return 1 - statistics.cosine
+
+
+def even_scores(shape: Shape) -> Scores:
+    """Zeros, where nothing is left to choose."""
+    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in PER_LAYER}
+    flat = {dim: torch.zeros(getattr(shape, dim), dtype=torch.float64) for dim in ("layers", "hidden")}
+    return Scores(**flat, **per_layer)
+
+
+# Statistics, shape, sequence and batch aggregate, seed -> Scores.
+CRITERIA: dict[str, Callable[[Statistics, Shape, Aggregate, Aggregate, int], Scores]] = {
+    "activation": activation_scores,
+    "magnitude": magnitude_scores,
+    "random": random_scores,
+}
 
 
 def aggregate(

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron.config import Section
 from minitron.errors import PlanError, did_you_mean
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, with_sizes
+from minitron.prune.calibrate import PER_LAYER
 from minitron.prune.importance import Aggregate, Scores
 
 Units = tuple[int, ...]
@@ -26,12 +27,29 @@ class PruneConfig(Section):
     """The student's sizes instead of a target, such as {hidden: 3072, ffn: 9216}; dims not named stay."""
     drop_layers: str | None = None
     """Layers to drop whatever their score, such as `15-30` or `3,7,9-11`, numbered from 0 as in the tensors' names."""
-    criterion: Literal["activation"] = "activation"
-    """How units are scored."""
+    keep_layers: str | None = None
+    """Instead of `drop_layers`, the layers to keep."""
+    criterion: Literal["activation", "magnitude", "random"] = "activation"
+    """How units other than layers are scored: by activations, or, as baselines, by the norm of their weights or by a
+    draw."""
     sequence_aggregate: Aggregate = "mean"
     """Reduction of absolute activations over the tokens of a sample; mean is best in P1's ablation."""
     batch_aggregate: Aggregate = "l2"
     """Reduction over samples; l2 is best in P1's ablation."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the criterion `random`; the others have no use for it."""
+    layer_criterion: Literal["block_influence", "loss", "contiguous", "task"] = "block_influence"
+    """How layers are scored: by the cosine between input and output, which costs nothing; by the LM loss without each
+    one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
+    without each one."""
+    layer_task: str | None = None
+    """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or a task of
+    lm-evaluation-harness where that is installed."""
+    layer_samples: int = Field(default=128, ge=1)
+    """Calibration blocks on which layers are scored by loss, or questions by task; at most."""
+    iterations: int = Field(default=1, ge=1)
+    """Steps of the cut, each on scores of what the one before left. More than one gained nothing after retraining
+    in P1."""
     hidden_multiple: int | None = Field(default=None, ge=1)
     """The student's hidden size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
     ffn_multiple: int | None = Field(default=None, ge=1)
@@ -84,6 +102,33 @@ class Plan:
         return plan
 
 
+@dataclass(frozen=True)
+class Given:
+    """Units to keep whatever their score, as sorted indices into the teacher; None where the scores decide.
+
+    `ffn`, `heads` and `kv_heads` have one tuple per kept layer where `layers` is given, else one per layer of the
+    teacher.
+    """
+
+    layers: Units | None = None
+    hidden: Units | None = None
+    ffn: tuple[Units, ...] | None = None
+    heads: tuple[Units, ...] | None = None
+    kv_heads: tuple[Units, ...] | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The student's sizes that follow."""
+        flat = {dim: units for dim in ("layers", "hidden") if (units := getattr(self, dim)) is not None}
+        flat |= {dim: lists[0] for dim in PER_LAYER if (lists := getattr(self, dim)) is not None}
+        return {dim: len(units) for dim, units in flat.items()}
+
+    def of_layers(self, dim: str, layers: Units) -> tuple[Units, ...] | None:
+        """The lists of an `ffn`, `heads` or `kv_heads` for the layers that are kept."""
+        lists = getattr(self, dim)
+        return lists if lists is None or self.layers is not None else tuple(lists[layer] for layer in layers)
+
+
 def identity_plan(shape: Shape) -> Plan:
     """The plan that keeps everything."""
 
@@ -101,30 +146,62 @@ def identity_plan(shape: Shape) -> Plan:
     )
 
 
-def choose(scores: Scores, teacher: Shape, student: Shape, layers: Units | None = None) -> Plan:
+def choose(scores: Scores, teacher: Shape, student: Shape, given: Given = Given()) -> Plan:
     """Keep the highest-scored units of each dim: layers and hidden in one order, the rest layer by layer.
 
     Query heads are ranked inside their kv group and each group keeps the same number (P1, "Importance Analysis").
 
     Args:
-        layers: the layers to keep, where they are given; None keeps those of the highest score.
+        given: units that are kept whatever their score, as many as `student` has.
 
-    Raises: PlanError if the student's shape cannot be cut from the teacher's.
+    Raises: PlanError if the student's shape cannot be cut from the teacher's, or the given units contradict each other.
     """
     require_cuttable(teacher, student)
-    layers = _top(scores.layers, student.layers) if layers is None else layers
-    kv_heads = tuple(_top(scores.kv_heads[layer], student.kv_heads) for layer in layers)
-    return Plan(
+    layers = _top(scores.layers, student.layers) if given.layers is None else given.layers
+    kv_heads = given.of_layers("kv_heads", layers)
+    if kv_heads is None:
+        kv_heads = tuple(_top(scores.kv_heads[layer], student.kv_heads) for layer in layers)
+    heads = given.of_layers("heads", layers)
+    if heads is None:
+        heads = tuple(
+            _top_in_groups(scores.heads[layer], kept, teacher.group, student.group)
+            for layer, kept in zip(layers, kv_heads, strict=True)
+        )
+    ffn = given.of_layers("ffn", layers)
+    plan = Plan(
         teacher=teacher,
         student=student,
         layers=layers,
-        hidden=_top(scores.hidden, student.hidden),
-        ffn=tuple(_top(scores.ffn[layer], student.ffn) for layer in layers),
-        heads=tuple(
-            _top_in_groups(scores.heads[layer], kept, teacher.group, student.group)
-            for layer, kept in zip(layers, kv_heads, strict=True)
-        ),
+        hidden=_top(scores.hidden, student.hidden) if given.hidden is None else given.hidden,
+        ffn=tuple(_top(scores.ffn[layer], student.ffn) for layer in layers) if ffn is None else ffn,
+        heads=heads,
         kv_heads=kv_heads,
+    )
+    require_consistent(plan)
+    return plan
+
+
+def needs_scores(teacher: Shape, student: Shape, given: Given) -> bool:
+    """Whether any choice is left to the scores."""
+    return any(getattr(teacher, dim) != getattr(student, dim) for dim in PRUNABLE if getattr(given, dim) is None)
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """The plan that cuts at once what `second` cuts from the student of `first`."""
+    assert second.teacher == first.student
+
+    def units(dim: str) -> tuple[Units, ...]:
+        lists = (getattr(first, dim)[layer] for layer in second.layers)
+        return tuple(tuple(own[unit] for unit in kept) for own, kept in zip(lists, getattr(second, dim), strict=True))
+
+    return Plan(
+        teacher=first.teacher,
+        student=second.student,
+        layers=tuple(first.layers[layer] for layer in second.layers),
+        hidden=tuple(first.hidden[channel] for channel in second.hidden),
+        ffn=units("ffn"),
+        heads=units("heads"),
+        kv_heads=units("kv_heads"),
     )
 
 
@@ -182,29 +259,99 @@ def parse_target(text: str) -> tuple[Literal["total", "non_embedding"], float]:
     return "total", value * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
 
 
-def given_layers(prune: PruneConfig, teacher: Shape) -> Units | None:
-    """The layers that `drop_layers` keeps; None where the scores decide.
+def load_given(path: Path, teacher: Shape) -> Plan | Given:
+    """A plan file, or one that lists the units of some dims only, such as {"layers": [0, 1, 3]}.
 
-    Raises: PlanError if it is no list of the teacher's layers, or leaves none.
+    Where heads are listed and kv heads are not, the kv heads are those of the listed heads.
+
+    Raises: PlanError if the file is neither, or lists what the teacher does not have.
     """
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PlanError(f"plan {path} does not exist") from None
+    except ValueError as error:
+        raise PlanError(f"{path} is not a plan file: {error}") from None
+    if not isinstance(raw, dict) or not raw:
+        raise PlanError(f"{path} is not a plan file: it must be an object that lists the units to keep of some dims")
+    if raw.keys() & {"teacher", "student"}:
+        return Plan.load(path)
+    unknown = [dim for dim in raw if dim not in PRUNABLE]
+    if unknown:
+        raise PlanError(f"{path} has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
+    try:
+        units: dict[str, Any] = {dim: tuple(raw[dim]) for dim in ("layers", "hidden") if dim in raw}
+        units |= {dim: tuple(tuple(row) for row in raw[dim]) for dim in PER_LAYER if dim in raw}
+        return _checked(Given(**units), teacher)
+    except TypeError as error:
+        raise PlanError(
+            f"{path} is not a plan file: {error}; layers and hidden are lists of numbers, "
+            "ffn, heads and kv_heads lists of such lists, one per layer"
+        ) from None
+
+
+def _checked(given: Given, teacher: Shape) -> Given:
+    """`given` with the kv heads that follow from the heads."""
+    for dim in ("layers", "hidden"):
+        units = getattr(given, dim)
+        if units is not None:
+            _require_units(dim, units, len(units), getattr(teacher, dim))
+            require_cuttable(teacher, with_sizes(teacher, **{dim: len(units)}))
+    num_lists, whose = (len(given.layers), "kept layer") if given.layers else (teacher.layers, "layer of the teacher")
+    for dim in PER_LAYER:
+        lists = getattr(given, dim)
+        if lists is None:
+            continue
+        if len(lists) != num_lists:
+            raise PlanError(f"plan: {dim} has {len(lists)} lists, and needs one for each {whose}, {num_lists}")
+        for units in lists:
+            _require_units(dim, units, len(lists[0]), getattr(teacher, dim))
+    if given.heads is None or given.kv_heads is not None:
+        return given
+    groups = tuple(tuple(sorted({head // teacher.group for head in heads})) for heads in given.heads)
+    if len({len(kept) for kept in groups}) > 1:
+        raise PlanError("plan: heads must be of the same number of kv heads in each layer")
+    return replace(given, kv_heads=groups)
+
+
+def given_layers(prune: PruneConfig, teacher: Shape) -> Given:
+    """The layers that `drop_layers` or `keep_layers` leave, if either is set.
+
+    Raises: PlanError if that is no list of the teacher's layers, or leaves none, or all.
+    """
+    if prune.drop_layers is not None and prune.keep_layers is not None:
+        raise PlanError("give either prune.drop_layers or prune.keep_layers, and not both")
+    every = range(teacher.layers)
+    if prune.keep_layers is not None:
+        return Given(layers=tuple(sorted(_listed("keep_layers", prune.keep_layers, teacher))))
     if prune.drop_layers is None:
-        return None
-    dropped: set[int] = set()
-    for part in prune.drop_layers.split(","):
+        return Given()
+    return Given(layers=tuple(sorted(set(every) - _listed("drop_layers", prune.drop_layers, teacher))))
+
+
+def _listed(key: str, text: str, teacher: Shape) -> set[int]:
+    """The numbers in a text such as `15-30` or `3,7,9-11`: some of the teacher's layers, and not all."""
+    listed: set[int] = set()
+    for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
         if not match:
-            raise PlanError(f"prune.drop_layers {prune.drop_layers!r} is no list of layers such as 15-30 or 3,7,9-11")
-        dropped |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if not dropped or not dropped < set(range(teacher.layers)):
+            raise PlanError(f"prune.{key} {text!r} is no list of layers such as 15-30 or 3,7,9-11")
+        listed |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not listed or not listed < set(range(teacher.layers)):
         raise PlanError(
-            f"prune.drop_layers {prune.drop_layers!r} must name some, not all, of the teacher's layers "
-            f"0 to {teacher.layers - 1}"
+            f"prune.{key} {text!r} must name some, not all, of the teacher's layers 0 to {teacher.layers - 1}"
         )
-    return tuple(sorted(set(range(teacher.layers)) - dropped))
+    return listed
 
 
-def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher: Shape, prune: PruneConfig) -> Shape:
-    """The student's shape: the explicit one, or the default rule for a parameter target.
+def target_shape(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    teacher: Shape,
+    prune: PruneConfig,
+    given: Given = Given(),
+) -> Shape:
+    """The student's shape: the explicit one, with the sizes of `given`, or the default rule for a parameter target.
 
     The rule: width first, head_dim fixed. Among hidden sizes of at least half the teacher's and ffn sizes of at
     least a quarter, in their multiples and not above the target, take the pair that shrinks both by the most nearly
@@ -213,10 +360,19 @@ def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher:
 
     Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
     """
-    if (prune.target is None) == (prune.shape is None and prune.drop_layers is None):
-        raise PlanError("give either prune.target (such as 50%), or prune.shape and prune.drop_layers, and not both")
+    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
+        raise PlanError(
+            f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
+            "the criterion 'task' needs a task, and no other criterion has use for one"
+        )
+    explicit = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
+    if (prune.target is not None) == explicit:
+        raise PlanError(
+            "give either prune.target (such as 50%), or prune.shape and prune.drop_layers (or keep_layers, or a plan "
+            "that lists units), and not both"
+        )
     if prune.target is None:
-        return _given_shape(architecture, teacher, prune)
+        return _given_shape(architecture, teacher, prune, given)
     kind, value = parse_target(prune.target)
     have = getattr(architecture.count(teacher, config), kind)
     limit = value * have if kind == "non_embedding" else value
@@ -235,20 +391,68 @@ def target_shape(architecture: Architecture, config: Mapping[str, Any], teacher:
     )
 
 
-def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Shape:
+def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given) -> Shape:
     sizes = dict(prune.shape or {})
     unknown = [dim for dim in sizes if dim not in PRUNABLE]
     if unknown:
         raise PlanError(f"prune.shape has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
-    layers = given_layers(prune, teacher)
-    if layers is not None and sizes.setdefault("layers", len(layers)) != len(layers):
-        raise PlanError(
-            f"prune.drop_layers keeps {len(layers)} layers, but prune.shape wants layers={sizes['layers']}: give one"
-        )
+    by_number = given_layers(prune, teacher)
+    if by_number.layers is not None and given.layers is not None:
+        raise PlanError("layers are given twice, as numbers and in the plan file: give one")
+    for units, name in (
+        (by_number, f"prune.{'keep' if prune.keep_layers else 'drop'}_layers"),
+        (given, "the plan file"),
+    ):
+        for dim, size in units.sizes.items():
+            if sizes.setdefault(dim, size) != size:
+                raise PlanError(f"{name} keeps {size} {dim}, but prune.shape wants {dim}={sizes[dim]}: give one")
+    if given.kv_heads is not None and "heads" not in sizes:
+        sizes["heads"] = sizes["kv_heads"] * teacher.group
     student = with_sizes(teacher, **sizes)
     require_cuttable(teacher, student)
     architecture.require_valid(student)
     return student
+
+
+def step_shapes(
+    architecture: Architecture,
+    teacher: Shape,
+    student: Shape,
+    steps: int,
+    given: Given = Given(),
+) -> list[Shape]:
+    """Shapes on the way from the teacher to the student, the student last, in steps of equal size where there are such.
+
+    Sizes that are given go at once, in the first step. Where the family has no model in between, attention and hidden
+    wait for a later step.
+    """
+    shapes: list[Shape] = []
+    start = with_sizes(teacher, **{dim: getattr(student, dim) for dim in given.sizes})
+    for step in range(1, steps):
+        before = shapes[-1] if shapes else teacher
+
+        def between(one: int, other: int, share: float = step / steps) -> int:
+            return round(one + share * (other - one))
+
+        kv_heads = between(start.kv_heads, student.kv_heads)
+        heads = kv_heads * between(start.group, student.group)
+        step_of = heads if architecture.hidden_multiple_of_heads else 1
+        hidden = -(-between(start.hidden, student.hidden) // step_of) * step_of
+        if architecture.heads_fill_hidden:
+            hidden = heads * teacher.head_dim
+        sizes = {"layers": between(start.layers, student.layers), "ffn": between(start.ffn, student.ffn)}
+        shape = with_sizes(before, **sizes)
+        wider = with_sizes(shape, kv_heads=kv_heads, heads=heads, hidden=hidden)
+        try:
+            architecture.require_valid(wider)
+            require_cuttable(before, wider)
+            require_cuttable(wider, student)
+            shape = wider
+        except PlanError:
+            pass
+        if shape != before:
+            shapes.append(shape)
+    return [*(shape for shape in shapes if shape != student), student]
 
 
 def default_multiple(size: int) -> int:

@@ -1,0 +1,228 @@
+"""Which layers to drop: what the model loses without them, measured in one streamed pass.
+
+A variant is the model without some of its layers. Variants run side by side. As long as two have dropped the same
+layers their states are the same, so those are computed and kept once: the pass is a tree that branches where variants
+part. The L models that lack one layer each take half the time of L passes, and the weights are read once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitron.device import pick_device
+from minitron.errors import CheckpointError, PlanError
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.stream import Stream, default_batch
+from minitron.prune.questions import Question, encode
+
+Variant = frozenset[int]  # the layers that it lacks
+# States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.
+STATES_BYTES = 16 << 30
+# Rows of the output projection in memory at a time, in float32.
+HEAD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of the scored tokens of each sample: the sum of their log-likelihoods, in nats, and whether each was the
+    likeliest of the vocabulary."""
+
+    nats: Float[Tensor, "variants samples"]
+    greedy: Bool[Tensor, "variants samples"]
+
+
+# What variants lose against each other, whatever the unit: [variants].
+Measure = Callable[[Sequence[Variant]], Tensor]
+
+
+def leave_one_out(measure: Measure, num_layers: int) -> Float[Tensor, " layers"]:
+    """How much worse the model is without each layer.
+
+    Paper: P1, "Importance Analysis", for the LM loss; P2, "Layer Importance", for the accuracy in a task.
+    """
+    measured = measure([frozenset(), *(frozenset([layer]) for layer in range(num_layers))])
+    return measured[1:] - measured[0]
+
+
+def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Float[Tensor, " layers"]:
+    """How much worse the model is without the best block of `num_dropped` neighbours that a layer is part of.
+
+    So the layers of the lowest score are the block that is missed least. The last layer is in no block and infinitely
+    important: P2 keeps it.
+
+    Raises: PlanError if no such block leaves a layer before the last one's.
+    """
+    starts = range(num_layers - num_dropped)
+    if not 0 < num_dropped < num_layers:
+        raise PlanError(f"a block of {num_dropped} layers cannot be dropped from {num_layers}, of which the last stays")
+    measured = measure([frozenset(), *(frozenset(range(start, start + num_dropped)) for start in starts)])
+    scores = torch.full((num_layers,), torch.inf, dtype=torch.float64)
+    for start, loss in zip(starts, measured[1:] - measured[0], strict=True):
+        block = slice(start, start + num_dropped)
+        scores[block] = scores[block].minimum(loss)
+    return scores
+
+
+def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **options: object) -> Measure:
+    """The LM loss in nats per token; `options` are those of `likelihoods`."""
+    scored = torch.ones(tokens.shape, dtype=torch.bool)
+    scored[:, 0] = False
+
+    def measure(variants: Sequence[Variant]) -> Tensor:
+        found = likelihoods(checkpoint, tokens, scored, variants, **options)  # type: ignore[arg-type]
+        losses = -found.nats.sum(1) / scored.sum()
+        if not losses.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: the loss of the model is not finite: its weights are damaged")
+        return losses
+
+    return measure
+
+
+def by_task(
+    checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: object, max_tokens: int, **options: object
+) -> Measure:
+    """The share of questions that are answered wrong; `options` are those of `likelihoods`."""
+    rows = encode(questions, tokenizer, max_tokens)
+
+    def measure(variants: Sequence[Variant]) -> Tensor:
+        found = likelihoods(checkpoint, rows.tokens, rows.scored, variants, **options)  # type: ignore[arg-type]
+        results = [
+            zip(nats, greedy, strict=True)
+            for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)
+        ]
+        grades = [[question.grade([next(of) for _ in question.requests]) for question in questions] for of in results]
+        return 1 - torch.tensor(grades, dtype=torch.float64).mean(1)
+
+    return measure
+
+
+def likelihoods(
+    checkpoint: Checkpoint,
+    tokens: Int[Tensor, "samples tokens"],
+    scored: Bool[Tensor, "samples tokens"],
+    variants: Sequence[Variant],
+    *,
+    dtype: torch.dtype,
+    batch: int | None = None,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Likelihoods:
+    """What each variant gives the scored tokens, each after those before it, in one streamed pass.
+
+    Args:
+        scored: not the first token of a sample, and no pad; pads stand on the right.
+        batch: samples per forward call; default `default_batch`.
+        device: where the layers run; default `pick_device`.
+        scratch: where files of hidden states go if they are needed.
+        progress: called with (layers done, layers).
+    """
+    assert not scored[:, 0].any()
+    shape, num_tokens = checkpoint.shape, tokens.shape[1]
+    batch = batch or default_batch(shape, num_tokens, dtype)
+    most = max(len(_prefixes(variants, layer)) for layer in range(shape.layers + 1))
+    of_sample = most * num_tokens * shape.hidden * dtype.itemsize
+    parts = tokens.split(max(batch, STATES_BYTES // of_sample))
+    found, start = [], 0
+    for number, part in enumerate(parts):
+        stream = Stream(
+            checkpoint,
+            part,
+            dtype=dtype,
+            batch=batch,
+            device=device or pick_device(),
+            scratch=scratch,
+            num_states=most,
+        )
+        before = number * shape.layers
+        branches: dict[Variant, Tensor] = {}
+        for layer, branches in enumerate(_after_layers(stream, variants), start=1):  # noqa: B007
+            progress(before + layer, len(parts) * shape.layers)
+        sums = _score(stream, list(branches.values()), scored[start : start + len(part)])
+        order = [list(branches).index(variant) for variant in variants]
+        found.append(Likelihoods(sums.nats[order], sums.greedy[order]))
+        start += len(part)
+    return Likelihoods(torch.cat([part.nats for part in found], 1), torch.cat([part.greedy for part in found], 1))
+
+
+def _prefixes(variants: Sequence[Variant], layer: int) -> set[Variant]:
+    """What variants have dropped before a layer."""
+    return {frozenset(dropped for dropped in variant if dropped < layer) for variant in variants}
+
+
+def _after_layers(stream: Stream, variants: Sequence[Variant]) -> Iterator[dict[Variant, Tensor]]:
+    """After each layer: what variants have dropped so far -> the states of all that dropped just that."""
+    stream.embed()
+    branches: dict[Variant, Tensor] = {frozenset(): stream.states}
+    for index, layer in stream.layers():
+        wanted = _prefixes(variants, index + 1)
+        after = {}
+        for dropped, states in branches.items():
+            if dropped | {index} in wanted:
+                after[dropped | {index}] = stream.more_states().copy_(states) if dropped in wanted else states
+            if dropped in wanted:
+                for _ in stream.run(index, layer, states):
+                    pass
+                after[dropped] = states
+        branches = after
+        yield branches
+
+
+@torch.no_grad()
+def _score(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "samples tokens"]) -> Likelihoods:
+    """Likelihoods from the states after the last layer, which become those after the final norm.
+
+    The output projection is read a run of rows at a time: logits of a part of the vocabulary are folded into each
+    token's running logsumexp, so neither the projection nor a whole row of logits is ever in memory.
+    """
+    with stream.final_norm() as norm:
+        for states in branches:
+            for rows, before in stream.batches(states):
+                states[rows] = norm(before)
+    targets = stream.tokens[:, 1:][scored[:, 1:]].to(stream.device)
+    running = torch.full((3, len(branches), len(targets)), -torch.inf, device=stream.device)
+    sums, best, own = running
+    transform = logit_transform(stream.model)
+    for first, piece in _head_pieces(stream):
+        chunk = chunk_tokens(len(piece))
+        with float32_logits(stream.dtype):
+            for branch, states in enumerate(branches):
+                for places, hidden in _scored_states(stream, states, scored, chunk):
+                    logits = transform(project(hidden, piece))
+                    sums[branch, places] = torch.logaddexp(sums[branch, places], logits.logsumexp(-1))
+                    best[branch, places] = torch.maximum(best[branch, places], logits.amax(-1))
+                    column = targets[places] - first
+                    here = (column >= 0) & (column < len(piece))
+                    mine = logits.gather(1, column.clamp(0, len(piece) - 1)[:, None])[:, 0]
+                    own[branch, places] = torch.where(here, mine, own[branch, places])
+    sample = scored[:, 1:].nonzero()[:, 0]
+    nats = torch.zeros(len(branches), len(scored), dtype=torch.float64)
+    nats.index_add_(1, sample, (own - sums).cpu().double())
+    missed = torch.zeros(len(branches), len(scored)).index_add_(1, sample, (own < best).cpu().float())
+    return Likelihoods(nats, missed == 0)
+
+
+def _head_pieces(stream: Stream) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
+    """The output projection in runs of rows, each with the number of its first."""
+    checkpoint = stream.checkpoint
+    vocab, hidden = checkpoint.stored[checkpoint.head].shape
+    num_rows = max(1, HEAD_BYTES // (4 * hidden))
+    for first in range(0, vocab, num_rows):
+        piece = checkpoint.read_rows(checkpoint.head, first, min(first + num_rows, vocab))
+        yield first, piece.to(stream.device).float()
+
+
+def _scored_states(
+    stream: Stream, states: Tensor, scored: Bool[Tensor, "samples tokens"], chunk: int
+) -> Iterator[tuple[slice, Float[Tensor, "chunk hidden"]]]:
+    """The states that the scored tokens are predicted from, in chunks, each with its place among all of them."""
+    start = 0
+    for rows, batch in stream.batches(states):
+        for piece in batch[:, :-1][scored[rows, 1:].to(batch.device)].split(chunk):
+            yield slice(start, start + len(piece)), piece
+            start += len(piece)

@@ -1,0 +1,204 @@
+"""Multiple-choice questions: rows of a .jsonl file, or a task of lm-evaluation-harness, as texts to continue.
+
+A local row has the fields of one of these:
+
+    ctx, endings, label                      HellaSwag and its like; label counts from 0
+    sentence, option1, option2, answer       Winogrande: the option stands in the blank, and the rest is scored
+    question, choices{text, label}, answerKey    ARC
+    goal, sol1, sol2, label                  PIQA
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from minitron.errors import DataError, did_you_mean
+
+# Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
+Result = tuple[float, bool]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Requests, each a context and its continuation, and how right the results of all of them are, from 0 to 1."""
+
+    requests: tuple[tuple[str, str], ...]
+    grade: Callable[[Sequence[Result]], float]
+
+
+def read_questions(source: str, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a .jsonl file, or of a task that lm-evaluation-harness knows by this name.
+
+    Raises: DataError if there is neither, or a row is none of the forms above.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        questions = _read_rows(path, limit)
+    elif path.suffix == ".jsonl":
+        raise DataError(f"task file {source} does not exist")
+    else:
+        questions = _read_harness(source, limit)
+    if not questions:
+        raise DataError(f"task {source!r} has no questions")
+    return questions
+
+
+def choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
+    """A question that is right when the likeliest continuation per character is; harness tasks call it acc_norm.
+
+    Where all continuations are one text, as in Winogrande, that is plain accuracy.
+    """
+
+    def grade(results: Sequence[Result]) -> float:
+        per_char = [nats / len(text) for (nats, _), (_, text) in zip(results, pairs, strict=True)]
+        return float(per_char.index(max(per_char)) == right)
+
+    return Question(tuple(pairs), grade)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Requests as rows of tokens, padded on the right, and which tokens belong to the continuation."""
+
+    tokens: Int[Tensor, "requests tokens"]
+    scored: Bool[Tensor, "requests tokens"]
+
+
+def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> Encoded:
+    """Every request of every question, in order.
+
+    Context and continuation are tokenized as one text; spaces at the context's end go to the continuation. What is
+    longer than `max_tokens` loses its beginning.
+    """
+    rows = [_encode(tokenizer, *request) for question in questions for request in question.requests]
+    rows = [(tokens[-max_tokens:], min(count, max_tokens - 1)) for tokens, count in rows]
+    longest = max(len(tokens) for tokens, _ in rows)
+    padded, scored = (
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+        torch.zeros(len(rows), longest, dtype=torch.bool),
+    )
+    for row, (tokens, count) in enumerate(rows):
+        padded[row, : len(tokens)] = torch.tensor(tokens)
+        scored[row, len(tokens) - count : len(tokens)] = True
+    return Encoded(padded, scored)
+
+
+def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+    """Tokens of both together, and how many of them at the end are the continuation's; at least one is before it."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (context, context + continuation))
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begins = start is not None and tokenizer("a").input_ids[:1] == [start]
+    prefix = [start] if begins else []
+    if not prefix and not before:
+        prefix = [start if start is not None else end]
+    count = max(1, len(whole) - len(before))
+    return [*prefix, *whole], min(count, len(prefix) + len(whole) - 1)
+
+
+def _read_rows(path: Path, limit: int | None) -> list[Question]:
+    questions: list[Question] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and (limit is None or len(questions) < limit):
+                questions.append(_question(line, f"{path}, line {number}"))
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+    fields = next((fields for fields in FORMS if row.keys() >= set(fields)), None)
+    if fields is None:
+        known = "; ".join(", ".join(fields) for fields in FORMS)
+        raise DataError(f"{where} has the fields {', '.join(row)}, and a question has those of one of: {known}")
+    try:
+        pairs, right = FORMS[fields](row)
+        fits = 0 <= right < len(pairs) and all(text for _, text in pairs)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: {', '.join(fields)} do not make a question: {error!r}") from None
+    if not fits:
+        raise DataError(f"{where}: the answer is number {right} of {len(pairs)}, or one of them is empty")
+    return choice(pairs, right)
+
+
+def _endings(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    return [(row["ctx"], f" {ending}") for ending in row["endings"]], int(row["label"])
+
+
+def _blank(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    before, _, after = row["sentence"].partition("_")
+    return [(before + row[option], f" {after.strip()}") for option in ("option1", "option2")], int(row["answer"]) - 1
+
+
+def _question_with_choices(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    choices = row["choices"]
+    pairs = [(f"Question: {row['question']}\nAnswer:", f" {text}") for text in choices["text"]]
+    return pairs, choices["label"].index(row["answerKey"])
+
+
+def _goal(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    pairs = [(f"Question: {row['goal']}\nAnswer:", f" {row[solution]}") for solution in ("sol1", "sol2")]
+    return pairs, int(row["label"])
+
+
+# Fields that tell a form -> pairs of context and continuation, and the number of the right one.
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[list[tuple[str, str]], int]]] = {
+    ("ctx", "endings", "label"): _endings,
+    ("sentence", "option1", "option2", "answer"): _blank,
+    ("question", "choices", "answerKey"): _question_with_choices,
+    ("goal", "sol1", "sol2", "label"): _goal,
+}
+
+
+def _read_harness(name: str, limit: int | None) -> list[Question]:
+    """The requests that a task of lm-evaluation-harness makes, without examples before the question.
+
+    The grade is the task's own: acc_norm where it has that, else acc.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise DataError(
+            f"task {name!r} is no file, and tasks by name need lm-evaluation-harness: `pip install lm_eval`, "
+            "or give a .jsonl file of questions"
+        ) from None
+    manager = TaskManager()
+    if name not in manager.all_tasks:
+        raise DataError(f"{name!r} is neither a .jsonl file nor a task of lm-evaluation-harness{_near(name, manager)}")
+    task = manager.load_task_or_group(name)[name]
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    by_doc: dict[int, list[Any]] = {}
+    for request in task.instances:
+        if request.request_type != "loglikelihood":
+            raise DataError(
+                f"task {name!r} asks for {request.request_type}; layers are scored by tasks that ask for "
+                "loglikelihood, such as winogrande or hellaswag"
+            )
+        by_doc.setdefault(request.doc_id, []).append(request)
+    return [_harness_question(task, requests) for requests in by_doc.values()]
+
+
+def _harness_question(task: Any, requests: Sequence[Any]) -> Question:
+    def grade(results: Sequence[Result]) -> float:
+        measured = task.process_results(requests[0].doc, list(results))
+        return float(measured["acc_norm"] if "acc_norm" in measured else measured["acc"])
+
+    return Question(tuple((str(request.args[0]), str(request.args[1])) for request in requests), grade)
+
+
+def _near(name: str, manager: Any) -> str:
+    """Without the list of all of its thousands of tasks."""
+    return did_you_mean(name, manager.all_tasks).partition(" Available:")[0].rstrip("?.;")

@@ -1,0 +1,95 @@
+"""Scores as the recipe asks for them, and a cut in steps, each on scores of what the one before left."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from minitron.device import compute_dtype, pick_device
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate
+from minitron.prune.cut import cut
+from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.prune.importance import CRITERIA, Scores
+from minitron.prune.plan import Plan, PruneConfig, choose, compose, given_layers
+from minitron.prune.questions import read_questions
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units and layers are scored, and on what.
+
+    tokens: the calibration set.
+    progress: called with (layers done, layers).
+    """
+
+    config: PruneConfig
+    calibrate: CalibrateConfig
+    tokens: Int[Tensor, "samples tokens"]
+    tokenizer: Any
+    scratch: Path | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def pass_options(self) -> dict[str, Any]:
+        """Of a pass over the tokens."""
+        return {
+            "dtype": compute_dtype(self.calibrate.precision, pick_device()),
+            "batch": self.calibrate.batch,
+            "scratch": self.scratch,
+            "progress": self.progress,
+        }
+
+
+def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
+    score = CRITERIA[config.criterion]
+    return score(statistics, shape, config.sequence_aggregate, config.batch_aggregate, config.seed)
+
+
+def layers_need_a_pass(config: PruneConfig, teacher: Shape, student: Shape) -> bool:
+    """Whether layers are to be chosen by scores that the statistics do not hold."""
+    by_number = given_layers(config, teacher).layers is not None
+    return config.layer_criterion != "block_influence" and student.layers < teacher.layers and not by_number
+
+
+def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring: Scoring) -> Scores:
+    """`scores` with those of the layers by `prune.layer_criterion`, to cut the checkpoint to a student.
+
+    Raises: DataError for a task that cannot be read.
+    """
+    config, num_layers = scoring.config, checkpoint.shape.layers
+    if not layers_need_a_pass(config, checkpoint.shape, student):
+        return scores
+    if config.layer_criterion == "task":
+        assert config.layer_task is not None
+        questions = read_questions(config.layer_task, config.layer_samples)
+        max_tokens = scoring.tokens.shape[1]
+        measure = by_task(checkpoint, questions, scoring.tokenizer, max_tokens, **scoring.pass_options)
+    else:
+        measure = by_loss(checkpoint, scoring.tokens[: config.layer_samples], **scoring.pass_options)
+    if config.layer_criterion == "contiguous":
+        return replace(scores, layers=contiguous_blocks(measure, num_layers, num_layers - student.layers))
+    return replace(scores, layers=leave_one_out(measure, num_layers))
+
+
+def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring, work: Path) -> Plan:
+    """`plan`, a first step, followed by one step to each of the shapes; still a plan of the checkpoint itself.
+
+    Args:
+        work: an existing directory where the model that each step left lies while it is scored.
+
+    Paper: P1, "Single-shot vs Iterative Importance Estimation".
+    """
+    for shape in shapes:
+        with tempfile.TemporaryDirectory(dir=work, prefix="step-") as path:
+            cut(checkpoint, plan, Path(path))
+            left = open_checkpoint(Path(path))
+            statistics = calibrate(left, scoring.tokens, **scoring.pass_options)
+            scores = score_layers(left, score_units(statistics, left.shape, scoring.config), shape, scoring)
+            plan = compose(plan, choose(scores, left.shape, shape))
+    return plan
