@@ -113,6 +113,8 @@ class Architecture:
     hidden_multiple_of_heads: bool = False
     # A stored norm weight w means a gain of norm_gain_offset + w.
     norm_gain_offset: float = 0.0
+    # Norms of the residual stream subtract the mean over the channels first: LayerNorm instead of RMSNorm.
+    centred_norms: bool = False
     # The model multiplies its embeddings by sqrt(hidden), which a smaller hidden changes.
     embedding_times_sqrt_hidden: bool = False
     # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
@@ -237,6 +239,20 @@ class Architecture:
         """Modules of a layer whose input is the bare residual stream: its norms, or where it has none, its matrices."""
         norms = tuple(name for name in self.norms if "{layer}" in name)
         return norms or (self.sites["attention_in"], self.sites["mlp_in"])
+
+    def norm_before(self, matrix: str, layer: int | None) -> str | None:
+        """The norm whose output a matrix reads, both by their names without `.weight`; None if there is none."""
+        for norm, module in self.norms.items():
+            if f"{matrix}.".startswith(module.format(layer=layer) + "."):
+                return norm.format(layer=layer)
+        return None
+
+    @property
+    def channel_norms(self) -> list[str]:
+        """Norms of a layer with a gain per residual channel that are not before its matrices."""
+        before = {f"{norm}.weight" for norm in self.norms}
+        vectors = [name for name, line in self.tensors.items() if _parse(line)[0] == (_axis("hidden"),)]
+        return [name for name in vectors if name.endswith("norm.weight") and name not in before]
 
     def _part(self, spec: TensorSpec) -> str:
         if spec.name in (self.embedding, self.head):
