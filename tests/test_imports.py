@@ -17,6 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("describe", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
+    ("student_shape",),
     ("run",),
     ("rooms", "demo", "estimate"),
     ("console",),
@@ -25,7 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
-    "prune": ("calibrate", "importance", "plan", "cut"),
+    "prune": ("calibrate", "importance", "plan", "shapes", "search", "cut"),
     "model": ("architecture", "families", "weights", "checkpoint", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen. Only this module and rooms.py compose the rooms."""
+"""The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minitron import data
+from minitron.config import Section
 from minitron.describe import describe
 from minitron.device import compute_dtype, pick_device, settle_precision
 from minitron.distill import train
@@ -17,7 +18,7 @@ from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
 from minitron.evaluate.speed import measure_speed
 from minitron.files import write_json
-from minitron.model.architecture import Shape
+from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     carried_files,
@@ -33,11 +34,13 @@ from minitron.prune.cut import cut
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, step_shapes, target_shape
 from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.shapes import needs_machine
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.student_shape import feasible_for, find_shape, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
 
@@ -54,14 +57,25 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     recipe, shape = resolve(recipe, teacher)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer)
+        statistics = collect_statistics(stages, recipe, teacher, corpus)
+        searching = recipe.search.level != "off"
+        if searching:
+            scores = score_units(statistics, teacher.shape, recipe.prune)
+
+            def make(shape: Shape, out: Path) -> None:
+                make_student(teacher, choose(scores, teacher.shape, shape), out)
+
+            shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
+            recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
             distill=train.resolve(
                 recipe.distill, shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens
             )
         )
-        statistics = collect_statistics(stages, recipe, teacher, corpus)
         plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
         pruned = prune(stages, teacher, plan)
+        if searching:
+            take_over(stages)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, teacher.path, corpus)
         models = {"teacher": teacher.path, "pruned": pruned, "student": student}
         if recipe.scratch_baseline:
@@ -71,8 +85,12 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
-    """Fill in every default that the teacher's config decides, and the student's shape."""
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
+    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest."""
+    if recipe.search.level == "off":
+        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
+    else:
+        machine = machine_for(recipe.search, teacher.dtype) if needs_machine(recipe.search) else None
+        shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     block_tokens = block_length(recipe.data, teacher)
     max_tokens = recipe.data.max_tokens
     if max_tokens is None and data.is_hub_id(recipe.data.source):
@@ -204,11 +222,25 @@ def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
     return {"task": stages.digest([file])} if file.is_file() else {}
 
 
+def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
+    """The sections of a recipe that makes the student of a search again, without the search."""
+    sizes = {dim: getattr(shape, dim) for dim in PRUNABLE}
+    return {
+        "prune": recipe.prune.model_copy(update={"target": None, "shape": sizes}),
+        "search": recipe.search.model_copy(update={"level": "off"}),
+    }
+
+
+def make_student(teacher: Checkpoint, plan: Plan, out: Path) -> dict[str, str]:
+    """The pruned checkpoint of a plan, candidates of a search included; returns the sha256 of its files of weights."""
+    return cut(teacher, plan, out)
+
+
 def prune(stages: RunDirectory, teacher: Checkpoint, plan: Plan) -> Path:
     digests: dict[str, str] = {}
 
     def work(out: Path) -> dict[str, Any]:
-        digests.update(cut(teacher, plan, out))
+        digests.update(make_student(teacher, plan, out))
         return describe(open_checkpoint(out))
 
     inputs = {

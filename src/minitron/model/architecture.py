@@ -14,6 +14,7 @@ one unit. `{layer}` in a name is the layer index.
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -88,6 +89,10 @@ class Parameters:
     @property
     def non_embedding(self) -> int:
         return self.total - self.embedding
+
+
+# Part of the parameters -> product of dims -> how often it occurs: {"mlp": {("ffn", "hidden", "layers"): 3}, ...}.
+ParameterTerms = dict[str, dict[tuple[str, ...], int]]
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,16 @@ class Architecture:
             parts[self._part(spec)] += times * prod(spec.shape(shape))
         return Parameters(total=sum(parts.values()), **parts)
 
+    def parameter_terms(self, config: Mapping[str, Any]) -> ParameterTerms:
+        """The counts of `count` as polynomials in the dims, for counting many shapes: the table is read only once."""
+        terms: ParameterTerms = {}
+        for spec in self.specs(config, layers=1):
+            part, outside = terms.setdefault(self._part(spec), {}), () if spec.layer is None else ("layers",)
+            for segments in product(*spec.axes):
+                dims = tuple(sorted([*outside, *(dim for each in segments for dim in (each.unit, *each.block))]))
+                part[dims] = part.get(dims, 0) + 1
+        return terms
+
     def require_valid(self, shape: Shape) -> None:
         """Raises: PlanError for a shape that no model of this family can have."""
         for dim in DIMS:
@@ -268,6 +283,20 @@ class Architecture:
 def kv_cache_bytes(shape: Shape, bytes_per_value: int = 2) -> int:
     """Key-value cache bytes per token of context."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_value
+
+
+def count_terms(terms: ParameterTerms, sizes: Mapping[str, Any], *, kind: str = "total") -> Any:
+    """Parameters of one shape, or of many at once: `sizes` holds an integer per dim, or an integer array per dim.
+
+    Args:
+        kind: `total` or `non_embedding`.
+    """
+    return sum(
+        times * prod(sizes[dim] for dim in dims)
+        for part, products in terms.items()
+        for dims, times in products.items()
+        if kind == "total" or part != "embedding"
+    )
 
 
 def with_sizes(shape: Shape, **sizes: int) -> Shape:
