@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.console import Console
-from minitron.errors import Interrupted, MinitronError
+from minitron.errors import Interrupted, MinitronError, did_you_mean
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -141,6 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--layer-task", metavar="TASK", help="for --layer-criterion task: a .jsonl file of questions")
     prune.add_argument("--iterations", type=_count, help="cut in so many steps, each on new scores; default 1")
+    prune.add_argument(
+        "--repair", default="auto", help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/recipe.md"
+    )
     prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     _add_data(prune)
     prune.add_argument("--out", type=Path, required=True)
@@ -290,6 +293,7 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
     plan, facts = prune_model(
         args.model,
         config=_section(PruneConfig, **{name: value for name, value in options.items() if value is not None}),
+        repair=_repair_section(args.repair),
         plan_file=args.plan,
         statistics_dir=args.statistics,
         data_config=lambda: _data_config(args, console),
@@ -440,6 +444,20 @@ def _data_config(args: argparse.Namespace, console: Console) -> Any:
 
     values = _data_section(args, console) | {"block_tokens": getattr(args, "block_tokens", None)}
     return _section(DataConfig, **values)
+
+
+def _repair_section(text: str) -> Any:
+    from minitron.prune.repair import REPAIRS, RepairConfig
+
+    if text == "auto":
+        return RepairConfig()
+    steps = [] if text == "none" else [step.strip() for step in text.split(",")]
+    unknown = [step for step in steps if step not in REPAIRS]
+    if unknown:
+        raise MinitronError(
+            f"--repair: unknown step {unknown[0]!r}{did_you_mean(unknown[0], ['auto', 'none', *REPAIRS])}"
+        )
+    return _section(RepairConfig, steps=steps)
 
 
 def _section(kind: Any, **values: Any) -> Any:

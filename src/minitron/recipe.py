@@ -16,6 +16,7 @@ from minitron.errors import RecipeError, did_you_mean
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
+from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
 
 # Complete recipes of the published models, by name.
@@ -35,6 +36,7 @@ class Recipe(Section):
     calibrate: CalibrateConfig = CalibrateConfig()
     prune: PruneConfig
     search: SearchConfig = SearchConfig()
+    repair: RepairConfig = RepairConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -122,6 +122,8 @@ class Architecture:
     centred_norms: bool = False
     # The model multiplies its embeddings by sqrt(hidden), which a smaller hidden changes.
     embedding_times_sqrt_hidden: bool = False
+    # Config key of a number that multiplies what attention and MLP add to the residual stream.
+    residual_multiplier: str = ""
     # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
     logits_divisor: str = ""
     logits_softcap: str = ""

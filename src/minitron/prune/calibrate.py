@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from minitron import parallel
 from minitron.config import Section
-from minitron.device import Precision, pick_device, sums_device
+from minitron.device import Precision, compute_dtype, pick_device, sums_device
 from minitron.errors import RunError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
@@ -111,6 +112,17 @@ class Statistics:
             samples=meta["samples"],
             tokens=meta["tokens"],
         )
+
+
+def pass_options(
+    config: CalibrateConfig,
+    *,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The arguments that `calibrate` and every other streamed pass over the samples share."""
+    dtype = compute_dtype(config.precision, pick_device())
+    return {"dtype": dtype, "batch": config.batch, "scratch": scratch, "progress": progress}
 
 
 def calibrate(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitron.errors import PlanError
 from minitron.large_files import ahead, buffers
-from minitron.model.architecture import Axis, TensorSpec
+from minitron.model.architecture import Architecture, Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.weights import runs
 from minitron.prune.plan import Plan
@@ -138,6 +138,17 @@ def sources_of(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     for spec in checkpoint.specs():
         by_layer.setdefault(spec.layer, []).append(spec.name)
     return [name for layer in (None, *plan.layers) for name in by_layer[layer]]
+
+
+def writing_order(architecture: Architecture, specs: list[TensorSpec]) -> list[TensorSpec]:
+    """The embedding, the layers, and last what comes after them: the order in which a pass can know them."""
+
+    def place(spec: TensorSpec) -> tuple[int, int]:
+        if spec.layer is not None:
+            return 1, spec.layer
+        return (0, 0) if spec.name == architecture.embedding else (2, 0)
+
+    return sorted(specs, key=place)
 
 
 def _pieces(

@@ -5,6 +5,7 @@ student's layer. A matrix of products of a layer's neurons is hundreds of megaby
 a time, and none is stored.
 """
 
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -14,35 +15,53 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from minitron.config import Section
 from minitron.device import pick_device
 from minitron.errors import PlanError
-from minitron.model.architecture import TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
+from minitron.model.architecture import PRUNABLE, TensorSpec
+from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
+from minitron.model.model_config import ModelConfig
 from minitron.model.stream import Stream, default_batch
 from minitron.prune.calibrate import Statistics
-from minitron.prune.cut import cut, embedding_gain, kept_rows, require_plan_for, sources_of, student_config
+from minitron.prune.cut import (
+    cut,
+    embedding_gain,
+    kept_rows,
+    require_plan_for,
+    sources_of,
+    student_config,
+    writing_order,
+)
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Plan, Units
-from minitron.prune.residual import Channels, Norm, Residual, require_basis, residual_basis, scale_of
+from minitron.prune.refit import refit, require_refit
+from minitron.prune.residual import (
+    Channels,
+    Residual,
+    basis_obstacle,
+    read_norm,
+    require_basis,
+    residual_basis,
+    scale_of,
+)
 from minitron.prune.surgeon import Surgeon
 
 Step = Literal[
-    "norm_gain", "basis", "ffn_least_squares", "ffn_obs", "heads_least_squares", "heads_obs", "residual_heads"
+    "norm_gain", "basis", "ffn_least_squares", "ffn_obs", "heads_least_squares", "heads_obs", "residual_heads", "refit"
 ]
-# Step -> the dim that it repairs the cut of.
-REPAIRS: dict[Step, str] = {
-    "norm_gain": "hidden",
-    "basis": "hidden",
-    "ffn_least_squares": "ffn",
-    "ffn_obs": "ffn",
-    "heads_least_squares": "heads",
-    "heads_obs": "heads",
-    "residual_heads": "heads",
+# Step -> the dims that it repairs the cut of.
+REPAIRS: dict[Step, tuple[str, ...]] = {
+    "norm_gain": ("hidden",),
+    "basis": ("hidden",),
+    "ffn_least_squares": ("ffn",),
+    "ffn_obs": ("ffn",),
+    "heads_least_squares": ("heads",),
+    "heads_obs": ("heads",),
+    "residual_heads": ("heads",),
+    "refit": ("layers", "hidden", "ffn", "heads"),
 }
 # Steps that do the same thing in two ways.
 EITHER: tuple[tuple[Step, Step], ...] = (
@@ -59,13 +78,37 @@ FITTED: dict[str, set[Step]] = {
 VOCABULARY_ROWS = 4096
 
 
+# The combination that wins after distillation (docs/LOG.md).
+BEST: tuple[Step, ...] = ("basis", "ffn_obs", "heads_obs")
+
+
 class RepairConfig(Section):
-    steps: list[Step] = Field(default=[])
-    """What to do at the cut against what it loses, in any order; none is the plain cut of the papers. `basis`: the
-    residual stream keeps its leading directions instead of channels. `norm_gain`: norms make up for the channels that
-    are cut off. `ffn_least_squares`, `heads_least_squares`: the kept neurons or heads take over what the others
-    contributed. `ffn_obs`, `heads_obs`: the same, and what is dropped is chosen by what that costs. `residual_heads`:
-    query heads take over those that their group loses, as in P1."""
+    steps: list[Step] | None = None
+    """What to do at the cut against what it loses, in any order. Default: `basis` where the family allows it, `ffn_obs`
+    and `heads_obs`. An empty list is the plain cut of the papers. `basis`: the residual stream keeps its leading
+    directions instead of channels. `norm_gain`: norms make up for the channels that are cut off. `ffn_least_squares`,
+    `heads_least_squares`: the kept neurons or heads take over what the others contributed. `ffn_obs`, `heads_obs`: the
+    same, and what is dropped is chosen by what that costs. `residual_heads`: query heads take over those that their
+    group loses, as in P1."""
+
+
+def resolve(config: RepairConfig, model: Checkpoint | ModelConfig) -> RepairConfig:
+    """Fill in the steps that suit a model, or see to it that it can have those that are given.
+
+    Raises: PlanError if it cannot, or if two steps exclude each other.
+    """
+    tied = model.architecture.tied(model.config)
+    if config.steps is None:
+        possible = basis_obstacle(model.architecture, tied=tied) is None
+        return RepairConfig(steps=[step for step in BEST if step != "basis" or possible])
+    for one, other in EITHER:
+        if one in config.steps and other in config.steps:
+            raise PlanError(f"repair.steps names both {one} and {other}, which do the same thing in two ways: keep one")
+    if "basis" in config.steps:
+        require_basis(model.architecture, tied=tied)
+    if "refit" in config.steps:
+        require_refit(model.architecture)
+    return config
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,7 @@ def repaired_cut(
     Steps that repair what the plan does not cut do nothing.
 
     Args:
+        steps: such as `resolve` gives.
         statistics, scores: those that the plan was made from.
         tokens: calibration samples, to whose activations the repair is fitted.
         dtype, batch, device, scratch, progress: as for `calibrate`.
@@ -111,9 +155,44 @@ def repaired_cut(
         return Repaired(plan, cut(checkpoint, plan, out, shard_bytes=shard_bytes))
     require_enough_tokens(needed, plan, tokens.numel())
     batch = batch or default_batch(checkpoint.shape, tokens.shape[1], dtype)
-    stream = Stream(checkpoint, tokens, dtype=dtype, batch=batch, device=device or pick_device(), scratch=scratch)
     residual = _residual(checkpoint, plan, needed, statistics)
-    work = _Repair(stream, plan, frozenset(needed), residual, scores, progress)
+
+    def stream(model: Checkpoint) -> Stream:
+        return Stream(model, tokens, dtype=dtype, batch=batch, device=device or pick_device(), scratch=scratch)
+
+    if "refit" not in needed:
+        return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)
+    with tempfile.TemporaryDirectory(dir=scratch or out.parent, prefix="minitron-unfitted-") as path:
+        steps = [step for step in needed if step != "refit"]
+        made = _cut(stream(checkpoint), plan, Path(path), steps, residual, scores, shard_bytes, progress)
+        unfitted = open_checkpoint(Path(path))
+        digests = refit(
+            stream(checkpoint),
+            stream(unfitted),
+            made.plan,
+            residual,
+            out,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )
+    return Repaired(made.plan, digests)
+
+
+def _cut(
+    stream: Stream,
+    plan: Plan,
+    out: Path,
+    steps: Sequence[Step],
+    residual: Residual,
+    scores: Scores,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> Repaired:
+    """One streamed pass over the teacher, or a plain cut where there are no steps."""
+    checkpoint = stream.checkpoint
+    if not steps:
+        return Repaired(plan, cut(checkpoint, plan, out, shard_bytes=shard_bytes))
+    work = _Repair(stream, plan, frozenset(steps), residual, scores, progress)
     with closing(work.pieces()) as pieces:
         digests = write_checkpoint(
             out,
@@ -127,14 +206,9 @@ def repaired_cut(
 
 
 def needed_steps(steps: Sequence[Step], plan: Plan) -> list[Step]:
-    """Those of the steps that have something to repair.
-
-    Raises: PlanError if two of them exclude each other.
-    """
-    for one, other in EITHER:
-        if one in steps and other in steps:
-            raise PlanError(f"repair.steps names both {one} and {other}, which do the same thing in two ways: keep one")
-    return [step for step in steps if getattr(plan.student, REPAIRS[step]) < getattr(plan.teacher, REPAIRS[step])]
+    """Those of the steps that have something to repair."""
+    cut_dims = {dim for dim in PRUNABLE if getattr(plan.student, dim) < getattr(plan.teacher, dim)}
+    return [step for step in steps if cut_dims & set(REPAIRS[step])]
 
 
 def require_enough_tokens(steps: Sequence[Step], plan: Plan, num_tokens: int) -> None:
@@ -165,13 +239,8 @@ def _residual(checkpoint: Checkpoint, plan: Plan, steps: Sequence[Step], statist
         statistics.second_moment,
         plan.student.hidden,
         centred=architecture.centred_norms,
-        tied=_norm(checkpoint, architecture.final_norm) if tied else None,
+        tied=read_norm(checkpoint, architecture.final_norm) if tied else None,
     )
-
-
-def _norm(checkpoint: Checkpoint, name: str) -> Norm:
-    gain = checkpoint.read(f"{name}.weight").float() + checkpoint.architecture.norm_gain_offset
-    return Norm(gain, checkpoint.read(f"{name}.bias").float() if f"{name}.bias" in checkpoint.stored else None)
 
 
 @dataclass
@@ -205,8 +274,7 @@ class _Repair:
         specs = list(self.architecture.specs(self.config, plan.student.layers))
         # The student's tensor -> the teacher's behind it.
         self.sources = dict(zip((spec.name for spec in specs), sources_of(self.checkpoint, plan), strict=True))
-        # The embedding comes first: the last norm's scale is known only when the last layer has run.
-        self.specs = sorted(specs, key=self._place)
+        self.specs = writing_order(self.architecture, specs)
         self.norms = {norm.format(layer=layer) for norm in self.architecture.norms for layer in plan.layers}
         self.sites = [site for site, fitted in FITTED.items() if fitted & steps]
         self.scaled = bool(steps & {"basis", "norm_gain"})
@@ -217,21 +285,14 @@ class _Repair:
 
     def pieces(self) -> Generator[Tensor, None, None]:
         """The tensors of `specs` in order, in the dtypes that they are stored in, whole or in runs of rows."""
-        by_place: dict[int, list[TensorSpec]] = {}
-        for spec in self.specs:
-            by_place.setdefault(self._place(spec), []).append(spec)
-        yield from self._outside(by_place[-1], _Seen())
+        embedding, *after = (spec for spec in self.specs if spec.layer is None)
+        yield from self._outside([embedding], _Seen())
         for index, seen in self._seen_in_layers():
             if index in self.plan.layers:
                 number = self.plan.layers.index(index)
-                yield from self._layer(number, by_place[number], seen)
+                yield from self._layer(number, [spec for spec in self.specs if spec.layer == number], seen)
             self.progress(index + 1, self.plan.teacher.layers)
-        yield from self._outside(by_place[self.plan.student.layers], self._seen_at_the_end())
-
-    def _place(self, spec: TensorSpec) -> int:
-        if spec.name == self.architecture.embedding:
-            return -1
-        return self.plan.student.layers if spec.layer is None else spec.layer
+        yield from self._outside(after, self._seen_at_the_end())
 
     def _seen_in_layers(self) -> Iterator[tuple[int, _Seen]]:
         if not self.sites and not self.scaled:
@@ -341,7 +402,7 @@ class _Repair:
         if spec.reads("hidden"):
             layer = None if spec.layer is None else self.plan.layers[spec.layer]
             norm = self.architecture.norm_before(module, layer)
-            return self.residual.read(tensor, None if norm is None else _norm(self.checkpoint, norm))
+            return self.residual.read(tensor, None if norm is None else read_norm(self.checkpoint, norm))
         if module in self.norms:
             return self._norm_tensor(module, kind, seen.scale(module))
         return self.residual.write(tensor) if spec.axes[0][0].unit == "hidden" else tensor
@@ -350,7 +411,7 @@ class _Repair:
         before_embedding = name == self.architecture.final_norm and self.architecture.tied(self.checkpoint.config)
         if before_embedding:
             scale /= embedding_gain(self.checkpoint, self.plan)
-        norm = self.residual.norm(_norm(self.checkpoint, name), scale, tied=before_embedding)
+        norm = self.residual.norm(read_norm(self.checkpoint, name), scale, tied=before_embedding)
         if kind == "bias":
             assert norm.bias is not None
             return norm.bias

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minitron.errors import PlanError
 from minitron.model.architecture import Architecture
+from minitron.model.checkpoint import Checkpoint
 
 # Smallest share of the mean gain that a channel's gain counts for where embeddings are tied.
 SMALLEST_GAIN = 0.05
@@ -122,30 +123,43 @@ def residual_basis(
     return Basis((scale[:, None] * directions).float(), (directions / scale[:, None]).float())
 
 
-def require_basis(architecture: Architecture, *, tied: bool) -> None:
-    """Raises: PlanError for a family whose residual stream cannot be turned without changing what the model does."""
+def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:
+    """Why a model cannot have a residual basis: what no model of its family with a turned stream could express."""
     if tied and architecture.centred_norms:
+        return "with tied embeddings there is no matrix after the last norm that could hold the norm's bias"
+    if architecture.channel_norms:
+        norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
+        return f"{norms} scale the channels of what is added to the residual stream"
+    return None
+
+
+def require_basis(architecture: Architecture, *, tied: bool) -> None:
+    """Raises: PlanError if a model cannot have a residual basis."""
+    obstacle = basis_obstacle(architecture, tied=tied)
+    if obstacle:
         raise PlanError(
-            f"a {architecture.name} model with tied embeddings cannot have a residual basis: its last norm has a bias, "
-            "which only an output projection of its own could hold; leave `basis` out of repair.steps"
-        )
-    if architecture.channel_norms or not any("{layer}" in norm for norm in architecture.norms):
-        norms = [name.removesuffix(".weight") for name in architecture.channel_norms]
-        raise PlanError(
-            f"the {architecture.name} family cannot have a residual basis: {' and '.join(norms) or 'its norms'} scale "
-            "the channels of what is added to the residual stream, which no rotated model can express; "
+            f"this {architecture.name} model cannot have a residual basis, for {obstacle}: "
             "leave `basis` out of repair.steps"
         )
 
 
 def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, " tokens"]:
     """For each token, the factor that a norm of the student needs to give what it holds of the normalised state."""
+    return residual.embed(normalized(states, centred=centred)).square().mean(-1).sqrt()
+
+
+def normalized(states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, "tokens hidden"]:
+    """What a norm makes of states before its gain, in float32."""
     states = states.float()
     if centred:
         states = states - states.mean(-1, keepdim=True)
-    held = residual.embed(states)
-    rms = states.square().mean(-1).sqrt()
-    return held.square().mean(-1).sqrt() / rms.clamp_min(torch.finfo(torch.float32).tiny)
+    return states * states.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+
+
+def read_norm(checkpoint: Checkpoint, name: str) -> Norm:
+    """A norm's gain and bias in float32."""
+    gain = checkpoint.read(f"{name}.weight").float() + checkpoint.architecture.norm_gain_offset
+    return Norm(gain, checkpoint.read(f"{name}.bias").float() if f"{name}.bias" in checkpoint.stored else None)
 
 
 def _zero_sum(hidden: int) -> Float[Tensor, "less hidden"]:
