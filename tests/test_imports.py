@@ -25,7 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
-    "prune": ("calibrate", "importance", "plan", "cut"),
+    "prune": ("calibrate", "importance", "questions", "depth", "plan", "cut", "scoring"),
     "model": ("architecture", "families", "weights", "checkpoint", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

@@ -9,12 +9,15 @@ import small
 import tiny
 import torch
 
+from minitron.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.prune.calibrate import CalibrateConfig, calibrate
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, contiguous_blocks, leave_one_out
-from minitron.prune.plan import PruneConfig, choose, step_shapes
+from minitron.prune.plan import Plan, PruneConfig, choose, step_shapes
 from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.recipe import build_recipe
+from minitron.run import run
 
 QUESTIONS = [{"ctx": "the rain in", "endings": ["the plain", "a boat"], "label": number % 2} for number in range(5)]
 
@@ -91,3 +94,35 @@ def test_every_step_is_chosen_by_scores_of_what_is_left(teacher: Path, tmp_path:
     for name, tensor in tiny.tensors(tmp_path / "at once").items():
         assert torch.equal(tensor, expected[name]), name
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2", "at once"}
+
+
+def test_a_run_in_steps_with_layers_by_a_task_plans_for_the_teacher_itself(
+    teacher: Path, task: Path, tmp_path: Path
+) -> None:
+    raw = {
+        "model": str(teacher),
+        "data": {"source": str(small.text(tmp_path / "text.jsonl")), "heldout_fraction": 0.2, "block_tokens": 16},
+        "calibrate": {"samples": 8},
+        "prune": {
+            "shape": {"layers": 2, "ffn": 20},
+            "criterion": "magnitude",
+            "layer_criterion": "task",
+            "layer_task": str(task),
+            "iterations": 2,
+        },
+        "distill": {"tokens": 128, "batch_blocks": 4},
+        "evaluate": {"blocks": 4, "prompts": ["the"], "new_tokens": 2, "speed": False},
+    }
+    run(build_recipe(raw), tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "plan" / "plan.json")
+    assert plan.teacher == open_checkpoint(teacher).shape
+    assert (plan.student.layers, plan.student.ffn) == (2, 20)
+    assert not list((tmp_path / "out" / "plan").glob("step-*"))
+    questions = task.read_text()
+    task.write_text(questions.replace("a boat", "the boat"))
+    with pytest.raises(RunError, match=r"scores was made from other inputs; changed: task\."):
+        run(build_recipe(raw), tmp_path / "out")
+    task.write_text(questions)
+    raw["prune"]["iterations"] = 1
+    with pytest.raises(RunError, match=r"made from other inputs; changed: .*dropped"):
+        run(build_recipe(raw), tmp_path / "out")

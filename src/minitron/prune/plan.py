@@ -44,8 +44,8 @@ class PruneConfig(Section):
     one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
     without each one."""
     layer_task: str | None = None
-    """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or a task of
-    lm-evaluation-harness where that is installed."""
+    """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or, where lm-evaluation-harness is
+    installed, the name of one of its tasks or a .yaml file of one."""
     layer_samples: int = Field(default=128, ge=1)
     """Calibration blocks on which layers are scored by loss, or questions by task; at most."""
     iterations: int = Field(default=1, ge=1)
