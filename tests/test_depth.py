@@ -208,10 +208,6 @@ def test_a_task_of_the_harness_is_graded_as_the_file_that_it_is_made_of(
         results = [(value, False) for value in nats]
         for one, other in zip(questions, local, strict=True):
             assert one.grade(results) == other.grade(results)
-    with pytest.raises(
-        DataError, match=r"neither a .jsonl file nor a task of lm-evaluation-harness; did you mean 'wino"
-    ):
-        read_questions("winogrand")
     with pytest.raises(DataError, match="does not exist, or names no task"):
         read_questions(str(tmp_path / "nothing.yaml"))
 

@@ -39,7 +39,7 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
     Raises: DataError if there is neither, or a row is none of the forms above.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() and path.suffix != ".yaml":
         questions = _read_rows(path, limit)
     elif path.suffix == ".jsonl":
         raise DataError(f"task file {source} does not exist")
@@ -179,8 +179,10 @@ def _read_harness(name: str, limit: int | None) -> list[Question]:
             "or give a .jsonl file of questions"
         ) from None
     file = Path(name).expanduser()
-    manager = TaskManager(include_path=str(file.parent) if file.suffix == ".yaml" else None)
-    known = _name_in(file) if file.suffix == ".yaml" else name
+    if file.suffix == ".yaml":
+        known, manager = _name_in(file), TaskManager(include_path=str(file.parent), include_defaults=False)
+    else:
+        known, manager = name, TaskManager()
     if known not in manager.all_tasks:
         raise DataError(f"{name!r} is neither a .jsonl file nor a task of lm-evaluation-harness{_near(known, manager)}")
     try:
