@@ -107,6 +107,8 @@ def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch
         ["prune", "m", "--out", "o"],
         ["prune", "m", "--out", "o", "--shape", "ffn=2", "--target-params", "50%"],
         ["prune", "m", "--out", "o", "--shape", "ffn"],
+        ["prune", "m", "--out", "o", "--layers", "1-2"],
+        ["prune", "m", "--out", "o", "--layers", "drop=1", "--target-params", "50%"],
         ["distill", "--teacher", "t", "--out", "o"],
         ["distill", "--teacher", "t", "--student", "s", "--out", "o", "--tokens", "20X"],
         ["evaluate", "m", "--blocks", "0"],
@@ -220,6 +222,33 @@ def test_the_rooms_one_by_one(desk: Desk) -> None:
 def same_weights(one: Path, other: Path) -> bool:
     first, second = tiny.tensors(one), tiny.tensors(other)
     return all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_layers_by_number_need_neither_text_nor_statistics(desk: Desk) -> None:
+    code, _, err = desk.run("prune", desk.teacher, "--layers", "drop=1-2", "--out", desk.path / "dropped")
+    assert code == 0 and "no --data given" not in err
+    desk.json("prune", desk.teacher, "--layers", "keep=0,3", "--out", desk.path / "kept")
+    assert same_weights(desk.path / "dropped", desk.path / "kept")
+    assert Plan.load(desk.path / "kept" / "plan.json").layers == (0, 3)
+
+
+def test_units_from_a_file_with_scores_for_the_rest(desk: Desk) -> None:
+    file = desk.path / "units.json"
+    file.write_text(json.dumps({"ffn": [list(range(7))] * 4}))
+    command = ("prune", desk.teacher, "--plan", file, "--shape", "layers=3", "--data", desk.text)
+    desk.json(*command, "--layer-criterion", "loss", "--out", desk.path / "out")
+    plan = Plan.load(desk.path / "out" / "plan.json")
+    assert plan.ffn == (tuple(range(7)),) * 3 and len(plan.layers) == 3
+    whole = ("prune", desk.teacher, "--plan", desk.path / "out" / "plan.json", "--shape", "ffn=3")
+    assert "is a whole plan, which says what stays of every dim" in desk.refuses(*whole, "--out", desk.path / "no")
+
+
+def test_a_criterion_that_is_unknown_or_lacks_its_task_is_refused(desk: Desk) -> None:
+    command = ("prune", desk.teacher, "--shape", "layers=2", "--data", desk.text, "--out", desk.path / "out")
+    assert "--criterion: Input should be 'activation', 'magnitude' or" in desk.refuses(*command, "--criterion", "size")
+    assert "needs a task" in desk.refuses(*command, "--layer-criterion", "task")
+    task = ("--layer-criterion", "task", "--layer-task", "nowhere.jsonl")
+    assert "task file nowhere.jsonl does not exist" in desk.refuses(*command, *task)
 
 
 def test_run_and_compress_and_their_report_and_card(desk: Desk) -> None:

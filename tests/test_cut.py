@@ -15,7 +15,7 @@ from torch import nn
 from minitron.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.prune.cut import cut
-from minitron.prune.plan import Plan, identity_plan
+from minitron.prune.plan import Plan, compose, identity_plan
 
 CUTS = {
     "ffn": {"ffn": 17},
@@ -170,6 +170,27 @@ def test_per_layer_lists_are_cut_with_the_layers(variant: str, stored: bool, tmp
     assert {key: new[key] for key in lists} == {
         key: [values[layer] for layer in plan.layers] for key, values in lists.items()
     }
+
+
+@pytest.mark.parametrize("sizes", ["layers", "everything"])
+def test_cutting_by_the_composed_plan_is_cutting_twice(directory: Path, sizes: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    first = a_plan(checkpoint, sizes)
+    once = open_checkpoint(cut_to(checkpoint, first, tmp_path / "once"))
+    again = {"layers": {"layers": 1}, "everything": {"layers": 2, "ffn": 11}}[sizes]
+    if sizes == "everything" and not checkpoint.architecture.heads_fill_hidden:
+        again |= {"hidden": 12, "kv_heads": 2, "heads": 2}
+    second = tiny.plan(once.shape, seed=1, **again)
+    twice = cut_to(once, second, tmp_path / "twice")
+    both = cut_to(checkpoint, compose(first, second), tmp_path / "both")
+    assert json.loads((both / "config.json").read_text()) == json.loads((twice / "config.json").read_text())
+    expected = tiny.tensors(twice)
+    rescaled = {checkpoint.architecture.embedding, f"{checkpoint.architecture.final_norm}.weight"}
+    for name, tensor in tiny.tensors(both).items():
+        if checkpoint.architecture.embedding_times_sqrt_hidden and name in rescaled:  # two roundings, or one
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 def test_plan_for_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -186,6 +186,32 @@ def test_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_questions(str(written(tmp_path / "empty.jsonl", "")))
 
 
+def test_a_task_of_the_harness_is_graded_as_the_file_that_it_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [ROWS["endings"] | {"label": label} for label in range(3)]
+    file = written(tmp_path / "rows.jsonl", *rows)
+    lines = ["task: small_choice", "dataset_path: json", "dataset_kwargs:", f"  data_files: {{test: {file}}}"]
+    lines += [
+        "test_split: test",
+        "output_type: multiple_choice",
+        'doc_to_text: "{{ctx}}"',
+        'doc_to_choice: "{{endings}}"',
+    ]
+    lines += ['doc_to_target: "{{label}}"', "metric_list: [{metric: acc}, {metric: acc_norm}]"]
+    questions = read_questions(str(written(tmp_path / "task.yaml", *lines)), limit=2)
+    local = read_questions(str(file), limit=2)
+    assert [question.requests for question in questions] == [question.requests for question in local]
+    for nats in ([-1.0, -2.0, -3.0], [-9.0, -2.0, -3.0], [-9.0, -9.0, -0.1]):
+        results = [(value, False) for value in nats]
+        for one, other in zip(questions, local, strict=True):
+            assert one.grade(results) == other.grade(results)
+    with pytest.raises(DataError, match="does not exist, or names no task"):
+        read_questions(str(tmp_path / "nothing.yaml"))
+
+
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_scored_tokens_are_those_of_the_continuation(adds_bos: bool, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(tmp_path, adds_bos=adds_bos)

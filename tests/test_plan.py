@@ -18,14 +18,20 @@ from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.families import FAMILIES
 from minitron.prune.importance import Scores
 from minitron.prune.plan import (
+    Given,
     Plan,
     PruneConfig,
     choose,
+    compose,
     default_multiple,
     given_layers,
     identity_plan,
+    load_given,
+    needs_scores,
     parse_target,
     require_consistent,
+    require_cuttable,
+    step_shapes,
     target_shape,
 )
 
@@ -292,6 +298,13 @@ def test_layers_dropped_by_hand_are_dropped_whatever_their_score(
     require_consistent(plan)
 
 
+@pytest.mark.parametrize(("keep", "layers"), [("3", (3,)), ("0-1", (0, 1)), ("2-3, 0", (0, 2, 3)), ("1,1", (1,))])
+def test_layers_kept_by_hand_are_the_ones_that_stay(keep: str, layers: tuple[int, ...]) -> None:
+    prune = PruneConfig(keep_layers=keep)
+    student = target_shape(FAMILIES["llama"], {}, TEACHER, prune)
+    assert choose(random_scores(), TEACHER, student, given_layers(prune, TEACHER)).layers == layers
+
+
 BAD_TARGETS: dict[str, tuple[PruneConfig, str]] = {
     "neither": (PruneConfig(), r"give either prune.target \(such as 50%\), or prune.shape and prune.drop"),
     "both": (PruneConfig(target="50%", shape={"ffn": 8}), "and not both"),
@@ -317,6 +330,14 @@ BAD_TARGETS: dict[str, tuple[PruneConfig, str]] = {
         PruneConfig(drop_layers="1-2", shape={"layers": 3}),
         "drop_layers keeps 2 layers, but prune.shape wants layers=3: give one",
     ),
+    "keep and drop": (PruneConfig(keep_layers="1", drop_layers="2"), "drop_layers or prune.keep_layers, and not both"),
+    "no layers to keep": (PruneConfig(keep_layers="last"), "keep_layers 'last' is no list of layers such as 15-30"),
+    "all kept": (PruneConfig(keep_layers="0-3"), "keep_layers '0-3' must name some, not all"),
+    "no task": (PruneConfig(target="50%", layer_criterion="task"), "layer_task is None: the criterion 'task' needs a"),
+    "idle task": (
+        PruneConfig(target="50%", layer_task="a.jsonl"),
+        "layer_task is 'a.jsonl': .* no other criterion has",
+    ),
     "zero": (PruneConfig(shape={"kv_heads": 0}), "kv_heads=0.* must be positive"),
 }
 
@@ -329,3 +350,130 @@ def test_impossible_targets_are_refused_with_a_reason(prune: PruneConfig, messag
 
 def test_prunable_dims_are_those_a_plan_lists() -> None:
     assert set(PRUNABLE) == Plan.__dataclass_fields__.keys() - {"teacher", "student"}
+
+
+# --- units given in a file -------------------------------------------------------------------------------------------
+
+
+def given(tmp_path: Path, raw: Any) -> Any:
+    (tmp_path / "units.json").write_text(json.dumps(raw))
+    return load_given(tmp_path / "units.json", TEACHER)
+
+
+def chosen_with(units: Given, **shape: int) -> Plan:
+    student = target_shape(FAMILIES["mistral"], {}, TEACHER, PruneConfig(shape=shape or None), units)
+    return choose(random_scores(), TEACHER, student, units)
+
+
+def test_a_plan_with_all_dims_is_a_plan_and_needs_no_choice(tmp_path: Path) -> None:
+    plan = tiny.plan(TEACHER, layers=3, hidden=24, ffn=20, kv_heads=2, heads=2)
+    plan.save(tmp_path / "plan.json")
+    assert load_given(tmp_path / "plan.json", TEACHER) == plan
+
+
+def test_listed_units_stay_and_the_scores_choose_the_rest(tmp_path: Path) -> None:
+    hidden, ffn = list(range(3, 27)), [list(range(layer, 20 + layer)) for layer in range(4)]
+    free = choose(random_scores(), TEACHER, replace(TEACHER, layers=2, hidden=24, ffn=20))
+    plan = chosen_with(given(tmp_path, {"hidden": hidden, "ffn": ffn}), layers=2)
+    assert list(plan.hidden) == hidden
+    assert plan.layers == free.layers
+    assert [list(units) for units in plan.ffn] == [ffn[layer] for layer in plan.layers]  # lists go with their layers
+    by_layer = chosen_with(given(tmp_path, {"layers": [1, 3], "ffn": ffn[:2]}), hidden=24)
+    assert by_layer.layers == (1, 3) and [list(units) for units in by_layer.ffn] == ffn[:2]
+    assert by_layer.hidden == free.hidden
+
+
+def test_heads_that_are_listed_bring_their_kv_heads(tmp_path: Path) -> None:
+    plan = chosen_with(given(tmp_path, {"heads": [[0, 5], [3, 6], [1, 3], [4, 7]]}))
+    assert plan.kv_heads == ((0, 2), (1, 3), (0, 1), (2, 3)) and plan.student.heads == 2
+    groups = chosen_with(given(tmp_path, {"kv_heads": [[0, 3]] * 4}))
+    assert groups.heads == ((0, 1, 6, 7),) * 4
+    half = chosen_with(given(tmp_path, {"kv_heads": [[0, 3]] * 4}), heads=2)
+    assert all(len(heads) == 2 and heads[0] < 2 and heads[1] > 5 for heads in half.heads)
+
+
+@pytest.mark.parametrize(
+    ("raw", "shape", "needed"),
+    [
+        ({"layers": [0, 3]}, {}, False),
+        ({"ffn": [[1, 2]] * 4}, {}, False),
+        ({"heads": [[0, 3]] * 4}, {}, False),
+        ({"kv_heads": [[0, 3]] * 4}, {}, True),  # of heads, all of the groups stay, and that is counted as a choice
+        ({"layers": [0, 3]}, {"ffn": 20}, True),
+    ],
+)
+def test_scores_are_needed_where_a_dim_shrinks_that_is_not_listed(
+    tmp_path: Path, raw: Any, shape: dict[str, int], needed: bool
+) -> None:
+    units = given(tmp_path, raw)
+    student = target_shape(FAMILIES["mistral"], {}, TEACHER, PruneConfig(shape=shape or None), units)
+    assert needs_scores(TEACHER, student, units) == needed
+
+
+BAD_UNITS: dict[str, tuple[Any, dict[str, int], str]] = {
+    "empty": ({}, {}, "must be an object that lists the units"),
+    "list": ([1], {}, "must be an object that lists the units"),
+    "unknown dim": ({"layer": [1]}, {}, "unknown dim 'layer'; did you mean 'layers'"),
+    "no list": ({"layers": 3}, {}, "is not a plan file: .*not iterable; layers and hidden are lists of numbers"),
+    "texts": ({"hidden": ["a"]}, {}, "is not a plan file: .*interpreted as an integer"),
+    "flat ffn": ({"ffn": [1, 2, 3, 4]}, {}, "ffn, heads and kv_heads lists of such lists, one per layer"),
+    "layer twice": ({"layers": [1, 1]}, {}, "layers must list 2 different indices below 4"),
+    "no layer": ({"layers": []}, {}, "layers=0 leaves nothing"),
+    "too few lists": ({"ffn": [[1]] * 3}, {}, "ffn has 3 lists, and needs one for each layer of the teacher, 4"),
+    "of kept layers": ({"layers": [1], "ffn": [[1]] * 4}, {}, "ffn has 4 lists, and needs one for each kept layer, 1"),
+    "uneven": ({"ffn": [[1], [1], [1, 2], [1]]}, {}, "ffn must list 1 different indices below 40"),
+    "uneven groups": ({"heads": [[0, 1], [0, 2], [0, 1], [0, 1]]}, {}, "the same number of kv heads in each layer"),
+    "foreign heads": ({"heads": [[0, 1]] * 4, "kv_heads": [[2]] * 4}, {}, "must keep the same number of its own"),
+    "other size": ({"hidden": [1, 2]}, {"hidden": 3}, "the plan file keeps 2 hidden, but prune.shape wants hidden=3"),
+    "nothing": ({"ffn": [[]] * 4}, {}, "ffn=0 leaves nothing"),
+}
+
+
+@pytest.mark.parametrize(("raw", "shape", "message"), BAD_UNITS.values(), ids=BAD_UNITS)
+def test_units_that_contradict_the_teacher_or_themselves_are_refused(
+    tmp_path: Path, raw: Any, shape: dict[str, int], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        chosen_with(given(tmp_path, raw), **shape)
+
+
+# --- in steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("share", ["70%", "40%", "15%"])
+@pytest.mark.parametrize("name", REAL)
+def test_steps_go_down_to_the_student_by_shapes_that_the_family_has(name: str, share: str, steps: int) -> None:
+    family, teacher, _ = REAL[name]
+    student = chosen(name, share)
+    shapes = step_shapes(FAMILIES[family], teacher, student, steps)
+    assert shapes[-1] == student and 1 <= len(shapes) <= steps
+    for larger, smaller in pairwise([teacher, *shapes]):
+        FAMILIES[family].require_valid(smaller)
+        require_cuttable(larger, smaller)
+        assert larger != smaller
+    if steps > 1:
+        assert len(shapes) > 1
+
+
+def test_layers_that_are_given_go_in_the_first_step_and_other_units_in_one_step_only() -> None:
+    student = replace(TEACHER, layers=2, ffn=20)
+    shapes = step_shapes(FAMILIES["llama"], TEACHER, student, 2, Given(layers=(0, 3)))
+    assert shapes == [replace(TEACHER, layers=2, ffn=30), student]
+    with pytest.raises(PlanError, match="units that a plan file lists are cut at once: give no iterations"):
+        step_shapes(FAMILIES["llama"], TEACHER, student, 2, Given(layers=(0, 3), hidden=tuple(range(32))))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plans_compose_unit_by_unit(seed: int) -> None:
+    first = tiny.plan(TEACHER, seed, layers=3, hidden=24, ffn=30, kv_heads=3, heads=6)
+    second = tiny.plan(first.student, seed + 9, layers=2, hidden=16, ffn=11, kv_heads=2, heads=2)
+    both = compose(first, second)
+    require_consistent(both)
+    assert (both.teacher, both.student) == (TEACHER, second.student)
+    for index, layer in enumerate(second.layers):
+        assert both.layers[index] == first.layers[layer]
+        for dim in ("ffn", "heads", "kv_heads"):
+            kept = getattr(first, dim)[layer]
+            assert getattr(both, dim)[index] == tuple(kept[unit] for unit in getattr(second, dim)[index])
+    assert compose(identity_plan(TEACHER), first) == first == compose(first, identity_plan(first.student))

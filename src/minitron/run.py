@@ -197,8 +197,8 @@ def make_plan(
     inputs = {"statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"])}
     measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
     if layers_need_a_pass(config, teacher.shape, first):
-        criterion |= {"layers": config.layer_criterion, "dropped": teacher.shape.layers - first.layers}
-        criterion |= {"task": config.layer_task, "samples": config.layer_samples}
+        criterion |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
+        criterion |= {"dropped": teacher.shape.layers - first.layers} if config.layer_criterion == "contiguous" else {}
         inputs |= measured | task_digest(stages, config)
 
     def score(out: Path) -> dict[str, Any]:

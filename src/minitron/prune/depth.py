@@ -8,6 +8,7 @@ part. The L models that lack one layer each take half the time of L passes, and 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,13 +69,13 @@ def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Fl
     return scores
 
 
-def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **options: object) -> Measure:
+def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **options: Any) -> Measure:
     """The LM loss in nats per token; `options` are those of `likelihoods`."""
     scored = torch.ones(tokens.shape, dtype=torch.bool)
     scored[:, 0] = False
 
     def measure(variants: Sequence[Variant]) -> Tensor:
-        found = likelihoods(checkpoint, tokens, scored, variants, **options)  # type: ignore[arg-type]
+        found = likelihoods(checkpoint, tokens, scored, variants, **options)
         losses = -found.nats.sum(1) / scored.sum()
         if not losses.isfinite().all():
             raise CheckpointError(f"{checkpoint.path}: the loss of the model is not finite: its weights are damaged")
@@ -84,13 +85,13 @@ def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **opt
 
 
 def by_task(
-    checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: object, max_tokens: int, **options: object
+    checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: Any, max_tokens: int, **options: Any
 ) -> Measure:
     """The share of questions that are answered wrong; `options` are those of `likelihoods`."""
     rows = encode(questions, tokenizer, max_tokens)
 
     def measure(variants: Sequence[Variant]) -> Tensor:
-        found = likelihoods(checkpoint, rows.tokens, rows.scored, variants, **options)  # type: ignore[arg-type]
+        found = likelihoods(checkpoint, rows.tokens, rows.scored, variants, **options)
         results = [
             zip(nats, greedy, strict=True)
             for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +44,8 @@ class PruneConfig(Section):
     one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
     without each one."""
     layer_task: str | None = None
-    """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or a task of
-    lm-evaluation-harness where that is installed."""
+    """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or, where lm-evaluation-harness is
+    installed, the name of one of its tasks or a .yaml file of one."""
     layer_samples: int = Field(default=128, ge=1)
     """Calibration blocks on which layers are scored by loss, or questions by task; at most."""
     iterations: int = Field(default=1, ge=1)
@@ -280,8 +281,8 @@ def load_given(path: Path, teacher: Shape) -> Plan | Given:
     if unknown:
         raise PlanError(f"{path} has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
     try:
-        units: dict[str, Any] = {dim: tuple(raw[dim]) for dim in ("layers", "hidden") if dim in raw}
-        units |= {dim: tuple(tuple(row) for row in raw[dim]) for dim in PER_LAYER if dim in raw}
+        units: dict[str, Any] = {dim: tuple(map(index, raw[dim])) for dim in ("layers", "hidden") if dim in raw}
+        units |= {dim: tuple(tuple(map(index, row)) for row in raw[dim]) for dim in PER_LAYER if dim in raw}
         return _checked(Given(**units), teacher)
     except TypeError as error:
         raise PlanError(
@@ -415,44 +416,49 @@ def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig,
 
 
 def step_shapes(
-    architecture: Architecture,
-    teacher: Shape,
-    student: Shape,
-    steps: int,
-    given: Given = Given(),
+    architecture: Architecture, teacher: Shape, student: Shape, steps: int, given: Given = Given()
 ) -> list[Shape]:
     """Shapes on the way from the teacher to the student, the student last, in steps of equal size where there are such.
 
-    Sizes that are given go at once, in the first step. Where the family has no model in between, attention and hidden
-    wait for a later step.
-    """
-    shapes: list[Shape] = []
-    start = with_sizes(teacher, **{dim: getattr(student, dim) for dim in given.sizes})
-    for step in range(1, steps):
-        before = shapes[-1] if shapes else teacher
+    Layers that are given by number go at once, in the first step. Where the family has no model in between, attention
+    and hidden wait for a later step.
 
-        def between(one: int, other: int, share: float = step / steps) -> int:
+    Raises: PlanError if units other than layers are given, and there are several steps.
+    """
+    if steps > 1 and given.sizes.keys() > {"layers"}:
+        raise PlanError("units that a plan file lists are cut at once: give no iterations with them")
+    shapes: list[Shape] = []
+    start = teacher if given.layers is None else with_sizes(teacher, layers=student.layers)
+    for step in range(1, steps):
+        before, share = shapes[-1] if shapes else teacher, step / steps
+
+        def between(one: int, other: int, share: float = share) -> int:
             return round(one + share * (other - one))
 
-        kv_heads = between(start.kv_heads, student.kv_heads)
-        heads = kv_heads * between(start.group, student.group)
-        step_of = heads if architecture.hidden_multiple_of_heads else 1
-        hidden = -(-between(start.hidden, student.hidden) // step_of) * step_of
+        kv_heads = between(teacher.kv_heads, student.kv_heads)
+        heads = kv_heads * between(teacher.group, student.group)
+        multiple = heads if architecture.hidden_multiple_of_heads else 1
+        hidden = -(-between(teacher.hidden, student.hidden) // multiple) * multiple
         if architecture.heads_fill_hidden:
             hidden = heads * teacher.head_dim
-        sizes = {"layers": between(start.layers, student.layers), "ffn": between(start.ffn, student.ffn)}
-        shape = with_sizes(before, **sizes)
-        wider = with_sizes(shape, kv_heads=kv_heads, heads=heads, hidden=hidden)
-        try:
-            architecture.require_valid(wider)
-            require_cuttable(before, wider)
-            require_cuttable(wider, student)
-            shape = wider
-        except PlanError:
-            pass
-        if shape != before:
+        ffn = between(teacher.ffn, student.ffn)
+        shape = with_sizes(before, layers=between(start.layers, student.layers), ffn=ffn)
+        narrower = with_sizes(shape, kv_heads=kv_heads, heads=heads, hidden=hidden)
+        if _lies_between(architecture, before, narrower, student):
+            shape = narrower
+        if shape not in (before, student):
             shapes.append(shape)
-    return [*(shape for shape in shapes if shape != student), student]
+    return [*shapes, student]
+
+
+def _lies_between(architecture: Architecture, larger: Shape, shape: Shape, smaller: Shape) -> bool:
+    try:
+        architecture.require_valid(shape)
+        require_cuttable(larger, shape)
+        require_cuttable(shape, smaller)
+    except PlanError:
+        return False
+    return True
 
 
 def default_multiple(size: int) -> int:

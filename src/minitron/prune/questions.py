@@ -1,4 +1,4 @@
-"""Multiple-choice questions: rows of a .jsonl file, or a task of lm-evaluation-harness, as texts to continue.
+"""Multiple-choice questions, as texts to continue: rows of a .jsonl file, or a task of lm-evaluation-harness.
 
 A local row has the fields of one of these:
 
@@ -9,6 +9,7 @@ A local row has the fields of one of these:
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
     Raises: DataError if there is neither, or a row is none of the forms above.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() and path.suffix != ".yaml":
         questions = _read_rows(path, limit)
     elif path.suffix == ".jsonl":
         raise DataError(f"task file {source} does not exist")
@@ -94,7 +95,8 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (context, context + continuation))
+    texts = (context, context + continuation)
+    before, whole = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     begins = start is not None and tokenizer("a").input_ids[:1] == [start]
     prefix = [start] if begins else []
@@ -164,31 +166,53 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[list[tuple[str,
 
 
 def _read_harness(name: str, limit: int | None) -> list[Question]:
-    """The requests that a task of lm-evaluation-harness makes, without examples before the question.
+    """The requests that a task of lm-evaluation-harness makes, or each task of a group, `limit` questions in all.
 
-    The grade is the task's own: acc_norm where it has that, else acc.
+    The name may be a .yaml file, which describes a task as the harness's own files do. The grade is the task's own:
+    acc_norm where it has that, else acc.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise DataError(
-            f"task {name!r} is no file, and tasks by name need lm-evaluation-harness: `pip install lm_eval`, "
+            f"task {name!r} is no .jsonl file, and other tasks need lm-evaluation-harness: `pip install lm_eval`, "
             "or give a .jsonl file of questions"
         ) from None
-    manager = TaskManager()
-    if name not in manager.all_tasks:
-        raise DataError(f"{name!r} is neither a .jsonl file nor a task of lm-evaluation-harness{_near(name, manager)}")
-    task = manager.load_task_or_group(name)[name]
+    file = Path(name).expanduser()
+    if file.suffix == ".yaml":
+        known, manager = _name_in(file), TaskManager(include_path=str(file.parent), include_defaults=False)
+    else:
+        known, manager = name, TaskManager()
+    if known not in manager.all_tasks:
+        raise DataError(f"{name!r} is neither a .jsonl file nor a task of lm-evaluation-harness{_near(known, manager)}")
+    try:
+        tasks = list(manager.load([known])["tasks"].values())
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"task {name!r} cannot be loaded by lm-evaluation-harness: {reason}") from None
+    of_each = None if limit is None else -(-limit // len(tasks))
+    return [question for task in tasks for question in _harness_questions(task, of_each)][:limit]
+
+
+def _harness_questions(task: Any, limit: int | None) -> list[Question]:
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     by_doc: dict[int, list[Any]] = {}
     for request in task.instances:
         if request.request_type != "loglikelihood":
             raise DataError(
-                f"task {name!r} asks for {request.request_type}; layers are scored by tasks that ask for "
+                f"task {task.config.task!r} asks for {request.request_type}; layers are scored by tasks that ask for "
                 "loglikelihood, such as winogrande or hellaswag"
             )
         by_doc.setdefault(request.doc_id, []).append(request)
     return [_harness_question(task, requests) for requests in by_doc.values()]
+
+
+def _name_in(file: Path) -> str:
+    """What a task file calls its task; its tags for functions of the harness need not be understood."""
+    names = re.findall(r"^task:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE) if file.is_file() else []
+    if not names:
+        raise DataError(f"task file {file} does not exist, or names no task")
+    return names[0]
 
 
 def _harness_question(task: Any, requests: Sequence[Any]) -> Question:
