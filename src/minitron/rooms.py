@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
+from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     has_weights,
@@ -31,16 +32,20 @@ from minitron.model.model_config import open_config
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, target_shape
+from minitron.prune.shapes import SearchConfig
+from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
     calibrate_on,
     calibrate_tokens,
     calibration_tokens,
+    make_student,
     prepare_data,
     score_units,
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.student_shape import ranked
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -77,6 +82,42 @@ def calibrate_model(
                 statistics = calibrate_tokens(teacher, tokens, config, scratch=partial, listener=listener)
             statistics.save(partial)
     return statistics
+
+
+def search_model(
+    model: str,
+    *,
+    prune: PruneConfig,
+    search: SearchConfig,
+    statistics_dir: Path | None,
+    data_config: data.DataConfig | None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Every shape of one model within the budgets, ranked; the keys are those of a run's search/candidates.json.
+
+    Args:
+        data_config: needed without statistics, and for the level `cut`.
+    """
+    teacher = open_checkpoint(resolve_model(model))
+    with ExitStack() as stack:
+        corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
+        if statistics_dir is not None:
+            statistics = Statistics.load(statistics_dir)
+        else:
+            assert corpus is not None
+            config = CalibrateConfig(second_moment=True)
+            statistics = calibrate_on(teacher, corpus, config, 0, scratch=work, listener=listener)
+        scores = score_units(statistics, teacher.shape, prune)
+
+        def make(shape: Shape, out: Path) -> None:
+            make_student(teacher, choose(scores, teacher.shape, shape), out)
+
+        recipe = Recipe(model=model, prune=prune, search=search)
+        listener.stage("search", "running")
+        _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)
+    listener.stage("search", "done")
+    return facts
 
 
 def prune_model(
