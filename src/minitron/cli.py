@@ -149,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     _add_data(search)
+    search.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
     search.add_argument(
         "--cut", type=_count, metavar="N", help="also cut the best N and measure their loss on the data"
     )

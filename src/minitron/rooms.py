@@ -45,7 +45,7 @@ from minitron.run import (
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
-from minitron.student_shape import ranked
+from minitron.student_shape import feasible_for, machine_for, ranked
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -99,6 +99,7 @@ def search_model(
         data_config: needed without statistics, and for the level `cut`.
     """
     teacher = open_checkpoint(resolve_model(model))
+    feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
         corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
@@ -106,8 +107,7 @@ def search_model(
             statistics = Statistics.load(statistics_dir)
         else:
             assert corpus is not None
-            config = CalibrateConfig(second_moment=True)
-            statistics = calibrate_on(teacher, corpus, config, 0, scratch=work, listener=listener)
+            statistics = calibrate_on(teacher, corpus, CalibrateConfig(), 0, scratch=work, listener=listener)
         scores = score_units(statistics, teacher.shape, prune)
 
         def make(shape: Shape, out: Path) -> None:

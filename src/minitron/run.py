@@ -111,11 +111,7 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
                 }
             ),
             "calibrate": recipe.calibrate.model_copy(
-                update={
-                    "precision": settle_precision(recipe.calibrate.precision),
-                    # the prediction's; it stays in the stored recipe, whose search is off
-                    "second_moment": recipe.calibrate.second_moment or recipe.search.level != "off",
-                }
+                update={"precision": settle_precision(recipe.calibrate.precision)}
             ),
         }
     ), shape

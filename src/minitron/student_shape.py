@@ -104,7 +104,6 @@ def ranked(
         step_tokens = trial.step_tokens
     facts = {
         "level": search.level,
-        "stream": "channels" if statistics.second_moment is None else "principal directions",
         "machine": asdict(machine),
         "context_tokens": search.context_tokens,
         "batch": search.batch,

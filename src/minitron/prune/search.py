@@ -123,15 +123,13 @@ def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callabl
     The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
     input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what is
     read from and written to the narrower stream, times what passes the kept heads or neurons. What survives of an
-    activation is the share of its energy (sum of squares) in the units that the scores keep; of the stream, the share
-    in as many principal directions, which is what training can bring back (docs/LOG.md), where the statistics have its
-    second moment, and else in the channels that the scores keep. No number is fitted.
+    activation is the share of its energy (sum of squares) in the units that the scores keep. No number is fitted.
     """
     energy = {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in statistics.sums.items()}
     angles = statistics.cosine.clamp(-1, 1).arccos()
     way = angles / angles.sum()
     order = scores.layers.argsort(descending=True, stable=True)
-    hidden = _stream_curve(statistics, scores, energy)
+    hidden = _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
     ffn = torch.stack([_curve(*row) for row in zip(scores.ffn, energy["mlp_out"], strict=True)])
     per_head = energy["attention_out"].unflatten(-1, (teacher.heads, teacher.head_dim)).sum(-1)
 
@@ -150,14 +148,6 @@ def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callabl
         return -math.log(max(stream * kept, sys.float_info.min))  # and read once more, by the output projection
 
     return damage
-
-
-def _stream_curve(statistics: Statistics, scores: Scores, energy: Mapping[str, Tensor]) -> Float[Tensor, " counts"]:
-    """Share of the residual stream's energy in a stream of n channels, for n = 0 ... all."""
-    if statistics.second_moment is None:
-        return _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
-    directions = torch.linalg.eigvalsh(statistics.second_moment).clamp(min=0)
-    return _curve(directions, directions)
 
 
 def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
