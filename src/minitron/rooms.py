@@ -16,7 +16,6 @@ from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
-from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     has_weights,
@@ -39,9 +38,9 @@ from minitron.run import (
     calibrate_on,
     calibrate_tokens,
     calibration_tokens,
-    make_student,
     prepare_data,
     score_units,
+    student_maker,
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
@@ -109,10 +108,7 @@ def search_model(
             assert corpus is not None
             statistics = calibrate_on(teacher, corpus, CalibrateConfig(), 0, scratch=work, listener=listener)
         scores = score_units(statistics, teacher.shape, prune)
-
-        def make(shape: Shape, out: Path) -> None:
-            make_student(teacher, choose(scores, teacher.shape, shape), out)
-
+        make = student_maker(teacher, scores)
         recipe = Recipe(model=model, prune=prune, search=search)
         listener.stage("search", "running")
         _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)

@@ -1,6 +1,6 @@
 """The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,10 +60,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         searching = recipe.search.level != "off"
         if searching:
             scores = score_units(statistics, teacher.shape, recipe.prune)
-
-            def make(shape: Shape, out: Path) -> None:
-                make_student(teacher, choose(scores, teacher.shape, shape), out)
-
+            make = student_maker(teacher, scores)
             shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
@@ -195,6 +192,11 @@ def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
         "prune": recipe.prune.model_copy(update={"target": None, "shape": sizes}),
         "search": recipe.search.model_copy(update={"level": "off"}),
     }
+
+
+def student_maker(teacher: Checkpoint, scores: Scores) -> Callable[[Shape, Path], dict[str, str]]:
+    """A function that makes the pruned checkpoint of a shape in an empty directory, for the candidates of a search."""
+    return lambda shape, out: make_student(teacher, choose(scores, teacher.shape, shape), out)
 
 
 def make_student(teacher: Checkpoint, plan: Plan, out: Path) -> dict[str, str]:

@@ -167,13 +167,13 @@ def search(records: RunRecords) -> str:
         return ""
     facts, found = records.search, records.search["candidates"]
     columns = candidate_columns(found)
-    head: list[Heading] = ["Rank", *((column.heading, column.unit) for column in columns)]
+    head = ["Rank", *(c.heading if not c.unit else (c.heading, c.unit) for c in columns)]
     rows = [[f"{rank}", *candidate_cells(one, columns)] for rank, one in enumerate(found[:SHOWN_CANDIDATES], start=1)]
     machine = facts["machine"]
     note = (
         f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is predicted from the "
-        "statistics and has no unit; losses are the training loss, in nats per token, on training blocks that the "
-        f"short runs had not read. KV cache and times are of {count(facts['batch'])} × "  # noqa: RUF001
+        "statistics and has no unit; losses are the training loss, in nats per token, on the training blocks that "
+        f"the first pass reads last. KV cache and times are of {count(facts['batch'])} × "  # noqa: RUF001
         f"{count(facts['context_tokens'])} tokens; times are modelled from {size(machine['bytes_per_second'])} and "
         f"{flops(machine['flops_per_second'])} per second, not measured."
     )
