@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,15 +47,20 @@ from minitron.prune.plan import (
 from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.shapes import SearchConfig
+from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
     calibrate_tokens,
     calibration_tokens,
     prepare_data,
+    repairing,
     scoring_on,
+    student_maker,
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.student_shape import feasible_for, machine_for, ranked
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -92,6 +97,44 @@ def calibrate_model(
                 statistics = calibrate_tokens(teacher, tokens, config, scratch=partial, listener=listener)
             statistics.save(partial)
     return statistics
+
+
+def search_model(
+    model: str,
+    *,
+    prune: PruneConfig,
+    search: SearchConfig,
+    statistics_dir: Path | None,
+    data_config: data.DataConfig | None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Every shape of one model within the budgets, ranked; the keys are those of a run's search/candidates.json.
+
+    Args:
+        data_config: needed without statistics, and for the level `cut`.
+    """
+    teacher = open_checkpoint(resolve_model(model))
+    repair = resolve_repair(RepairConfig(), teacher)
+    calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
+    feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
+    with ExitStack() as stack:
+        corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
+        if statistics_dir is not None:
+            statistics = Statistics.load(statistics_dir)
+        else:
+            assert corpus is not None
+            tokens = calibration_tokens(corpus, calibration, 0)
+            statistics = calibrate_tokens(teacher, tokens, calibration, scratch=work, listener=listener)
+        scores = score_units(statistics, teacher.shape, prune)
+        recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
+        make = None
+        if corpus is not None:
+            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, listener))
+        listener.stage("search", "running")
+        _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)
+    listener.stage("search", "done")
+    return facts
 
 
 def prune_model(

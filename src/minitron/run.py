@@ -62,12 +62,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         searching = recipe.search.level != "off"
         if searching:
             scores = score_units(statistics, teacher.shape, recipe.prune)
-
-            mend = repairing(recipe, statistics, scores, corpus, stages.listener)
-
-            def make(shape: Shape, out: Path) -> None:
-                mend(teacher, choose(scores, teacher.shape, shape), out)
-
+            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, stages.listener))
             shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
@@ -240,9 +235,10 @@ def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
     }
 
 
-def repairing(
-    recipe: Recipe, statistics: Statistics, scores: Scores, corpus: data.Corpus, listener: Listener
-) -> Callable[[Checkpoint, Plan, Path], Repaired]:
+Mend = Callable[[Checkpoint, Plan, Path], Repaired]
+
+
+def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: data.Corpus, listener: Listener) -> Mend:
     """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
     tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
@@ -250,6 +246,11 @@ def repairing(
     return partial(
         repaired_cut, steps=recipe.repair.steps, statistics=statistics, scores=scores, tokens=tokens, **options
     )
+
+
+def student_maker(teacher: Checkpoint, scores: Scores, mend: Mend) -> Callable[[Shape, Path], Repaired]:
+    """A function that makes the pruned checkpoint of a shape in an empty directory, for the candidates of a search."""
+    return lambda shape, out: mend(teacher, choose(scores, teacher.shape, shape), out)
 
 
 def prune(

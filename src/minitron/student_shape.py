@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.plan import PruneConfig
-from minitron.prune.search import distilled_steps, predictor, rank
+from minitron.prune.search import Ranked, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
 from minitron.recipe import Recipe
 from minitron.rundir import Listener, RunDirectory
@@ -44,25 +45,14 @@ def find_shape(
     work = _work(stages)
 
     def do(out: Path) -> dict[str, Any]:
-        machine = machine_for(recipe.search, teacher.dtype)
-        candidates = feasible_for(teacher, recipe.prune, recipe.search, machine)
-        trial = _Trial(work, recipe, teacher, corpus, make, stages.listener)
-        predict = predictor(statistics, scores, teacher.shape)
-        found = rank(candidates, predict, trial.loss_at, recipe.search, steps=trial.steps, drop=trial.drop)
-        step_tokens = (trial.config(candidates[0]).batch_blocks or 0) * corpus.block_tokens
-        facts = {
-            "level": recipe.search.level,
-            "machine": vars(machine),
-            "step_tokens": step_tokens,
-            "candidates": [one.to_dict() for one in found],
-        }
+        found, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=stages.listener)
         write_json(out / "candidates.json", facts)
         return {
             "winner": found[0].candidate.to_dict(),
             "candidates": len(found),
             "cut": sum(0 in one.losses for one in found),
             "distilled": sum(one.step > 0 for one in found),
-            "tokens": distilled_steps(found) * step_tokens,
+            "tokens": distilled_steps(found) * facts["step_tokens"],
         }
 
     stages.do(
@@ -83,6 +73,44 @@ def find_shape(
     )
     facts = json.loads((stages.out / "search" / "candidates.json").read_text())
     return Shape(**facts["candidates"][0]["shape"])
+
+
+def ranked(
+    recipe: Recipe,
+    teacher: Checkpoint,
+    statistics: Statistics,
+    scores: Scores,
+    corpus: Corpus | None,
+    make: Callable[[Shape, Path], Any] | None,
+    *,
+    work: Path,
+    listener: Listener,
+) -> tuple[list[Ranked], dict[str, Any]]:
+    """The candidates, best first, and what candidates.json says of them.
+
+    Args:
+        corpus, make: needed where losses are measured; `make` cuts the student of a shape into an empty directory.
+        work: holds candidates that are measured, and what was measured so far.
+    """
+    search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
+    candidates = feasible_for(teacher, recipe.prune, search, machine)
+    predict = predictor(statistics, scores, teacher.shape)
+    if corpus is None or make is None:
+        assert search.level == "predicted"
+        found, step_tokens = rank(candidates, predict, None, search), 0
+    else:
+        trial = _Trial(work, recipe, teacher, corpus, make, listener)
+        found = rank(candidates, predict, trial.loss_at, search, steps=trial.steps, drop=trial.drop)
+        step_tokens = trial.step_tokens
+    facts = {
+        "level": search.level,
+        "machine": asdict(machine),
+        "context_tokens": search.context_tokens,
+        "batch": search.batch,
+        "step_tokens": step_tokens,
+        "candidates": [one.to_dict() for one in found],
+    }
+    return found, facts
 
 
 def take_over(stages: RunDirectory) -> None:
@@ -152,6 +180,7 @@ class _Trial:
         resolved = self._resolve(teacher.shape)
         assert resolved.batch_blocks
         self.steps = train.num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
+        self.step_tokens = resolved.batch_blocks * corpus.block_tokens
 
     def loss_at(self, candidate: Candidate, step: int) -> float:
         losses = self.known.setdefault(candidate.name, {})

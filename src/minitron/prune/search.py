@@ -122,8 +122,8 @@ def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callabl
 
     The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
     input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what is
-    read from and written to the kept channels, times what passes the kept heads or neurons. What survives of an
-    activation is the share of its energy (sum of squares) in the units that the scores keep. Nothing is fitted.
+    read from and written to the narrower stream, times what passes the kept heads or neurons. What survives of an
+    activation is the share of its energy (sum of squares) in the units that the scores keep. No number is fitted.
     """
     energy = {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in statistics.sums.items()}
     angles = statistics.cosine.clamp(-1, 1).arccos()
