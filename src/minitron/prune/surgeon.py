@@ -25,13 +25,10 @@ RIDGE = 1e-3
 class Surgeon:
     """A matrix some of whose columns are being removed; the others always hold the least-squares weights."""
 
-    def __init__(
-        self, weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"], *, ridge: float = RIDGE
-    ):
+    def __init__(self, weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"]):
         """
         Args:
             moment: E[z z'] of the inputs up to a factor. It is used up: its memory serves for the inverse.
-            ridge: added to the diagonal of the inputs' correlation matrix.
 
         Raises: PlanError if the moment is not finite.
         """
@@ -42,7 +39,7 @@ class Surgeon:
         self._scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.25)
         self._weight = weight.to(moment) * self._scale
         moment.div_(self._scale[:, None]).div_(self._scale)
-        moment.diagonal().fill_(1 + ridge)
+        moment.diagonal().fill_(1 + RIDGE)
         factor = torch.linalg.cholesky(moment)
         self._inverse = torch.cholesky_inverse(factor, out=moment)
         self._alive = torch.ones(len(scale), dtype=torch.bool, device=scale.device)

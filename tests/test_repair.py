@@ -1,0 +1,343 @@
+"""Laws of the repaired cut: it finds what an independent solver finds, and changes nothing that it need not."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from minitron.errors import PlanError
+from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from minitron.model.families import FAMILIES
+from minitron.model.stream import Stream
+from minitron.prune import repair as module
+from minitron.prune.calibrate import Statistics, calibrate
+from minitron.prune.importance import activation_scores
+from minitron.prune.plan import Plan, identity_plan
+from minitron.prune.repair import (
+    BEST,
+    REPAIRS,
+    RepairConfig,
+    Repaired,
+    Step,
+    needed_steps,
+    repaired_cut,
+    resolve,
+)
+from minitron.prune.residual import Basis, Channels, basis_obstacle, read_norm, residual_basis
+
+TOKENS = tiny.tokens(8, 24)
+CUT = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 3, "layers": 3}
+FILLED = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 6, "layers": 3}
+EXACT = [  # can have a residual basis, and embeddings of their own
+    *("llama", "llama-biases", "llama-head_dim", "llama-rope", "mistral-window", "mistral-head_dim", "nemotron"),
+    *("qwen2", "phi3", "granite"),
+]
+TURNED_TIED = ["llama-tied", "qwen3", "gemma", "smollm3"]
+
+
+def known(checkpoint: Checkpoint) -> dict[str, Any]:
+    statistics = calibrate(checkpoint, TOKENS, dtype=torch.float32, second_moment=True)
+    scores = activation_scores(statistics, checkpoint.shape)
+    return {"statistics": statistics, "scores": scores, "tokens": TOKENS, "dtype": torch.float32, "batch": 3}
+
+
+def a_plan(checkpoint: Checkpoint, **sizes: int) -> Plan:
+    return tiny.plan(checkpoint.shape, **(sizes or (FILLED if checkpoint.architecture.heads_fill_hidden else CUT)))
+
+
+def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, **options: Any) -> Repaired:
+    out.mkdir()
+    return repaired_cut(checkpoint, plan, out, steps=steps, **known(checkpoint) | options)
+
+
+def every_possible_step(checkpoint: Checkpoint) -> list[Step]:
+    steps = resolve(RepairConfig(), checkpoint).steps
+    assert steps is not None
+    return steps if checkpoint.architecture.channel_norms else [*steps, "refit"]
+
+
+def turned(checkpoint: Checkpoint, out: Path) -> Path:
+    """The whole model in a residual basis of all directions."""
+    plan, given = identity_plan(checkpoint.shape), known(checkpoint)
+    architecture = checkpoint.architecture
+    tied = read_norm(checkpoint, architecture.final_norm) if architecture.tied(checkpoint.config) else None
+    moment = given["statistics"].second_moment
+    basis = residual_basis(moment, checkpoint.shape.hidden, centred=architecture.centred_norms, tied=tied)
+    stream = Stream(checkpoint, TOKENS, dtype=torch.float32, batch=4)
+    work = module._Repair(stream, plan, frozenset(["basis"]), basis, given["scores"], lambda done, total: None)
+    out.mkdir()
+    with closing(work.pieces()) as pieces:
+        shapes = {spec.name: (work.stored_dtype(spec), spec.shape(plan.student)) for spec in work.specs}
+        write_checkpoint(out, config=work.config, tensors=shapes, pieces=pieces, carry_from=checkpoint.path)
+    return out
+
+
+def logits_differ_by(one: Path, other: Path) -> float:
+    tokens = tiny.tokens(2, 12, seed=3)
+    expected = tiny.logits(tiny.model(one), tokens)
+    return ((tiny.logits(tiny.model(other), tokens) - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("variant", EXACT)
+def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
+    out = turned(checkpoint, tmp_path / "turned")
+    assert logits_differ_by(checkpoint.path, out) < 1e-5
+    name = checkpoint.architecture.embedding
+    assert not torch.allclose(tiny.tensors(out)[name], tiny.tensors(checkpoint.path)[name], atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", TURNED_TIED)
+def test_with_tied_embeddings_a_full_residual_basis_is_exact_where_the_last_gains_are_equal(
+    variant: str, tmp_path: Path
+) -> None:
+    path = tiny.checkpoint(variant, tmp_path / "uneven")
+    even = tiny.model(path)
+    with torch.no_grad():
+        even.model.norm.weight.fill_(0.7)
+    even.save_pretrained(tmp_path / "teacher")
+    checkpoint = open_checkpoint(tmp_path / "teacher")
+    assert logits_differ_by(checkpoint.path, turned(checkpoint, tmp_path / "turned")) < 1e-5
+    assert "lm_head.weight" not in tiny.tensors(tmp_path / "turned")
+    # Elsewhere the norms see another length of the stream: close, and the price of one matrix for both ends.
+    assert logits_differ_by(path, turned(open_checkpoint(path), tmp_path / "near")) < 0.3
+
+
+def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    made = mend(checkpoint, identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint))
+    assert made.plan == identity_plan(checkpoint.shape)
+    before, after = tiny.tensors(directory), tiny.tensors(tmp_path / "student")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    plan = a_plan(checkpoint)
+    made = mend(checkpoint, plan, tmp_path / "student", *every_possible_step(checkpoint))
+    student = open_checkpoint(tmp_path / "student")
+    assert student.shape == plan.student and made.plan.student == plan.student
+    assert student.parameters == checkpoint.architecture.count(plan.student, student.config)
+    assert tiny.logits(tiny.model(student.path), tiny.tokens(1, 9)).isfinite().all()
+    assert student.dtype == checkpoint.dtype
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "gemma2", "olmo2", "nemotron", "phi3"])
+def test_without_fitted_steps_a_repaired_cut_is_the_plain_cut(variant: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
+    plan = a_plan(checkpoint)
+    mend(checkpoint, plan, tmp_path / "plain")
+    stream = Stream(checkpoint, TOKENS, dtype=torch.float32, batch=4)
+    scores, kept = known(checkpoint)["scores"], Channels(torch.tensor(plan.hidden))
+    work = module._Repair(stream, plan, frozenset(), kept, scores, lambda done, total: None)
+    plain = tiny.tensors(tmp_path / "plain")
+    with closing(work.pieces()) as pieces:
+        parts = list(pieces)
+    for spec in work.specs:
+        found: list[Tensor] = []
+        while sum(map(len, found)) < spec.shape(plan.student)[0]:
+            found.append(parts.pop(0))
+        torch.testing.assert_close(torch.cat(found), plain[spec.name], rtol=0, atol=1e-6)
+
+
+def activations(path: Path, name: str) -> Tensor:
+    """Inputs of a module in transformers' own model, float64 [tokens, channels]."""
+    model, seen = tiny.model(path), []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+    tiny.logits(model, TOKENS)
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-head_dim", "gemma2", "phi3", "nemotron"])
+def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_finds(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.prune.surgeon.RIDGE", 0.0)
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
+    plan = a_plan(checkpoint, ffn=23)
+    mend(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
+    name = "model.layers.{}.mlp.down_proj"
+    for layer in (0, 3):
+        inputs = activations(checkpoint.path, name.format(layer))
+        weight = tiny.tensors(checkpoint.path)[f"{name.format(layer)}.weight"].double()
+        found = tiny.tensors(tmp_path / "student")[f"{name.format(layer)}.weight"].double()
+        expected = torch.linalg.lstsq(inputs[:, list(plan.ffn[layer])], inputs @ weight.T).solution.T
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_least_squares_on_heads_is_the_regression_too(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("minitron.prune.surgeon.RIDGE", 0.0)
+    checkpoint = open_checkpoint(llama)
+    plan = a_plan(checkpoint, heads=4)
+    mend(checkpoint, plan, tmp_path / "student", "heads_least_squares")
+    name, size = "model.layers.1.self_attn.o_proj", checkpoint.shape.head_dim
+    inputs = activations(llama, name)
+    weight = tiny.tensors(llama)[f"{name}.weight"].double()
+    kept = [head * size + channel for head in plan.heads[1] for channel in range(size)]
+    expected = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T).solution.T
+    found = tiny.tensors(tmp_path / "student")[f"{name}.weight"].double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def output_error(checkpoint: Checkpoint, student: Path, kept: Sequence[int], layer: int) -> float:
+    name = f"model.layers.{layer}.mlp.down_proj"
+    inputs = activations(checkpoint.path, name)
+    whole = inputs @ tiny.tensors(checkpoint.path)[f"{name}.weight"].double().T
+    part = inputs[:, list(kept)] @ tiny.tensors(student)[f"{name}.weight"].double().T
+    return (whole - part).square().sum().item()
+
+
+def test_what_obs_chooses_and_fits_loses_less_than_a_random_choice_and_that_less_than_no_fit(
+    llama: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = a_plan(checkpoint, ffn=20)
+    chosen = mend(checkpoint, plan, tmp_path / "obs", "ffn_obs").plan
+    mend(checkpoint, plan, tmp_path / "fitted", "ffn_least_squares")
+    mend(checkpoint, plan, tmp_path / "plain")
+    for layer in range(4):
+        obs = output_error(checkpoint, tmp_path / "obs", chosen.ffn[layer], layer)
+        fitted = output_error(checkpoint, tmp_path / "fitted", plan.ffn[layer], layer)
+        assert obs < fitted < output_error(checkpoint, tmp_path / "plain", plan.ffn[layer], layer)
+
+
+def test_obs_keeps_equal_heads_in_every_kept_group(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = mend(checkpoint, a_plan(checkpoint, kv_heads=2, heads=2), tmp_path / "student", "heads_obs").plan
+    for heads, kv_heads in zip(plan.heads, plan.kv_heads, strict=True):
+        assert [head // plan.teacher.group for head in heads] == list(kv_heads)
+
+
+def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint("mistral", tmp_path / "mqa", num_key_value_heads=1))
+    plan = replace(a_plan(checkpoint, heads=5), heads=((0, 1, 2, 3, 4),) * 4)
+    scores = known(checkpoint)["scores"]
+    ranked = torch.arange(8, 0, -1, dtype=torch.float64).expand(4, 8)  # head 0 is the best
+    mend(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
+    name, size = "model.layers.2.self_attn.q_proj.weight", checkpoint.shape.head_dim
+    before = tiny.tensors(checkpoint.path)[name].unflatten(0, (8, size))
+    after = tiny.tensors(tmp_path / "student")[name].unflatten(0, (5, size))
+    # L=8 heads, K=5 stay: head i gains head_i - head_(2K-i+1), counted from 1, for i in K-(L-K)+1..K.
+    expected = [before[i] + (before[i] - before[10 - i - 1] if i + 1 > 2 else 0) for i in range(5)]
+    torch.testing.assert_close(after, torch.stack(expected))
+
+
+def test_a_norm_gain_makes_up_for_the_length_that_channels_take_along(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = a_plan(checkpoint, hidden=24)
+    mend(checkpoint, plan, tmp_path / "student", "norm_gain")
+    model, states = tiny.model(llama), []
+    model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    tiny.logits(model, TOKENS)
+    (stream,) = states
+    kept = stream[..., list(plan.hidden)]
+    expected = (kept.square().mean(-1) / stream.square().mean(-1)).sqrt().mean()
+    name = "model.layers.1.post_attention_layernorm.weight"
+    ratio = tiny.tensors(tmp_path / "student")[name] / tiny.tensors(llama)[name][list(plan.hidden)]
+    torch.testing.assert_close(ratio, expected.expand(24), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "nemotron", "granite", "qwen2", "phi3"])
+def test_a_refit_brings_the_student_nearer_to_the_teacher(variant: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
+    plan = a_plan(checkpoint)
+    steps = [step for step in every_possible_step(checkpoint) if step != "refit"]
+    mend(checkpoint, plan, tmp_path / "once", *steps)
+    mend(checkpoint, plan, tmp_path / "twice", *steps, "refit")
+
+    def error(student: Path) -> float:
+        wanted = tiny.logits(tiny.model(checkpoint.path), TOKENS).log_softmax(-1)
+        found = tiny.logits(tiny.model(student), TOKENS).log_softmax(-1)
+        return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+
+    assert error(tmp_path / "twice") < 0.9 * error(tmp_path / "once")
+
+
+def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
+    monkeypatch.setattr("minitron.prune.refit.RIDGE", 1e-6)
+    checkpoint = open_checkpoint(llama)
+    plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
+    mend(checkpoint, plan, tmp_path / "student", "refit")
+    name = "model.layers.2.mlp.down_proj"
+    inputs = activations(llama, name)
+    model, ends = tiny.model(llama), {}
+    for layer in (2, 3):
+        model.model.layers[layer].register_forward_hook(
+            lambda _, args, made, layer=layer: ends.update({layer: made[0] if isinstance(made, tuple) else made})
+        )
+    tiny.logits(model, TOKENS)
+    weight = tiny.tensors(llama)[f"{name}.weight"].double()
+    missing = (ends[3] - ends[2]).flatten(0, 1).double()
+    expected = weight + torch.linalg.lstsq(inputs, missing).solution.T
+    torch.testing.assert_close(
+        tiny.tensors(tmp_path / "student")[f"{name}.weight"].double(), expected, rtol=0, atol=2e-3
+    )
+
+
+def test_a_repaired_cut_does_not_depend_on_the_batch_size_or_the_shards(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = a_plan(checkpoint)
+    mend(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
+    mend(checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000)
+    assert logits_differ_by(tmp_path / "one", tmp_path / "other") < 1e-3
+
+
+def test_steps_that_repair_what_is_not_cut_are_left_out(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    assert needed_steps(list(REPAIRS), a_plan(checkpoint, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
+    assert needed_steps(list(REPAIRS), identity_plan(checkpoint.shape)) == []
+
+
+def test_defaults_are_steps_that_the_family_can_have() -> None:
+    for family in FAMILIES.values():
+        obstacle = basis_obstacle(family, tied=False)
+        assert (obstacle is not None) == (family.name in ("gemma2", "gemma3_text", "olmo2"))
+    assert set(BEST) <= set(REPAIRS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "steps", "message"),
+    [
+        ("llama", ["ffn_obs", "ffn_least_squares"], "both ffn_least_squares and ffn_obs, which do the same thing"),
+        ("llama", ["basis", "norm_gain"], "both norm_gain and basis"),
+        ("gemma2", ["basis"], r"this gemma2 model cannot have a residual basis, for .*post_attention_layernorm"),
+        ("olmo2", ["refit"], r"olmo2 models cannot be refitted, for .*leave `refit` out of repair.steps"),
+        ("nemotron-biases", ["basis"], r"with tied embeddings there is no matrix .*leave `basis` out"),
+    ],
+)
+def test_steps_that_cannot_be_had_are_refused(variant: str, steps: list[Step], message: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path))
+    with pytest.raises(PlanError, match=message):
+        resolve(RepairConfig(steps=steps), checkpoint)
+
+
+def test_too_few_tokens_say_how_many_are_needed(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    with pytest.raises(PlanError, match=r"ffn_obs solves for 40 columns .* there are 24: raise calibrate.samples"):
+        mend(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", tokens=TOKENS[:1])
+
+
+def test_a_basis_without_a_second_moment_says_how_to_get_it(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    statistics: Statistics = replace(known(checkpoint)["statistics"], second_moment=None)
+    with pytest.raises(PlanError, match=r"no second moment of the residual stream.*calibrate --second-moment"):
+        mend(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
+
+
+def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    moment = known(checkpoint)["statistics"].second_moment
+    basis = residual_basis(moment, 24)
+    assert isinstance(basis, Basis)
+    held = torch.trace(basis.writes.double().T @ moment @ basis.writes.double())
+    assert held > moment.diagonal().sort(descending=True).values[:24].sum()
+    torch.testing.assert_close(basis.writes.T @ basis.writes, torch.eye(24), atol=1e-5, rtol=0)
