@@ -183,14 +183,16 @@ def test_the_rooms_one_by_one(desk: Desk) -> None:
     counted = desk.json("calibrate", desk.teacher, *data, "--samples", 8, "--block-tokens", 16, "--out", path / "stats")
     assert (counted["samples"], counted["tokens"]) == (8, 8 * 16)
 
-    stats = ("--statistics", path / "stats")
+    stats = ("--statistics", path / "stats", *data)
     by_shape = desk.json("prune", desk.teacher, "--shape", SHAPE, *stats, "--out", path / "pruned")
     assert [by_shape["shape"][dim] for dim in ("hidden", "ffn", "layers")] == [24, 24, 3]
     by_target = desk.json("prune", desk.teacher, "--target-params", "60%", *stats, "--out", path / "target")
     whole = desk.json("inspect", desk.teacher)["parameters"]["non_embedding"]
     assert 0.3 * whole < by_target["parameters"]["non_embedding"] <= 0.6 * whole
-    desk.json("prune", desk.teacher, "--plan", path / "pruned" / "plan.json", "--out", path / "planned")
-    assert same_weights(path / "planned", path / "pruned")
+    plain = ("--repair", "none", "--plan", path / "pruned" / "plan.json")
+    desk.json("prune", desk.teacher, *plain, "--out", path / "planned")
+    assert Plan.load(path / "planned" / "plan.json") == Plan.load(path / "pruned" / "plan.json")
+    assert by_shape["repairs"] == ["basis", "ffn_obs"] and not same_weights(path / "planned", path / "pruned")
     desk.json("prune", desk.teacher, "--shape", SHAPE, *data, "--out", path / "direct")
     assert Plan.load(path / "direct" / "plan.json").student == Plan.load(path / "pruned" / "plan.json").student
 

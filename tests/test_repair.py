@@ -341,3 +341,11 @@ def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None
     held = torch.trace(basis.writes.double().T @ moment @ basis.writes.double())
     assert held > moment.diagonal().sort(descending=True).values[:24].sum()
     torch.testing.assert_close(basis.writes.T @ basis.writes, torch.eye(24), atol=1e-5, rtol=0)
+
+
+def test_units_that_are_given_are_fitted_and_not_chosen_again(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    assert resolve(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
+    assert resolve(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
+    with pytest.raises(PlanError, match=r"ffn_obs chooses which ffn stay, but the plan lists them: use ffn_least_sq"):
+        resolve(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])

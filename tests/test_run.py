@@ -130,10 +130,13 @@ def test_the_evaluations_are_those_of_the_models_on_disk(finished: Path) -> None
     assert measured["student"]["shape"] == measured["scratch"]["shape"] == measured["pruned"]["shape"]
 
 
-def test_the_pruned_model_is_the_plan_cut_from_the_teacher(finished: Path) -> None:
-    plan = Plan.load(finished / "plan" / "plan.json")
+def test_without_repair_the_pruned_model_is_the_plan_cut_from_the_teacher(finished: Path, tmp_path: Path) -> None:
+    made = tmp_path / "run"
+    run(load_recipe(finished / "recipe.yaml", ["repair.steps=[]", "scratch_baseline=false"]), made)
+    plan = Plan.load(made / "plan" / "plan.json")
+    assert plan == Plan.load(made / "pruned" / "plan.json")
     name = "model.layers.{}.mlp.down_proj.weight"
-    teacher, pruned = tiny.tensors(finished.parent / "teacher"), tiny.tensors(finished / "pruned")
+    teacher, pruned = tiny.tensors(finished.parent / "teacher"), tiny.tensors(made / "pruned")
     for layer, kept in enumerate(plan.layers):
         expected = teacher[name.format(kept)][list(plan.hidden)][:, list(plan.ffn[layer])]
         assert torch.equal(pruned[name.format(layer)], expected)

@@ -125,7 +125,12 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--samples", type=_count, default=1024)
     calibrate.add_argument("--block-tokens", type=_count, help="tokens per sample; default the context, at most 2048")
     calibrate.add_argument("--seed", type=_seed, default=0)
-    calibrate.add_argument("--second-moment", action="store_true", help="also the residual stream's second moment")
+    calibrate.add_argument(
+        "--second-moment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the residual stream's second moment, which repair by a residual basis needs; default yes",
+    )
     calibrate.add_argument("--out", type=Path, required=True)
 
     search = add("search", _search)

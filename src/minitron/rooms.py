@@ -18,6 +18,7 @@ from minitron.errors import PlanError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
+from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import (
     Checkpoint,
     has_weights,
@@ -154,14 +155,16 @@ def prune_model(
     Statistics are those given, else collected on `data_config`, which is asked for only where text is needed.
     """
     teacher = open_checkpoint(resolve_model(model))
-    steps = resolve_repair(repair, teacher).steps or []
     with atomic_directory(out) as partial:
+        given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
+        fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
+        steps = resolve_repair(repair, teacher, fixed).steps or []
         known = _Known(teacher, config, steps, statistics_dir, data_config, partial, listener)
-        plan = Given() if plan_file is None else load_given(plan_file, teacher.shape)
-        if isinstance(plan, Plan):
+        if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
+            plan = given
         else:
-            plan = _choose(known, plan)
+            plan = _choose(known, given)
         needed = needed_steps(steps, plan)
         listener.stage("prune", "running")
         if needed:

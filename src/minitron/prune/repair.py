@@ -6,7 +6,7 @@ a time, and none is stored.
 """
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,6 +69,8 @@ EITHER: tuple[tuple[Step, Step], ...] = (
     ("ffn_least_squares", "ffn_obs"),
     ("heads_least_squares", "heads_obs"),
 )
+# Step that chooses units -> the one that takes those of the plan.
+FITTING_ONLY: dict[Step, Step] = {"ffn_obs": "ffn_least_squares", "heads_obs": "heads_least_squares"}
 # Site -> the steps that are fitted to the products of its channels.
 FITTED: dict[str, set[Step]] = {
     "mlp_out": {"ffn_least_squares", "ffn_obs"},
@@ -92,18 +94,29 @@ class RepairConfig(Section):
     group loses, as in P1."""
 
 
-def resolve(config: RepairConfig, model: Checkpoint | ModelConfig) -> RepairConfig:
-    """Fill in the steps that suit a model, or see to it that it can have those that are given.
+def resolve(config: RepairConfig, model: Checkpoint | ModelConfig, given: Collection[str] = ()) -> RepairConfig:
+    """Fill in the steps that suit a model, or see to it that it can have those that are named.
 
-    Raises: PlanError if it cannot, or if two steps exclude each other.
+    Args:
+        given: dims whose units are given, so that no step may choose others.
+
+    Raises: PlanError if a step cannot be had, or if two exclude each other.
     """
     tied = model.architecture.tied(model.config)
+    given = {*given, "heads"} if "kv_heads" in given else set(given)
     if config.steps is None:
-        possible = basis_obstacle(model.architecture, tied=tied) is None
-        return RepairConfig(steps=[step for step in BEST if step != "basis" or possible])
+        steps = [FITTING_ONLY.get(step, step) if REPAIRS[step][0] in given else step for step in BEST]
+        possible = "hidden" not in given and basis_obstacle(model.architecture, tied=tied) is None
+        return RepairConfig(steps=[step for step in steps if step != "basis" or possible])
     for one, other in EITHER:
         if one in config.steps and other in config.steps:
             raise PlanError(f"repair.steps names both {one} and {other}, which do the same thing in two ways: keep one")
+    for step in config.steps:
+        if step in FITTING_ONLY and REPAIRS[step][0] in given:
+            raise PlanError(
+                f"repair step {step} chooses which {REPAIRS[step][0]} stay, but the plan lists them: "
+                f"use {FITTING_ONLY[step]}, which leaves the choice"
+            )
     if "basis" in config.steps:
         require_basis(model.architecture, tied=tied)
     if "refit" in config.steps:
