@@ -251,6 +251,42 @@ def test_a_criterion_that_is_unknown_or_lacks_its_task_is_refused(desk: Desk) ->
     assert "task file nowhere.jsonl does not exist" in desk.refuses(*command, *task)
 
 
+def test_search_ranks_every_shape_within_the_budgets(desk: Desk) -> None:
+    options = ("--data", desk.text, "--block-tokens", 16, "--target-params", "50%", "--window", "0.2")
+    desk.run("calibrate", desk.teacher, *options[:4], "--samples", 4, "--out", desk.path / "statistics")
+    dims = ("--dims", "ffn=8-40/8", "layers=2-4")
+    facts = desk.json("search", desk.teacher, "--statistics", desk.path / "statistics", *options[4:], *dims)
+    found = facts["candidates"]
+    damage = [one["predicted"] for one in found]
+    assert len(found) > 5 and damage == sorted(damage)
+    code, out, _ = desk.run("search", desk.teacher, "--statistics", desk.path / "statistics", *options[4:], *dims)
+    sizes = [str(found[0]["shape"][dim]) for dim in ("layers", "hidden", "ffn", "heads", "kv_heads")]
+    assert code == 0 and out.splitlines()[2].split()[:5] == sizes and f"{len(found)} shapes fit" in out
+    limit = sorted(one["weight_bytes"] for one in found)[2]
+    few = desk.json("search", desk.teacher, *options, *dims, "--max-memory", limit, "--cut", 2)["candidates"]
+    assert {one["name"] for one in few} == {one["name"] for one in found if one["weight_bytes"] <= limit}
+    losses = [one["losses"]["0"] for one in few[:2]]
+    assert losses == sorted(losses) and not few[2]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), r"a search needs a budget: prune.target \(--target-params\)"),
+        (
+            ("--target-params", "50%", "--max-memory", "1KB"),
+            r"search.max_memory_bytes .* leaves none by itself\. Nearest: ",
+        ),
+        (("--target-params", "50%", "--dims", "ffn"), "--dims 'ffn': write it as dim=sizes"),
+        (("--target-params", "50%", "--dims", "fnn=3"), "unknown dim 'fnn'; did you mean 'ffn'"),
+        (("--target-params", "50%", "--window", "2"), "--window: Input should be less than 1"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_why(desk: Desk, options: tuple[str, ...], message: str) -> None:
+    (desk.path / "statistics").mkdir()
+    assert re.search(message, desk.refuses("search", desk.teacher, "--data", desk.text, "--block-tokens", 16, *options))
+
+
 def test_run_and_compress_and_their_report_and_card(desk: Desk) -> None:
     facts = desk.json("run", desk.recipe(), "--set", "distill.tokens=512", "--out", desk.path / "a")
     assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]

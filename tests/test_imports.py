@@ -17,6 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("describe", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
+    ("student_shape",),
     ("run",),
     ("rooms", "demo", "estimate"),
     ("console",),
@@ -25,7 +26,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
-    "prune": ("calibrate", "importance", "questions", "depth", "plan", "cut", "scoring"),
+    "prune": (
+        *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
+        *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
+    ),
     "model": ("architecture", "families", "weights", "checkpoint", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

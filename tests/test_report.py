@@ -4,14 +4,26 @@ import shutil
 import subprocess
 from html import escape, unescape
 from pathlib import Path
+from typing import Any
 
 import example_run
 import numpy as np
 import pytest
 
-from minitron.publish.formats import duration, environments, hub_id, result_cells, share, short_count, size, source_name
+from minitron.publish.formats import (
+    MISSING,
+    duration,
+    environments,
+    hub_id,
+    result_cells,
+    share,
+    short_count,
+    size,
+    source_name,
+)
+from minitron.publish.plots import pareto_front
 from minitron.publish.records import read_run, result_table
-from minitron.publish.report import headline, render, write_report
+from minitron.publish.report import headline, render, search, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -83,6 +95,46 @@ def test_ids_are_unique_and_every_reference_has_one(page: str) -> None:
 
 def test_every_figure_has_a_description(page: str) -> None:
     assert page.count("<figure>") == page.count('role="img" aria-label="') == 9
+
+
+def candidate(name: str, total: int, losses: dict[str, float]) -> dict[str, Any]:
+    costs = {"total": total, "non_embedding": total // 2, "weight_bytes": 2.0 * total, "kv_cache_bytes": 4096 - total}
+    times = {"decode_seconds": total / 1e6, "prefill_seconds": None}
+    return {"name": name, "shape": example_run.STUDENT, "predicted": 0.5, "losses": losses} | costs | times
+
+
+SEARCH: dict[str, Any] = {
+    "machine": {"bytes_per_second": 8.5e9, "flops_per_second": 1.2e12},
+    "context_tokens": 2048,
+    "batch": 1,
+    "candidates": [
+        candidate("a", 1000, {"0": 2.5, "4": 1.25, "8": 1.125}),
+        candidate("b", 1200, {"0": 2.25, "4": 1.0, "8": 1.5}),
+        candidate("c", 1400, {"0": 2.125, "4": 1.75}),
+        candidate("d", 1500, {}),
+    ],
+}
+
+
+def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
+    page = render(dataclasses.replace(read_run(run), search=SEARCH))
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", unescape(page))]
+    sizes = [f"{example_run.STUDENT[dim]}" for dim in ("layers", "hidden", "ffn", "heads", "kv_heads")]
+    costs = ["1.00K", "500", "2.00 kB", "3.10 kB", "1 ms", MISSING, "0.500"]
+    assert ["1", *sizes, *costs, "2.500", "1.250", "1.125"] in rows
+    assert [row[-3:] for row in rows if row[0] == "4" and len(row) == 16] == [[MISSING] * 3]
+    assert page.count("<figure>") == page.count('role="img" aria-label="') == 13
+    assert "Loss after 4 steps" in page and "Successive halving" in page
+    for losses, words in (({}, "predicted, not measured"), ({"0": 2.0}, "right after the cut")):
+        found = [one | {"losses": losses} for one in SEARCH["candidates"]]
+        section = search(dataclasses.replace(read_run(run), search=SEARCH | {"candidates": found}))
+        assert words in section and "Successive halving" not in section
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    points = [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.5, 2.5), (1.0, 4.0), (4.0, 1.0)]
+    beaten = {a for a in points for b in points if a != b and b[0] <= a[0] and b[1] <= a[1]}
+    assert [points[index] for index in pareto_front(points)] == sorted(set(points) - beaten)
 
 
 def test_report_of_a_large_model_stays_small(run: Path) -> None:

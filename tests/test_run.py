@@ -19,8 +19,10 @@ from minitron import cli
 from minitron.data import open_corpus
 from minitron.errors import RunError
 from minitron.evaluate.quality import evaluate
+from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.plan import Plan
+from minitron.prune.shapes import SearchConfig
 from minitron.recipe import build_recipe, load_recipe
 from minitron.run import run
 
@@ -207,6 +209,84 @@ def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Pa
     run(recipe, tmp_path / "out")
     run(recipe, tmp_path / "undisturbed")
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+
+SEARCH = {
+    "level": "distilled",
+    "window": 0.2,
+    "dims": {"layers": "2-4", "ffn": "8-40/8", "hidden": "16-32/8"},
+    "cut_candidates": 4,
+    "distill_candidates": 3,
+    "first_rung": 0.2,
+    "judge_blocks": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that searched for its shape, to read only."""
+    path = tmp_path_factory.mktemp("searched")
+    raw = raw_recipe(path, "llama", prune={"target": "50%"}, search=SEARCH)
+    raw["distill"]["tokens"] = 20 * 4 * 16
+    (path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    run(load_recipe(path / "recipe.yaml"), path / "out")
+    return path / "out"
+
+
+def test_the_student_of_a_search_is_that_of_its_shape_given_at_the_start(searched: Path, tmp_path: Path) -> None:
+    """The winner's short runs are the first steps of the final distillation: no bit differs from one without search."""
+    found = json.loads((searched / "search" / "candidates.json").read_text())["candidates"]
+    assert [len(one["losses"]) for one in found[:5]] == [3, 3, 2, 1, 0]
+    recipe = load_recipe(searched.parent / "recipe.yaml")
+    prune = recipe.prune.model_copy(update={"target": None, "shape": {dim: found[0]["shape"][dim] for dim in PRUNABLE}})
+    run(recipe.model_copy(update={"prune": prune, "search": SearchConfig()}), tmp_path / "undisturbed")
+    assert_same_student(searched, tmp_path / "undisturbed")
+    metrics = [(out / "distill" / "metrics.jsonl").read_text() for out in (searched, tmp_path / "undisturbed")]
+    assert metrics[0] == metrics[1]
+    assert not (searched / "search-state").exists() and not list(searched.glob("**/state-*"))
+
+
+def test_a_search_is_not_made_again_and_its_stored_recipe_needs_none(searched: Path) -> None:
+    before = stamps(searched)
+    for recipe in (load_recipe(searched.parent / "recipe.yaml"), load_recipe(searched / "recipe.yaml")):
+        heard = Heard()
+        run(recipe, searched, heard)
+        assert {state for _, state in heard.stages} == {"unchanged"}
+        assert (("search", "unchanged") in heard.stages) == (recipe.search.level == "distilled")
+        assert stamps(searched) == before
+    changed = load_recipe(searched.parent / "recipe.yaml")
+    changed = changed.model_copy(update={"search": changed.search.model_copy(update={"cut_candidates": 5})})
+    with pytest.raises(
+        RunError, match=r"search was made from other inputs; changed: search.cut_candidates \(4, now 5\)"
+    ):
+        run(changed, searched)
+
+
+def test_a_search_that_was_interrupted_often_ends_with_the_same_student(searched: Path, tmp_path: Path) -> None:
+    recipe, calls = load_recipe(searched.parent / "recipe.yaml"), 0
+
+    class Impatient(Heard):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            nonlocal calls
+            calls += 1
+            if calls in (6, 14, 22, 30):
+                raise KeyboardInterrupt
+
+    interruptions = 0
+    while True:
+        try:
+            run(recipe, tmp_path / "out", Impatient())
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 4
+    assert_same_student(searched, tmp_path / "out")
+    tables = [
+        json.loads((out / "search" / "candidates.json").read_text())["candidates"]
+        for out in (searched, tmp_path / "out")
+    ]
+    without_time = [[{k: v for k, v in row.items() if "seconds" not in k} for row in table] for table in tables]
+    assert without_time[0] == without_time[1]
 
 
 GENERATE = """

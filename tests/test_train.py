@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.data import Corpus, batch_rows
-from minitron.distill.train import DistillConfig, distill, learning_rate, num_steps, resolve
+from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, resolve
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
@@ -50,6 +50,13 @@ class Bench:
         (at / "out").mkdir(parents=True, exist_ok=True)
         distill(config=config, work=at / "distill", out=at / "out", **arguments)
         return at / "out"
+
+    def until(self, step: int, at: Path, **options: Any) -> float:
+        """Train up to a step, judged on four held-out blocks."""
+        config = resolve(CONFIG, open_checkpoint(self.student).shape, block_tokens=BLOCK, train_tokens=1)
+        judge = self.corpus.heldout.head(4)
+        arguments = (step, judge, self.student, self.teacher, self.corpus, config)
+        return distill_until(*arguments, seed=0, work=at / "distill", **options)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +222,35 @@ def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
         with pytest.raises(PowerCut):
             bench.distill(tmp_path, progress=at_step(step, power_cut))
         assert not any((tmp_path / "out").iterdir())
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+
+
+@pytest.mark.parametrize("stops", [(0,), (1, 2, 4), (5, 5, STEPS)], ids=str)
+def test_a_training_in_rungs_ends_with_the_bits_of_an_undisturbed_one(
+    bench: Bench, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    losses = [bench.until(step, tmp_path) for step in stops]
+    assert not (tmp_path / "out").exists()
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+    if stops == (5, 5, STEPS):
+        teacher, student = tiny.model(bench.teacher), tiny.model(tmp_path / "out")
+        judged = torch.from_numpy(bench.corpus.heldout.head(4).select(slice(None)))
+        assert losses[0] == losses[1]
+        assert losses[2] == pytest.approx(naive_kl(student, teacher, judged).item(), rel=1e-5)
+
+
+def test_after_no_step_the_student_is_judged_as_it_was_cut(bench: Bench, tmp_path: Path) -> None:
+    judged = torch.from_numpy(bench.corpus.heldout.head(4).select(slice(None)))
+    expected = naive_kl(tiny.model(bench.student), tiny.model(bench.teacher), judged).item()
+    assert bench.until(0, tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigterm_in_a_rung_saves_the_state(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped at step 3 of 10"):
+        bench.until(5, tmp_path, progress=at_step(2, terminate))
+    bench.until(5, tmp_path)
     bench.distill(tmp_path)
     assert_undisturbed(bench, tmp_path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.console import Console
-from minitron.errors import Interrupted, MinitronError
+from minitron.errors import Interrupted, MinitronError, did_you_mean
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -20,6 +20,7 @@ EXAMPLES = {
     "compress": "minitron compress ./my-model --target-params 50% --data corpus.jsonl --tokens 20M --out runs/half",
     "run": "minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64",
     "calibrate": "minitron calibrate ./my-model --data corpus.jsonl --out statistics",
+    "search": "minitron search ./my-model --statistics statistics --target-params 50%% --dims layers=24-32 ffn=2x,3x",
     "prune": "minitron prune ./my-model --shape hidden=3072,ffn=9216 --statistics statistics --out pruned",
     "distill": "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
     "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json",
@@ -33,6 +34,7 @@ HELP = {
     "compress": "the default recipe on any model: prune, distil, measure, report",
     "run": "run a recipe; the same command again resumes it",
     "calibrate": "collect activation statistics in one streamed pass",
+    "search": "every shape within the budgets, ranked",
     "prune": "cut a model to a shape, a plan or a parameter target",
     "distill": "train a student on a teacher's logits; the same command again resumes it",
     "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text",
@@ -126,6 +128,33 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--second-moment", action="store_true", help="also the residual stream's second moment")
     calibrate.add_argument("--out", type=Path, required=True)
 
+    search = add("search", _search)
+    search.add_argument("model", metavar="MODEL")
+    search.add_argument(
+        "--target-params", help="most parameters: 50%% of the non-embedding ones, or a total such as 4.5B"
+    )
+    search.add_argument("--window", type=_positive, default=0.05, help="fewest, as a share below the most")
+    search.add_argument("--least", help="fewest parameters, instead of a window")
+    search.add_argument("--max-memory", type=_size, help="most bytes of weights, such as 8GB")
+    search.add_argument("--bytes-per-parameter", type=_positive, help="such as 0.5625 for a 4.5-bit file")
+    search.add_argument("--max-kv-cache", type=_size, help="most bytes of the key-value cache, such as 500MB")
+    search.add_argument("--max-decode-time", type=_positive, help="most modelled seconds of a decoding step")
+    search.add_argument("--max-prefill-time", type=_positive, help="most modelled seconds of reading the context")
+    search.add_argument("--context", type=_count, default=2048, help="tokens of context for cache and times")
+    search.add_argument("--batch", type=_count, default=1, help="sequences for cache and times")
+    search.add_argument("--bytes-per-second", type=_size, help="memory bandwidth; default measured here")
+    search.add_argument("--flops-per-second", type=_positive, help="matrix products; default measured here")
+    search.add_argument(
+        "--dims", nargs="+", default=[], metavar="DIM=SIZES", help="such as layers=29-32 heads=32,48 ffn=2.5x,3x"
+    )
+    search.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
+    _add_data(search)
+    search.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
+    search.add_argument(
+        "--cut", type=_count, metavar="N", help="also cut the best N and measure their loss on the data"
+    )
+    search.add_argument("--top", type=_count, default=20, help="rows of the table; --json has all")
+
     prune = add("prune", _prune)
     prune.add_argument("model", metavar="MODEL")
     prune.set_defaults(usage_error=prune.error)
@@ -141,6 +170,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--layer-task", metavar="TASK", help="for --layer-criterion task: a .jsonl file of questions")
     prune.add_argument("--iterations", type=_count, help="cut in so many steps, each on new scores; default 1")
+    prune.add_argument(
+        "--repair", default="auto", help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/recipe.md"
+    )
     prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     _add_data(prune)
     prune.add_argument("--out", type=Path, required=True)
@@ -274,6 +306,65 @@ def _calibrate(args: argparse.Namespace, console: Console) -> None:
     console.result(facts, f"statistics of {statistics.samples} samples, {statistics.tokens:,} tokens: {args.out}")
 
 
+def _search(args: argparse.Namespace, console: Console) -> None:
+    from minitron.prune.plan import PruneConfig
+    from minitron.prune.shapes import SearchConfig
+    from minitron.rooms import search_model
+
+    pairs = [part.partition("=") for part in args.dims]
+    if bad := [dim + equals + sizes for dim, equals, sizes in pairs if not sizes]:
+        raise MinitronError(f"--dims {bad[0]!r}: write it as dim=sizes, such as layers=29-32")
+    search = _section(
+        SearchConfig,
+        level="cut" if args.cut else "predicted",
+        window=args.window,
+        least=args.least,
+        max_memory_bytes=args.max_memory,
+        bytes_per_parameter=args.bytes_per_parameter,
+        max_kv_cache_bytes=args.max_kv_cache,
+        max_decode_seconds=args.max_decode_time,
+        max_prefill_seconds=args.max_prefill_time,
+        context_tokens=args.context,
+        batch=args.batch,
+        bytes_per_second=args.bytes_per_second,
+        flops_per_second=args.flops_per_second,
+        dims={dim: sizes for dim, _, sizes in pairs},
+        cut_candidates=args.cut or 1,
+    )
+    facts = search_model(
+        args.model,
+        prune=_section(PruneConfig, target=args.target_params),
+        search=search,
+        statistics_dir=args.statistics,
+        data_config=None if args.statistics and not args.cut else _data_config(args, console),
+        listener=console,
+    )
+    console.result(facts, "\n".join(_candidate_lines(facts, args.top)))
+
+
+def _candidate_lines(facts: dict[str, Any], top: int) -> list[str]:
+    from minitron.publish.formats import candidate_cells, candidate_columns
+
+    found, speeds = facts["candidates"], facts["machine"]
+    columns = candidate_columns(found)
+    cells = [[column.heading for column in columns], [column.unit for column in columns]]
+    lines = _aligned(cells + [candidate_cells(one, columns) for one in found[:top]])
+    if len(found) > top:
+        lines.append(f"and {len(found) - top:,} more; --top or --json shows them")
+    return [
+        *lines,
+        "",
+        f"{len(found):,} shapes fit. Cache and times are of {facts['batch']} x {facts['context_tokens']:,} tokens; "
+        f"times are modelled from {speeds['bytes_per_second'] / 1e9:,.1f} GB/s and "
+        f"{speeds['flops_per_second'] / 1e12:,.3g} TFLOP/s.",
+    ]
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
 def _prune(args: argparse.Namespace, console: Console) -> None:
     from minitron.prune.plan import PruneConfig
     from minitron.rooms import prune_model
@@ -290,6 +381,7 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
     plan, facts = prune_model(
         args.model,
         config=_section(PruneConfig, **{name: value for name, value in options.items() if value is not None}),
+        repair=_repair_section(args.repair),
         plan_file=args.plan,
         statistics_dir=args.statistics,
         data_config=lambda: _data_config(args, console),
@@ -359,8 +451,7 @@ def _show_run(records: Any, console: Console) -> None:
     hidden = {"non_embedding_share", "bits_per_byte"}  # in the report and in --json; a terminal is narrow
     shown = [True, *(column.key not in hidden for column in RESULT_COLUMNS)]
     cells = [list(compress(row, shown)) for row in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = _aligned(cells)
     tokens = records.evaluations["teacher"]["tokens"]
     notes = [
         "",
@@ -442,6 +533,20 @@ def _data_config(args: argparse.Namespace, console: Console) -> Any:
     return _section(DataConfig, **values)
 
 
+def _repair_section(text: str) -> Any:
+    from minitron.prune.repair import REPAIRS, RepairConfig
+
+    if text == "auto":
+        return RepairConfig()
+    steps = [] if text == "none" else [step.strip() for step in text.split(",")]
+    unknown = [step for step in steps if step not in REPAIRS]
+    if unknown:
+        raise MinitronError(
+            f"--repair: unknown step {unknown[0]!r}{did_you_mean(unknown[0], ['auto', 'none', *REPAIRS])}"
+        )
+    return _section(RepairConfig, steps=steps)
+
+
 def _section(kind: Any, **values: Any) -> Any:
     """A recipe section from command-line options of the same names."""
     from pydantic import ValidationError
@@ -466,6 +571,16 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
     return value
+
+
+def _size(text: str) -> float:
+    """8GB -> 8e9, for argparse; decimal, as sizes are shown."""
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    scale = units.get(text[-2:].upper(), 1.0)
+    try:
+        return _positive(text[:-2] if scale > 1 else text) * scale
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000, 300MB or 8GB") from None
 
 
 def _positive(text: str) -> float:

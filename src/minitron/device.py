@@ -97,3 +97,16 @@ def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def bytes_per_second(megabytes: int = 128) -> float:
+    """Bandwidth of this device's memory, as a matrix-vector product reads it: the best of a few."""
+    device = pick_device()
+    matrix = torch.ones(megabytes << 8, 1024, device=device)
+    vector = torch.ones(1024, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ vector)[0].item()
+        best = min(best, time.perf_counter() - start)
+    return matrix.nbytes / best

@@ -16,6 +16,8 @@ from minitron.errors import RecipeError, did_you_mean
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
+from minitron.prune.repair import RepairConfig
+from minitron.prune.shapes import SearchConfig
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -33,6 +35,8 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     prune: PruneConfig
+    search: SearchConfig = SearchConfig()
+    repair: RepairConfig = RepairConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

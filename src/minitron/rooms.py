@@ -4,8 +4,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
-from minitron.prune.importance import even_scores
+from minitron.prune.importance import Scores, even_scores
 from minitron.prune.plan import (
     Given,
     Plan,
@@ -43,16 +44,23 @@ from minitron.prune.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.prune.scoring import layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
+from minitron.prune.repair import resolve as resolve_repair
+from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.shapes import SearchConfig
+from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
     calibrate_tokens,
     calibration_tokens,
     prepare_data,
+    repairing,
     scoring_on,
+    student_maker,
     teach,
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.student_shape import feasible_for, machine_for, ranked
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -91,62 +99,136 @@ def calibrate_model(
     return statistics
 
 
+def search_model(
+    model: str,
+    *,
+    prune: PruneConfig,
+    search: SearchConfig,
+    statistics_dir: Path | None,
+    data_config: data.DataConfig | None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Every shape of one model within the budgets, ranked; the keys are those of a run's search/candidates.json.
+
+    Args:
+        data_config: needed without statistics, and for the level `cut`.
+    """
+    teacher = open_checkpoint(resolve_model(model))
+    repair = resolve_repair(RepairConfig(), teacher)
+    calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
+    feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
+    with ExitStack() as stack:
+        corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
+        if statistics_dir is not None:
+            statistics = Statistics.load(statistics_dir)
+        else:
+            assert corpus is not None
+            tokens = calibration_tokens(corpus, calibration, 0)
+            statistics = calibrate_tokens(teacher, tokens, calibration, scratch=work, listener=listener)
+        scores = score_units(statistics, teacher.shape, prune)
+        recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
+        make = None
+        if corpus is not None:
+            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, listener))
+        listener.stage("search", "running")
+        _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)
+    listener.stage("search", "done")
+    return facts
+
+
 def prune_model(
     model: str,
     *,
     config: PruneConfig,
+    repair: RepairConfig,
     plan_file: Path | None,
     statistics_dir: Path | None,
     data_config: Callable[[], data.DataConfig],
     out: Path,
     listener: Listener = SILENT,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Cut one model by a plan file, by units that such a file or `config` lists, and by scores for the rest.
+    """Cut one model by a plan file, or by units that such a file or `config` lists and by scores for the rest, and
+    repair it.
 
     Statistics are those given, else collected on `data_config`, which is asked for only where text is needed.
     """
     teacher = open_checkpoint(resolve_model(model))
+    steps = resolve_repair(repair, teacher).steps or []
     with atomic_directory(out) as partial:
+        known = _Known(teacher, config, steps, statistics_dir, data_config, partial, listener)
         plan = Given() if plan_file is None else load_given(plan_file, teacher.shape)
         if isinstance(plan, Plan):
             _require_nothing_else(config, plan_file)
         else:
-            plan = _choose(teacher, config, plan, statistics_dir, data_config, partial, listener)
+            plan = _choose(known, plan)
+        needed = needed_steps(steps, plan)
         listener.stage("prune", "running")
-        cut(teacher, plan, partial)
+        if needed:
+            scoring = known.scoring
+            plan = repaired_cut(
+                teacher,
+                plan,
+                partial,
+                steps=needed,
+                statistics=known.statistics,
+                scores=known.scores,
+                tokens=scoring.tokens,
+                **scoring.pass_options,
+            ).plan
+        else:
+            cut(teacher, plan, partial)
         plan.save(partial / "plan.json")
-        facts = describe(open_checkpoint(partial))
+        facts = describe(open_checkpoint(partial)) | {"repairs": needed}
     listener.stage("prune", "done")
     return plan, facts
 
 
-def _choose(
-    teacher: Checkpoint,
-    config: PruneConfig,
-    given: Given,
-    statistics_dir: Path | None,
-    data_config: Callable[[], data.DataConfig],
-    work: Path,
-    listener: Listener,
-) -> Plan:
+@dataclass
+class _Known:
+    """What a cut is chosen by and its repair fitted to, got when it is first needed."""
+
+    teacher: Checkpoint
+    config: PruneConfig
+    steps: list[Step]
+    statistics_dir: Path | None
+    data_config: Callable[[], data.DataConfig]
+    work: Path
+    listener: Listener
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        calibration, tokenizer = CalibrateConfig(second_moment="basis" in self.steps), load_tokenizer(self.teacher.path)
+        with _corpus(self.teacher, self.data_config(), self.listener) as corpus:
+            scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
+        return replace(scoring, scratch=self.work)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        if self.statistics_dir is not None:
+            return Statistics.load(self.statistics_dir)
+        scoring = self.scoring
+        return calibrate_tokens(
+            self.teacher, scoring.tokens, scoring.calibrate, scratch=self.work, listener=self.listener
+        )
+
+    @cached_property
+    def scores(self) -> Scores:
+        return score_units(self.statistics, self.teacher.shape, self.config)
+
+
+def _choose(known: _Known, given: Given) -> Plan:
+    teacher, config = known.teacher, known.config
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
     by_number = given_layers(config, teacher.shape)
     given = given if by_number.layers is None else replace(given, layers=by_number.layers)
     if not needs_scores(teacher.shape, shape, given):
         return choose(even_scores(teacher.shape), teacher.shape, shape, given)
     first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
-    if statistics_dir is not None and not further and not layers_need_a_pass(config, teacher.shape, first):
-        scores = score_units(Statistics.load(statistics_dir), teacher.shape, config)
-        return choose(scores, teacher.shape, first, given)
-    with _corpus(teacher, data_config(), listener) as corpus:
-        calibration, tokenizer = CalibrateConfig(), load_tokenizer(teacher.path)
-        scoring = replace(scoring_on(corpus, config, calibration, 0, tokenizer, listener), scratch=work)
-        if statistics_dir is not None:
-            statistics = Statistics.load(statistics_dir)
-        else:
-            statistics = calibrate_tokens(teacher, scoring.tokens, calibration, scratch=work, listener=listener)
-        scores = score_layers(teacher, score_units(statistics, teacher.shape, config), first, scoring)
-        return refine(teacher, choose(scores, teacher.shape, first, given), further, scoring, work)
+    if not further and not layers_need_a_pass(config, teacher.shape, first):
+        return choose(known.scores, teacher.shape, first, given)
+    scores = score_layers(teacher, known.scores, first, known.scoring)
+    return refine(teacher, choose(scores, teacher.shape, first, given), further, known.scoring, known.work)
 
 
 def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:

@@ -1,6 +1,6 @@
-"""The whole pipeline on one screen. Only this module and rooms.py compose the rooms."""
+"""The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from minitron import data
+from minitron.config import Section
 from minitron.describe import describe
-from minitron.device import compute_dtype, pick_device, settle_precision
+from minitron.device import pick_device, settle_precision
 from minitron.distill import train
 from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
 from minitron.evaluate.speed import measure_speed
 from minitron.files import write_json
-from minitron.model.architecture import Shape
+from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     carried_files,
@@ -28,16 +29,19 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
-from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate
-from minitron.prune.cut import cut
+from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, step_shapes, target_shape
+from minitron.prune.repair import Repaired, needed_steps, repaired_cut
+from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.shapes import needs_machine
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.student_shape import feasible_for, find_shape, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
 
@@ -54,14 +58,22 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     recipe, shape = resolve(recipe, teacher)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer)
+        statistics = collect_statistics(stages, recipe, teacher, corpus)
+        searching = recipe.search.level != "off"
+        if searching:
+            scores = score_units(statistics, teacher.shape, recipe.prune)
+            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, stages.listener))
+            shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
+            recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
             distill=train.resolve(
                 recipe.distill, shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens
             )
         )
-        statistics = collect_statistics(stages, recipe, teacher, corpus)
         plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
-        pruned = prune(stages, teacher, plan)
+        pruned = prune(stages, recipe, teacher, plan, statistics, corpus)
+        if searching:
+            take_over(stages)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, teacher.path, corpus)
         models = {"teacher": teacher.path, "pruned": pruned, "student": student}
         if recipe.scratch_baseline:
@@ -71,8 +83,14 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
-    """Fill in every default that the teacher's config decides, and the student's shape."""
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
+    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest."""
+    if recipe.search.level == "off":
+        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
+    else:
+        machine = machine_for(recipe.search, teacher.dtype) if needs_machine(recipe.search) else None
+        shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
+    repair = resolve_repair(recipe.repair, teacher)
+    basis = "basis" in (repair.steps or []) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
     max_tokens = recipe.data.max_tokens
     if max_tokens is None and data.is_hub_id(recipe.data.source):
@@ -96,8 +114,12 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
             "prune": recipe.prune.model_copy(
                 update={"layer_task": recipe.prune.layer_task and _whole_path(recipe.prune.layer_task)}
             ),
+            "repair": repair,
             "calibrate": recipe.calibrate.model_copy(
-                update={"precision": settle_precision(recipe.calibrate.precision)}
+                update={
+                    "precision": settle_precision(recipe.calibrate.precision),
+                    "second_moment": recipe.calibrate.second_moment or basis,
+                }
             ),
         }
     ), shape
@@ -204,18 +226,56 @@ def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
     return {"task": stages.digest([file])} if file.is_file() else {}
 
 
-def prune(stages: RunDirectory, teacher: Checkpoint, plan: Plan) -> Path:
-    digests: dict[str, str] = {}
+def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
+    """The sections of a recipe that makes the student of a search again, without the search."""
+    sizes = {dim: getattr(shape, dim) for dim in PRUNABLE}
+    return {
+        "prune": recipe.prune.model_copy(update={"target": None, "shape": sizes}),
+        "search": recipe.search.model_copy(update={"level": "off"}),
+    }
 
-    def work(out: Path) -> dict[str, Any]:
-        digests.update(cut(teacher, plan, out))
-        return describe(open_checkpoint(out))
 
+Mend = Callable[[Checkpoint, Plan, Path], Repaired]
+
+
+def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: data.Corpus, listener: Listener) -> Mend:
+    """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
+    assert recipe.repair.steps is not None, "resolve fills them in"
+    tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
+    options = pass_options(recipe.calibrate, progress=_layers(listener))
+    return partial(
+        repaired_cut, steps=recipe.repair.steps, statistics=statistics, scores=scores, tokens=tokens, **options
+    )
+
+
+def student_maker(teacher: Checkpoint, scores: Scores, mend: Mend) -> Callable[[Shape, Path], Repaired]:
+    """A function that makes the pruned checkpoint of a shape in an empty directory, for the candidates of a search."""
+    return lambda shape, out: mend(teacher, choose(scores, teacher.shape, shape), out)
+
+
+def prune(
+    stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, plan: Plan, statistics: Statistics, corpus: data.Corpus
+) -> Path:
+    steps = needed_steps(recipe.repair.steps or [], plan)
     inputs = {
         "model": stages.digest(model_files(teacher.path)),
         "plan": stages.digest([stages.out / "plan" / "plan.json"]),
     }
-    made = stages.do("pruned", work, inputs=inputs, config={})
+    config: dict[str, Any] = {"repair": {"steps": steps}}
+    if steps:  # fitted to what
+        inputs |= {"data": corpus.digest}
+        inputs |= {"statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"])}
+        config |= {"calibrate": recipe.calibrate, "seed": recipe.seed}
+    digests: dict[str, str] = {}
+
+    def work(out: Path) -> dict[str, Any]:
+        scores = Scores.load(stages.out / "scores")
+        repaired = repairing(recipe, statistics, scores, corpus, stages.listener)(teacher, plan, out)
+        repaired.plan.save(out / "plan.json")
+        digests.update(repaired.digests)
+        return describe(open_checkpoint(out)) | {"repairs": steps}
+
+    made = stages.do("pruned", work, inputs=inputs, config=config)
     stages.remember({made / file: digest for file, digest in digests.items()})
     return made
 
@@ -316,22 +376,23 @@ def calibrate_tokens(
     scratch: Path | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    return calibrate(
-        teacher,
-        tokens,
-        dtype=compute_dtype(config.precision, pick_device()),
-        batch=config.batch,
-        second_moment=config.second_moment,
-        scratch=scratch,
-        progress=lambda done, total: listener.progress(done, total, "layers"),
+    options = pass_options(
+        config, scratch=scratch, progress=lambda done, total: listener.progress(done, total, "layers")
     )
+    return calibrate(teacher, tokens, second_moment=config.second_moment, **options)
+
+
+def _layers(listener: Listener) -> Callable[[int, int], None]:
+    return lambda done, total: listener.progress(done, total, "layers")
 
 
 def scoring_on(
     corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
 ) -> Scoring:
     tokens = calibration_tokens(corpus, calibrate, seed)
-    return Scoring(prune, calibrate, tokens, tokenizer, progress=partial(listener.progress, note="layers"))
+    return Scoring(
+        prune, calibrate, tokens, tokenizer, progress=lambda done, total: listener.progress(done, total, "layers")
+    )
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:

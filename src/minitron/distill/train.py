@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron.config import Section
-from minitron.data import Corpus, batch_rows
+from minitron.data import Blocks, Corpus, batch_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
 from minitron.distill.losses import LOSSES, WITHOUT_TEACHER, chunked_loss
 from minitron.errors import Interrupted, MinitronError
@@ -124,6 +124,62 @@ def distill(
 
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
+    made = _train(student, teacher, corpus, config, seed=seed, work=work, initialize=initialize, progress=progress)
+    save_student(made.model, made.checkpoint, out)
+    assert config.batch_blocks
+    return Trained(made.step, made.step * config.batch_blocks * corpus.block_tokens, made.seconds)
+
+
+def distill_until(
+    step: int,
+    judge: Blocks,
+    student: Path,
+    teacher: Path,
+    corpus: Corpus,
+    config: DistillConfig,
+    *,
+    seed: int,
+    work: Path,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> float:
+    """The first `step` steps of what `distill` with the same arguments does, with the state left in `work`.
+
+    `distill`, or a further call, goes on from there under the same schedule, and ends with the bits of one undisturbed
+    run. 0 steps leave the student as it is.
+
+    Returns the mean training loss per predicted token over the blocks `judge`, in nats.
+
+    Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
+    """
+    made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, until=step)
+    assert made.step == step, f"{work} holds step {made.step}, which is beyond step {step}"
+    return made.loss_per_token.mean(judge)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model in training after some step."""
+
+    model: Any
+    checkpoint: Checkpoint
+    loss_per_token: "_LossPerToken"
+    step: int
+    seconds: float  # of this process
+
+
+def _train(
+    student: Path,
+    teacher: Path | None,
+    corpus: Corpus,
+    config: DistillConfig,
+    *,
+    seed: int,
+    work: Path,
+    initialize: Literal["weights", "random"] = "weights",
+    progress: Callable[[int, int, str], None],
+    until: int | None = None,
+) -> _Made:
+    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps."""
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
@@ -136,12 +192,13 @@ def distill(
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     store = _Store(work)
     step = store.resume(model, optimizer)
+    end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     loss_per_token = _LossPerToken(model, guide, config.loss, dtype, device)
     start, first = time.monotonic(), step
 
     with graceful_stop() as stop:
-        while step < steps:
+        while step < end:
             rate = learning_rate(step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -164,8 +221,8 @@ def distill(
             store.log(
                 {"step": step, "tokens": step * tokens.numel(), "loss": loss, "learning_rate": rate, "grad_norm": norm}
             )
-            last = step == steps
-            if step % config.evaluate_steps == 0 or last:
+            last = step == end
+            if step % config.evaluate_steps == 0 or step == steps:
                 store.log({"step": step, "tokens": step * tokens.numel(), "heldout_loss": loss_per_token.mean(heldout)})
             if last or stop.requested or step % config.checkpoint_steps == 0:
                 store.save(step, model, optimizer)
@@ -175,8 +232,7 @@ def distill(
                 )
             speed = (step - first) * tokens.numel() / (time.monotonic() - start)
             progress(step, steps, f"{config.loss} {loss:.3f}, {speed:,.0f} tokens/s")
-    save_student(model, checkpoint, out)
-    return Trained(steps, steps * config.batch_blocks * corpus.block_tokens, time.monotonic() - start)
+    return _Made(model, checkpoint, loss_per_token, step, time.monotonic() - start)
 
 
 def learning_rate(step: int, steps: int, config: DistillConfig) -> float:

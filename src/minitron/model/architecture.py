@@ -14,6 +14,7 @@ one unit. `{layer}` in a name is the layer index.
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -90,6 +91,10 @@ class Parameters:
         return self.total - self.embedding
 
 
+# Part of the parameters -> product of dims -> how often it occurs: {"mlp": {("ffn", "hidden", "layers"): 3}, ...}.
+ParameterTerms = dict[str, dict[tuple[str, ...], int]]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A family of models, as data. A new family is a new table; see docs/adding-a-family.md."""
@@ -113,8 +118,12 @@ class Architecture:
     hidden_multiple_of_heads: bool = False
     # A stored norm weight w means a gain of norm_gain_offset + w.
     norm_gain_offset: float = 0.0
+    # Norms of the residual stream subtract the mean over the channels first: LayerNorm instead of RMSNorm.
+    centred_norms: bool = False
     # The model multiplies its embeddings by sqrt(hidden), which a smaller hidden changes.
     embedding_times_sqrt_hidden: bool = False
+    # Config key of a number that multiplies what attention and MLP add to the residual stream.
+    residual_multiplier: str = ""
     # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
     logits_divisor: str = ""
     logits_softcap: str = ""
@@ -182,6 +191,16 @@ class Architecture:
             parts[self._part(spec)] += times * prod(spec.shape(shape))
         return Parameters(total=sum(parts.values()), **parts)
 
+    def parameter_terms(self, config: Mapping[str, Any]) -> ParameterTerms:
+        """The counts of `count` as polynomials in the dims, for counting many shapes: the table is read only once."""
+        terms: ParameterTerms = {}
+        for spec in self.specs(config, layers=1):
+            part, outside = terms.setdefault(self._part(spec), {}), () if spec.layer is None else ("layers",)
+            for segments in product(*spec.axes):
+                dims = tuple(sorted([*outside, *(dim for each in segments for dim in (each.unit, *each.block))]))
+                part[dims] = part.get(dims, 0) + 1
+        return terms
+
     def require_valid(self, shape: Shape) -> None:
         """Raises: PlanError for a shape that no model of this family can have."""
         for dim in DIMS:
@@ -238,6 +257,20 @@ class Architecture:
         norms = tuple(name for name in self.norms if "{layer}" in name)
         return norms or (self.sites["attention_in"], self.sites["mlp_in"])
 
+    def norm_before(self, matrix: str, layer: int | None) -> str | None:
+        """The norm whose output a matrix reads, both by their names without `.weight`; None if there is none."""
+        for norm, module in self.norms.items():
+            if f"{matrix}.".startswith(module.format(layer=layer) + "."):
+                return norm.format(layer=layer)
+        return None
+
+    @property
+    def channel_norms(self) -> list[str]:
+        """Norms of a layer with a gain per residual channel that are not before its matrices."""
+        before = {f"{norm}.weight" for norm in self.norms}
+        vectors = [name for name, line in self.tensors.items() if _parse(line)[0] == (_axis("hidden"),)]
+        return [name for name in vectors if name.endswith("norm.weight") and name not in before]
+
     def _part(self, spec: TensorSpec) -> str:
         if spec.name in (self.embedding, self.head):
             return "embedding"
@@ -252,6 +285,20 @@ class Architecture:
 def kv_cache_bytes(shape: Shape, bytes_per_value: int = 2) -> int:
     """Key-value cache bytes per token of context."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_value
+
+
+def count_terms(terms: ParameterTerms, sizes: Mapping[str, Any], *, kind: str = "total") -> Any:
+    """Parameters of one shape, or of many at once: `sizes` holds an integer per dim, or an integer array per dim.
+
+    Args:
+        kind: `total` or `non_embedding`.
+    """
+    return sum(
+        times * prod(sizes[dim] for dim in dims)
+        for part, products in terms.items()
+        for dims, times in products.items()
+        if kind == "total" or part != "embedding"
+    )
 
 
 def with_sizes(shape: Shape, **sizes: int) -> Shape:

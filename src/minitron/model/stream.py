@@ -123,20 +123,26 @@ class Stream:
             yield rows, states[rows].to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Run one layer over all samples: yields (samples, states before, states after), and keeps the states after.
+    def peek(
+        self, index: int, layer: nn.Module, states: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Run one layer over all samples: yields (samples, states before, states after).
 
         Hooks on the layer's modules see each batch just before it is yielded.
 
         Args:
             states: a set of states from `more_states` instead of this stream's own.
         """
-        states = self.states if states is None else states
         for rows, before in self.batches(states):
             after = layer(before, **self._calls[len(before)][index])
-            after = after[0] if isinstance(after, tuple) else after
+            yield rows, before, after[0] if isinstance(after, tuple) else after
+
+    def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """`peek`, and keep the states after."""
+        kept = self.states if states is None else states
+        for rows, before, after in self.peek(index, layer, states):
             yield rows, before, after
-            states[rows] = after
+            kept[rows] = after
 
     def more_states(self) -> Tensor:
         """Room for another set of states, for samples that take several ways through the layers."""

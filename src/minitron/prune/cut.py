@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitron.errors import PlanError
 from minitron.large_files import ahead, buffers
-from minitron.model.architecture import Axis, TensorSpec
+from minitron.model.architecture import Architecture, Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.weights import runs
 from minitron.prune.plan import Plan
@@ -40,14 +40,11 @@ def cut(
 
     Raises: PlanError if the plan was made for another shape.
     """
-    if plan.teacher != checkpoint.shape:
-        raise PlanError(f"the plan is for a teacher of shape {plan.teacher}; {checkpoint.path} has {checkpoint.shape}")
-    architecture = checkpoint.architecture
-    architecture.require_valid(plan.student)
+    require_plan_for(checkpoint, plan)
     config = student_config(checkpoint, plan)
-    specs = {spec.name: spec for spec in architecture.specs(config, plan.student.layers)}
-    sources = dict(zip(specs, _sources(checkpoint, plan), strict=True))
-    changes = _embedding_gain(checkpoint, plan) | dict(changes or {})
+    specs = {spec.name: spec for spec in checkpoint.architecture.specs(config, plan.student.layers)}
+    sources = dict(zip(specs, sources_of(checkpoint, plan), strict=True))
+    changes = _embedding_changes(checkpoint, plan) | dict(changes or {})
     with closing(_pieces(checkpoint, plan, specs, sources, changes)) as pieces:
         return write_checkpoint(
             out,
@@ -59,6 +56,13 @@ def cut(
             carry_from=checkpoint.path,
             shard_bytes=shard_bytes,
         )
+
+
+def require_plan_for(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises: PlanError if the plan was made for another shape, or makes one that the family cannot have."""
+    if plan.teacher != checkpoint.shape:
+        raise PlanError(f"the plan is for a teacher of shape {plan.teacher}; {checkpoint.path} has {checkpoint.shape}")
+    checkpoint.architecture.require_valid(plan.student)
 
 
 def student_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -81,16 +85,21 @@ def _derived_lists(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     return {key: full[key] for key in missing if isinstance(full.get(key), list)}
 
 
-def _embedding_gain(checkpoint: Checkpoint, plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What keeps the residual stream's scale where a model multiplies its embeddings by sqrt(hidden).
+def embedding_gain(checkpoint: Checkpoint, plan: Plan) -> float:
+    """By how much the embedding must grow to keep its scale where a model multiplies it by sqrt(hidden); else 1.
 
-    The embedding grows by sqrt(hidden / hidden'); where it also is the output projection, the final norm takes that
-    back.
+    Where the embedding also is the output projection, the final norm must take that back.
     """
+    if not checkpoint.architecture.embedding_times_sqrt_hidden:
+        return 1.0
+    return math.sqrt(plan.teacher.hidden / plan.student.hidden)
+
+
+def _embedding_changes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:
     table = checkpoint.architecture
-    if not table.embedding_times_sqrt_hidden or plan.student.hidden == plan.teacher.hidden:
+    gain, offset = embedding_gain(checkpoint, plan), table.norm_gain_offset
+    if gain == 1.0:
         return {}
-    gain, offset = math.sqrt(plan.teacher.hidden / plan.student.hidden), table.norm_gain_offset
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         table.embedding: lambda rows: (rows.float() * gain).to(rows.dtype)
     }
@@ -123,12 +132,23 @@ def _kept_units(plan: Plan, unit: str, layer: int | None) -> tuple[int, ...]:
     return plan.hidden if unit == "hidden" else tuple(range(getattr(plan.teacher, unit)))
 
 
-def _sources(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+def sources_of(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """The teacher's tensor behind each of the student's, in the order of the student's specs."""
     by_layer: dict[int | None, list[str]] = {}
     for spec in checkpoint.specs():
         by_layer.setdefault(spec.layer, []).append(spec.name)
     return [name for layer in (None, *plan.layers) for name in by_layer[layer]]
+
+
+def writing_order(architecture: Architecture, specs: list[TensorSpec]) -> list[TensorSpec]:
+    """The embedding, the layers, and last what comes after them: the order in which a pass can know them."""
+
+    def place(spec: TensorSpec) -> tuple[int, int]:
+        if spec.layer is not None:
+            return 1, spec.layer
+        return (0, 0) if spec.name == architecture.embedding else (2, 0)
+
+    return sorted(specs, key=place)
 
 
 def _pieces(

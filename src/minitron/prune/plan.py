@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron.config import Section
 from minitron.errors import PlanError, did_you_mean
-from minitron.model.architecture import PRUNABLE, Architecture, Shape, with_sizes
+from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
 from minitron.prune.calibrate import PER_LAYER
 from minitron.prune.importance import Aggregate, Scores
 
@@ -379,9 +379,9 @@ def target_shape(
     limit = value * have if kind == "non_embedding" else value
     if limit > have:
         raise PlanError(f"target {prune.target} is larger than the model, which has {have:,} {kind} parameters")
-    smallest = have
+    smallest, terms = have, architecture.parameter_terms(config)
     for candidates in _stages(architecture, teacher, prune):
-        counted = [(shape, getattr(architecture.count(shape, config), kind)) for shape in candidates]
+        counted = [(shape, count_terms(terms, vars(shape), kind=kind)) for shape in candidates]
         smallest = min([smallest, *(count for _, count in counted)])
         fitting = [(_unevenness(teacher, s) + 2 * math.log(limit / c), s) for s, c in counted if c <= limit]
         if fitting:

@@ -9,10 +9,9 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron.device import compute_dtype, pick_device
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate
+from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import CRITERIA, Scores
@@ -38,12 +37,7 @@ class Scoring:
     @property
     def pass_options(self) -> dict[str, Any]:
         """Of a pass over the tokens."""
-        return {
-            "dtype": compute_dtype(self.calibrate.precision, pick_device()),
-            "batch": self.calibrate.batch,
-            "scratch": self.scratch,
-            "progress": self.progress,
-        }
+        return pass_options(self.calibrate, scratch=self.scratch, progress=self.progress)
 
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:

@@ -6,7 +6,7 @@ Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ def ratio(value: Number) -> str:
     return f"{value:.2f} ×"  # noqa: RUF001
 
 
+def milliseconds(seconds: Number) -> str:
+    return f"{1000 * seconds:,.3g} ms" if seconds < 1 else duration(seconds)
+
+
 def duration(seconds: Number) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -95,6 +99,31 @@ RESULT_COLUMNS = (
 def result_cells(row: Mapping[str, Any]) -> list[str]:
     """The row's values in the order of RESULT_COLUMNS."""
     return [shown(row[column.key], column.form) for column in RESULT_COLUMNS]
+
+
+_CANDIDATE_COLUMNS = (
+    *(Column(dim, dim, "", count) for dim in ("layers", "hidden", "ffn", "heads", "kv_heads")),
+    Column("total", "Parameters", "total", short_count),
+    Column("non_embedding", "Non-emb.", "", short_count),
+    Column("weight_bytes", "Weights", "", size),
+    Column("kv_cache_bytes", "KV cache", "", size),
+    Column("decode_seconds", "Decode", "per step", milliseconds),
+    Column("prefill_seconds", "Prefill", "", milliseconds),
+    Column("predicted", "Damage", "predicted", nats),
+)
+
+
+def candidate_columns(candidates: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """The columns of a table of a search's candidates: what each takes, its prediction, its loss at each step."""
+    steps = sorted({int(step) for one in candidates for step in one["losses"]})
+    measured = [Column(str(step), "Loss", f"step {step:,}" if step else "after the cut", nats) for step in steps]
+    return [*_CANDIDATE_COLUMNS, *measured]
+
+
+def candidate_cells(candidate: Mapping[str, Any], columns: Iterable[Column]) -> list[str]:
+    """A row of a search's candidates.json."""
+    values = {**candidate, **candidate["shape"], **candidate["losses"]}
+    return [shown(values.get(column.key), column.form) for column in columns]
 
 
 def hub_id(source: str) -> str | None:

@@ -5,7 +5,7 @@ Colours are CSS variables of report.css, so that one file reads well on a light 
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -108,6 +108,52 @@ def learning_rate_curve(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("learning rate")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
+    return drawn[0]
+
+
+def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callable[[Number], str]) -> str:
+    """Each candidate's cost and loss, the chosen one first, and a line along those that none beats in both."""
+    front = pareto_front(points)
+    label = f"Scatter plot of {len(points)} candidates, {y} against {x}; {len(front)} are beaten by none in both"
+    with _canvas(2.5, label) as (figure, drawn):
+        axes = figure.subplots()
+        steps = [points[index] for index in front]
+        axes.step(*zip(*steps, strict=True), where="post", color=COLORS["teacher"], linewidth=1.1)
+        axes.scatter(*zip(*points, strict=True), s=16, color=COLORS["teacher"], linewidths=0, label="candidates")
+        axes.scatter(*zip(*points[:1], strict=True), s=44, color=COLORS["student"], linewidths=0, label="chosen")
+        axes.legend(loc="upper right")
+        axes.margins(x=0.06, y=0.14)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda value, _: form(value))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    return drawn[0]
+
+
+def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
+    """Indices of the points that no other is below in one coordinate and not above in the other, by rising x."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if not front or points[index][1] < points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def rung_curves(curves: Sequence[Mapping[int, Number]], unit: str) -> str:
+    """Loss of each candidate at the steps where it was measured, the chosen one first."""
+    label = f"Line chart of the losses of {len(curves)} candidates, which stop one half after the other"
+    with _canvas(2.5, label) as (figure, drawn):
+        axes = figure.subplots()
+        for index, losses in reversed(list(enumerate(curves))):
+            color = COLORS["teacher" if index else "student"]
+            axes.plot(list(losses), list(losses.values()), color=color, marker="o", markersize=3.5, linewidth=1.2)
+        axes.set_xscale("symlog", base=2, linthresh=min(step for losses in curves for step in losses if step))
+        axes.set_xticks(
+            ticks := sorted({step for losses in curves for step in losses}), [f"{tick:,}" for tick in ticks]
+        )
+        axes.minorticks_off()
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
     return drawn[0]
 
 

@@ -11,7 +11,7 @@ from minitron.errors import RunError
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "pruned", "student", "scratch")
-STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+STAGES = ("data", "statistics", "search", "scores", "plan", "pruned", "student", "scratch", "evaluations")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class RunRecords:
     evaluations: model -> its description (family, shape, parameters, bytes) and its measured quality.
     generations: one row per prompt: {"prompt": ..., model: continuation}.
     metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
+    search: search/candidates.json, or nothing where the shape was not searched for.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class RunRecords:
     metrics: list[dict[str, Any]]
     scores: dict[str, Any]
     plan: dict[str, Any]
+    search: dict[str, Any]
 
 
 def read_run(path: Path) -> RunRecords:
@@ -53,6 +55,7 @@ def read_run(path: Path) -> RunRecords:
         metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
         scores=_json(path / "scores" / "scores.json") or {},
         plan=_json(path / "plan" / "plan.json") or {},
+        search=_json(path / "search" / "candidates.json") or {},
     )
 
 

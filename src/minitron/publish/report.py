@@ -4,9 +4,10 @@ The page loads nothing: its style sheet and figures are inline, it has no script
 forbids both.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,9 +16,14 @@ from minitron.publish import plots
 from minitron.publish.formats import (
     MISSING,
     RESULT_COLUMNS,
+    Number,
+    candidate_cells,
+    candidate_columns,
     count,
     duration,
     environments,
+    flops,
+    milliseconds,
     ratio,
     result_cells,
     share,
@@ -28,6 +34,7 @@ from minitron.publish.formats import (
 )
 from minitron.publish.records import MODELS, RunRecords, result_table
 
+SHOWN_CANDIDATES = 16
 Heading = str | tuple[str, str]  # a name, or a name and its unit
 LOSS_NAMES = {"forward_kl": "forward KL", "cross_entropy": "cross entropy"}
 
@@ -44,7 +51,7 @@ def write_report(records: RunRecords) -> Path:
 
 
 def render(records: RunRecords) -> str:
-    sections = (results, shapes, speeds, training, importance, texts, provenance)
+    sections = (results, shapes, search, speeds, training, importance, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -153,6 +160,53 @@ def _before_and_after(keys: Sequence[str], teacher: Mapping[str, int], student: 
         ["student", *(count(student[key]) for key in keys)],
         ["kept", *(share(student[key] / teacher[key]) if teacher[key] else MISSING for key in keys)],
     ]
+
+
+def search(records: RunRecords) -> str:
+    if not records.search:
+        return ""
+    facts, found = records.search, records.search["candidates"]
+    columns = candidate_columns(found)
+    head = ["Rank", *(c.heading if not c.unit else (c.heading, c.unit) for c in columns)]
+    rows = [[f"{rank}", *candidate_cells(one, columns)] for rank, one in enumerate(found[:SHOWN_CANDIDATES], start=1)]
+    machine = facts["machine"]
+    note = (
+        f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is predicted from the "
+        "statistics and has no unit; losses are the training loss, in nats per token, on the training blocks that "
+        f"the first pass reads last. KV cache and times are of {count(facts['batch'])} × "  # noqa: RUF001
+        f"{count(facts['context_tokens'])} tokens; times are modelled from {size(machine['bytes_per_second'])} and "
+        f"{flops(machine['flops_per_second'])} per second, not measured."
+    )
+    table = _table("Candidates", head, rows)
+    return _section("The search for the shape", _note(note), table, _figures(_search_figures(found)))
+
+
+def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Costs against a loss that is comparable: at the first rung, else after the cut, else the prediction."""
+    steps = sorted({int(step) for one in found for step in one["losses"]})
+    step = next((str(step) for step in steps if step > 0), "0" if steps else None)
+    y = "predicted damage" if step is None else "nats per token"
+    when = {None: "predicted, not measured", "0": "right after the cut"}.get(step, f"after {step} steps")
+    here = [one for one in found if step is None or step in one["losses"]]
+    losses = [one["predicted"] if step is None else one["losses"][step] for one in here]
+    axes: dict[str, tuple[str, Callable[[Number], str]]] = {
+        "total": ("parameters", short_count),
+        "kv_cache_bytes": ("KV cache", size),
+        "decode_seconds": ("decoding step, modelled", milliseconds),
+    }
+    figures = [
+        _figure(
+            plots.pareto([(one[key], loss) for one, loss in zip(here, losses, strict=True)], x, y, form),
+            f"Loss against {x}",
+            f"Loss {when}; the line joins candidates that no other beats in both",
+        )
+        for key, (x, form) in axes.items()
+    ]
+    if len(steps) > 1:
+        curves = [{int(at): loss for at, loss in one["losses"].items()} for one in here]
+        caption = "Each rung keeps the better half; step 0 is right after the cut"
+        figures.append(_figure(plots.rung_curves(curves, y), "Successive halving", caption))
+    return figures
 
 
 def speeds(records: RunRecords) -> str:
@@ -302,6 +356,8 @@ def _stage_tokens(records: RunRecords, name: str) -> int | None:
         case "data":
             return result["train_tokens"] + result["heldout_tokens"]
         case "statistics":
+            return result["tokens"]
+        case "search":
             return result["tokens"]
         case "student" | "scratch":
             return result["training"]["tokens"]

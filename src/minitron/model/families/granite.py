@@ -9,5 +9,6 @@ GRANITE = replace(
     name="granite",
     config_keys=KEYS_WITHOUT_HEAD_DIM,
     hidden_multiple_of_heads=False,
+    residual_multiplier="residual_multiplier",
     logits_divisor="logits_scaling",
 )

@@ -30,4 +30,5 @@ NEMOTRON = Architecture(
     },
     norms=LLAMA.norms,
     norm_gain_offset=1.0,
+    centred_norms=True,
 )

@@ -1,0 +1,284 @@
+"""Refit a pruned model's matrices layer by layer, on the inputs that the model gives itself.
+
+What is fitted to the teacher's activations does not see the errors that the student's earlier layers make, nor layers
+that are gone. Here both models run side by side, one layer at a time. A matrix that reads the residual stream is fitted
+to what the teacher's gives; one that writes to it, to what brings the stream to where the teacher's is at that point,
+after the layers that were dropped there. Each is a ridge regression whose prior is the matrix as it was. Beyond the
+papers.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitron.errors import PlanError
+from minitron.model.architecture import Architecture, TensorSpec
+from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
+from minitron.model.logits import float32_logits
+from minitron.model.stream import Stream
+from minitron.model.weights import runs
+from minitron.prune.cut import embedding_gain, kept_rows, writing_order
+from minitron.prune.plan import Plan
+from minitron.prune.residual import Residual, normalized, read_norm
+
+# Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.
+RIDGE = 0.01
+
+
+def require_refit(architecture: Architecture) -> None:
+    """Raises: PlanError for a family that normalises what its matrices write."""
+    if architecture.channel_norms:
+        norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
+        raise PlanError(
+            f"{architecture.name} models cannot be refitted, for {norms} stand between their matrices and the "
+            "residual stream: leave `refit` out of repair.steps"
+        )
+
+
+def refit(
+    teacher: Stream,
+    student: Stream,
+    plan: Plan,
+    residual: Residual,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
+    """Write the refitted student into the existing directory `out`; returns the sha256 of its files of weights.
+
+    Args:
+        teacher, student: streams of the same tokens in the same batches, before `embed`.
+        plan: how the student was cut.
+        residual: what the student's residual stream holds of the teacher's.
+        progress: called with (student's layers done, layers).
+
+    Raises: PlanError for a family that cannot be refitted.
+    """
+    require_refit(teacher.checkpoint.architecture)
+    work = _Refit(teacher, student, plan, residual, progress)
+    checkpoint = student.checkpoint
+    with closing(work.pieces()) as pieces:
+        return write_checkpoint(
+            out,
+            config=checkpoint.config,
+            tensors={
+                spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in work.specs
+            },
+            pieces=pieces,
+            carry_from=checkpoint.path,
+            shard_bytes=shard_bytes,
+        )
+
+
+def row_runs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """A tensor's rows, in the parts that are best read in one go each."""
+    stored = checkpoint.stored[spec.name]
+    return runs(torch.arange(stored.shape[0]), stored.row_bytes)
+
+
+@dataclass
+class _Regression:
+    """Sums for one matrix W -> W + D: the D that takes most of the errors away, given the inputs."""
+
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of z z' [columns, columns]
+    errors: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of e z' [rows, columns]
+
+    def add(self, inputs: Float[Tensor, "tokens columns"], errors: Float[Tensor, "tokens rows"]) -> None:
+        if self.inputs.ndim == 0:
+            self.inputs = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+            self.errors = inputs.new_zeros(errors.shape[1], inputs.shape[1], dtype=torch.float32)
+        dtype, inputs, errors = inputs.dtype, inputs.float(), errors.float()
+        with float32_logits(dtype):
+            self.inputs.addmm_(inputs.T, inputs)
+            self.errors.addmm_(errors.T, inputs)
+
+    def change(self) -> Float[Tensor, "rows columns"]:
+        scale = self.inputs.diagonal().sqrt().clamp_min(torch.finfo(torch.float32).tiny ** 0.25)
+        correlation = self.inputs.div_(scale[:, None]).div_(scale)
+        correlation.diagonal().fill_(1 + RIDGE)
+        factor = torch.linalg.cholesky(correlation)
+        return torch.cholesky_solve((self.errors / scale).T, factor).T / scale
+
+
+class _Refit:
+    def __init__(
+        self,
+        teacher: Stream,
+        student: Stream,
+        plan: Plan,
+        residual: Residual,
+        progress: Callable[[int, int], None],
+    ):
+        self.teacher, self.student, self.plan, self.progress = teacher, student, plan, progress
+        self.residual, self.held = residual, residual.to(student.device)
+        self.checkpoint, self.architecture = student.checkpoint, student.checkpoint.architecture
+        self.tied = self.architecture.tied(self.checkpoint.config)
+        self.prefix = self.architecture.layer + "."
+        self.attention, self.mlp = (
+            (norm.removeprefix(self.prefix), reader.removeprefix(self.prefix))
+            for norm, reader in self.architecture.norms.items()
+            if "{layer}" in norm
+        )
+        # The end of the network is fitted when all layers are.
+        self.specs = writing_order(self.architecture, list(self.checkpoint.specs()))
+        self.added_times = self.checkpoint.config.get(self.architecture.residual_multiplier, 1.0)
+
+    def pieces(self) -> Generator[Tensor, None, None]:
+        """The tensors of `specs` in order."""
+        embedding, *after = (spec for spec in self.specs if spec.layer is None)
+        yield from self._with({}, [embedding])
+        for number, changes in self._layers():
+            yield from self._with(changes, [spec for spec in self.specs if spec.layer == number])
+            self.progress(number + 1, self.plan.student.layers)
+        yield from self._with(self._fit_the_end(), after)
+
+    def _with(self, changes: dict[str, Tensor], specs: list[TensorSpec]) -> Iterator[Tensor]:
+        for spec in specs:
+            for start, stop in row_runs(self.checkpoint, spec):
+                rows = self.checkpoint.read_rows(spec.name, start, stop)
+                yield self._changed(spec, rows, start, changes).to(rows.dtype)
+
+    def _changed(self, spec: TensorSpec, rows: Tensor, start: int, changes: dict[str, Tensor]) -> Tensor:
+        if spec.name not in changes:
+            return rows
+        change = changes[spec.name]
+        if spec.name == self.architecture.head:
+            return rows.float() + rows.float() @ change
+        return rows.float() + change[start : start + len(rows)]
+
+    def _layers(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Each of the student's layers, and what is added to its matrices."""
+        self.teacher.embed()
+        self.student.embed()
+        ends = [*self.plan.layers[1:], self.plan.teacher.layers]
+        layers = self.teacher.layers()
+        for number, layer in self.student.layers():
+            for index, of_teacher in layers:
+                if index == self.plan.layers[number]:
+                    changes = self._before_the_end(number, layer, index, of_teacher)
+                _keep_states(self.teacher, index, of_teacher)
+                if index + 1 == ends[number]:
+                    break
+            changes |= self._fit(number, layer, [self._writer("mlp_out")], self._errors_at_the_end(number, layer))
+            _keep_states(self.student, number, layer)
+            yield number, changes
+
+    def _before_the_end(self, number: int, layer: nn.Module, index: int, of_teacher: nn.Module) -> dict[str, Tensor]:
+        """Fit all but what the MLP writes, each with those before it fitted already."""
+        changes: dict[str, Tensor] = {}
+        for reader in (self.attention[1], self.mlp[1]):
+            names = [
+                spec.name.split(f".{number}.", 1)[1].removesuffix(".weight")
+                for spec in self.checkpoint.specs()
+                if spec.layer == number and spec.reads("hidden") and f".{reader}." in spec.name
+            ]
+            errors = self._errors_of_readers(names, number, layer, index, of_teacher)
+            changes |= self._fit(number, layer, names, errors)
+            if reader == self.attention[1]:
+                errors = self._errors_after_attention(number, layer, index, of_teacher)
+                changes |= self._fit(number, layer, [self._writer("attention_out")], errors)
+        return changes
+
+    def _fit(
+        self, number: int, layer: nn.Module, names: list[str], errors: Iterator[dict[str, tuple[Tensor, Tensor]]]
+    ) -> dict[str, Tensor]:
+        """Fit some matrices to errors, batch by batch (inputs, errors) by name; returns what was added, on the CPU."""
+        sums = {name: _Regression() for name in names}
+        for batch in errors:
+            for name, (inputs, error) in batch.items():
+                sums[name].add(inputs.flatten(0, 1), error.flatten(0, 1))
+        changes = {}
+        for name in names:
+            change = sums.pop(name).change()
+            layer.get_submodule(name).get_parameter("weight").add_(change)
+            changes[f"{self.architecture.layer}.{name}.weight".format(layer=number)] = change.cpu()
+        return changes
+
+    def _errors_of_readers(
+        self, names: list[str], number: int, layer: nn.Module, index: int, of_teacher: nn.Module
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        specs = {spec.name: spec for spec in self.checkpoint.specs() if spec.layer == number}
+        prefix = f"{self.architecture.layer}.".format(layer=number)
+        kept = {
+            name: kept_rows(specs[f"{prefix}{name}.weight"].axes[0], self.plan, number).to(self.student.device)
+            for name in names
+        }
+        with _tapped(layer, names) as ours, _tapped(of_teacher, names) as theirs:
+            for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
+                yield {name: (ours[name].given, theirs[name].made[..., kept[name]] - ours[name].made) for name in names}
+
+    def _errors_after_attention(
+        self, number: int, layer: nn.Module, index: int, of_teacher: nn.Module
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        writer, norm = self._writer("attention_out"), self.mlp[0]
+        with _tapped(layer, [writer, norm]) as ours, _tapped(of_teacher, [norm]) as theirs:
+            for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
+                yield {writer: (ours[writer].given, self._gap(theirs[norm].given, ours[norm].given))}
+
+    def _errors_at_the_end(self, number: int, layer: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        writer = self._writer("mlp_out")
+        with _tapped(layer, [writer]) as ours:
+            goals = self.teacher.batches()
+            for (_, goal), (_, _, after) in zip(goals, self.student.peek(number, layer), strict=True):
+                yield {writer: (ours[writer].given, self._gap(goal, after))}
+
+    def _fit_the_end(self) -> dict[str, Tensor]:
+        """Fit what the output projection makes of the last norm's output, or where it is tied, the norm's gains."""
+        name, sums = self.architecture.final_norm, _Regression()
+        with self.student.final_norm() as ours:
+            # What the student's norm would give if it held what the teacher's stream has.
+            norm = self.residual.norm(read_norm(self.teacher.checkpoint, name), 1.0, tied=self.tied)
+            gain = norm.gain.to(self.student.device)
+            if self.tied:
+                gain = gain / embedding_gain(self.teacher.checkpoint, self.plan)
+            bias = 0 if norm.bias is None else norm.bias.to(self.student.device)
+            for (_, goal), (_, states) in zip(self.teacher.batches(), self.student.batches(), strict=True):
+                unit = normalized(goal.flatten(0, 1), centred=self.architecture.centred_norms)
+                made = ours(states).flatten(0, 1)
+                sums.add(made, gain * self.held.embed(unit) + bias - made.float())
+        if not self.tied:
+            return {self.architecture.head: sums.change().cpu()}
+        energy = (1 + RIDGE) * sums.inputs.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+        shares = sums.errors.diagonal() / energy
+        stored = self.checkpoint.read(f"{name}.weight").float()
+        return {f"{name}.weight": (stored + self.architecture.norm_gain_offset) * shares.cpu()}
+
+    def _gap(self, goal: Tensor, states: Tensor) -> Tensor:
+        """What is missing in the student's stream to hold what the teacher's has."""
+        return (self.held.embed(goal.flatten(0, 1).float()).view(states.shape) - states.float()) / self.added_times
+
+    def _writer(self, site: str) -> str:
+        return self.architecture.sites[site].removeprefix(self.prefix)
+
+
+@dataclass
+class _Tap:
+    given: Tensor = field(default_factory=lambda: torch.empty(0))
+    made: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@contextmanager
+def _tapped(layer: nn.Module, names: list[str]) -> Iterator[dict[str, _Tap]]:
+    """What some modules were last given, and made of it."""
+    taps = {name: _Tap() for name in names}
+
+    def note(tap: _Tap, given: Tensor, made: Tensor) -> None:
+        tap.given, tap.made = given, made
+
+    with ExitStack() as stack:
+        for name, tap in taps.items():
+            module = layer.get_submodule(name)
+            handle = module.register_forward_hook(lambda _, args, made, tap=tap: note(tap, args[0], made))
+            stack.callback(handle.remove)
+        yield taps
+
+
+def _keep_states(stream: Stream, index: int, layer: nn.Module) -> None:
+    for _ in stream.run(index, layer):
+        pass

@@ -1,0 +1,173 @@
+"""What the student's residual stream is made of: some of the teacher's channels, or a basis of combinations of them.
+
+Matrices that write to the stream write what the student holds of it, and those that read from it take what is held for
+the whole. A basis is folded into the weights, with the norms' gains, so the result is a plain checkpoint of the same
+family. One basis for the whole network needs no adapters. Beyond the papers, which keep channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitron.errors import PlanError
+from minitron.model.architecture import Architecture
+from minitron.model.checkpoint import Checkpoint
+
+# Smallest share of the mean gain that a channel's gain counts for where embeddings are tied.
+SMALLEST_GAIN = 0.05
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the residual stream: its gain (what is stored plus the family's offset), and its bias if it has one."""
+
+    gain: Float[Tensor, " hidden"]
+    bias: Float[Tensor, " hidden"] | None = None
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Some of the teacher's channels."""
+
+    kept: Int[Tensor, " kept"]
+
+    def to(self, device: torch.device) -> "Channels":
+        return Channels(self.kept.to(device))
+
+    def write(self, matrix: Float[Tensor, "hidden ..."]) -> Float[Tensor, "kept ..."]:
+        return matrix[self.kept]
+
+    def embed(self, rows: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows kept"]:
+        return rows[:, self.kept]
+
+    def read(self, matrix: Float[Tensor, "rows hidden"], norm: Norm | None) -> Float[Tensor, "rows kept"]:
+        return matrix[:, self.kept]
+
+    def norm(self, norm: Norm, scale: float, *, tied: bool = False) -> Norm:
+        """The student's norm, whose output is `scale` times that of an unscaled one."""
+        return Norm(scale * norm.gain[self.kept], None if norm.bias is None else norm.bias[self.kept])
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The student's stream is y = x @ writes, and read @ y stands for the teacher's x.
+
+    Both are [hidden, student hidden]. They are the same orthonormal columns, but for the channels' scale that tied
+    embeddings ask for, see `residual_basis`.
+    """
+
+    writes: Tensor
+    reads: Tensor
+
+    def to(self, device: torch.device) -> "Basis":
+        return Basis(self.writes.to(device), self.reads.to(device))
+
+    def write(self, matrix: Float[Tensor, "hidden ..."]) -> Float[Tensor, "kept ..."]:
+        return self.writes.T @ matrix
+
+    def embed(self, rows: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows kept"]:
+        return rows @ self.writes
+
+    def read(self, matrix: Float[Tensor, "rows hidden"], norm: Norm | None) -> Float[Tensor, "rows kept"]:
+        """A matrix that reads the stream through a norm, with the norm's gain and bias."""
+        assert norm is not None, "require_basis lets no family read the stream without a norm"
+        folded = matrix @ (norm.gain[:, None] * self.reads / _rms(norm.gain))
+        if norm.bias is None:
+            return folded
+        # The stream has no part along (1, 1, ...), so there the matrix can hold what it makes of the norm's bias, and
+        # read it from a bias of ones.
+        return folded + (matrix @ norm.bias)[:, None] / self.writes.shape[1]
+
+    def norm(self, norm: Norm, scale: float, *, tied: bool = False) -> Norm:
+        """The student's norm: one gain for all directions, as the rest is folded into the matrices after it.
+
+        Args:
+            tied: what follows is the embedding, which is folded already.
+        """
+        # Folding leaves the gains' overall size in the norm, and so the matrices' as it was.
+        gain = (norm.gain[:, None] * self.reads * self.reads).sum(0).mean() if tied else _rms(norm.gain)
+        gains = (gain * scale).expand(self.writes.shape[1])
+        return Norm(gains, None if norm.bias is None else torch.ones_like(gains))
+
+
+Residual = Channels | Basis
+
+
+def residual_basis(
+    moment: Float[Tensor, "hidden hidden"], hidden: int, *, centred: bool = False, tied: Norm | None = None
+) -> Basis:
+    """The basis of `hidden` directions that holds most of the normalised stream's energy: leading eigenvectors.
+
+    Args:
+        moment: E[u u'] of the stream u at its reads, each normalised.
+        centred: for LayerNorm. The mean is taken off the stream before, and one direction is left unused, so that the
+            student's norm finds no mean to subtract.
+        tied: the final norm, where the embedding is also the output projection. With channels scaled by the square
+            root of its gain the two are the same matrix; the price is that norms see the length of the scaled stream.
+    """
+    count = len(moment)
+    moment = moment.double()
+    scale = torch.ones(count, dtype=torch.float64)
+    if centred:
+        moment = moment - moment.mean(0)
+        moment = moment - moment.mean(1, keepdim=True)
+    elif tied is not None:
+        gain = tied.gain.double()
+        scale = gain.clamp_min(SMALLEST_GAIN * gain.abs().mean()).sqrt()
+        scale = scale / _rms(scale)
+        moment = scale[:, None] * moment * scale
+    leading = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : hidden - centred]
+    directions = leading @ _zero_sum(hidden) if centred else leading
+    return Basis((scale[:, None] * directions).float(), (directions / scale[:, None]).float())
+
+
+def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:
+    """Why a model cannot have a residual basis: what no model of its family with a turned stream could express."""
+    if tied and architecture.centred_norms:
+        return "with tied embeddings there is no matrix after the last norm that could hold the norm's bias"
+    if architecture.channel_norms:
+        norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
+        return f"{norms} scale the channels of what is added to the residual stream"
+    return None
+
+
+def require_basis(architecture: Architecture, *, tied: bool) -> None:
+    """Raises: PlanError if a model cannot have a residual basis."""
+    obstacle = basis_obstacle(architecture, tied=tied)
+    if obstacle:
+        raise PlanError(
+            f"this {architecture.name} model cannot have a residual basis, for {obstacle}: "
+            "leave `basis` out of repair.steps"
+        )
+
+
+def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, " tokens"]:
+    """For each token, the factor that a norm of the student needs to give what it holds of the normalised state."""
+    return residual.embed(normalized(states, centred=centred)).square().mean(-1).sqrt()
+
+
+def normalized(states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, "tokens hidden"]:
+    """What a norm makes of states before its gain, in float32."""
+    states = states.float()
+    if centred:
+        states = states - states.mean(-1, keepdim=True)
+    return states * states.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+
+
+def read_norm(checkpoint: Checkpoint, name: str) -> Norm:
+    """A norm's gain and bias in float32."""
+    gain = checkpoint.read(f"{name}.weight").float() + checkpoint.architecture.norm_gain_offset
+    return Norm(gain, checkpoint.read(f"{name}.bias").float() if f"{name}.bias" in checkpoint.stored else None)
+
+
+def _zero_sum(hidden: int) -> Float[Tensor, "less hidden"]:
+    """Orthonormal rows, all orthogonal to (1, 1, ...)."""
+    basis = torch.eye(hidden, dtype=torch.float64)
+    basis[:, 0] = 1
+    return torch.linalg.qr(basis).Q[:, 1:].T
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()

@@ -1,0 +1,160 @@
+"""Ranking feasible shapes at three levels. Pure: what costs time comes in as a function.
+
+1. `predictor`: from the statistics alone, for every shape.
+2. The loss right after the cut, of the best predicted ones.
+3. Successive halving: short distillation runs that go on, each time of the better half.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitron.model.architecture import Shape
+from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
+from minitron.prune.importance import Scores
+from minitron.prune.shapes import Candidate, SearchConfig
+
+LossAt = Callable[[Candidate, int], float]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate and what is known of it.
+
+    predicted: of `predictor`; no unit, lower is better, comparable within one search.
+    losses: distillation step -> loss on the judging blocks, nats per token; step 0 is right after the cut.
+    """
+
+    candidate: Candidate
+    predicted: float
+    losses: Mapping[int, float]
+
+    @property
+    def step(self) -> int:
+        """The last step that it was measured at; -1 without any."""
+        return max(self.losses, default=-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        losses = {str(step): loss for step, loss in self.losses.items()}
+        return self.candidate.to_dict() | {"predicted": self.predicted, "losses": losses}
+
+
+def rank(
+    candidates: Sequence[Candidate],
+    predict: Callable[[Shape], float],
+    loss_at: LossAt | None,
+    search: SearchConfig,
+    *,
+    steps: int = 0,
+    drop: Callable[[Candidate], None] = lambda candidate: None,
+) -> list[Ranked]:
+    """All candidates, best first: those that came furthest, by their loss there, and the unmeasured by prediction.
+
+    Args:
+        loss_at: the loss of a candidate after so many distillation steps, asked for in the order of rising steps.
+        steps: of the final distillation.
+        drop: told of each candidate that was measured and will not go on.
+
+    Paper: P1 distils every candidate alike (section 3, "Lightweight Neural Architecture Search"); here each level
+    leaves fewer for the next, and the winner's steps are kept.
+    """
+    predicted = {each.name: predict(each.shape) for each in candidates}
+    losses: dict[str, dict[int, float]] = {each.name: {} for each in candidates}
+
+    def measure(some: Iterable[Candidate], step: int, keep: int) -> list[Candidate]:
+        assert loss_at is not None
+        entered = list(some)
+        for each in entered:
+            losses[each.name][step] = loss_at(each, step)
+        order = sorted(entered, key=lambda each: losses[each.name][step])
+        for each in order[keep:]:
+            drop(each)
+        return order[:keep]
+
+    if search.level in ("cut", "distilled"):
+        best = sorted(candidates, key=lambda each: predicted[each.name])[: search.cut_candidates]
+        staying = measure(best, 0, search.distill_candidates if search.level == "distilled" else 0)
+        if search.level == "distilled":
+            for rung in rungs(len(staying), steps, search.first_rung):
+                staying = measure(staying, rung.step, rung.keep)
+    found = [Ranked(each, predicted[each.name], losses[each.name]) for each in candidates]
+    return sorted(found, key=lambda one: (-one.step, one.losses.get(one.step, 0.0), one.predicted))
+
+
+@dataclass(frozen=True)
+class Rung:
+    enter: int  # candidates that are trained up to the step
+    step: int
+    keep: int  # of them go on
+
+
+def rungs(num_candidates: int, steps: int, first: float) -> list[Rung]:
+    """Successive halving: each rung keeps the better half and doubles the steps, until one candidate is left.
+
+    Args:
+        steps: of the whole training, which no rung exceeds.
+        first: share of them before the first rung.
+
+    Paper: Jamieson and Talwalkar 2016, section 3, with eta = 2.
+    """
+    found, step = [], max(1, round(first * steps))
+    while num_candidates > 1:
+        keep = -(-num_candidates // 2) if step < steps else 1
+        found.append(Rung(num_candidates, min(step, steps), keep))
+        num_candidates, step = keep, 2 * step
+    return found
+
+
+def distilled_steps(found: Iterable[Ranked]) -> int:
+    """Training steps that a search took, over all candidates."""
+    return sum(max(0, one.step) for one in found)
+
+
+def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callable[[Shape], float]:
+    """A function shape -> damage: minus the logarithm of the share of the teacher's signal that survives its cut.
+
+    The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
+    input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what is
+    read from and written to the narrower stream, times what passes the kept heads or neurons. What survives of an
+    activation is the share of its energy (sum of squares) in the units that the scores keep. No number is fitted.
+    """
+    energy = {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in statistics.sums.items()}
+    angles = statistics.cosine.clamp(-1, 1).arccos()
+    way = angles / angles.sum()
+    order = scores.layers.argsort(descending=True, stable=True)
+    hidden = _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
+    ffn = torch.stack([_curve(*row) for row in zip(scores.ffn, energy["mlp_out"], strict=True)])
+    per_head = energy["attention_out"].unflatten(-1, (teacher.heads, teacher.head_dim)).sum(-1)
+
+    @cache
+    def heads(kept: int, kv_kept: int) -> Tensor:  # [layers]
+        group, groups = kept // kv_kept, (teacher.kv_heads, teacher.group)
+        in_groups = scores.heads.unflatten(-1, groups).argsort(dim=-1, descending=True, stable=True)[..., :group]
+        in_group = per_head.unflatten(-1, groups).gather(-1, in_groups).sum(-1)
+        best = scores.kv_heads.argsort(dim=-1, descending=True, stable=True)[:, :kv_kept]
+        return in_group.gather(-1, best).sum(-1) / per_head.sum(-1)
+
+    def damage(shape: Shape) -> float:
+        layers, stream = order[: shape.layers], hidden[shape.hidden].item()
+        through = (ffn[:, shape.ffn] + heads(shape.heads, shape.kv_heads)) / 2
+        kept = stream * stream * (way * through)[layers].sum().item()  # read and written, as every matrix is
+        return -math.log(max(stream * kept, sys.float_info.min))  # and read once more, by the output projection
+
+    return damage
+
+
+def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
+    return energy / energy.sum(-1, keepdim=True)
+
+
+def _curve(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
+    """Share of the energy in the n highest-scored units, for n = 0 ... all."""
+    ordered = energy[scores.argsort(descending=True, stable=True)]
+    return torch.cat([ordered.new_zeros(1), ordered.cumsum(0) / ordered.sum()])

@@ -1,0 +1,115 @@
+"""Remove columns of a matrix and make up for them with the others: least squares and optimal brain surgeon.
+
+A matrix W [rows, columns] is applied to inputs z with second moment H = E[z z']. Taking columns D away and changing the
+others by the update of Hassibi and Stork (1993), with their H^-1, leaves the W' that minimises E|W z - W' z|^2 over all
+matrices without these columns: least squares. Choosing D one by one by what each costs is optimal brain surgeon.
+
+Beyond the papers, which drop columns and leave the others as they are.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitron.errors import PlanError
+
+# Columns that are chosen between two updates of the whole inverse, and among how many of the cheapest: within them the
+# choice is exact, one by one; the others' costs are as of the last update.
+BLOCK, CANDIDATES = 64, 4
+# Added to the inputs' correlations, so that hardly determined directions do not get large weights.
+RIDGE = 1e-3
+
+
+class Surgeon:
+    """A matrix some of whose columns are being removed; the others always hold the least-squares weights."""
+
+    def __init__(
+        self, weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"], *, ridge: float = RIDGE
+    ):
+        """
+        Args:
+            moment: E[z z'] of the inputs up to a factor. It is used up: its memory serves for the inverse.
+            ridge: added to the diagonal of the inputs' correlation matrix.
+
+        Raises: PlanError if the moment is not finite.
+        """
+        scale = moment.diagonal().clamp_min(0).sqrt()
+        if not scale.isfinite().all():
+            raise PlanError("the second moment of a layer's activations is not finite: the model's weights are damaged")
+        # A column that is never active costs nothing, whatever its weights.
+        self._scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.25)
+        self._weight = weight.to(moment) * self._scale
+        moment.div_(self._scale[:, None]).div_(self._scale)
+        moment.diagonal().fill_(1 + ridge)
+        factor = torch.linalg.cholesky(moment)
+        self._inverse = torch.cholesky_inverse(factor, out=moment)
+        self._alive = torch.ones(len(scale), dtype=torch.bool, device=scale.device)
+
+    def remove(self, columns: Tensor) -> None:
+        """Remove columns by their indices, all at once."""
+        columns = columns.to(self._alive.device)
+        rows = torch.linalg.solve(self._inverse[columns][:, columns], self._inverse[columns])
+        self._weight.addmm_(self._weight[:, columns], rows, alpha=-1)
+        self._inverse.addmm_(self._inverse[:, columns], rows, alpha=-1)
+        self._alive[columns] = False
+        # What is left of them is rounding: it must not come back.
+        self._weight[:, columns] = 0
+        self._inverse[columns] = 0
+        self._inverse[:, columns] = 0
+
+    def eliminate(self, count: int, block: int = BLOCK) -> None:
+        """Remove `count` columns, each time the one whose removal costs least."""
+        while count > 0:
+            chosen = self._cheapest(min(block, count))
+            self.remove(chosen)
+            count -= len(chosen)
+
+    def keep_blocks(self, blocks: Iterable[int], count: int, size: int) -> tuple[int, ...]:
+        """Keep `count` of some blocks of `size` columns, such as heads; returns them in ascending order."""
+        left = set(blocks)
+        while len(left) > count:
+            one = min(sorted(left), key=lambda block: self._cost(self._block(block, size)))
+            self.remove(self._block(one, size))
+            left.remove(one)
+        return tuple(sorted(left))
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the columns that are left."""
+        return tuple(self._alive.nonzero().flatten().tolist())
+
+    @property
+    def weight(self) -> Float[Tensor, "rows kept"]:
+        """The columns that are left, with their least-squares weights."""
+        return self._weight[:, self._alive] / self._scale[self._alive]
+
+    def _cost(self, columns: Tensor) -> float:
+        """By how much removing these columns together raises E|W z - W' z|^2."""
+        weight = self._weight[:, columns]
+        return torch.linalg.solve(self._inverse[columns][:, columns], weight.T).mul(weight.T).sum().item()
+
+    def _block(self, block: int, size: int) -> Tensor:
+        return torch.arange(block * size, (block + 1) * size, device=self._alive.device)
+
+    def _cheapest(self, count: int) -> Tensor:
+        """The next `count` columns to remove, one by one among the candidates."""
+        costs = self._weight.square().sum(0) / self._inverse.diagonal()
+        costs[~self._alive] = torch.inf
+        candidates = costs.topk(min(int(self._alive.sum()), CANDIDATES * count), largest=False).indices
+        weight, inverse = self._weight[:, candidates], self._inverse[candidates][:, candidates]
+        products = weight.T @ weight
+        chosen: list[int] = []
+        for _ in range(count):
+            costs = products.diagonal() / inverse.diagonal()
+            costs[chosen] = torch.inf
+            one = int(costs.argmin())
+            row = inverse[one] / inverse[one, one]
+            # The removed column's weights, spread over the others along `row`.
+            along = torch.outer(row, products[one])
+            products = products - along - along.T + torch.outer(row, row) * products[one, one]
+            inverse = inverse - torch.outer(inverse[:, one], row)
+            inverse[one, one] = 1  # gone: keeps the division above finite
+            chosen.append(one)
+        return candidates[chosen]

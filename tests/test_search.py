@@ -1,0 +1,132 @@
+"""A search ranks by what it knows, spends tokens where it says, and its winner is found again by an exhaustive one."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_shapes import search
+
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.calibrate import Statistics, calibrate
+from minitron.prune.importance import Scores, activation_scores
+from minitron.prune.plan import choose
+from minitron.prune.search import Rung, distilled_steps, predictor, rank, rungs
+from minitron.prune.shapes import Candidate, SearchConfig
+
+STEPS = 64
+DISTILLED = SearchConfig(level="distilled", cut_candidates=12, distill_candidates=8)
+
+
+def candidates() -> list[Candidate]:
+    return search("50%", window=0.2, dims={"layers": "2-4", "ffn": "8-40/4", "heads": "4,8"})
+
+
+class Truth:
+    """Losses that fall with the steps and never change their order: the quality plus 1 / (1 + step)."""
+
+    def __init__(self, quality: Callable[[Candidate], float]):
+        self.quality = quality
+        self.asked: list[tuple[str, int]] = []
+        self.dropped: list[str] = []
+
+    def loss_at(self, candidate: Candidate, step: int) -> float:
+        assert candidate.name not in self.dropped
+        self.asked.append((candidate.name, step))
+        return self.quality(candidate) + 1 / (1 + step)
+
+    def drop(self, candidate: Candidate) -> None:
+        self.dropped.append(candidate.name)
+
+
+def predicted(shape: Shape) -> float:
+    return shape.ffn % 7 + shape.layers / 10
+
+
+def test_a_prediction_alone_orders_all_candidates() -> None:
+    found = rank(candidates(), predicted, None, SearchConfig(level="predicted"))
+    assert [one.predicted for one in found] == sorted(predicted(each.shape) for each in candidates())
+    assert len(found) == len(candidates()) > DISTILLED.cut_candidates and not any(one.losses for one in found)
+
+
+def test_the_best_predicted_are_measured_after_the_cut_and_the_best_of_these_win() -> None:
+    truth = Truth(lambda each: each.costs.total)
+    found = rank(candidates(), predicted, truth.loss_at, SearchConfig(level="cut", cut_candidates=5))
+    best = sorted(candidates(), key=lambda each: predicted(each.shape))[:5]
+    assert Counter(truth.asked) == Counter((each.name, 0) for each in best)
+    assert [one.candidate for one in found[:5]] == sorted(best, key=lambda each: each.costs.total)
+    assert {one.step for one in found[5:]} == {-1}
+
+
+def test_halving_finds_the_best_where_the_order_never_changes_and_spends_what_the_rungs_say() -> None:
+    truth = Truth(lambda each: each.costs.total)
+    found = rank(candidates(), predicted, truth.loss_at, DISTILLED, steps=STEPS, drop=truth.drop)
+    measured = sorted(candidates(), key=lambda each: predicted(each.shape))[:12]
+    assert found[0].candidate == min(measured, key=lambda each: each.costs.total)
+    asked = Counter(step for _, step in truth.asked)
+    assert asked == {0: 12, 4: 8, 8: 4, 16: 2}
+    assert distilled_steps(found) == 4 * 4 + 2 * 8 + 2 * 16
+    assert len(truth.dropped) == 11 and found[0].candidate.name not in truth.dropped
+    assert [one.step for one in found[:13]] == [16, 16, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, -1]
+    for step in (0, 4, 8, 16):
+        losses = [one.losses[step] for one in found if one.step == step]
+        assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize(
+    ("num_candidates", "steps", "first", "expected"),
+    [
+        (8, 64, 1 / 16, [Rung(8, 4, 4), Rung(4, 8, 2), Rung(2, 16, 1)]),
+        (5, 100, 0.1, [Rung(5, 10, 3), Rung(3, 20, 2), Rung(2, 40, 1)]),
+        (8, 10, 0.5, [Rung(8, 5, 4), Rung(4, 10, 1)]),
+        (16, 3, 0.01, [Rung(16, 1, 8), Rung(8, 2, 4), Rung(4, 3, 1)]),
+        (1, 64, 0.5, []),
+    ],
+)
+def test_rungs_halve_the_candidates_and_double_the_steps_within_the_training(
+    num_candidates: int, steps: int, first: float, expected: list[Rung]
+) -> None:
+    assert rungs(num_candidates, steps, first) == expected
+
+
+@pytest.fixture(scope="module")
+def teacher(llama: Path) -> tuple[Shape, Statistics, Scores]:
+    checkpoint = open_checkpoint(llama)
+    statistics = calibrate(checkpoint, tiny.tokens(6, 24), dtype=torch.float32)
+    return checkpoint.shape, statistics, activation_scores(statistics, checkpoint.shape, "mean", "l2")
+
+
+def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statistics, Scores]) -> None:
+    """The curves give what adding up the energy of each kept unit of the plan gives."""
+    shape, statistics, scores = teacher
+    damage = predictor(statistics, scores, shape)
+    squares = {site: sums[:, 1, 1] for site, sums in statistics.sums.items()}
+    angles = statistics.cosine.arccos()
+    for sizes in ({}, {"hidden": 20}, {"ffn": 9, "layers": 3}, {"heads": 4}, {"kv_heads": 2, "heads": 2, "hidden": 8}):
+        student = replace(shape, **sizes)
+        plan = choose(scores, shape, student)
+        stream, survives = 0.0, 0.0
+        for site in ("attention_in", "mlp_in"):
+            for row in squares[site]:
+                stream += sum(row[list(plan.hidden)]).item() / row.sum().item() / (2 * shape.layers)
+        for index, layer in enumerate(plan.layers):
+            mlp = sum(squares["mlp_out"][layer][list(plan.ffn[index])]) / squares["mlp_out"][layer].sum()
+            row = squares["attention_out"][layer].view(shape.heads, -1).sum(1)
+            attention = sum(row[list(plan.heads[index])]) / row.sum()
+            survives += (angles[layer] / angles.sum() * (mlp + attention) / 2).item()
+        expected = -torch.tensor(stream**3 * survives, dtype=torch.float64).log().item()
+        assert damage(student) == pytest.approx(expected, abs=1e-9)
+    assert damage(shape) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_smaller_student_is_never_predicted_to_be_better(teacher: tuple[Shape, Statistics, Scores]) -> None:
+    shape, statistics, scores = teacher
+    damage = predictor(statistics, scores, shape)
+    for dim, smaller in (("layers", 3), ("hidden", 24), ("ffn", 30), ("heads", 4)):
+        once = replace(shape, **{dim: smaller})
+        assert damage(once) > damage(shape)
+        assert damage(replace(once, ffn=20, layers=2)) > damage(once)
