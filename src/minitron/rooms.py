@@ -161,6 +161,7 @@ def prune_model(
         if isinstance(plan, Plan):
             _require_nothing_else(config, plan_file)
         else:
+            steps = _steps_beside(plan, steps, asked_for=repair.steps is not None)
             plan = _choose(known, plan)
         needed = needed_steps(steps, plan)
         listener.stage("prune", "running")
@@ -229,6 +230,25 @@ def _choose(known: _Known, given: Given) -> Plan:
         return choose(known.scores, teacher.shape, first, given)
     scores = score_layers(teacher, known.scores, first, known.scoring)
     return refine(teacher, choose(scores, teacher.shape, first, given), further, known.scoring, known.work)
+
+
+def _steps_beside(given: Given, steps: list[Step], *, asked_for: bool) -> list[Step]:
+    """The repair steps for a cut in which some units are given: those that would choose such units themselves give way
+    to those that do not, or are an error where they were asked for."""
+    instead: dict[Step, list[Step]] = {}
+    if given.hidden is not None:
+        instead["basis"] = []
+    if given.ffn is not None:
+        instead["ffn_obs"] = ["ffn_least_squares"]
+    if given.heads is not None or given.kv_heads is not None:
+        instead["heads_obs"] = ["heads_least_squares"]
+    choosing = [step for step in steps if step in instead]
+    if choosing and asked_for:
+        raise PlanError(
+            f"repair step {choosing[0]} chooses what stays by itself, and the plan file lists that already: "
+            f"leave the step out{' for ' + instead[choosing[0]][0] if instead[choosing[0]] else ''}"
+        )
+    return [other for step in steps for other in instead.get(step, [step])]
 
 
 def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
