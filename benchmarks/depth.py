@@ -109,7 +109,7 @@ def section(
     num_layers = checkpoint.shape.layers
     measure = by_loss(checkpoint, tokens, dtype=compute_dtype("auto", pick_device()))
     chosen = {name: lowest(of, count) for name, of in scores.items()}
-    chosen["loss, one by one"] = one_by_one(measure, num_layers, count)
+    chosen["loss one by one"] = one_by_one(measure, num_layers, count)
     chosen["contiguous"] = lowest(contiguous_blocks(measure, num_layers, count), count)
     every = [frozenset(layers) for layers in combinations(range(num_layers), count)]
     losses = measure(every)

@@ -241,6 +241,10 @@ def test_units_from_a_file_with_scores_for_the_rest(desk: Desk) -> None:
     desk.json(*command, "--layer-criterion", "loss", "--out", desk.path / "out")
     plan = Plan.load(desk.path / "out" / "plan.json")
     assert plan.ffn == (tuple(range(7)),) * 3 and len(plan.layers) == 3
+    refused = desk.refuses(*command, "--repair", "ffn_obs", "--out", desk.path / "no")
+    assert (
+        "ffn_obs chooses what stays by itself, and the plan file lists that already: leave the step out for" in refused
+    )
     whole = ("prune", desk.teacher, "--plan", desk.path / "out" / "plan.json", "--shape", "ffn=3")
     assert "is a whole plan, which says what stays of every dim" in desk.refuses(*whole, "--out", desk.path / "no")
 

@@ -112,10 +112,10 @@ def resolve(config: RepairConfig, model: Checkpoint | ModelConfig, given: Collec
         if one in config.steps and other in config.steps:
             raise PlanError(f"repair.steps names both {one} and {other}, which do the same thing in two ways: keep one")
     for step in config.steps:
-        if step in FITTING_ONLY and REPAIRS[step][0] in given:
+        if step in BEST and REPAIRS[step][0] in given:
+            instead = f"use {FITTING_ONLY[step]}, which leaves the choice" if step in FITTING_ONLY else "leave it out"
             raise PlanError(
-                f"repair step {step} chooses which {REPAIRS[step][0]} stay, but the plan lists them: "
-                f"use {FITTING_ONLY[step]}, which leaves the choice"
+                f"repair step {step} chooses which {REPAIRS[step][0]} stay, but the plan lists them: {instead}"
             )
     if "basis" in config.steps:
         require_basis(model.architecture, tied=tied)
