@@ -63,8 +63,9 @@ class SearchConfig(Section):
     heads halved while they can be, all kv heads."""
     cut_candidates: int = Field(default=16, ge=1)
     """Candidates that the prediction leaves for the measurement after the cut."""
-    distill_candidates: int = Field(default=8, ge=2)
-    """Candidates that the loss after the cut leaves for distillation."""
+    distill_candidates: int = Field(default=16, ge=2)
+    """Candidates that the loss after the cut leaves for distillation. Default: all that were cut, for that loss ranks
+    some models' shapes against their loss after distillation."""
     first_rung: float = Field(default=0.0625, gt=0, le=0.5)
     """Share of the final distillation's steps after which the worse half of these is dropped; each later rung has twice
     the steps, until one is left, which goes on to be the student."""
