@@ -151,7 +151,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
         cut(bench.teacher, choose(scores, bench.teacher.shape, candidate.shape), pruned)
         run = (pruned, bench.teacher.path, bench.corpus, config)
         stops = [0, *(round(share * steps) for share in RUNGS), steps]
-        judged = {step: distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
+        judged = {str(step): distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
         distill(*run, seed=SEED, work=work, out=student)
         quality = {name: quality_of(bench, path) for name, path in (("cut", pruned), ("final", student))}
     row = {"name": candidate.name, "shape": asdict(candidate.shape), "costs": asdict(candidate.costs), "steps": steps}
