@@ -31,7 +31,7 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.plan import PruneConfig, choose, target_shape
-from minitron.prune.search import distilled_steps, predictor, rank
+from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, SearchConfig, feasible
 from minitron.run import calibrate_on, score_units
 from minitron.rundir import SILENT
@@ -42,10 +42,9 @@ HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256
 RUNGS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of the steps at which losses are noted on the way
 PRUNE = PruneConfig(target="50%")
 KEYS = ("kl_to_teacher", "lm_loss")
-NOTE = (
-    "The form of the prediction was chosen on the demo teacher's table, where its own figures are therefore no test, "
-    "and on no other; it has no fitted number (docs/LOG.md)."
-)
+NOTE = """The first form of the prediction was chosen on the demo teacher's table alone, so that the TinyStories table
+is its test. The present form, and that the loss after the cut drops no candidate, were chosen after most of both tables
+were known: they have no test here (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
         cut(bench.teacher, choose(scores, bench.teacher.shape, candidate.shape), pruned)
         run = (pruned, bench.teacher.path, bench.corpus, config)
         stops = [0, *(round(share * steps) for share in RUNGS), steps]
-        judged = {step: distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
+        judged = {str(step): distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
         distill(*run, seed=SEED, work=work, out=student)
         quality = {name: quality_of(bench, path) for name, path in (("cut", pruned), ("final", student))}
     row = {"name": candidate.name, "shape": asdict(candidate.shape), "costs": asdict(candidate.costs), "steps": steps}
@@ -213,9 +212,9 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
         assert abs(near - step) <= 1, f"no loss at step {step}"  # half of an odd number of steps
         return judged[near]
 
-    def searched(rule: str, **settings: Any) -> Outcome:
+    def searched(rule: str, power: float = STREAM_POWER, **settings: Any) -> Outcome:
         config = SearchConfig(**settings)
-        predict = predictor(bench.statistics, scores, bench.teacher.shape)
+        predict = predictor(bench.statistics, scores, bench.teacher.shape, power)
         found = rank(bench.candidates, predict, loss_at, config, steps=steps)
         return Outcome(
             rule, [one.candidate.name for one in found], distilled_steps(found) + steps - max(found[0].step, 0)
@@ -228,10 +227,11 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
     return [
         Outcome("exhaustive", sorted(truth, key=lambda name: truth[name]["judged"][str(steps)]), steps * everything),
         searched("predicted", level="predicted"),
+        searched("predicted, stream met 3 times (first form)", 3.0, level="predicted"),
         searched("loss after the cut, of all", level="cut", cut_candidates=everything),
-        searched("the search: predicted, cut, halving of 8", **halving),
-        searched("halving of 4, best after the cut", **halving, distill_candidates=4),
-        searched("halving of all", **halving, cut_candidates=everything, distill_candidates=everything),
+        searched("the search: best 16 predicted, halved", **halving),
+        searched("halving of 8, best after the cut", **halving, distill_candidates=8),
+        searched("halving of 8, best predicted", **halving, cut_candidates=8),
         Outcome("ten largest, by zero-shot loss", zero_shot, steps),
         Outcome("largest", by_size, steps),
     ]
@@ -251,13 +251,15 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
     share = rule["costs"]["non_embedding"] / bench.teacher.parameters.non_embedding
     compared.append([f"default rule, at {share:.1%} of the size", rule["name"], *rules, "", "", f"{1 / len(rows):.1%}"])
     compared.append(["a random candidate, expected", "", *means, "0.00", "0.00", f"{1 / len(rows):.1%}"])
-    halved, predicted = (
-        next(row for row in compared if row[0].startswith(name)) for name in ("the search", "predicted")
+    halved, predicted, first = (
+        next(row for row in compared if row[0].startswith(name))
+        for name in ("the search", "predicted", "predicted, stream met 3")
     )
     bars = [
         ["search: regret in KL", "<= 1%", halved[2], verdict(float(halved[2].rstrip("%")) <= 1)],
         ["search: share of the exhaustive tokens", "<= 25%", halved[6], verdict(float(halved[6].rstrip("%")) <= 25)],
         ["prediction: tau in KL", ">= 0.6", predicted[4], verdict(float(predicted[4]) >= 0.6)],
+        ["its first form: tau in KL", ">= 0.6", first[4], verdict(float(first[4]) >= 0.6)],
     ]
     ranks = {one.rule: {name: str(place) for place, name in enumerate(one.order, start=1)} for one in found}
     names = ("predicted", "loss after the cut, of all")

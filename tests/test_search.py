@@ -15,7 +15,7 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import Scores, activation_scores
 from minitron.prune.plan import choose
-from minitron.prune.search import Rung, distilled_steps, predictor, rank, rungs
+from minitron.prune.search import STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
 from minitron.prune.shapes import Candidate, SearchConfig
 
 STEPS = 64
@@ -118,7 +118,7 @@ def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statist
             row = squares["attention_out"][layer].view(shape.heads, -1).sum(1)
             attention = sum(row[list(plan.heads[index])]) / row.sum()
             survives += (angles[layer] / angles.sum() * (mlp + attention) / 2).item()
-        expected = -torch.tensor(stream**3 * survives, dtype=torch.float64).log().item()
+        expected = -torch.tensor(stream**STREAM_POWER * survives, dtype=torch.float64).log().item()
         assert damage(student) == pytest.approx(expected, abs=1e-9)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
 

@@ -177,8 +177,8 @@ IMPOSSIBLE: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "one budget too small": (
         "50%",
         {"max_kv_cache_bytes": 1000.0},
-        r"no shape fits the budgets, of 24 in the space: search.max_kv_cache_bytes \(kv_cache_bytes at most 1,000\) "
-        r"leaves none by itself\. Nearest: layers=3 .* \(.*kv_cache_bytes 393,216\).* Raise a budget",
+        r"no shape fits the budgets, of 36 in the space: search.max_kv_cache_bytes \(kv_cache_bytes at most 1,000\) "
+        r"leaves none by itself\. Nearest: layers=2 .* \(.*kv_cache_bytes 262,144\).* Raise a budget",
     ),
     "two that exclude each other": (
         "50%",

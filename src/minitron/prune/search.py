@@ -21,6 +21,10 @@ from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.shapes import Candidate, SearchConfig
 
+# How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
+# alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).
+STREAM_POWER = 6.0
+
 LossAt = Callable[[Candidate, int], float]
 
 
@@ -117,13 +121,18 @@ def distilled_steps(found: Iterable[Ranked]) -> int:
     return sum(max(0, one.step) for one in found)
 
 
-def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callable[[Shape], float]:
+def predictor(
+    statistics: Statistics, scores: Scores, teacher: Shape, stream_power: float = STREAM_POWER
+) -> Callable[[Shape], float]:
     """A function shape -> damage: minus the logarithm of the share of the teacher's signal that survives its cut.
 
     The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
-    input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what is
-    read from and written to the narrower stream, times what passes the kept heads or neurons. What survives of an
-    activation is the share of its energy (sum of squares) in the units that the scores keep. No number is fitted.
+    input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what
+    passes the kept heads or neurons; and of everything what the narrower stream carries, as often as it is met. What
+    survives of an activation is the share of its energy (sum of squares) in the units that the scores keep.
+
+    Args:
+        stream_power: how often the stream is met.
     """
     energy = {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in statistics.sums.items()}
     angles = statistics.cosine.clamp(-1, 1).arccos()
@@ -142,12 +151,15 @@ def predictor(statistics: Statistics, scores: Scores, teacher: Shape) -> Callabl
         return in_group.gather(-1, best).sum(-1) / per_head.sum(-1)
 
     def damage(shape: Shape) -> float:
-        layers, stream = order[: shape.layers], hidden[shape.hidden].item()
         through = (ffn[:, shape.ffn] + heads(shape.heads, shape.kv_heads)) / 2
-        kept = stream * stream * (way * through)[layers].sum().item()  # read and written, as every matrix is
-        return -math.log(max(stream * kept, sys.float_info.min))  # and read once more, by the output projection
+        kept = (way * through)[order[: shape.layers]].sum().item()
+        return -stream_power * _log(hidden[shape.hidden].item()) - _log(kept)
 
     return damage
+
+
+def _log(share: float) -> float:
+    return math.log(max(share, sys.float_info.min))
 
 
 def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:

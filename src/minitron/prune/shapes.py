@@ -25,8 +25,9 @@ from minitron.model.architecture import (
 )
 from minitron.prune.plan import PruneConfig, default_multiple, parse_target
 
-# Least sizes of the default space, as shares of the teacher's. Width goes before depth (P1, best practices).
-LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.75, 0.5, 0.25
+# Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
+# the layers (docs/LOG.md), and P2's depth-pruned model has half.
+LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.5, 0.5, 0.25
 NEAREST = 3  # shapes named when none fits
 
 
@@ -59,12 +60,13 @@ class SearchConfig(Section):
     """Speed of matrix products of that machine. Default: measured on this one."""
     dims: dict[str, str] = Field(default={})
     """The space: sizes per dim, such as {layers: 29-32, hidden: 4096-6144/512, ffn: '2.5x,3x', heads: '32,48'}; Nx is a
-    multiple of hidden. Default: three quarters of the layers and more, half the hidden size, a quarter of ffn, query
-    heads halved while they can be, all kv heads."""
+    multiple of hidden. Default: half of the layers and more, half of the hidden size, a quarter of ffn, query heads
+    halved while they can be, all kv heads."""
     cut_candidates: int = Field(default=16, ge=1)
     """Candidates that the prediction leaves for the measurement after the cut."""
-    distill_candidates: int = Field(default=8, ge=2)
-    """Candidates that the loss after the cut leaves for distillation."""
+    distill_candidates: int = Field(default=16, ge=2)
+    """Candidates that the loss after the cut leaves for distillation. Default: all that were cut, for that loss ranks
+    some models' shapes against their loss after distillation."""
     first_rung: float = Field(default=0.0625, gt=0, le=0.5)
     """Share of the final distillation's steps after which the worse half of these is dropped; each later rung has twice
     the steps, until one is left, which goes on to be the student."""
