@@ -28,12 +28,13 @@ from minitron.distill.train import DistillConfig, distill, distill_until, num_st
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig, Statistics
-from minitron.prune.cut import cut
+from minitron.prune.calibrate import CalibrateConfig, Statistics, pass_options
 from minitron.prune.plan import PruneConfig, choose, target_shape
+from minitron.prune.repair import RepairConfig, Step, repaired_cut
+from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, SearchConfig, feasible
-from minitron.run import calibrate_on, score_units
+from minitron.run import calibrate_on, calibration_tokens, score_units
 from minitron.rundir import SILENT
 from minitron.student_shape import judging_blocks
 
@@ -41,6 +42,7 @@ BLOCK_TOKENS, BATCH_BLOCKS, SEED = 256, 4, 0
 HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256
 RUNGS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of the steps at which losses are noted on the way
 PRUNE = PruneConfig(target="50%")
+CALIBRATE = CalibrateConfig(samples=SAMPLES, second_moment=True)
 KEYS = ("kl_to_teacher", "lm_loss")
 NOTE = """The first form of the prediction was chosen on the demo teacher's table alone, so that the TinyStories table
 is its test. The present form, and that the loss after the cut drops no candidate, were chosen after most of both tables
@@ -54,6 +56,7 @@ class Bench:
     statistics: Statistics
     candidates: list[Candidate]
     distill: DistillConfig
+    repairs: list[Step]
 
 
 def main() -> None:
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dims", nargs="*", default=["layers=3-6", "hidden=128-256/32", "ffn=192-704/32"])
     parser.add_argument("--window", type=float, default=0.04)
     parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--repair", action=argparse.BooleanOptionalAction, default=True, help="or the plain cut")
     parser.add_argument("--cache", type=Path, required=True, help="directory of the measurements so far")
     parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
     args = parser.parse_args()
@@ -83,7 +87,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "batch_tokens": BLOCK_TOKENS * BATCH_BLOCKS,
         "seed": SEED,
-    }
+    } | ({"repair": True} if args.repair else {})
 
 
 def prepared(args: argparse.Namespace) -> Bench:
@@ -97,14 +101,14 @@ def prepared(args: argparse.Namespace) -> Bench:
     kept = args.cache / "statistics"
     if not (kept / "statistics.json").exists():
         kept.mkdir(exist_ok=True)
-        calibration = CalibrateConfig(samples=SAMPLES)
-        calibrate_on(teacher, corpus, calibration, SEED, scratch=kept, listener=SILENT).save(kept)
+        calibrate_on(teacher, corpus, CALIBRATE, SEED, scratch=kept, listener=SILENT).save(kept)
     search = SearchConfig(window=args.window, dims=dict(part.split("=") for part in args.dims))
     found = feasible(
         teacher.architecture, teacher.config, teacher.shape, PRUNE, search, itemsize=teacher.dtype.itemsize
     )
     train = DistillConfig(tokens=args.tokens, batch_blocks=BATCH_BLOCKS, evaluate_blocks=1)  # which changes no weight
-    return Bench(teacher, corpus, Statistics.load(kept), found, train)
+    repairs = resolve_repair(RepairConfig(steps=None if args.repair else []), teacher).steps or []
+    return Bench(teacher, corpus, Statistics.load(kept), found, train, repairs)
 
 
 def of_default_rule(bench: Bench) -> Candidate:
@@ -148,7 +152,17 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
         pruned, work, student = (Path(directory) / name for name in ("pruned", "work", "student"))
         pruned.mkdir()
         student.mkdir()
-        cut(bench.teacher, choose(scores, bench.teacher.shape, candidate.shape), pruned)
+        plan = choose(scores, bench.teacher.shape, candidate.shape)
+        repaired_cut(
+            bench.teacher,
+            plan,
+            pruned,
+            steps=bench.repairs,
+            statistics=bench.statistics,
+            scores=scores,
+            tokens=calibration_tokens(bench.corpus, CALIBRATE, SEED),
+            **pass_options(CALIBRATE),
+        )
         run = (pruned, bench.teacher.path, bench.corpus, config)
         stops = [0, *(round(share * steps) for share in RUNGS), steps]
         judged = {str(step): distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
@@ -277,6 +291,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
     ]
     stops = [f"KL, step {at}" for at in rows[0]["judged"] if 0 < int(at) < steps]
     seconds = sum(row["seconds"] for row in rows)
+    repaired = "repaired" if settings.get("repair") else "plainly"
     columns = ["rule", "choice", "regret, KL", "regret, LM loss", "tau, KL", "tau, LM loss", "tokens"]
     heads = [
         "shape",
@@ -290,7 +305,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
     ]
     return f"""{header(f"Choosing the shape: {settings['model']}")}
 {len(rows)} shapes of `{" ".join(settings["dims"])}` with at most half of the teacher's non-embedding
-parameters and at least {1 - settings["window"]:.0%} of that, each cut by the default scores and distilled on
+parameters and at least {1 - settings["window"]:.0%} of that, each cut {repaired} and distilled on
 {settings["tokens"]:,} tokens of `{settings["data"]}` in {steps} steps of {settings["batch_tokens"]:,} tokens, forward
 KL, learning rate 0.4 / hidden, seed {settings["seed"]}. Final losses are means over {rows[0]["final"]["tokens"]:,}
 tokens of held-out text; the rules see losses on {JUDGE_BLOCKS} training blocks of {BLOCK_TOKENS} tokens that no run is
