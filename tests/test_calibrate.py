@@ -70,6 +70,7 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
         mean=mean / num_units,
         samples=len(samples),
         tokens=num_tokens,
+        model=open_checkpoint(path).fingerprint(),
         weight_squares=weight_squares(path, model.config, dtype),
     )
 
@@ -122,7 +123,10 @@ def _watch(module: nn.Module, keep: Any) -> None:
 
 
 def assert_same(one: Statistics, other: Statistics, **tolerance: float) -> None:
+    assert one.model == other.model
     for field in fields(Statistics):
+        if field.name == "model":
+            continue
         torch.testing.assert_close(getattr(one, field.name), getattr(other, field.name), **tolerance)
 
 

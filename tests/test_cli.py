@@ -248,6 +248,15 @@ def test_units_from_a_file_with_scores_for_the_rest(desk: Desk) -> None:
     assert "is a whole plan, which says what stays of every dim" in desk.refuses(*whole, "--out", desk.path / "no")
 
 
+def test_statistics_of_another_model_are_refused(desk: Desk) -> None:
+    options = ("--data", desk.text, "--samples", 8, "--block-tokens", 16)
+    desk.json("calibrate", desk.teacher, *options, "--out", desk.path / "stats")
+    other = small.teacher(desk.path / "other", num_hidden_layers=3)
+    command = ("prune", other, "--shape", "ffn=8", "--statistics", desk.path / "stats", "--out", desk.path / "out")
+    message = desk.refuses(*command, "--data", desk.text)
+    assert "were not collected from the model in" in message and "minitron calibrate" in message
+
+
 def test_a_criterion_that_is_unknown_or_lacks_its_task_is_refused(desk: Desk) -> None:
     command = ("prune", desk.teacher, "--shape", "layers=2", "--data", desk.text, "--out", desk.path / "out")
     assert "--criterion: Input should be 'activation', 'magnitude' or" in desk.refuses(*command, "--criterion", "size")

@@ -122,7 +122,7 @@ def search_model(
         corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
         if statistics_dir is not None:
-            statistics = Statistics.load(statistics_dir)
+            statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert corpus is not None
             tokens = calibration_tokens(corpus, calibration, 0)
@@ -209,7 +209,7 @@ class _Known:
     @cached_property
     def statistics(self) -> Statistics:
         if self.statistics_dir is not None:
-            return Statistics.load(self.statistics_dir)
+            return Statistics.load_for(self.teacher, self.statistics_dir)
         scoring = self.scoring
         return calibrate_tokens(
             self.teacher, scoring.tokens, scoring.calibrate, scratch=self.work, listener=self.listener

@@ -3,6 +3,7 @@
 Only safetensors, and nothing from the directory is executed.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ from minitron.model.weights import (
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+FINGERPRINT_BYTES = 4096  # of each tensor
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 # Files that travel with the weights: tokenizer, chat template, generation config, licence.
 CARRIED = (
@@ -69,6 +71,15 @@ class Checkpoint:
     def head(self) -> str:
         """The tensor that projects to the vocabulary: the embedding itself where they are tied."""
         return self.architecture.head if self.architecture.head in self.stored else self.architecture.embedding
+
+    def fingerprint(self) -> str:
+        """A digest that tells two models apart without reading all of them: of the first rows of every tensor."""
+        digest = hashlib.sha256()
+        for name, stored in self.stored.items():
+            count = min(stored.shape[0], max(1, FINGERPRINT_BYTES // stored.row_bytes))
+            digest.update(f"{name} {stored.dtype} {stored.shape}".encode())
+            digest.update(self.read_rows(name, 0, count).contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def specs(self) -> Iterator[TensorSpec]:
         return self.architecture.specs(self.config, self.shape.layers)

@@ -73,6 +73,7 @@ class Statistics:
     weight_squares: dim -> sum of the squares of the weights in the layers' matrices that belong to each of its units;
         of ffn, heads and kv_heads [layers, units], of hidden [hidden], of layers [layers]. A weight belongs to the
         units of both its axes. Empty in files of a version that did not collect them.
+    model: `Checkpoint.fingerprint` of the model that they are of.
     """
 
     sums: dict[str, Tensor]
@@ -82,6 +83,7 @@ class Statistics:
     samples: int
     tokens: int
     weight_squares: dict[str, Tensor] = field(default_factory=dict)
+    model: str = ""
 
     def save(self, path: Path) -> None:
         named = {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
@@ -89,7 +91,8 @@ class Statistics:
         named |= {f"weight_squares.{dim}": tensor for dim, tensor in self.weight_squares.items()}
         there = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
         save_file(there, path / "statistics.safetensors")
-        (path / "statistics.json").write_text(json.dumps({"samples": self.samples, "tokens": self.tokens}))
+        facts = {"samples": self.samples, "tokens": self.tokens, "model": self.model}
+        (path / "statistics.json").write_text(json.dumps(facts))
 
     @staticmethod
     def load(path: Path) -> "Statistics":
@@ -111,7 +114,22 @@ class Statistics:
             mean=tensors.get("mean"),
             samples=meta["samples"],
             tokens=meta["tokens"],
+            model=meta.get("model", ""),
         )
+
+    @staticmethod
+    def load_for(checkpoint: Checkpoint, path: Path) -> "Statistics":
+        """The statistics in a directory that must have been collected from this model.
+
+        Raises: RunError if there are none, or another model's.
+        """
+        statistics = Statistics.load(path)
+        if statistics.model != checkpoint.fingerprint():
+            raise RunError(
+                f"the statistics in {path} were not collected from the model in {checkpoint.path}: "
+                "collect them again with `minitron calibrate`, or give the model that they are of"
+            )
+        return statistics
 
 
 def pass_options(
@@ -248,6 +266,7 @@ class _Collector:
             mean=mean,
             samples=num_samples,
             tokens=num_tokens,
+            model=self.stream.checkpoint.fingerprint(),
             weight_squares={dim: tensor.cpu() for dim, tensor in self.weight_squares.items()},
         )
 
