@@ -137,7 +137,7 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
 def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:
     records = read_run(run)
     sizes = "layers 4 → 3 (75%), hidden 8 → 6 (75%), ffn 12 → 8 (67%), heads 4 → 2 (50%)"
-    sizes = sizes.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    sizes = sizes.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
     assert f"The default rule for a target of 50% gave {sizes}: width first" in shape(records)
     given = records.recipe | {"prune": {"target": None, "shape": {"ffn": 8}, "criterion": "activation"}}
     assert f"The recipe gives the sizes: {sizes}." in shape(dataclasses.replace(records, recipe=given))

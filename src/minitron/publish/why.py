@@ -25,7 +25,7 @@ from minitron.publish.formats import (
 from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs
 
 SHOWN_CANDIDATES = 16
-NBSP = "\N{NO-BREAK SPACE}"
+ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 OPEN_LAYERS = 16  # most rows of a table that is open at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
 UNITS = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
@@ -85,7 +85,7 @@ def shape(records: RunRecords) -> str:
 def _changes(records: RunRecords) -> str:
     teacher, student = (records.evaluations[name]["shape"] for name in ("teacher", "student"))
     changes = [
-        f"{dim} {count(teacher[dim])} → {count(student[dim])} ({share(student[dim] / teacher[dim])})".replace(" ", NBSP)
+        f"{dim} {count(teacher[dim])}{ARROW}{count(student[dim])} ({share(student[dim] / teacher[dim])})"
         for dim in CUT_DIMS
         if student[dim] != teacher[dim]
     ]
