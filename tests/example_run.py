@@ -18,12 +18,18 @@ QUALITY = {  # loss, bits per byte, KL, agreement
 HOSTILE = "<script>alert(1)</script>\n    return x  # <b>&amp;"
 
 
-def write(path: Path, *, teacher: str = "acme/parent-3M", scratch: bool = True, speed: bool = True) -> Path:
+REPAIRS = ["basis", "ffn_obs", "heads_obs"]
+
+
+def write(
+    path: Path, *, teacher: str = "acme/parent-3M", scratch: bool = True, speed: bool = True, repaired: bool = True
+) -> Path:
     """Write the run into `path`.
 
     Args:
         scratch: whether a model was also trained from scratch.
         speed: whether speed was measured.
+        repaired: whether the records say how the cut was repaired; those of older runs do not.
     """
     models = ("teacher", "pruned", "student", *(["scratch"] if scratch else []))
     path.mkdir()
@@ -33,7 +39,7 @@ def write(path: Path, *, teacher: str = "acme/parent-3M", scratch: bool = True, 
         "statistics": {"samples": 8, "tokens": 512},
         "scores": {},
         "plan": {"plan": "layers 4 -> 3, hidden 8 -> 6, ffn 12 -> 8, heads 4 -> 2"},
-        "pruned": {},
+        "pruned": {"repairs": REPAIRS} if repaired else {},
         "student": {"training": {"steps": 40, "tokens": 2560, "seconds": 3.0}},
         "scratch": {"training": {"steps": 40, "tokens": 2560, "seconds": 2.0}},
         "evaluations": {"models": list(models)},
@@ -49,6 +55,8 @@ def write(path: Path, *, teacher: str = "acme/parent-3M", scratch: bool = True, 
         _dump(path / "evaluations" / "speed.json", {"teacher": _speed(1000.0), "student": _speed(1900.0)})
     _dump(path / "scores" / "scores.json", _scores())
     _dump(path / "plan" / "plan.json", _plan())
+    if repaired:
+        _dump(path / "pruned" / "plan.json", _plan() | REPAIRED)
     (path / "distill").mkdir()
     (path / "distill" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _metrics()))
     return path
@@ -134,6 +142,13 @@ def _plan() -> dict[str, Any]:
         "heads": [[1, 2]] * 3,
         "kv_heads": [[0, 1]] * 3,
     }
+
+
+# In layer 1 the repair keeps neuron 0 and not 4, in layer 3 it keeps heads 0 and 3 and not 1 and 2.
+REPAIRED: dict[str, Any] = {
+    "ffn": [list(range(4, 12)), [0, *range(5, 12)], list(range(4, 12))],
+    "heads": [[1, 2], [1, 2], [0, 3]],
+}
 
 
 def _metrics() -> list[dict[str, float]]:

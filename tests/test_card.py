@@ -70,5 +70,20 @@ def test_licence_is_left_out_where_it_is_not_known(tmp_path: Path, readme: str |
     assert "the parent's applies" in card.text
 
 
+def test_card_says_by_what_the_units_were_chosen_and_what_repaired_the_cut(tmp_path: Path) -> None:
+    text = card_of(example_run.write(tmp_path / "run")).text
+    assert "by the criterion `activation`, layers by `block_influence`" in text
+    assert "Repaired at the cut by `basis`, `ffn_obs`, `heads_obs`." in text
+    assert "Repaired" not in card_of(example_run.write(tmp_path / "older", repaired=False)).text
+
+
+def test_card_says_which_layers_were_given_by_number(tmp_path: Path) -> None:
+    run = example_run.write(tmp_path / "run")
+    recipe = example_run.recipe("acme/parent-3M")
+    recipe["prune"] |= {"drop_layers": "2"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "The layers were given by number: 0, 1, 3 stay." in card_of(run).text
+
+
 def test_card_works_without_scratch_and_without_speed(tmp_path: Path) -> None:
     assert "| scratch |" not in card_of(example_run.write(tmp_path / "run", scratch=False, speed=False)).text

@@ -4,12 +4,14 @@ import shutil
 import subprocess
 from html import escape, unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import example_run
 import numpy as np
 import pytest
 
+from minitron.prune import repair
+from minitron.prune.plan import PruneConfig
 from minitron.publish.formats import (
     MISSING,
     duration,
@@ -23,7 +25,8 @@ from minitron.publish.formats import (
 )
 from minitron.publish.plots import pareto_front
 from minitron.publish.records import read_run, result_table
-from minitron.publish.report import headline, render, search, write_report
+from minitron.publish.report import headline, render, write_report
+from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -74,8 +77,8 @@ def test_report_works_without_scratch_and_without_speed(tmp_path: Path) -> None:
 
 
 def test_report_works_without_scores_and_metrics(run: Path) -> None:
-    page = render(dataclasses.replace(read_run(run), scores={}, plan={}, metrics=[], generations=[]))
-    assert "Importance" not in page
+    page = render(dataclasses.replace(read_run(run), scores={}, plan={}, cut={}, metrics=[], generations=[]))
+    assert "Layers and units" not in page and "Training" not in page
 
 
 def test_unmeasured_speed_is_a_dash(page: str) -> None:
@@ -131,6 +134,95 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
         assert words in section and "Successive halving" not in section
 
 
+def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:
+    records = read_run(run)
+    sizes = "layers 4 → 3 (75%), hidden 8 → 6 (75%), ffn 12 → 8 (67%), heads 4 → 2 (50%)"
+    sizes = sizes.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
+    assert f"The default rule for a target of 50% gave {sizes}: width first" in shape(records)
+    given = records.recipe | {"prune": {"target": None, "shape": {"ffn": 8}, "criterion": "activation"}}
+    assert f"The recipe gives the sizes: {sizes}." in shape(dataclasses.replace(records, recipe=given))
+    searched = shape(dataclasses.replace(records, search=SEARCH))
+    assert f"A search ranked 4 shapes within the budgets and took {sizes}: its loss after 8 steps" in searched
+    assert "is 1.125 nats per token, the best of the others’ 1.500." in searched  # noqa: RUF001
+    for losses, words in (
+        ({}, "its predicted damage, 0.500, is the lowest"),
+        ({"0": 2.0}, "right after the cut is 2."),
+    ):
+        found = SEARCH | {"candidates": [one | {"losses": losses} for one in SEARCH["candidates"]]}
+        assert words in shape(dataclasses.replace(records, search=found))
+
+
+def test_the_kept_share_of_the_scores_is_that_of_their_sum() -> None:
+    assert kept_mass([1.0, 2.0, 5.0], [0, 2]) == 0.75
+    assert np.isnan(kept_mass([0.0, 0.0], [1]))
+
+
+def test_units_that_the_repair_chose_otherwise_are_counted_layer_by_layer(run: Path) -> None:
+    records = read_run(run)
+    ffn, heads = (layer_choices(dim, records.scores, records.plan, records.cut) for dim in ("ffn", "heads"))
+    assert [one.layer for one in ffn] == example_run.KEPT_LAYERS
+    assert [one.otherwise for one in ffn] == [0, 1, 0]
+    assert [one.otherwise for one in heads] == [0, 0, 2]
+    assert (heads[2].planned_mass, heads[2].mass) == (0.6, 0.4)
+    section = unescape(units(records))
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
+    assert rows[1:] == [
+        ["0", "90.9%", MISSING, "60.0%", MISSING],
+        ["1", "84.8%", "1 of 8", "60.0%", MISSING],
+        ["3", "90.9%", MISSING, "40.0%", "2 of 2"],
+    ]
+    assert "8 of 12 kept per layer, with 88.9% of the scores’ sum. The scores alone would keep 90.9%" in section  # noqa: RUF001
+    assert "the repair chose 1 of 24 otherwise" in section
+
+
+def test_a_basis_leaves_the_scores_of_hidden_channels_without_a_say(run: Path) -> None:
+    page = unescape(units(read_run(run)))
+    assert "not used: a basis of 6 directions took their place" in page
+    assert "of 8 hidden channels, 6 of them kept" not in page
+
+
+def test_every_repair_step_and_layer_criterion_is_explained(run: Path) -> None:
+    assert set(REPAIRS) == set(repair.REPAIRS)
+    assert set(LAYER_CRITERIA) == set(get_args(PruneConfig.model_fields["layer_criterion"].annotation))
+    page = unescape(why(read_run(run)))
+    assert [step for step in REPAIRS if f"<dt>{step}</dt><dd>{REPAIRS[step]}</dd>" in page] == example_run.REPAIRS
+
+
+def test_records_of_an_older_run_say_nothing_of_a_repair(tmp_path: Path) -> None:
+    records = read_run(example_run.write(tmp_path / "run", repaired=False))
+    page = unescape(why(records))
+    assert "6 of 8 kept, with 96.6% of the scores’ sum." in page  # noqa: RUF001
+    assert "the repair chose" not in page and "<h3>Repair" not in page
+
+
+def test_a_plain_cut_is_called_so(run: Path) -> None:
+    records = read_run(run)
+    plain = records.stages | {"pruned": records.stages["pruned"] | {"result": {"repairs": []}}}
+    assert "None: what was kept was left as it was" in why(dataclasses.replace(records, stages=plain))
+
+
+@pytest.mark.parametrize("criterion", LAYER_CRITERIA)
+def test_layers_are_shown_by_the_criterion_that_scored_them(run: Path, criterion: str) -> None:
+    records = read_run(run)
+    scored = records.stages | {"scores": records.stages["scores"] | {"result": {"layers": criterion}}}
+    scores = records.scores | {"layers": [0.5, 0.25, -0.125, float("inf")]}  # the last one of `contiguous`
+    cut = records.cut | {"layers": [0, 3], "ffn": [[]] * 2, "heads": [[]] * 2, "kv_heads": [[]] * 2}
+    two = units(dataclasses.replace(records, stages=scored, scores=scores, plan=cut, cut=cut))
+    assert "dropped: 1-2." in two
+    section = unescape(units(dataclasses.replace(records, stages=scored, scores=scores)))
+    assert f"<b>Layers, by {LAYER_CRITERIA[criterion][0]}</b>" in section
+    assert "3 of 4 kept; dropped: 2." in section
+    assert not re.search(r"\b(nan|inf)\b", section)
+
+
+@pytest.mark.parametrize("key", ["drop_layers", "keep_layers"])
+def test_layers_that_the_recipe_numbers_are_not_said_to_be_chosen_by_score(run: Path, key: str) -> None:
+    records = read_run(run)
+    prune = records.recipe["prune"] | {"target": None, key: "2" if key == "drop_layers" else "0,1,3"}
+    section = units(dataclasses.replace(records, recipe=records.recipe | {"prune": prune}))
+    assert "The recipe gives their numbers; the scores chose none." in section
+
+
 def test_the_front_is_what_no_other_point_beats() -> None:
     points = [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.5, 2.5), (1.0, 4.0), (4.0, 1.0)]
     beaten = {a for a in points for b in points if a != b and b[0] <= a[0] and b[1] <= a[1]}
@@ -155,7 +247,7 @@ def test_report_of_a_large_model_stays_small(run: Path) -> None:
         "kv_heads": [list(range(8))] * layers,
     }
     steps = [{"step": n, "tokens": n, "loss": 1 / n, "learning_rate": 1e-4} for n in range(1, 50_001)]
-    assert len(render(dataclasses.replace(records, scores=scores, plan=plan, metrics=steps))) < 1_000_000
+    assert len(render(dataclasses.replace(records, scores=scores, plan=plan, cut=plan, metrics=steps))) < 1_000_000
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")

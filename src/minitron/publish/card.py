@@ -21,7 +21,7 @@ from minitron.publish.formats import (
     short_count,
     source_name,
 )
-from minitron.publish.records import RunRecords, result_table
+from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs, result_table
 
 # Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.
 METRICS = {
@@ -201,11 +201,21 @@ def _shape(records: RunRecords) -> str:
 def _method(records: RunRecords) -> str:
     statistics, student = records.stages["statistics"]["result"], records.stages["student"]
     recipe, samples, tokens = records.recipe, count(statistics["samples"]), count(statistics["tokens"])
-    return f"""1. Scored every unit by the criterion `{recipe["prune"]["criterion"]}` on {samples} samples
-   ({tokens} tokens) of {_text_name(recipe["data"]["source"])}.
-2. Cut: {records.stages["plan"]["result"]["plan"]}.
+    criterion = f"`{recipe['prune']['criterion']}`, layers by `{layer_criterion(records)}`"
+    return f"""1. Scored units by the criterion {criterion},
+   on {samples} samples ({tokens} tokens) of {_text_name(recipe["data"]["source"])}.
+2. Cut: {records.stages["plan"]["result"]["plan"]}.{_choices(records)}
 3. Distilled on {count(student["result"]["training"]["tokens"])} tokens of the same text with the loss
    `{recipe["distill"]["loss"]}`, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
+
+
+def _choices(records: RunRecords) -> str:
+    """What else than the scores had a say in the cut."""
+    steps, by_number = repairs(records), layers_by_number(records)
+    text = f" The layers were given by number: {', '.join(map(str, records.cut['layers']))} stay." if by_number else ""
+    if steps is None:
+        return text
+    return f"{text}\n   Repaired at the cut by {', '.join(f'`{step}`' for step in steps) or 'nothing'}."
 
 
 def _measured_on(records: RunRecords) -> str:

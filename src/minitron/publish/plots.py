@@ -121,7 +121,7 @@ def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callab
         axes.step(*zip(*steps, strict=True), where="post", color=COLORS["teacher"], linewidth=1.1)
         axes.scatter(*zip(*points, strict=True), s=16, color=COLORS["teacher"], linewidths=0, label="candidates")
         axes.scatter(*zip(*points[:1], strict=True), s=44, color=COLORS["student"], linewidths=0, label="chosen")
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
         axes.margins(x=0.06, y=0.14)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: form(value))
@@ -157,30 +157,36 @@ def rung_curves(curves: Sequence[Mapping[int, Number]], unit: str) -> str:
     return drawn[0]
 
 
-def layer_scores(scores: Sequence[Number], kept: Sequence[int]) -> str:
+def layer_scores(scores: Sequence[Number], kept: Sequence[int], unit: str) -> str:
+    """One bar per layer; a layer of infinite score, which must stay, has none."""
+    values = np.asarray(scores, dtype=float)
     label = f"Bar chart of the importance of {len(scores)} layers, {len(kept)} of them kept"
     with _canvas(2.2, label) as (figure, drawn):
         axes = figure.subplots()
         for layer in sorted(set(range(len(scores))) - set(kept)):  # whose bars are often too low to be seen
             axes.axvspan(layer - 0.5, layer + 0.5, color=COLORS["removed"], alpha=0.18, linewidth=0)
-        axes.bar(range(len(scores)), scores, width=0.7, color=_kept_colors(len(scores), kept))
+        heights = np.where(np.isfinite(values), values, 0.0)
+        axes.bar(range(len(scores)), heights, width=0.7, color=_kept_colors(len(scores), kept))
         axes.grid(axis="x", visible=False)
+        axes.set_xlim(-0.6, len(scores) - 0.4)
         _whole_numbers(axes)
         axes.set_xlabel("layer of the teacher")
-        axes.set_ylabel("Block Influence")
+        axes.set_ylabel(unit)
     return drawn[0]
 
 
-def hidden_scores(scores: Sequence[Number], kept: Sequence[int]) -> str:
-    values, is_kept = np.asarray(scores), _mask(len(scores), kept)
+def hidden_scores(scores: Sequence[Number], kept: Sequence[int] | None) -> str:
+    """Channels by falling score; kept: None where none was kept or removed."""
+    values, is_kept = np.asarray(scores), _mask(len(scores), kept or ())
     order = np.argsort(-values, kind="stable")
     ranks = _spread(len(values))
     values, is_kept = values[order][ranks], is_kept[order][ranks]
-    label = f"Sorted importance of {len(scores)} hidden channels, {len(kept)} of them kept"
+    label = f"Sorted importance of {len(scores)} hidden channels"
+    label += "" if kept is None else f", {len(kept)} of them kept"
     with _canvas(2.2, label) as (figure, drawn):
         axes = figure.subplots()
         edges = np.append(ranks, len(scores))
-        for chosen, color in ((is_kept, "kept"), (~is_kept, "removed")):
+        for chosen, color in ((is_kept, "kept"), (~is_kept, "teacher" if kept is None else "removed")):
             axes.stairs(np.where(chosen, values, np.nan), edges, fill=True, color=COLORS[color])
         # A few channels are often many times louder than the rest.
         log = bool(values.min() > 0 and values.max() > 4 * np.median(values))

@@ -21,6 +21,7 @@ class RunRecords:
     evaluations: model -> its description (family, shape, parameters, bytes) and its measured quality.
     generations: one row per prompt: {"prompt": ..., model: continuation}.
     metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
+    cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
     search: search/candidates.json, or nothing where the shape was not searched for.
     """
 
@@ -33,6 +34,7 @@ class RunRecords:
     metrics: list[dict[str, Any]]
     scores: dict[str, Any]
     plan: dict[str, Any]
+    cut: dict[str, Any]
     search: dict[str, Any]
 
 
@@ -45,6 +47,7 @@ def read_run(path: Path) -> RunRecords:
     evaluations = {name: _json(path / "evaluations" / f"{name}.json") for name in MODELS}
     stages = {name: _json(path / name / "record.json") for name in STAGES}
     metrics = path / "distill" / "metrics.jsonl"
+    plan = _json(path / "plan" / "plan.json") or {}
     return RunRecords(
         path=path,
         recipe=yaml.safe_load((path / "recipe.yaml").read_text()),
@@ -54,7 +57,8 @@ def read_run(path: Path) -> RunRecords:
         speed=_json(path / "evaluations" / "speed.json") or {},
         metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
         scores=_json(path / "scores" / "scores.json") or {},
-        plan=_json(path / "plan" / "plan.json") or {},
+        plan=plan,
+        cut=_json(path / "pruned" / "plan.json") or plan,
         search=_json(path / "search" / "candidates.json") or {},
     )
 
@@ -77,6 +81,23 @@ def result_table(records: RunRecords) -> list[dict[str, Any]]:
         | {key: row[key] for key in quality}
         for name, row in records.evaluations.items()
     ]
+
+
+def layer_criterion(records: RunRecords) -> str:
+    """By what the layers in scores.json are scored. The stage names it only where it took a pass of its own."""
+    criterion: str = records.stages["scores"]["result"].get("layers", "block_influence")
+    return criterion
+
+
+def layers_by_number(records: RunRecords) -> bool:
+    """Whether the recipe says which layers stay, so that their scores chose none."""
+    return bool(records.recipe["prune"].get("drop_layers") or records.recipe["prune"].get("keep_layers"))
+
+
+def repairs(records: RunRecords) -> list[str] | None:
+    """The repair steps that ran; None where the records do not say."""
+    steps: list[str] | None = records.stages.get("pruned", {}).get("result", {}).get("repairs")
+    return steps
 
 
 def _json(path: Path) -> Any:
