@@ -32,7 +32,7 @@ from minitron.prune.calibrate import CalibrateConfig, Statistics, pass_options
 from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.repair import RepairConfig, Step, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
+from minitron.prune.search import distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, SearchConfig, feasible
 from minitron.run import calibrate_on, calibration_tokens, score_units
 from minitron.rundir import SILENT
@@ -226,9 +226,10 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
         assert abs(near - step) <= 1, f"no loss at step {step}"  # half of an odd number of steps
         return judged[near]
 
-    def searched(rule: str, power: float = STREAM_POWER, **settings: Any) -> Outcome:
+    def searched(rule: str, basis: bool = "basis" in bench.repairs, **settings: Any) -> Outcome:
+        power = settings.pop("power", None)
         config = SearchConfig(**settings)
-        predict = predictor(bench.statistics, scores, bench.teacher.shape, power)
+        predict = predictor(bench.statistics, scores, bench.teacher.shape, basis=basis, stream_power=power)
         found = rank(bench.candidates, predict, loss_at, config, steps=steps)
         return Outcome(
             rule, [one.candidate.name for one in found], distilled_steps(found) + steps - max(found[0].step, 0)
@@ -241,7 +242,8 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
     return [
         Outcome("exhaustive", sorted(truth, key=lambda name: truth[name]["judged"][str(steps)]), steps * everything),
         searched("predicted", level="predicted"),
-        searched("predicted, stream met 3 times (first form)", 3.0, level="predicted"),
+        searched("predicted as of a plain cut", False, level="predicted"),
+        searched("predicted as of a plain cut, stream met 3 times (first form)", False, power=3.0, level="predicted"),
         searched("loss after the cut, of all", level="cut", cut_candidates=everything),
         searched("the search: best 16 predicted, halved", **halving),
         searched("halving of 8, best after the cut", **halving, distill_candidates=8),

@@ -10,12 +10,13 @@ import tiny
 import torch
 from test_shapes import search
 
+from minitron.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import Scores, activation_scores
 from minitron.prune.plan import choose
-from minitron.prune.search import STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
+from minitron.prune.search import BASIS_POWER, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
 from minitron.prune.shapes import Candidate, SearchConfig
 
 STEPS = 64
@@ -121,6 +122,20 @@ def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statist
         expected = -torch.tensor(stream**STREAM_POWER * survives, dtype=torch.float64).log().item()
         assert damage(student) == pytest.approx(expected, abs=1e-9)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
+
+
+def test_of_a_basis_the_stream_keeps_the_energy_of_its_leading_directions(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    statistics = calibrate(checkpoint, tiny.tokens(6, 24), dtype=torch.float32, second_moment=True)
+    scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
+    moment = statistics.second_moment
+    assert moment is not None
+    leading = torch.linalg.svd(moment).U[:, :20]
+    held = torch.trace(leading.T @ moment @ leading) / torch.trace(moment)
+    damage = predictor(statistics, scores, shape, basis=True)
+    assert damage(replace(shape, hidden=20)) == pytest.approx(-BASIS_POWER * held.log().item(), abs=1e-9)
+    with pytest.raises(PlanError, match="hold no second moment"):
+        predictor(replace(statistics, second_moment=None), scores, shape, basis=True)
 
 
 def test_a_smaller_student_is_never_predicted_to_be_better(teacher: tuple[Shape, Statistics, Scores]) -> None:

@@ -94,7 +94,7 @@ def ranked(
     """
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
-    predict = predictor(statistics, scores, teacher.shape)
+    predict = predictor(statistics, scores, teacher.shape, basis="basis" in (recipe.repair.steps or []))
     if corpus is None or make is None:
         assert search.level == "predicted"
         found, step_tokens = rank(candidates, predict, None, search), 0

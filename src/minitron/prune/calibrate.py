@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from minitron import parallel
 from minitron.config import Section
 from minitron.device import Precision, compute_dtype, pick_device, sums_device
-from minitron.errors import RunError
+from minitron.errors import PlanError, RunError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.stream import Stream, default_batch
@@ -130,6 +130,15 @@ class Statistics:
                 "collect them again with `minitron calibrate`, or give the model that they are of"
             )
         return statistics
+
+
+def require_second_moment(statistics: Statistics) -> None:
+    """Raises: PlanError if the statistics were collected without it."""
+    if statistics.second_moment is None:
+        raise PlanError(
+            "the statistics hold no second moment of the residual stream, which repair step basis needs; "
+            "collect it with `minitron calibrate --second-moment` (calibrate.second_moment)"
+        )
 
 
 def pass_options(

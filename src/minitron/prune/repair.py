@@ -25,7 +25,7 @@ from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, 
 from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
 from minitron.model.stream import Stream, default_batch
-from minitron.prune.calibrate import Statistics
+from minitron.prune.calibrate import Statistics, require_second_moment
 from minitron.prune.cut import (
     cut,
     embedding_gain,
@@ -243,11 +243,8 @@ def _residual(checkpoint: Checkpoint, plan: Plan, steps: Sequence[Step], statist
         return Channels(torch.tensor(plan.hidden))
     architecture, tied = checkpoint.architecture, checkpoint.architecture.tied(checkpoint.config)
     require_basis(architecture, tied=tied)
-    if statistics.second_moment is None:
-        raise PlanError(
-            "the statistics hold no second moment of the residual stream, which repair step basis needs; "
-            "collect it with `minitron calibrate --second-moment` (calibrate.second_moment)"
-        )
+    require_second_moment(statistics)
+    assert statistics.second_moment is not None
     return residual_basis(
         statistics.second_moment,
         plan.student.hidden,

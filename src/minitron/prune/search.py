@@ -17,13 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.model.architecture import Shape
-from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
+from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics, require_second_moment
 from minitron.prune.importance import Scores
 from minitron.prune.shapes import Candidate, SearchConfig
 
 # How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
 # alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).
 STREAM_POWER = 6.0
+# The same where a residual basis keeps directions: what they hold is written and read as it was, once each.
+BASIS_POWER = 2.0
 
 LossAt = Callable[[Candidate, int], float]
 
@@ -122,7 +124,12 @@ def distilled_steps(found: Iterable[Ranked]) -> int:
 
 
 def predictor(
-    statistics: Statistics, scores: Scores, teacher: Shape, stream_power: float = STREAM_POWER
+    statistics: Statistics,
+    scores: Scores,
+    teacher: Shape,
+    *,
+    basis: bool = False,
+    stream_power: float | None = None,
 ) -> Callable[[Shape], float]:
     """A function shape -> damage: minus the logarithm of the share of the teacher's signal that survives its cut.
 
@@ -132,13 +139,22 @@ def predictor(
     survives of an activation is the share of its energy (sum of squares) in the units that the scores keep.
 
     Args:
-        stream_power: how often the stream is met.
+        basis: whether the cut keeps principal directions of the stream instead of channels; then the statistics must
+            hold its second moment.
+        stream_power: how often the stream is met; default STREAM_POWER, of a basis BASIS_POWER.
     """
+    if basis:
+        require_second_moment(statistics)
+    power = stream_power or (BASIS_POWER if basis else STREAM_POWER)
     energy = {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in statistics.sums.items()}
     angles = statistics.cosine.clamp(-1, 1).arccos()
     way = angles / angles.sum()
     order = scores.layers.argsort(descending=True, stable=True)
-    hidden = _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
+    hidden = (
+        _basis_curve(statistics)
+        if basis
+        else _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
+    )
     ffn = torch.stack([_curve(*row) for row in zip(scores.ffn, energy["mlp_out"], strict=True)])
     per_head = energy["attention_out"].unflatten(-1, (teacher.heads, teacher.head_dim)).sum(-1)
 
@@ -153,7 +169,7 @@ def predictor(
     def damage(shape: Shape) -> float:
         through = (ffn[:, shape.ffn] + heads(shape.heads, shape.kv_heads)) / 2
         kept = (way * through)[order[: shape.layers]].sum().item()
-        return -stream_power * _log(hidden[shape.hidden].item()) - _log(kept)
+        return -power * _log(hidden[shape.hidden].item()) - _log(kept)
 
     return damage
 
@@ -164,6 +180,13 @@ def _log(share: float) -> float:
 
 def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
     return energy / energy.sum(-1, keepdim=True)
+
+
+def _basis_curve(statistics: Statistics) -> Float[Tensor, " counts"]:
+    """Share of the stream's energy in the n leading directions, for n = 0 ... all."""
+    assert statistics.second_moment is not None
+    energy = torch.linalg.eigvalsh(statistics.second_moment)
+    return _curve(energy, energy)
 
 
 def _curve(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
