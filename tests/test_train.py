@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.data import Corpus, batch_rows
-from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, resolve
+from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, of_scratch, resolve
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
@@ -143,8 +143,17 @@ def test_resolve_fills_every_default_by_its_rule(
 
 
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
-    given = CONFIG.model_copy(update={"min_learning_rate": 0.0, "warmup_steps": 0})
+    given = CONFIG.model_copy(update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5})
     assert resolve(given, open_checkpoint(bench.student).shape, block_tokens=BLOCK, train_tokens=1) == given
+
+
+def test_a_repaired_cut_is_taught_at_half_the_rate_and_its_baseline_is_not(bench: Bench) -> None:
+    options = {"block_tokens": BLOCK, "train_tokens": 10_000}
+    shape = open_checkpoint(bench.student).shape
+    plain, repaired = (resolve(DistillConfig(tokens=None), shape, repaired=flag, **options) for flag in (False, True))
+    assert plain.learning_rate and repaired.learning_rate == plain.learning_rate / 2
+    assert of_scratch(repaired) == of_scratch(plain)
+    assert of_scratch(plain) == plain.model_copy(update={"loss": "cross_entropy"})
 
 
 def test_distillation_lowers_the_kl_on_held_out_text(bench: Bench) -> None:

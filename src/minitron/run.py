@@ -67,7 +67,11 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
             distill=train.resolve(
-                recipe.distill, shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens
+                recipe.distill,
+                shape,
+                block_tokens=corpus.block_tokens,
+                train_tokens=corpus.train_tokens,
+                repaired=bool(recipe.repair.steps),
             )
         )
         plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
@@ -291,7 +295,7 @@ def teach(
 ) -> Path:
     """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens."""
     if teacher is None:
-        config = config.model_copy(update={"loss": "cross_entropy"})
+        config = train.of_scratch(config)
     state = stages.out / ("distill" if teacher else f"distill-{name}")
 
     def work(out: Path) -> dict[str, Any]:

@@ -212,7 +212,11 @@ class _Trial:
     def _resolve(self, shape: Shape) -> train.DistillConfig:
         corpus = self.corpus
         return train.resolve(
-            self.recipe.distill, shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens
+            self.recipe.distill,
+            shape,
+            block_tokens=corpus.block_tokens,
+            train_tokens=corpus.train_tokens,
+            repaired=bool(self.recipe.repair.steps),
         )
 
 

@@ -41,7 +41,9 @@ class DistillConfig(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 0.4 / the student's hidden size, see `resolve`."""
+    """Peak learning rate. Default: 0.4 / the student's hidden size, half of it for a repaired cut, see `resolve`."""
+    scratch_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the same shape from random weights. Default: 0.4 / hidden, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
     """Learning rate at the end of the cosine. Default: a tenth of the peak."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -62,22 +64,27 @@ class DistillConfig(Section):
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
 
 
-def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_tokens: int) -> DistillConfig:
+def resolve(
+    config: DistillConfig, student: Shape, *, block_tokens: int, train_tokens: int, repaired: bool = False
+) -> DistillConfig:
     """Fill in what derives from the student's shape and the token budget.
 
     Learning rate: 0.4 / hidden passes through the papers' 1e-4 at hidden 3072 to 4096 and through the best of a grid on
-    a 260K-parameter student (8e-3 at hidden 48). Batch: a budget is worth about 600 steps (P1 ranks candidates after
-    400), each of at least 2048 and at most 9.4M tokens (P2's batch).
+    a 260K-parameter student (8e-3 at hidden 48). A repaired cut has more to lose: half of it is better by a sixth on a
+    6.5M-parameter teacher, and as good on a 260K one (docs/LOG.md). Batch: a budget is worth about 600 steps (P1 ranks
+    candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
     """
     tokens = config.tokens or train_tokens
     batch = config.batch_blocks or max(1, round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens))
     steps = num_steps(tokens, batch, block_tokens)
-    rate = config.learning_rate or float(f"{0.4 / student.hidden:.2g}")
+    usual = float(f"{0.4 / student.hidden:.2g}")
+    rate = config.learning_rate or (usual / 2 if repaired else usual)
     return config.model_copy(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
             "learning_rate": rate,
+            "scratch_learning_rate": config.scratch_learning_rate or config.learning_rate or usual,
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
             "warmup_steps": min(max(10, steps // 50), steps // 5)
             if config.warmup_steps is None
@@ -87,6 +94,14 @@ def resolve(config: DistillConfig, student: Shape, *, block_tokens: int, train_t
             "precision": settle_precision(config.precision),
         }
     )
+
+
+def of_scratch(config: DistillConfig) -> DistillConfig:
+    """The resolved config of a training of the same shape from random weights, on text alone."""
+    assert config.learning_rate and config.scratch_learning_rate and config.min_learning_rate is not None
+    share = config.min_learning_rate / config.learning_rate
+    rate = config.scratch_learning_rate
+    return config.model_copy(update={"loss": "cross_entropy", "learning_rate": rate, "min_learning_rate": share * rate})
 
 
 def num_steps(tokens: int, batch_blocks: int, block_tokens: int) -> int:
