@@ -48,8 +48,8 @@ NOTE = """The first form of the prediction was chosen on the demo teacher's tabl
 is its test. The present form, and that the loss after the cut drops no candidate, were chosen after most of both tables
 were known: they have no test here (docs/LOG.md)."""
 
-REPAIRED_NOTE = """The prediction, of a repaired cut here, was set with this table in sight, so its figure is no test of it
-(docs/LOG.md)."""
+REPAIRED_NOTE = """The prediction, of a repaired cut here, was set with this table in sight, so its figure is no test of
+it (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
