@@ -272,7 +272,9 @@ def _saving_lines(best: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]
         ratios = []
         for tokens, plain in best["plain"].items():
             reached = _tokens_to_reach(plain["kl"], {n: found["kl"] for n, found in by_tokens.items()})
-            ratios.append(f"{reached / tokens:.2f}" if reached else "")
+            least = min(by_tokens)
+            sooner = by_tokens[least]["kl"] < plain["kl"]  # at the smallest budget that was tried
+            ratios.append(f"< {least / tokens:.2f}" if sooner else f"{reached / tokens:.2f}" if reached else "")
         cells.append([start, f"{cut / plain_cut:.2f}", *ratios])
     columns = ["start", "KL after the cut / plain", *(f"tokens / {n / 1e6:g}M of plain" for n in best["plain"])]
     return [table(columns, cells), ""]
