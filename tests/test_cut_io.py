@@ -21,9 +21,10 @@ from minitron import large_files
 from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory
 from minitron.model import weights
-from minitron.model.checkpoint import open_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.prune.cut import cut, cut_tensor, kept_rows
 from minitron.prune.plan import Plan, identity_plan
+from minitron.prune.repair import Repaired
 from minitron.run import prune
 from minitron.rundir import RunDirectory
 
@@ -263,16 +264,20 @@ def test_an_interrupt_ends_the_cut_and_leaves_nothing(llama: Path, tmp_path: Pat
 def test_the_pruned_files_are_not_read_again_for_their_digests(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = tiny.plan(checkpoint.shape, **SIZES)
+
+    def plainly(teacher: Checkpoint, plan: Plan, out: Path) -> Repaired:
+        return Repaired(plan, cut(teacher, plan, out))
+
     with RunDirectory(tmp_path / "run") as stages:
         (stages.out / "plan").mkdir()
         plan.save(stages.out / "plan" / "plan.json")
-        pruned = prune(stages, checkpoint, plan)
+        pruned = prune(stages, checkpoint, plan, plainly)
         known = json.loads((stages.out / ".digests.json").read_text())
         file = pruned / "model.safetensors"
         assert known[str(file)][3] == hashlib.sha256(file.read_bytes()).hexdigest()
         digest = stages.digest([file])
         assert json.loads((stages.out / ".digests.json").read_text()) == known
-        assert prune(stages, checkpoint, plan) == pruned  # done: nothing to remember
+        assert prune(stages, checkpoint, plan, plainly) == pruned  # done: nothing to remember
     with RunDirectory(tmp_path / "run") as stages:
         assert stages.digest([file]) == digest
         stages.remember({file: "made up"})

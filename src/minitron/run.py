@@ -1,6 +1,6 @@
 """The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, step_shapes, target_shape
-from minitron.prune.repair import Repaired, needed_steps, repaired_cut
+from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
 from minitron.prune.shapes import needs_machine
@@ -44,6 +44,7 @@ from minitron.rundir import SILENT, Listener, RunDirectory
 from minitron.student_shape import feasible_for, find_shape, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
+STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
@@ -59,10 +60,11 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer)
         statistics = collect_statistics(stages, recipe, teacher, corpus)
+        scores = score_units(statistics, teacher.shape, recipe.prune)
+        mend = repairing(recipe, statistics, scores, corpus, stages.listener)
         searching = recipe.search.level != "off"
         if searching:
-            scores = score_units(statistics, teacher.shape, recipe.prune)
-            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, stages.listener))
+            make = student_maker(teacher, scores, mend)
             shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
@@ -75,7 +77,15 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             )
         )
         plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
-        pruned = prune(stages, recipe, teacher, plan, statistics, corpus)
+        pruned = prune(
+            stages,
+            teacher,
+            plan,
+            mend,
+            recipe.repair.steps or [],
+            inputs={"data": corpus.digest, "statistics": stages.digest([stages.out / STATISTICS])},
+            config={"calibrate": recipe.calibrate, "seed": recipe.seed},
+        )
         if searching:
             take_over(stages)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, teacher.path, corpus)
@@ -193,7 +203,7 @@ def make_plan(
         "batch": config.batch_aggregate,
     }
     criterion |= {"seed": config.seed} if config.criterion == "random" else {}
-    inputs = {"statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"])}
+    inputs = {"statistics": stages.digest([stages.out / STATISTICS])}
     measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
     if layers_need_a_pass(config, teacher.shape, first):
         criterion |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
@@ -258,28 +268,39 @@ def student_maker(teacher: Checkpoint, scores: Scores, mend: Mend) -> Callable[[
 
 
 def prune(
-    stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, plan: Plan, statistics: Statistics, corpus: data.Corpus
+    stages: RunDirectory,
+    teacher: Checkpoint,
+    plan: Plan,
+    mend: Mend,
+    steps: Sequence[Step] = (),
+    *,
+    inputs: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
-    steps = needed_steps(recipe.repair.steps or [], plan)
-    inputs = {
-        "model": stages.digest(model_files(teacher.path)),
-        "plan": stages.digest([stages.out / "plan" / "plan.json"]),
-    }
-    config: dict[str, Any] = {"repair": {"steps": steps}}
-    if steps:  # fitted to what
-        inputs |= {"data": corpus.digest}
-        inputs |= {"statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"])}
-        config |= {"calibrate": recipe.calibrate, "seed": recipe.seed}
+    """
+    Args:
+        steps: the repairs that `mend` makes where they are needed.
+        inputs, config: what they are fitted to.
+    """
+    needed = needed_steps(steps, plan)
     digests: dict[str, str] = {}
 
     def work(out: Path) -> dict[str, Any]:
-        scores = Scores.load(stages.out / "scores")
-        repaired = repairing(recipe, statistics, scores, corpus, stages.listener)(teacher, plan, out)
+        repaired = mend(teacher, plan, out)
         repaired.plan.save(out / "plan.json")
         digests.update(repaired.digests)
-        return describe(open_checkpoint(out)) | {"repairs": steps}
+        return describe(open_checkpoint(out)) | {"repairs": needed}
 
-    made = stages.do("pruned", work, inputs=inputs, config=config)
+    made = stages.do(
+        "pruned",
+        work,
+        inputs={
+            "model": stages.digest(model_files(teacher.path)),
+            "plan": stages.digest([stages.out / "plan" / "plan.json"]),
+            **((inputs or {}) if needed else {}),
+        },
+        config={"repair": {"steps": needed}, **((config or {}) if needed else {})},
+    )
     stages.remember({made / file: digest for file, digest in digests.items()})
     return made
 
