@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[Step]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these repairs")
     parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
     parser.add_argument("--scratch", type=Path, help="where the models go; default the system's")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="minitron-bench-") as directory:
         llama = CASES["llama-3.1-8b"]
         write_model(Case(llama.title, llama.config | {"num_hidden_layers": args.layers}, {}, None), Path(directory))
-        found = {name: in_fresh_process(__file__, work=directory, name=name) for name in ("calibrate", *VARIANTS)}
+        found = {name: in_fresh_process(__file__, work=directory, name=name) for name in ("calibrate", *args.only)}
         publish(report(found, args.layers), args.out)
 
 
@@ -85,7 +86,7 @@ def measure(work: str, name: str) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any], layers: int) -> str:
-    plain = found["plain"]["seconds"]
+    plain = found["plain"]["seconds"] if "plain" in found else 0.0
     rows = [
         [
             name,
