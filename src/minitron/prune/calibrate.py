@@ -53,7 +53,7 @@ class CalibrateConfig(Section):
     precision: Precision = "auto"
     """Number format of the forward pass; sums are float32 or better in any case."""
     second_moment: bool = False
-    """Also average the products of all pairs of residual channels: a hidden x hidden matrix, for about a sixth more
+    """Also average the products of all pairs of residual channels: a hidden x hidden matrix, for about a tenth more
     time."""
 
 
