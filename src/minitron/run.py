@@ -401,9 +401,7 @@ def calibrate_tokens(
     scratch: Path | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    options = pass_options(
-        config, scratch=scratch, progress=lambda done, total: listener.progress(done, total, "layers")
-    )
+    options = pass_options(config, scratch=scratch, progress=_layers(listener))
     return calibrate(teacher, tokens, second_moment=config.second_moment, **options)
 
 
@@ -415,9 +413,7 @@ def scoring_on(
     corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
 ) -> Scoring:
     tokens = calibration_tokens(corpus, calibrate, seed)
-    return Scoring(
-        prune, calibrate, tokens, tokenizer, progress=lambda done, total: listener.progress(done, total, "layers")
-    )
+    return Scoring(prune, calibrate, tokens, tokenizer, progress=_layers(listener))
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:

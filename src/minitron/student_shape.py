@@ -66,6 +66,7 @@ def find_shape(
         config={
             "search": recipe.search,
             "prune": recipe.prune,
+            "repair": recipe.repair,
             "distill": recipe.distill,
             "seed": recipe.seed,
         },
