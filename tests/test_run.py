@@ -249,6 +249,21 @@ def test_the_student_of_a_search_is_that_of_its_shape_given_at_the_start(searche
     assert not (searched / "search-state").exists() and not list(searched.glob("**/state-*"))
 
 
+def test_candidates_are_cut_as_their_final_plan_is(tmp_path: Path) -> None:
+    """Layers by their criterion and in steps: what the winner's short runs taught is the student that is planned."""
+    prune = {"target": "50%", "layer_criterion": "loss", "layer_samples": 4, "iterations": 2}
+    search = SEARCH | {"dims": {"layers": "2-3", "ffn": "16-40/8"}, "cut_candidates": 2, "distill_candidates": 2}
+    raw = raw_recipe(tmp_path, "llama", prune=prune, search=search)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    records = run(recipe, tmp_path / "searched")
+    shape = {dim: records.recipe["prune"]["shape"][dim] for dim in PRUNABLE}
+    assert shape["layers"] < 4
+    prune = recipe.prune.model_copy(update={"target": None, "shape": shape})
+    run(recipe.model_copy(update={"prune": prune, "search": SearchConfig()}), tmp_path / "undisturbed")
+    assert_same_student(tmp_path / "searched", tmp_path / "undisturbed")
+
+
 def test_a_search_is_not_made_again_and_its_stored_recipe_needs_none(searched: Path) -> None:
     before = stamps(searched)
     for recipe in (load_recipe(searched.parent / "recipe.yaml"), load_recipe(searched / "recipe.yaml")):

@@ -47,7 +47,7 @@ from minitron.prune.plan import (
 )
 from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.run import (
@@ -131,7 +131,9 @@ def search_model(
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
         make = None
         if corpus is not None:
-            make = student_maker(teacher, scores, repairing(recipe, statistics, scores, corpus, listener))
+            scoring = scoring_on(corpus, prune, calibration, 0, load_tokenizer(teacher.path), listener)
+            mend = repairing(recipe, statistics, scores, corpus, listener)
+            make = student_maker(teacher, scores, scoring, mend)
         listener.stage("search", "running")
         _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)
     listener.stage("search", "done")
@@ -230,8 +232,10 @@ def _choose(known: _Known, given: Given) -> Plan:
     first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
     if not further and not layers_need_a_pass(config, teacher.shape, first):
         return choose(known.scores, teacher.shape, first, given)
-    scores = score_layers(teacher, known.scores, first, known.scoring)
-    return refine(teacher, choose(scores, teacher.shape, first, given), further, known.scoring, known.work)
+    scoring = known.scoring
+    return plan_student(
+        teacher, lambda first: score_layers(teacher, known.scores, first, scoring), shape, scoring, given
+    )
 
 
 def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:

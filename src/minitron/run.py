@@ -31,10 +31,10 @@ from minitron.model.checkpoint import (
 from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
-from minitron.prune.plan import Plan, PruneConfig, choose, given_layers, step_shapes, target_shape
+from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes, target_shape
 from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import needs_machine
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
@@ -64,8 +64,10 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         mend = repairing(recipe, statistics, scores, corpus, stages.listener)
         searching = recipe.search.level != "off"
         if searching:
-            make = student_maker(teacher, scores, mend)
-            shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make)
+            scoring = scoring_on(corpus, recipe.prune, recipe.calibrate, recipe.seed, tokenizer, stages.listener)
+            make = student_maker(teacher, scores, scoring, mend)
+            task = task_digest(stages, recipe.prune)
+            shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make, inputs=task)
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(
             distill=train.resolve(
@@ -216,8 +218,8 @@ def make_plan(
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        made = choose(Scores.load(stages.out / "scores"), teacher.shape, first, given)
-        made = refine(teacher, made, further, replace(scoring, scratch=out), out)
+        scores = Scores.load(stages.out / "scores")
+        made = plan_student(teacher, lambda _: scores, shape, replace(scoring, scratch=out), given)
         made.save(out / "plan.json")
         return {"plan": str(made)}
 
@@ -262,9 +264,24 @@ def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: da
     )
 
 
-def student_maker(teacher: Checkpoint, scores: Scores, mend: Mend) -> Callable[[Shape, Path], Repaired]:
+def student_maker(
+    teacher: Checkpoint, scores: Scores, scoring: Scoring, mend: Mend
+) -> Callable[[Shape, Path], Repaired]:
     """A function that makes the pruned checkpoint of a shape in an empty directory, for the candidates of a search."""
-    return lambda shape, out: mend(teacher, choose(scores, teacher.shape, shape), out)
+
+    known: dict[int, Scores] = {}  # by the number of layers: they depend on nothing else, and may take many passes
+
+    def make(shape: Shape, out: Path) -> Repaired:
+        here = replace(scoring, scratch=out.parent)
+
+        def score(first: Shape) -> Scores:
+            if first.layers not in known:
+                known[first.layers] = score_layers(teacher, scores, first, here)
+            return known[first.layers]
+
+        return mend(teacher, plan_student(teacher, score, shape, here, Given()), out)
+
+    return make
 
 
 def prune(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ def find_shape(
     scores: Scores,
     corpus: Corpus,
     make: Callable[[Shape, Path], Any],
+    *,
+    inputs: Mapping[str, str],
 ) -> Shape:
     """The best shape within the budgets, as far as `search.level` looks; search/candidates.json holds all of them.
 
     Args:
         make: cuts the student of a shape into an empty directory.
+        inputs: digests of what else `make` reads.
     """
     work = _work(stages)
 
@@ -62,6 +65,7 @@ def find_shape(
             "model": stages.digest(model_files(teacher.path)),
             "statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"]),
             "data": corpus.digest,
+            **inputs,
         },
         config={
             "search": recipe.search,

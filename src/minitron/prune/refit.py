@@ -25,6 +25,7 @@ from minitron.model.weights import runs
 from minitron.prune.cut import embedding_gain, kept_rows, writing_order
 from minitron.prune.plan import Plan
 from minitron.prune.residual import Residual, normalized, read_norm
+from minitron.prune.surgeon import correlation_factor
 
 # Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.
 RIDGE = 0.01
@@ -99,10 +100,7 @@ class _Regression:
             self.errors.addmm_(errors.T, inputs)
 
     def change(self) -> Float[Tensor, "rows columns"]:
-        scale = self.inputs.diagonal().sqrt().clamp_min(torch.finfo(torch.float32).tiny ** 0.25)
-        correlation = self.inputs.div_(scale[:, None]).div_(scale)
-        correlation.diagonal().fill_(1 + RIDGE)
-        factor = torch.linalg.cholesky(correlation)
+        scale, factor = correlation_factor(self.inputs, RIDGE)
         return torch.cholesky_solve((self.errors / scale).T, factor).T / scale
 
 

@@ -37,7 +37,7 @@ from minitron.prune.cut import (
 )
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Plan, Units
-from minitron.prune.refit import refit, require_refit
+from minitron.prune.refit import refit, require_refit, row_runs
 from minitron.prune.residual import (
     Channels,
     Residual,
@@ -76,10 +76,6 @@ FITTED: dict[str, set[Step]] = {
     "mlp_out": {"ffn_least_squares", "ffn_obs"},
     "attention_out": {"heads_least_squares", "heads_obs"},
 }
-# Rows of the embedding or the output projection in memory at a time.
-VOCABULARY_ROWS = 4096
-
-
 # The combination that wins after distillation (docs/LOG.md).
 BEST: tuple[Step, ...] = ("basis", "ffn_obs", "heads_obs")
 
@@ -388,10 +384,9 @@ class _Repair:
     def _outside(self, specs: list[TensorSpec], seen: _Seen) -> Iterator[Tensor]:
         """The tensors outside of the layers; those with a row for each token in runs of rows."""
         for spec in specs:
-            count = self.checkpoint.stored[spec.name].shape[0]
-            step = VOCABULARY_ROWS if len(spec.axes) == 2 else count
-            for start in range(0, count, step):
-                rows = self.checkpoint.read_rows(spec.name, start, min(start + step, count))
+            whole = [(0, self.checkpoint.stored[spec.name].shape[0])]
+            for start, stop in row_runs(self.checkpoint, spec) if len(spec.axes) == 2 else whole:
+                rows = self.checkpoint.read_rows(spec.name, start, stop)
                 yield self._turned(spec, rows.float(), seen).to(rows.dtype)
 
     def _tensor(self, spec: TensorSpec, seen: _Seen) -> Tensor:

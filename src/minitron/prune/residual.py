@@ -15,9 +15,6 @@ from minitron.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 
-# Smallest share of the mean gain that a channel's gain counts for where embeddings are tied.
-SMALLEST_GAIN = 0.05
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -52,43 +49,41 @@ class Channels:
 
 @dataclass(frozen=True)
 class Basis:
-    """The student's stream is y = x @ writes, and read @ y stands for the teacher's x.
+    """The student's stream is y = x @ directions, and directions @ y stands for the teacher's x."""
 
-    Both are [hidden, student hidden]. They are the same orthonormal columns, but for the channels' scale that tied
-    embeddings ask for, see `residual_basis`.
-    """
-
-    writes: Tensor
-    reads: Tensor
+    directions: Float[Tensor, "hidden kept"]  # orthonormal columns
 
     def to(self, device: torch.device) -> "Basis":
-        return Basis(self.writes.to(device), self.reads.to(device))
+        return Basis(self.directions.to(device))
 
     def write(self, matrix: Float[Tensor, "hidden ..."]) -> Float[Tensor, "kept ..."]:
-        return self.writes.T @ matrix
+        return self.directions.T @ matrix
 
     def embed(self, rows: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows kept"]:
-        return rows @ self.writes
+        return rows @ self.directions
 
     def read(self, matrix: Float[Tensor, "rows hidden"], norm: Norm | None) -> Float[Tensor, "rows kept"]:
         """A matrix that reads the stream through a norm, with the norm's gain and bias."""
         assert norm is not None, "require_basis lets no family read the stream without a norm"
-        folded = matrix @ (norm.gain[:, None] * self.reads / _rms(norm.gain))
+        folded = matrix @ (norm.gain[:, None] * self.directions / _rms(norm.gain))
         if norm.bias is None:
             return folded
         # The stream has no part along (1, 1, ...), so there the matrix can hold what it makes of the norm's bias, and
         # read it from a bias of ones.
-        return folded + (matrix @ norm.bias)[:, None] / self.writes.shape[1]
+        return folded + (matrix @ norm.bias)[:, None] / self.directions.shape[1]
 
     def norm(self, norm: Norm, scale: float, *, tied: bool = False) -> Norm:
         """The student's norm: one gain for all directions, as the rest is folded into the matrices after it.
 
         Args:
-            tied: what follows is the embedding, which is folded already.
+            tied: what follows is the embedding, which cannot hold gains: each direction has its own.
         """
-        # Folding leaves the gains' overall size in the norm, and so the matrices' as it was.
-        gain = (norm.gain[:, None] * self.reads * self.reads).sum(0).mean() if tied else _rms(norm.gain)
-        gains = (gain * scale).expand(self.writes.shape[1])
+        if tied:
+            gains = (norm.gain[:, None] * self.directions.square()).sum(0)
+        else:
+            # Folding leaves the gains' overall size in the norm, and so the matrices' as it was.
+            gains = _rms(norm.gain).expand(self.directions.shape[1])
+        gains = gains * scale
         return Norm(gains, None if norm.bias is None else torch.ones_like(gains))
 
 
@@ -104,23 +99,22 @@ def residual_basis(
         moment: E[u u'] of the stream u at its reads, each normalised.
         centred: for LayerNorm. The mean is taken off the stream before, and one direction is left unused, so that the
             student's norm finds no mean to subtract.
-        tied: the final norm, where the embedding is also the output projection. With channels scaled by the square
-            root of its gain the two are the same matrix; the price is that norms see the length of the scaled stream.
+        tied: the final norm, where the embedding E is also the output projection. Then what the student makes of its
+            stream is y diag(g') (E V)' = x V diag(g') V' E' with its own gains g'. The directions V are turned among
+            themselves until V' diag(g) V is diagonal with the teacher's gains g: with g' its diagonal, V diag(g') V' is
+            diag(g) as far as the directions reach.
     """
-    count = len(moment)
     moment = moment.double()
-    scale = torch.ones(count, dtype=torch.float64)
     if centred:
         moment = moment - moment.mean(0)
         moment = moment - moment.mean(1, keepdim=True)
+    directions = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : hidden - centred]
+    if centred:
+        directions = directions @ _zero_sum(hidden)
     elif tied is not None:
-        gain = tied.gain.double()
-        scale = gain.clamp_min(SMALLEST_GAIN * gain.abs().mean()).sqrt()
-        scale = scale / _rms(scale)
-        moment = scale[:, None] * moment * scale
-    leading = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : hidden - centred]
-    directions = leading @ _zero_sum(hidden) if centred else leading
-    return Basis((scale[:, None] * directions).float(), (directions / scale[:, None]).float())
+        gains = directions.T @ (tied.gain.double()[:, None] * directions)
+        directions = directions @ torch.linalg.eigh(gains).eigenvectors
+    return Basis(directions.float())
 
 
 def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:

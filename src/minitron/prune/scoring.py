@@ -15,7 +15,7 @@ from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pas
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import CRITERIA, Scores
-from minitron.prune.plan import Plan, PruneConfig, choose, compose, given_layers
+from minitron.prune.plan import Given, Plan, PruneConfig, choose, compose, given_layers, step_shapes
 from minitron.prune.questions import read_questions
 
 
@@ -24,6 +24,7 @@ class Scoring:
     """How units and layers are scored, and on what.
 
     tokens: the calibration set.
+    scratch: an existing directory for what does not fit into memory; default the system's.
     progress: called with (layers done, layers).
     """
 
@@ -71,16 +72,33 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
     return replace(scores, layers=leave_one_out(measure, num_layers))
 
 
-def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring, work: Path) -> Plan:
-    """`plan`, a first step, followed by one step to each of the shapes; still a plan of the checkpoint itself.
+def plan_student(
+    checkpoint: Checkpoint,
+    score: Callable[[Shape], Scores],
+    student: Shape,
+    scoring: Scoring,
+    given: Given,
+) -> Plan:
+    """The plan of one student as the config asks for it: in as many steps as it says, and layers by their criterion.
 
     Args:
-        work: an existing directory where the model that each step left lies while it is scored.
+        score: the scores to cut the checkpoint to a shape by, such as `score_layers` gives.
+        given: units that are listed.
+    """
+    iterations = scoring.config.iterations
+    first, *further = step_shapes(checkpoint.architecture, checkpoint.shape, student, iterations, given)
+    return refine(checkpoint, choose(score(first), checkpoint.shape, first, given), further, scoring)
+
+
+def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring) -> Plan:
+    """`plan`, a first step, followed by one step to each of the shapes; still a plan of the checkpoint itself.
+
+    The model that each step left lies in `scoring.scratch` while it is scored.
 
     Paper: P1, "Single-shot vs Iterative Importance Estimation".
     """
     for shape in shapes:
-        with tempfile.TemporaryDirectory(dir=work, prefix="step-") as path:
+        with tempfile.TemporaryDirectory(dir=scoring.scratch, prefix="minitron-step-") as path:
             cut(checkpoint, plan, Path(path))
             left = open_checkpoint(Path(path))
             statistics = calibrate(left, scoring.tokens, **scoring.pass_options)

@@ -161,9 +161,10 @@ def feasible(
 def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, teacher: Shape) -> list[Budget]:
     """Raises: PlanError if there is no budget, or a contradictory one."""
     found = []
-    if prune.shape is not None or prune.drop_layers is not None:
+    if prune.shape is not None or prune.drop_layers is not None or prune.keep_layers is not None:
         raise PlanError(
-            "prune.shape and prune.drop_layers give the student's sizes: there is no search; leave them out"
+            "prune.shape, prune.drop_layers and prune.keep_layers give the student's sizes: there is no search; leave "
+            "them out"
         )
     if prune.target is not None:
         kind, most = _parameters(prune.target, terms, teacher)

@@ -22,6 +22,27 @@ BLOCK, CANDIDATES = 64, 4
 RIDGE = 1e-3
 
 
+def correlation_factor(
+    moment: Float[Tensor, "columns columns"], ridge: float
+) -> tuple[Float[Tensor, " columns"], Float[Tensor, "columns columns"]]:
+    """The root mean squares of inputs, and the Cholesky factor of their correlations with a ridge.
+
+    Args:
+        moment: E[z z'] up to a factor. It is used up: the factor lies in its memory, which in a large model is most of
+            what there is.
+
+    Raises: PlanError if the moment is not finite.
+    """
+    scale = moment.diagonal().clamp_min(0).sqrt()
+    if not scale.isfinite().all():
+        raise PlanError("the second moment of a layer's activations is not finite: the model's weights are damaged")
+    # A column that is never active costs nothing, whatever its weights.
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.25)
+    moment.div_(scale[:, None]).div_(scale)
+    moment.diagonal().fill_(1 + ridge)
+    return scale, torch.linalg.cholesky(moment.mT, out=moment.mT)
+
+
 class Surgeon:
     """A matrix some of whose columns are being removed; the others always hold the least-squares weights."""
 
@@ -32,17 +53,10 @@ class Surgeon:
 
         Raises: PlanError if the moment is not finite.
         """
-        scale = moment.diagonal().clamp_min(0).sqrt()
-        if not scale.isfinite().all():
-            raise PlanError("the second moment of a layer's activations is not finite: the model's weights are damaged")
-        # A column that is never active costs nothing, whatever its weights.
-        self._scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.25)
+        self._scale, factor = correlation_factor(moment, RIDGE)
         self._weight = weight.to(moment) * self._scale
-        moment.div_(self._scale[:, None]).div_(self._scale)
-        moment.diagonal().fill_(1 + RIDGE)
-        factor = torch.linalg.cholesky(moment)
-        self._inverse = torch.cholesky_inverse(factor, out=moment)
-        self._alive = torch.ones(len(scale), dtype=torch.bool, device=scale.device)
+        self._inverse = torch.cholesky_inverse(factor, out=factor)
+        self._alive = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
 
     def remove(self, columns: Tensor) -> None:
         """Remove columns by their indices, all at once."""
