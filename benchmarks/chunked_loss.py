@@ -21,8 +21,8 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.losses import chunked_loss, forward_kl
-from minitron.model.logits import CHUNK_BYTES, chunk_tokens, float32_logits, project
+from minitron.distill.losses import Objective, chunked_loss
+from minitron.model.logits import CHUNK_BYTES, LazyLogits, chunk_tokens, float32_logits, project
 
 HIDDEN, TEACHER_HIDDEN = 512, 768
 VOCABS = (32_000, 128_256)
@@ -75,14 +75,12 @@ class Problem:
         self.head.requires_grad_()
 
     def chunked(self, dtype: torch.dtype, chunk: int) -> Tensor:
-        return chunked_loss(
-            forward_kl, self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.targets,
-            dtype=dtype, chunk=chunk,
-        )  # fmt: skip
+        student, teacher = LazyLogits(self.hidden, self.head), LazyLogits(self.teacher_hidden, self.teacher_head)
+        return chunked_loss(Objective(), student, teacher, self.targets, dtype=dtype, chunk=chunk)
 
     def plain(self) -> Tensor:
         teacher_logits = project(self.teacher_hidden, self.teacher_head)
-        return forward_kl(project(self.hidden, self.head), teacher_logits, self.targets).sum()
+        return Objective()(project(self.hidden, self.head), teacher_logits, self.targets).sum()
 
     def gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         self.hidden.grad = self.head.grad = None
@@ -129,7 +127,7 @@ def gradient_errors(vocab: int, tokens: int = 256) -> tuple[float, list[list[str
         with torch.autocast("cpu", torch.bfloat16):
             logits = problem.hidden @ problem.head.T
             teacher_logits = problem.teacher_hidden @ problem.teacher_head.T
-        return forward_kl(logits.float(), teacher_logits.float(), problem.targets).sum()
+        return Objective()(logits.float(), teacher_logits.float(), problem.targets).sum()
 
     ways = {
         "plain, float32": problem.plain,

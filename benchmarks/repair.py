@@ -11,6 +11,7 @@ and the table is of what there is. The default model is the shipped demo teacher
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -116,6 +117,8 @@ class Bench:
         config = train.resolve(
             train.DistillConfig(tokens=tokens, loss="cross_entropy" if start == "scratch" else "forward_kl"),
             student,
+            self.teacher.shape,
+            weights_rms=math.inf,
             block_tokens=BLOCK_TOKENS,
             train_tokens=self.corpus.train_tokens,
         )

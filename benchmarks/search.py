@@ -90,7 +90,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "batch_tokens": BLOCK_TOKENS * BATCH_BLOCKS,
         "seed": SEED,
-    } | ({"repair": True, "learning_rate": "0.2 / hidden"} if args.repair else {})
+    } | ({"repair": True, "learning_rate": "2.5% of the weights' size"} if args.repair else {})
 
 
 def prepared(args: argparse.Namespace) -> Bench:
@@ -149,7 +149,15 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     scores = score_units(bench.statistics, bench.teacher.shape, PRUNE)
     judge = judging_blocks(bench.corpus, SEED, JUDGE_BLOCKS)
     repaired = bool(bench.repairs)
-    config = resolve(bench.distill, candidate.shape, block_tokens=BLOCK_TOKENS, train_tokens=1, repaired=repaired)
+    config = resolve(
+        bench.distill,
+        candidate.shape,
+        bench.teacher.shape,
+        weights_rms=bench.teacher.weights_rms(),
+        block_tokens=BLOCK_TOKENS,
+        train_tokens=1,
+        repaired=repaired,
+    )
     assert config.tokens and config.batch_blocks
     steps = num_steps(config.tokens, config.batch_blocks, BLOCK_TOKENS)
     with tempfile.TemporaryDirectory(prefix="minitron-bench-") as directory:
@@ -313,10 +321,10 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
 {len(rows)} shapes of `{" ".join(settings["dims"])}` with at most half of the teacher's non-embedding
 parameters and at least {1 - settings["window"]:.0%} of that, each cut {repaired} and distilled on
 {settings["tokens"]:,} tokens of `{settings["data"]}` in {steps} steps of {settings["batch_tokens"]:,} tokens, forward
-KL, learning rate {settings.get("learning_rate", "0.4 / hidden")}, seed {settings["seed"]}. Final losses are means over
-{rows[0]["final"]["tokens"]:,} tokens of held-out text; the rules see losses on {JUDGE_BLOCKS} training blocks of
-{BLOCK_TOKENS} tokens that no run is trained on. All {len(rows)} trainings took {seconds / 60:.0f} minutes on a machine
-that did other work too. One seed.
+KL, learning rate {settings.get("learning_rate", "by the default rule")}, seed {settings["seed"]}. Final losses are
+means over {rows[0]["final"]["tokens"]:,} tokens of held-out text; the rules see losses on {JUDGE_BLOCKS} training
+blocks of {BLOCK_TOKENS} tokens that no run is trained on. All {len(rows)} trainings took {seconds / 60:.0f} minutes on
+a machine that did other work too. One seed.
 
 Regret is the final loss of the rule's choice above the best one's, as a share of the range of all. Tau is Kendall's,
 between the rule's order and the final one. Tokens are those of all short runs and of the rest of the choice's own

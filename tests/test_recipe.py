@@ -111,7 +111,10 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "fraction": ({"distill": {"tokens": 1.5}}, "distill.tokens: .*integer"),
     "below range": ({"data": {"block_tokens": 4}}, r"data.block_tokens: .*greater than or equal to 8 \(got 4\)"),
     "above range": ({"data": {"heldout_fraction": 1.0}}, "data.heldout_fraction: .*less than 1"),
-    "not a choice": ({"distill": {"loss": "mse"}}, "distill.loss: .*'forward_kl' or 'cross_entropy'.*got 'mse'"),
+    "not a choice": (
+        {"distill": {"loss": "huber"}},
+        r"distill.loss: .*'forward_kl'.* or 'cross_entropy' .*got 'huber'",
+    ),
     "shape size": ({"prune": {"shape": {"ffn": "8"}}}, "prune.shape.ffn: .*valid integer"),
     "betas": ({"distill": {"betas": [0.9]}}, "distill.betas.1 is missing"),
     "section is a list": ({"data": []}, "data: .*dictionary"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from minitron.data import Corpus, batch_rows
 from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, of_scratch, resolve
 from minitron.errors import Interrupted, MinitronError
+from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 
@@ -43,17 +44,21 @@ class Bench:
     corpus: Corpus
     undisturbed: Path
 
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        return open_checkpoint(self.student).shape, open_checkpoint(self.teacher).shape
+
     def distill(self, at: Path, config: DistillConfig = CONFIG, **options: Any) -> Path:
         """Train in the directory `at`; the student is in `at / "out"`."""
         arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0} | options
-        config = resolve(config, open_checkpoint(self.student).shape, block_tokens=BLOCK, train_tokens=1)
+        config = resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
         (at / "out").mkdir(parents=True, exist_ok=True)
         distill(config=config, work=at / "distill", out=at / "out", **arguments)
         return at / "out"
 
     def until(self, step: int, at: Path, **options: Any) -> float:
         """Train up to a step, judged on four held-out blocks."""
-        config = resolve(CONFIG, open_checkpoint(self.student).shape, block_tokens=BLOCK, train_tokens=1)
+        config = resolve(CONFIG, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
         judge = self.corpus.heldout.head(4)
         arguments = (step, judge, self.student, self.teacher, self.corpus, config)
         return distill_until(*arguments, seed=0, work=at / "distill", **options)
@@ -133,27 +138,44 @@ def test_resolve_fills_every_default_by_its_rule(
     bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int
 ) -> None:
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
-    config = resolve(DistillConfig(), shape, block_tokens=block, train_tokens=tokens)
-    assert None not in config.model_dump().values() and config.precision != "auto"
+    config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
+    left_open = {name for name, value in config if value is None}
+    assert left_open == {"top_k", "stop_at_loss"} and config.precision != "auto"
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
     assert config.checkpoint_steps == config.evaluate_steps == num_steps(tokens, batch, block) // 10
-    assert resolve(config, shape, block_tokens=block, train_tokens=1) == config
+    assert resolve(config, shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
 
 
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
-    given = CONFIG.model_copy(update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5})
-    assert resolve(given, open_checkpoint(bench.student).shape, block_tokens=BLOCK, train_tokens=1) == given
+    given = CONFIG.model_copy(
+        update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": True}
+    )
+    assert resolve(given, *bench.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
 
 
-def test_a_repaired_cut_is_taught_at_half_the_rate_and_its_baseline_is_not(bench: Bench) -> None:
+def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not(bench: Bench) -> None:
+    shape = bench.shapes[0]
     options = {"block_tokens": BLOCK, "train_tokens": 10_000}
-    shape = open_checkpoint(bench.student).shape
-    plain, repaired = (resolve(DistillConfig(tokens=None), shape, repaired=flag, **options) for flag in (False, True))
-    assert plain.learning_rate and repaired.learning_rate == plain.learning_rate / 2
+
+    def rate(weights_rms: float, **more: bool) -> float | None:
+        return resolve(DistillConfig(), shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
+
+    assert (rate(0.02), rate(0.04)) == (8e-4, 1.6e-3)
+    assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (5e-4, 1e-3)
+    assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
+    plain, repaired = (
+        resolve(DistillConfig(), shape, shape, weights_rms=0.02, repaired=flag, **options) for flag in (False, True)
+    )
     assert of_scratch(repaired) == of_scratch(plain)
-    assert of_scratch(plain) == plain.model_copy(update={"loss": "cross_entropy"})
+    assert of_scratch(plain).learning_rate == float(f"{0.4 / shape.hidden:.2g}")
+
+
+def test_the_size_of_the_weights_is_their_root_mean_square(bench: Bench) -> None:
+    tensors = tiny.tensors(bench.teacher)
+    sizes = sorted(tensor.square().mean().sqrt().item() for name, tensor in tensors.items() if "_proj" in name)
+    assert open_checkpoint(bench.teacher).weights_rms() == pytest.approx(sizes[(len(sizes) - 1) // 2], rel=1e-5)
 
 
 def test_distillation_lowers_the_kl_on_held_out_text(bench: Bench) -> None:
@@ -308,7 +330,10 @@ def test_vocabularies_that_differ_are_refused(bench: Bench, tmp_path: Path) -> N
 
 def test_divergence_names_the_step_and_the_way_out(bench: Bench, tmp_path: Path) -> None:
     wild = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
-    with pytest.raises(MinitronError, match=r"diverged at step 2: .*; lower distill.learning_rate \(now 1e\+30\)"):
+    with pytest.raises(
+        MinitronError,
+        match=r"diverged at step 2: .* on training blocks \d+, .*: lower distill.learning_rate \(now 1e\+30\)",
+    ):
         bench.distill(tmp_path, wild)
     assert not any((tmp_path / "out").iterdir())
 
@@ -317,7 +342,8 @@ def test_the_student_is_saved_in_the_dtypes_it_came_in(tmp_path: Path, bench: Be
     student = small.teacher(tmp_path / "student", "llama-bfloat16")
     out = bench.distill(tmp_path, CONFIG.model_copy(update={"tokens": BATCH * BLOCK}), student=student)
     saved = tiny.tensors(out)
-    master = load_file(tmp_path / "distill" / "state-00000001" / "student.safetensors")
+    state = load_file(tmp_path / "distill" / "state-00000001" / "student.safetensors")
+    master = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(master, torch.bfloat16)
     assert {tensor.dtype for tensor in master.values()} == {torch.float32}
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in master.items())

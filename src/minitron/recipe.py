@@ -113,7 +113,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(map(str, error["loc"]))
+    # In a union the place is followed by the type that was tried, such as literal['a','b'].
+    path = ".".join(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "dict[")))
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
     return f"{path}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{path} is missing"

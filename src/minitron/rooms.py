@@ -14,6 +14,7 @@ from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
 from minitron.distill import train
+from minitron.distill.teacher import require_same_vocabulary
 from minitron.errors import PlanError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
@@ -255,13 +256,20 @@ def distill_models(
 ) -> dict[str, Any]:
     """Distil a student of any origin. State lives beside `out` in `<out>.work` until the student is complete."""
     guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
-    train.require_same_vocabulary(guide, pupil)
+    require_same_vocabulary(guide, pupil)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
     work = out.with_name(f"{out.name}.work")
     with RunDirectory(work, None, listener) as stages:
         corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path))
-        config = train.resolve(config, pupil.shape, block_tokens=corpus.block_tokens, train_tokens=corpus.train_tokens)
+        config = train.resolve(
+            config,
+            pupil.shape,
+            guide.shape,
+            weights_rms=pupil.weights_rms(),
+            block_tokens=corpus.block_tokens,
+            train_tokens=corpus.train_tokens,
+        )
         made = teach(stages, "student", config, seed, pupil.path, guide.path, corpus)
         (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
         facts = json.loads((made / "record.json").read_text())["result"]
@@ -285,7 +293,7 @@ def evaluate_model(
     guide = None
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
-        train.require_same_vocabulary(reference, checkpoint)
+        require_same_vocabulary(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
     if whole:
         data_config = data_config.model_copy(update={"heldout": data_config.source})

@@ -73,6 +73,8 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             distill=train.resolve(
                 recipe.distill,
                 shape,
+                teacher.shape,
+                weights_rms=teacher.weights_rms(),
                 block_tokens=corpus.block_tokens,
                 train_tokens=corpus.train_tokens,
                 repaired=bool(recipe.repair.steps),

@@ -182,6 +182,7 @@ class _Trial:
         self.file = work / "losses.json"
         self.known: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         tokens = recipe.distill.tokens or corpus.train_tokens
+        self.weights_rms = teacher.weights_rms()
         resolved = self._resolve(teacher.shape)
         assert resolved.batch_blocks
         self.steps = train.num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
@@ -219,6 +220,8 @@ class _Trial:
         return train.resolve(
             self.recipe.distill,
             shape,
+            self.teacher.shape,
+            weights_rms=self.weights_rms,
             block_tokens=corpus.block_tokens,
             train_tokens=corpus.train_tokens,
             repaired=bool(self.recipe.repair.steps),

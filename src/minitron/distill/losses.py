@@ -1,82 +1,191 @@
-"""Losses per token, in nats, and the chunked head + loss that never holds a full [tokens, vocab] matrix."""
+"""Losses per token, in nats, and the chunked head + loss that never holds a full [tokens, vocab] matrix.
 
-from collections.abc import Callable
-from typing import Any
+To add one: a function, a row of DIVERGENCES (of two distributions) or of ON_LOGITS, a name in LossName, and
+a row of the tests.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.model.logits import LogitTransform, chunk_tokens, float32_logits, project
+from minitron.model.logits import LazyLogits, LogitTransform, chunk_tokens, float32_logits, project
 
-# (student logits, teacher logits, targets) -> loss of each token. Without a teacher its logits are the student's.
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "cross_entropy"]
+# Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
+# nothing would else be infinitely unlikely.
+LEAST_TAIL = -80.0
 
 
 def forward_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, " tokens"],
+    log_p: Float[Tensor, "tokens outcomes"], log_q: Float[Tensor, "tokens outcomes"]
 ) -> Float[Tensor, " tokens"]:
-    """KL(teacher || student) of each token, in nats. `targets` are not used.
+    """KL(teacher || student) of each token, from log-probabilities of the teacher and the student.
 
     Paper: P1, "Retraining"; alone and at temperature 1 it is the best loss in both papers.
     """
-    log_p = teacher_logits.log_softmax(-1)
-    log_q = student_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def cross_entropy(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, " tokens"],
+def reverse_kl(
+    log_p: Float[Tensor, "tokens outcomes"], log_q: Float[Tensor, "tokens outcomes"]
 ) -> Float[Tensor, " tokens"]:
-    """Ordinary language-model loss of each token, in nats. `teacher_logits` are not used."""
-    return torch.nn.functional.cross_entropy(student_logits, targets, reduction="none")
+    """KL(student || teacher) of each token."""
+    return forward_kl(log_q, log_p)
 
 
-LOSSES: dict[str, Loss] = {"forward_kl": forward_kl, "cross_entropy": cross_entropy}
-WITHOUT_TEACHER = {"cross_entropy"}
+def jensen_shannon(
+    log_p: Float[Tensor, "tokens outcomes"], log_q: Float[Tensor, "tokens outcomes"], beta: float
+) -> Float[Tensor, " tokens"]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) of each token, with m = beta p + (1 - beta) q, p the teacher's.
+
+    Divided by beta it tends to the forward KL as beta goes to 0, and by 1 - beta to the reverse KL as it goes to 1.
+
+    Paper: Agarwal et al. 2024, section 2.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def mse(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """Mean squared difference of the logits of each token; no unit."""
+    return (student - teacher).square().mean(-1)
+
+
+def cosine(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """1 - cosine of the logits of each token; no unit."""
+    return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+}
+ON_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The tokens that a teacher finds likeliest, and how likely it finds all the others together."""
+
+    ids: Int[Tensor, "tokens k"]
+    log_probs: Float[Tensor, "tokens k"]
+    tail: Float[Tensor, " tokens"]  # logarithm of the others' probability
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "tokens vocab"], k: int) -> "TopK":
+        log_p = logits.log_softmax(-1)
+        top = log_p.topk(min(k, logits.shape[-1]), dim=-1)
+        rest = log_p.scatter(-1, top.indices, -math.inf).logsumexp(-1).clamp_min(LEAST_TAIL)
+        return cls(top.indices, top.values, rest)
+
+    def rows(self, rows: slice) -> "TopK":
+        return TopK(self.ids[rows], self.log_probs[rows], self.tail[rows])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student is trained for: a weighted sum of losses.
+
+    Losses against the teacher's distribution are taken of softmax(logits / temperature), times temperature squared,
+    which keeps gradients comparable across temperatures (Hinton et al. 2015, section 2). Cross-entropy, mse and cosine
+    know no temperature.
+
+    top_k: of the teacher's distribution only the k likeliest tokens, and the rest as one outcome more. What is lost is
+        how the rest is spread: the divergence is a lower bound of that of the whole vocabulary, equal at k = vocab, and
+        leaves the student free within the rest.
+    tail: without it the rest is forgotten, and both distributions are scaled up to 1 over the k tokens. This is no
+        bound: it is 0 for any student that has the proportions among them right, whatever it gives to the rest.
+    """
+
+    terms: Mapping[LossName, float] = field(default_factory=lambda: {"forward_kl": 1.0})
+    temperature: float = 1.0
+    beta: float = 0.5
+    top_k: int | None = None
+    tail: bool = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.terms.keys() != {"cross_entropy"}
+
+    def __call__(
+        self,
+        student: Float[Tensor, "tokens vocab"],
+        teacher: Float[Tensor, "tokens vocab"] | TopK | None,
+        targets: Int[Tensor, " tokens"],
+    ) -> Float[Tensor, " tokens"]:
+        """The loss of each token, from logits, or what is known of the teacher's."""
+        found = []
+        distributions = None
+        for name, weight in self.terms.items():
+            if name == "cross_entropy":
+                value = torch.nn.functional.cross_entropy(student, targets, reduction="none")
+            elif name in ON_LOGITS:
+                assert isinstance(teacher, Tensor), f"{name} needs all of the teacher's logits"
+                value = ON_LOGITS[name](student, teacher)
+            else:
+                distributions = distributions or self._distributions(student, teacher)
+                options = {"beta": self.beta} if name == "jensen_shannon" else {}
+                value = self.temperature**2 * DIVERGENCES[name](*distributions, **options)
+            found.append(weight * value)
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+    def _distributions(self, student: Tensor, teacher: Tensor | TopK | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the teacher and the student, of tokens or of the k likeliest and the rest."""
+        assert teacher is not None, "the loss needs a teacher"
+        log_q = (student / self.temperature).log_softmax(-1)
+        if isinstance(teacher, Tensor):
+            if self.top_k is None:
+                return (teacher / self.temperature).log_softmax(-1), log_q
+            teacher = TopK.of(teacher / self.temperature, self.top_k)
+        log_p, top_q = teacher.log_probs, log_q.gather(-1, teacher.ids)
+        if not self.tail:
+            return log_p.log_softmax(-1), top_q.log_softmax(-1)
+        if top_q.shape[-1] == log_q.shape[-1]:
+            return log_p, top_q
+        rest = log_q.scatter(-1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_p, teacher.tail[:, None]], -1), torch.cat([top_q, rest], -1)
 
 
 def chunked_loss(
-    loss: Loss,
-    hidden: Float[Tensor, "tokens hidden"],
-    head: Float[Tensor, "vocab hidden"],
-    teacher_hidden: Float[Tensor, "tokens teacher_hidden"] | None,
-    teacher_head: Float[Tensor, "vocab teacher_hidden"] | None,
+    objective: Objective,
+    student: LazyLogits,
+    teacher: LazyLogits | TopK | None,
     targets: Int[Tensor, " tokens"],
     *,
-    transforms: tuple[LogitTransform, LogitTransform] = (LogitTransform(), LogitTransform()),
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of a loss over tokens, from the last hidden states of student and teacher; differentiable in the student's.
+    """Sum of an objective over tokens; differentiable in the student's hidden states and output projection.
 
     Logits of both models exist for `chunk` tokens at a time, and gradients are taken on the way, so backward only
     scales them.
 
     Args:
-        transforms: what student and teacher do to their logits after the projection.
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `chunk_tokens`.
     """
-    chunk = chunk or chunk_tokens(len(head))
-    return _ChunkedLoss.apply(loss, hidden, head, teacher_hidden, teacher_head, targets, transforms, dtype, chunk)
+    chunk = chunk or chunk_tokens(len(student.head))
+    return _ChunkedLoss.apply(
+        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
+    )
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loss: Loss,
+        objective: Objective,
         hidden: Tensor,
         head: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
+        transform: LogitTransform,
+        teacher: LazyLogits | TopK | None,
         targets: Tensor,
-        transforms: tuple[LogitTransform, LogitTransform],
         dtype: torch.dtype,
         chunk: int,
     ) -> Tensor:
@@ -84,18 +193,16 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
         head_32 = head.detach().float()
-        teacher_head_32 = None if teacher_head is None else teacher_head.detach().float()
+        if isinstance(teacher, LazyLogits):
+            # The head in float32 once, not once a chunk.
+            teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
         with float32_logits(dtype):
             for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
                 piece = hidden[rows].detach().float()
+                reference = None if teacher is None else teacher.rows(rows)
                 with torch.enable_grad():
                     projected = project(piece, head_32).requires_grad_()
-                    logits = transforms[0](projected)
-                    if teacher_hidden is None or teacher_head_32 is None:
-                        reference = logits.detach()
-                    else:
-                        reference = transforms[1](project(teacher_hidden[rows].detach(), teacher_head_32))
-                    value = loss(logits, reference, targets[rows]).sum()
+                    value = objective(transform(projected), reference, targets[rows]).sum()
                     (slope,) = torch.autograd.grad(value, projected)
                 total += value.detach()
                 grad_hidden[rows] = slope @ head_32
@@ -106,4 +213,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None, None
+        return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None

@@ -6,8 +6,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,27 +21,45 @@ from torch import Tensor
 from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
-from minitron.distill.losses import LOSSES, WITHOUT_TEACHER, chunked_loss
+from minitron.distill.intermediate import DEEP_CUT, IntermediateLoss, default_pairs
+from minitron.distill.losses import ON_LOGITS, LossName, Objective
+from minitron.distill.pupil import Pupil
+from minitron.distill.teacher import OnlineTeacher, Teacher
 from minitron.errors import Interrupted, MinitronError
 from minitron.files import atomic_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
-from minitron.model.logits import logit_transform
 
+# Peak learning rates as shares of the weights' root mean square.
+RATE, RATE_OF_REPAIRED = 0.04, 0.025
+EVALUATION_BLOCKS = 8  # in one forward pass
 Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class DistillConfig(Section):
     tokens: int | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
-    loss: Literal["forward_kl", "cross_entropy"] = "forward_kl"
-    """Forward KL on logits is the papers' choice; cross_entropy ignores the teacher."""
+    loss: LossName | dict[LossName, Weight] = "forward_kl"
+    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse: 0.1}.
+    Forward KL alone is the papers' choice; cross_entropy looks at the text only."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
+    jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture that jensen_shannon compares both with."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Compare only the teacher's likeliest tokens, and all others as one. Default: the whole vocabulary."""
+    top_k_tail: bool = True
+    """Whether the others count at all; without them the likeliest are scaled up to 1, and the loss is biased."""
+    intermediate: bool | None = None
+    """Whether states between layers are to agree too: the embedding's and those of the last layer but two, at a weight
+    that makes them count as much as the logits. Default: where two thirds of the layers or fewer stay (P1)."""
     batch_blocks: int | None = Field(default=None, ge=1)
     """Blocks per optimizer step. Default: see `resolve`."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 0.4 / the student's hidden size, half of it for a repaired cut, see `resolve`."""
+    """Peak learning rate. Default: 4% of the weights' size, 2.5% for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the same shape from random weights. Default: 0.4 / hidden, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
@@ -54,37 +72,68 @@ class DistillConfig(Section):
     """AdamW's moment decays."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    activation_checkpointing: bool = False
+    """Keep only the states between layers for the backward pass, and compute the rest again: a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile, which pays on a GPU."""
     precision: Precision = "auto"
     """Matrix products; weights, optimizer state and logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. Default: a tenth of the steps."""
     evaluate_blocks: int = Field(default=64, ge=1)
     """Held-out blocks of the periodic evaluation."""
+    stop_at_loss: float | None = Field(default=None, gt=0)
+    """End when the held-out loss has come down to this at an evaluation. With the default loss it is a KL in nats."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
 
+    @property
+    def objective(self) -> Objective:
+        terms: Mapping[LossName, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+        return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail)
+
 
 def resolve(
-    config: DistillConfig, student: Shape, *, block_tokens: int, train_tokens: int, repaired: bool = False
+    config: DistillConfig,
+    student: Shape,
+    teacher: Shape,
+    *,
+    weights_rms: float,
+    block_tokens: int,
+    train_tokens: int,
+    repaired: bool = False,
 ) -> DistillConfig:
-    """Fill in what derives from the student's shape and the token budget.
+    """Fill in what derives from the shapes, the size of the weights and the token budget.
 
-    Learning rate: 0.4 / hidden passes through the papers' 1e-4 at hidden 3072 to 4096 and through the best of a grid on
-    a 260K-parameter student (8e-3 at hidden 48). A repaired cut has more to lose: half of it is better by a sixth on a
-    6.5M-parameter teacher, and as good on a 260K one (docs/LOG.md). Batch: a budget is worth about 600 steps (P1 ranks
-    candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
+    Args:
+        weights_rms: of the student or, where it is yet to be cut, of the teacher: `Checkpoint.weights_rms`.
+
+    Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
+    weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M to 1M tokens
+    are 2.6% to 6% of it for a plain cut and 2% to 3% for a repaired one, which has more to lose (docs/LOG.md): 4% and
+    2.5%. Never above 0.4 / hidden, which is the papers' 1e-4 at hidden 3072 to 4096. Batch: a budget is worth about 600
+    steps (P1 ranks candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
+
+    Raises: MinitronError for a budget of less than one batch, and for losses that exclude each other.
     """
     tokens = config.tokens or train_tokens
-    batch = config.batch_blocks or max(1, round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens))
+    usual_batch = round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens)
+    batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
+    if tokens < batch * block_tokens:
+        raise MinitronError(
+            f"distill.tokens={tokens:,} is less than one batch of {batch} blocks of {block_tokens:,} tokens: raise it, "
+            "or lower distill.batch_blocks or data.block_tokens"
+        )
+    _require_losses_fit(config)
     steps = num_steps(tokens, batch, block_tokens)
-    usual = float(f"{0.4 / student.hidden:.2g}")
-    rate = config.learning_rate or (usual / 2 if repaired else usual)
+    most, share = 0.4 / student.hidden, RATE_OF_REPAIRED if repaired else RATE
+    rate = config.learning_rate or float(f"{share / RATE * min(most, RATE * weights_rms):.2g}")
     return config.model_copy(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
             "learning_rate": rate,
-            "scratch_learning_rate": config.scratch_learning_rate or config.learning_rate or usual,
+            "scratch_learning_rate": config.scratch_learning_rate or config.learning_rate or float(f"{most:.2g}"),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
             "warmup_steps": min(max(10, steps // 50), steps // 5)
             if config.warmup_steps is None
@@ -92,8 +141,20 @@ def resolve(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision),
+            "intermediate": student.layers <= DEEP_CUT * teacher.layers and config.objective.needs_teacher
+            if config.intermediate is None
+            else config.intermediate,
         }
     )
+
+
+def _require_losses_fit(config: DistillConfig) -> None:
+    on_logits = sorted(config.objective.terms.keys() & ON_LOGITS.keys())
+    if config.top_k is not None and on_logits:
+        raise MinitronError(
+            f"distill.loss {on_logits[0]} compares all logits, and distill.top_k={config.top_k} leaves only some: "
+            "leave one of them out"
+        )
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -101,7 +162,15 @@ def of_scratch(config: DistillConfig) -> DistillConfig:
     assert config.learning_rate and config.scratch_learning_rate and config.min_learning_rate is not None
     share = config.min_learning_rate / config.learning_rate
     rate = config.scratch_learning_rate
-    return config.model_copy(update={"loss": "cross_entropy", "learning_rate": rate, "min_learning_rate": share * rate})
+    return config.model_copy(
+        update={
+            "loss": "cross_entropy",
+            "intermediate": False,
+            "stop_at_loss": None,
+            "learning_rate": rate,
+            "min_learning_rate": share * rate,
+        }
+    )
 
 
 def num_steps(tokens: int, batch_blocks: int, block_tokens: int) -> int:
@@ -140,7 +209,7 @@ def distill(
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
     made = _train(student, teacher, corpus, config, seed=seed, work=work, initialize=initialize, progress=progress)
-    save_student(made.model, made.checkpoint, out)
+    save_student(made.pupil.model, made.checkpoint, out)
     assert config.batch_blocks
     return Trained(made.step, made.step * config.batch_blocks * corpus.block_tokens, made.seconds)
 
@@ -168,16 +237,16 @@ def distill_until(
     """
     made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, until=step)
     assert made.step == step, f"{work} holds step {made.step}, which is beyond step {step}"
-    return made.loss_per_token.mean(judge)
+    return mean_loss(made.pupil, made.teacher, judge)
 
 
 @dataclass(frozen=True)
 class _Made:
     """A model in training after some step."""
 
-    model: Any
+    pupil: Pupil
+    teacher: Teacher | None
     checkpoint: Checkpoint
-    loss_per_token: "_LossPerToken"
     step: int
     seconds: float  # of this process
 
@@ -199,19 +268,21 @@ def _train(
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
     checkpoint = open_checkpoint(student)
-    model = _load_student(checkpoint, initialize, seed).to(device).train()
-    guide = (
-        None if config.loss in WITHOUT_TEACHER or teacher is None else _load_teacher(teacher, checkpoint, dtype, device)
-    )
-    optimizer = _optimizer(model, config)
+    guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
+    pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype).to(device).train()
+    optimizer = _optimizer(pupil, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     store = _Store(work)
-    step = store.resume(model, optimizer)
+    step = store.resume(pupil, optimizer)
     end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
-    loss_per_token = _LossPerToken(model, guide, config.loss, dtype, device)
     start, first = time.monotonic(), step
 
+    def reached(heldout_loss: float) -> bool:
+        return config.stop_at_loss is not None and heldout_loss <= config.stop_at_loss
+
+    if step > 0 and config.stop_at_loss is not None and reached(mean_loss(pupil, guide, heldout)):
+        end = step  # where the run before ended
     with graceful_stop() as stop:
         while step < end:
             rate = learning_rate(step, steps, config)
@@ -220,34 +291,40 @@ def _train(
             rows = batch_rows(len(blocks), seed=seed, step=step, batch=config.batch_blocks)
             tokens = torch.from_numpy(blocks.select(rows)).to(device)
             loss = 0.0
-            for micro in tokens.split(max(1, config.micro_batch_tokens // corpus.block_tokens)):
-                part = loss_per_token.sum(micro) / predicted_tokens(tokens)
-                part.backward()
-                loss += part.item()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip).item()
+            for number, micro in enumerate(tokens.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
+                lesson = None if guide is None else guide(micro)
+                if step == number == 0 and lesson is not None:
+                    pupil.fit_maps(micro, lesson)
+                minimised, objective = pupil(micro, lesson)
+                (minimised / predicted_tokens(tokens)).backward()
+                loss += objective.item() / predicted_tokens(tokens)
+            norm = torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise MinitronError(
-                    f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; "
+                    f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}, on training blocks "
+                    f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}; the last good state is kept: "
                     f"lower distill.learning_rate (now {config.learning_rate})"
                 )
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            store.log(
-                {"step": step, "tokens": step * tokens.numel(), "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            )
-            last = step == end
+            seen = step * tokens.numel()
+            store.log({"step": step, "tokens": seen, "loss": loss, "learning_rate": rate, "grad_norm": norm})
             if step % config.evaluate_steps == 0 or step == steps:
-                store.log({"step": step, "tokens": step * tokens.numel(), "heldout_loss": loss_per_token.mean(heldout)})
+                heldout_loss = mean_loss(pupil, guide, heldout)
+                store.log({"step": step, "tokens": seen, "heldout_loss": heldout_loss})
+                if reached(heldout_loss):
+                    end = step
+            last = step == end
             if last or stop.requested or step % config.checkpoint_steps == 0:
-                store.save(step, model, optimizer)
+                store.save(step, pupil, optimizer)
             if stop.requested and not last:
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
             speed = (step - first) * tokens.numel() / (time.monotonic() - start)
-            progress(step, steps, f"{config.loss} {loss:.3f}, {speed:,.0f} tokens/s")
-    return _Made(model, checkpoint, loss_per_token, step, time.monotonic() - start)
+            progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+    return _Made(pupil, guide, checkpoint, step, time.monotonic() - start)
 
 
 def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
@@ -279,46 +356,18 @@ def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     )
 
 
-class _LossPerToken:
-    """The training loss of a batch, and its mean over held-out blocks."""
-
-    def __init__(self, model: Any, teacher: Any, loss: str, dtype: torch.dtype, device: torch.device):
-        self.model, self.teacher, self.loss, self.dtype, self.device = model, teacher, LOSSES[loss], dtype, device
-        self.transforms = (logit_transform(model), logit_transform(model if teacher is None else teacher))
-
-    def sum(self, tokens: Tensor) -> Tensor:
-        with self._autocast():
-            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        teacher_hidden = teacher_head = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = self.teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            teacher_hidden = teacher_hidden[:, :-1].flatten(0, 1)
-            teacher_head = self.teacher.get_output_embeddings().weight
-        return chunked_loss(
-            self.loss,
-            hidden[:, :-1].flatten(0, 1),
-            self.model.get_output_embeddings().weight,
-            teacher_hidden,
-            teacher_head,
-            tokens[:, 1:].flatten(),
-            transforms=self.transforms,
-            dtype=self.dtype,
-        )
-
-    @torch.no_grad()
-    def mean(self, blocks: Any) -> float:
-        self.model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(blocks), 8):
-            tokens = torch.from_numpy(blocks.select(slice(start, start + 8))).to(self.device)
-            total += self.sum(tokens).item()
-            count += predicted_tokens(tokens)
-        self.model.train()
-        return total / count
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+@torch.no_grad()
+def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
+    """The objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
+    device = next(pupil.parameters()).device
+    pupil.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(blocks), EVALUATION_BLOCKS):
+        tokens = torch.from_numpy(blocks.select(slice(start, start + EVALUATION_BLOCKS))).to(device)
+        total += pupil(tokens, None if teacher is None else teacher(tokens))[1].item()
+        count += predicted_tokens(tokens)
+    pupil.train()
+    return total / count
 
 
 class _Store:
@@ -418,7 +467,39 @@ def graceful_stop() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _load_student(checkpoint: Checkpoint, initialize: str, seed: int) -> Any:
+def _teacher(
+    path: Path, student: Checkpoint, config: DistillConfig, dtype: torch.dtype, device: torch.device
+) -> Teacher | None:
+    if not config.objective.needs_teacher:
+        return None
+    return OnlineTeacher(path, student, dtype, device, states=bool(config.intermediate))
+
+
+def _pupil(
+    checkpoint: Checkpoint,
+    teacher: Path | None,
+    config: DistillConfig,
+    initialize: Literal["weights", "random"],
+    seed: int,
+    dtype: torch.dtype,
+) -> Pupil:
+    architecture, shape = checkpoint.architecture, checkpoint.shape
+    model = _load_student(checkpoint, initialize, seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in range(shape.layers):
+            model.get_submodule(architecture.layer.format(layer=layer)).compile()
+    intermediate = None
+    if config.intermediate:
+        assert teacher is not None, "states between layers are a teacher's"
+        of_teacher = open_checkpoint(teacher).shape
+        pairs = default_pairs(shape, of_teacher)
+        intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
+    return Pupil(model, config.objective, intermediate, dtype)
+
+
+def _load_student(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
     if initialize == "weights":
         return load_model(checkpoint.path, torch.float32)
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -428,22 +509,8 @@ def _load_student(checkpoint: Checkpoint, initialize: str, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
 
 
-def _load_teacher(path: Path, student: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    require_same_vocabulary(open_checkpoint(path), student)
-    return load_model(path, dtype).to(device).requires_grad_(False)
-
-
-def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Raises: MinitronError if logits of the two models cannot be compared."""
-    if teacher.shape.vocab != student.shape.vocab:
-        raise MinitronError(
-            f"teacher and student vocabularies differ: {teacher.path} has {teacher.shape.vocab} tokens, "
-            f"{student.path} has {student.shape.vocab}; KL compares logits token by token, so they must be the same"
-        )
-
-
-def _optimizer(model: Any, config: DistillConfig) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
+def _optimizer(pupil: Pupil, config: DistillConfig) -> torch.optim.AdamW:
+    parameters = list(pupil.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitron.config import Section
 from minitron.data import Blocks
 from minitron.errors import CheckpointError
-from minitron.model.logits import LogitTransform, chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, logit_transform
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
 
@@ -70,7 +70,7 @@ def evaluate(
     for start in range(0, len(blocks), batch):
         tokens = torch.from_numpy(blocks.select(slice(start, start + batch))).to(device)
         targets = tokens[:, 1:].flatten()
-        sums += _token_sums(_outputs(model, tokens), None if teacher is None else _outputs(teacher, tokens), targets)
+        sums += _token_sums(_logits(model, tokens), None if teacher is None else _logits(teacher, tokens), targets)
         count += len(targets)
         progress(min(start + batch, len(blocks)), len(blocks))
     nats, kl, agreeing = (sums / count).tolist()
@@ -87,34 +87,22 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """What logits are made of."""
-
-    hidden: Tensor  # [tokens, hidden]
-    head: Tensor  # [vocab, hidden]
-    transform: LogitTransform
-
-    def logits(self, rows: slice) -> Tensor:
-        return self.transform(project(self.hidden[rows], self.head))
-
-
-def _outputs(model: Any, tokens: Tensor) -> _Outputs:
+def _logits(model: Any, tokens: Tensor) -> LazyLogits:
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     head = model.get_output_embeddings().weight
     # The head in float32 once, not once per chunk; the hidden states tell the model's own dtype.
-    return _Outputs(hidden[:, :-1].flatten(0, 1), head.float(), logit_transform(model))
+    return LazyLogits(hidden[:, :-1].flatten(0, 1), head.float(), logit_transform(model))
 
 
-def _token_sums(model: _Outputs, teacher: _Outputs | None, targets: Tensor) -> Tensor:
+def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64)
     chunk = chunk_tokens(len(model.head))
     with float32_logits(model.hidden.dtype):
         for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
-            logits = model.logits(rows)
+            logits = model.rows(rows)
             sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
             if teacher is not None:
-                reference = teacher.logits(rows)
+                reference = teacher.rows(rows)
                 log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
                 sums[1] += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
                 sums[2] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()

@@ -37,6 +37,7 @@ SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 FINGERPRINT_BYTES = 4096  # of each tensor
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
+RMS_ROWS = 64  # of each matrix, whose weights stand for all
 # Files that travel with the weights: tokenizer, chat template, generation config, licence.
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -94,6 +95,18 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
         """Rows [start, stop) of a tensor; in `buffer` if they fit there."""
         return read_rows(self.stored[name], start, stop, buffer)
+
+    def weights_rms(self) -> float:
+        """Root mean square of the weights in the layers' matrices: the median over matrices, from some rows each."""
+        sizes = []
+        for spec in self.specs():
+            if spec.layer is not None and len(spec.axes) == 2:
+                rows = self.stored[spec.name].shape[0]
+                start = max(0, (rows - RMS_ROWS) // 2)
+                sizes.append(
+                    self.read_rows(spec.name, start, min(rows, start + RMS_ROWS)).float().square().mean().sqrt()
+                )
+        return torch.stack(sizes).median().item()
 
     def gather_rows(self, name: str, rows: Int[Tensor, " rows"]) -> Tensor:
         """Some rows of a tensor, in ascending order; the others are not read, but where a gap is short."""

@@ -60,6 +60,18 @@ def logit_transform(model: Any) -> LogitTransform:
     return LogitTransform(divisor, softcap)
 
 
+@dataclass(frozen=True)
+class LazyLogits:
+    """Logits of many tokens, of which some are made at a time."""
+
+    hidden: Float[Tensor, "tokens hidden"]
+    head: Float[Tensor, "vocab hidden"]
+    transform: LogitTransform = LogitTransform()
+
+    def rows(self, rows: slice) -> Float[Tensor, "some vocab"]:
+        return self.transform(project(self.hidden[rows], self.head))
+
+
 def project(
     hidden: Float[Tensor, "tokens hidden"], head: Float[Tensor, "vocab hidden"]
 ) -> Float[Tensor, "tokens vocab"]:

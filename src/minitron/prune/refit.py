@@ -20,11 +20,12 @@ from minitron.errors import PlanError
 from minitron.model.architecture import Architecture, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
+from minitron.model.norms import normalized
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
 from minitron.prune.cut import embedding_gain, kept_rows, writing_order
 from minitron.prune.plan import Plan
-from minitron.prune.residual import Residual, normalized, read_norm
+from minitron.prune.residual import Residual, read_norm
 from minitron.prune.surgeon import correlation_factor
 
 # Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.

@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.norms import normalized
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,6 @@ def require_basis(architecture: Architecture, *, tied: bool) -> None:
 def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, " tokens"]:
     """For each token, the factor that a norm of the student needs to give what it holds of the normalised state."""
     return residual.embed(normalized(states, centred=centred)).square().mean(-1).sqrt()
-
-
-def normalized(states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, "tokens hidden"]:
-    """What a norm makes of states before its gain, in float32."""
-    states = states.float()
-    if centred:
-        states = states - states.mean(-1, keepdim=True)
-    return states * states.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
 
 
 def read_norm(checkpoint: Checkpoint, name: str) -> Norm:

@@ -21,7 +21,7 @@ from minitron.publish.formats import (
     short_count,
     source_name,
 )
-from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs, result_table
+from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, loss_name, repairs, result_table
 
 # Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.
 METRICS = {
@@ -206,7 +206,7 @@ def _method(records: RunRecords) -> str:
    on {samples} samples ({tokens} tokens) of {_text_name(recipe["data"]["source"])}.
 2. Cut: {records.stages["plan"]["result"]["plan"]}.{_choices(records)}
 3. Distilled on {count(student["result"]["training"]["tokens"])} tokens of the same text with the loss
-   `{recipe["distill"]["loss"]}`, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
+   {loss_name(recipe["distill"])}, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
 
 
 def _choices(records: RunRecords) -> str:

@@ -1,6 +1,7 @@
 """What a run directory says about itself; the only source of the report, the card and the result table."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from minitron.errors import RunError
 # The order in which models and stages are shown.
 MODELS = ("teacher", "pruned", "student", "scratch")
 STAGES = ("data", "statistics", "search", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+
+LOSS_NAMES = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "jensen_shannon": "Jensen-Shannon",
+    "mse": "squared difference of logits",
+    "cosine": "cosine of logits",
+    "cross_entropy": "cross-entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -102,3 +112,14 @@ def repairs(records: RunRecords) -> list[str] | None:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def loss_name(distill: Mapping[str, Any]) -> str:
+    """What the student was trained for, from a recipe's section."""
+    terms = {distill["loss"]: 1} if isinstance(distill["loss"], str) else distill["loss"]
+    name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSS_NAMES[loss]}" for loss, weight in terms.items())
+    if distill.get("top_k") is not None:
+        name += f" over the teacher's {distill['top_k']} likeliest tokens"
+    if distill.get("temperature", 1) != 1:
+        name += f" at temperature {distill['temperature']:g}"
+    return name + (", states between layers too" if distill.get("intermediate") else "")

@@ -26,10 +26,8 @@ from minitron.publish.formats import (
     size,
     source_name,
 )
-from minitron.publish.records import MODELS, RunRecords, result_table
+from minitron.publish.records import MODELS, RunRecords, loss_name, result_table
 from minitron.publish.why import why
-
-LOSS_NAMES = {"forward_kl": "forward KL", "cross_entropy": "cross entropy"}
 
 
 def write_report(records: RunRecords) -> Path:
@@ -194,9 +192,11 @@ def training(records: RunRecords) -> str:
     if not steps:
         return ""
     recipe, last = records.recipe["distill"], steps[-1]
-    name = LOSS_NAMES.get(recipe["loss"], recipe["loss"])
+    name = loss_name(recipe)
     thinned = -(-len(steps) // plots.MOST_POINTS)
-    caption = f"{name}, nats per token" + (f"; each point is a mean of about {thinned} steps" if thinned > 1 else "")
+    caption = f"{name[0].upper()}{name[1:]}, nats per token" + (
+        f"; each point is a mean of about {thinned} steps" if thinned > 1 else ""
+    )
     note = (
         f"{count(last['step'])} steps of {count(steps[0]['tokens'] / steps[0]['step'])} tokens, "
         f"{count(last['tokens'])} tokens in all. The held-out points use the first {count(recipe['evaluate_blocks'])} "
