@@ -59,7 +59,7 @@ def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(
     tokens, checkpoint = tiny.tokens(5, 7), open_checkpoint(llama)
     whole = by_loss(checkpoint, tokens, dtype=torch.float32)(VARIANTS)
     monkeypatch.setattr(depth, "STATES_BYTES", 0)
-    monkeypatch.setattr(depth, "HEAD_BYTES", 4 * 32 * 13)
+    monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 4 * 32 * 13)
     monkeypatch.setattr(depth, "chunk_tokens", lambda vocab: 5)
     monkeypatch.setattr("minitron.model.stream.STATES_IN_MEMORY_BYTES", 0)
     done: list[tuple[int, int]] = []

@@ -189,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--tokens", type=_count, help="such as 20M; default one pass over the text")
     distill.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
     distill.add_argument("--learning-rate", type=float)
+    _add_set(distill, "any key of the recipe section distill, such as distill.loss=reverse_kl")
     distill.add_argument("--seed", type=_seed, default=0)
     distill.add_argument("--out", type=Path, required=True)
 
@@ -398,10 +399,11 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
 
 
 def _distill(args: argparse.Namespace, console: Console) -> None:
-    from minitron.distill.train import DistillConfig
+    from minitron.recipe import build_distill
     from minitron.rooms import distill_models
 
-    config = _section(DistillConfig, tokens=args.tokens, learning_rate=args.learning_rate)
+    given = {"tokens": args.tokens, "learning_rate": args.learning_rate}
+    config = build_distill({name: value for name, value in given.items() if value is not None}, args.set)
     data = _data_config(args, console)
     facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
     console.result(facts, f"student after {facts['training']['tokens']:,} tokens: {args.out}")
@@ -521,8 +523,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
 
 
-def _add_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key")
+def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=meaning)
 
 
 def _data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:

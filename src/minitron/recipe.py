@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -39,6 +39,9 @@ class Recipe(Section):
     repair: RepairConfig = RepairConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,17 +86,33 @@ def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: s
 
     Raises: RecipeError.
     """
-    raw = copy.deepcopy(raw)
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    return _build(Recipe, raw, overrides, where=where)
+
+
+class _OnlyDistill(Section):
+    distill: DistillConfig = DistillConfig()
+
+
+def build_distill(raw: dict[str, Any], overrides: Iterable[str] = ()) -> DistillConfig:
+    """Validate a mapping as the section `distill`, after overrides such as `distill.loss=reverse_kl`.
+
+    Raises: RecipeError.
+    """
+    return _build(_OnlyDistill, {"distill": raw}, overrides, where="--set").distill
 
 
 def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _build(kind: type[Kind], raw: dict[str, Any], overrides: Iterable[str], *, where: str) -> Kind:
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -112,16 +131,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     raw[key] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[Section]) -> str:
     # In a union the place is followed by the type that was tried, such as literal['a','b'].
     path = ".".join(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "dict[")))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+        return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
     return f"{path}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{path} is missing"
 
 
-def _keys_at(path: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
+def _keys_at(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
+    section: Any = kind
     for name in path:
         section = section.model_fields[name].annotation
     return list(section.model_fields)

@@ -56,6 +56,7 @@ from minitron.run import (
     calibrate_tokens,
     calibration_tokens,
     prepare_data,
+    record_lessons,
     repairing,
     scoring_on,
     student_maker,
@@ -270,7 +271,10 @@ def distill_models(
             block_tokens=corpus.block_tokens,
             train_tokens=corpus.train_tokens,
         )
-        made = teach(stages, "student", config, seed, pupil.path, guide.path, corpus)
+        source = guide.path
+        if config.teacher == "recorded":
+            source = record_lessons(stages, config, guide, corpus, seed)
+        made = teach(stages, "student", config, seed, pupil.path, source, corpus)
         (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
         facts = json.loads((made / "record.json").read_text())["result"]
         with readable_os_errors(out):

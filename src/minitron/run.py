@@ -6,13 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minitron import data
 from minitron.config import Section
 from minitron.describe import describe
-from minitron.device import pick_device, settle_precision
+from minitron.device import compute_dtype, pick_device, settle_precision
 from minitron.distill import train
+from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
+from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
@@ -41,7 +44,7 @@ from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
 from minitron.rundir import SILENT, Listener, RunDirectory
-from minitron.student_shape import feasible_for, find_shape, machine_for, take_over
+from minitron.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
 STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
@@ -63,23 +66,18 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         scores = score_units(statistics, teacher.shape, recipe.prune)
         mend = repairing(recipe, statistics, scores, corpus, stages.listener)
         searching = recipe.search.level != "off"
+        guide = teacher.path
+        if recipe.distill.teacher == "recorded":
+            judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks) if searching else None
+            resolved = resolve_distill(recipe, shape, teacher, corpus)
+            guide = record_lessons(stages, resolved, teacher, corpus, recipe.seed, judge)
         if searching:
             scoring = scoring_on(corpus, recipe.prune, recipe.calibrate, recipe.seed, tokenizer, stages.listener)
             make = student_maker(teacher, scores, scoring, mend)
             task = task_digest(stages, recipe.prune)
-            shape = find_shape(stages, recipe, teacher, statistics, scores, corpus, make, inputs=task)
+            shape = find_shape(stages, recipe, teacher, guide, statistics, scores, corpus, make, inputs=task)
             recipe = stages.settle(**found_shape(recipe, shape))
-        recipe = stages.settle(
-            distill=train.resolve(
-                recipe.distill,
-                shape,
-                teacher.shape,
-                weights_rms=teacher.weights_rms(),
-                block_tokens=corpus.block_tokens,
-                train_tokens=corpus.train_tokens,
-                repaired=bool(recipe.repair.steps),
-            )
-        )
+        recipe = stages.settle(distill=resolve_distill(recipe, shape, teacher, corpus))
         plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
         pruned = prune(
             stages,
@@ -92,7 +90,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         )
         if searching:
             take_over(stages)
-        student = teach(stages, "student", recipe.distill, recipe.seed, pruned, teacher.path, corpus)
+        student = teach(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
         models = {"teacher": teacher.path, "pruned": pruned, "student": student}
         if recipe.scratch_baseline:
             models["scratch"] = teach(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
@@ -324,6 +322,57 @@ def prune(
     return made
 
 
+def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
+    return train.resolve(
+        recipe.distill,
+        shape,
+        teacher.shape,
+        weights_rms=teacher.weights_rms(),
+        block_tokens=corpus.block_tokens,
+        train_tokens=corpus.train_tokens,
+        repaired=bool(recipe.repair.steps),
+    )
+
+
+def record_lessons(
+    stages: RunDirectory,
+    config: train.DistillConfig,
+    teacher: Checkpoint,
+    corpus: data.Corpus,
+    seed: int,
+    judge: data.Blocks | None = None,
+) -> Path:
+    """What the teacher says of every block that will be trained on or looked at.
+
+    Args:
+        judge: further blocks.
+    """
+
+    def work(out: Path) -> dict[str, Any]:
+        blocks = train.blocks_read(corpus, config, seed)
+        if judge is not None:
+            blocks = np.unique(np.concatenate([blocks, judge.select(slice(None))]), axis=0)
+        facts = write_lessons(
+            teacher,
+            blocks,
+            out,
+            top_k=config.top_k or DEFAULT_TOP_K,
+            temperature=config.temperature,
+            dtype=compute_dtype(config.precision, pick_device()),
+            scratch=out,
+            progress=_layers(stages.listener),
+        )
+        return {name: value for name, value in facts.items() if name != "shards"}
+
+    read = ("top_k", "temperature", "tokens", "batch_blocks", "evaluate_blocks", "precision")
+    return stages.do(
+        "lessons",
+        work,
+        inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
+        config={"distill": {name: getattr(config, name) for name in read}, "seed": seed},
+    )
+
+
 def teach(
     stages: RunDirectory,
     name: str,
@@ -354,7 +403,8 @@ def teach(
 
     inputs = {"pruned": stages.digest(model_files(pruned)), "data": corpus.digest}
     if teacher:
-        inputs["teacher"] = stages.digest(model_files(teacher))
+        recorded = config.teacher == "recorded"
+        inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
     made = stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed}, state=state)
     train.forget_states(state)
     return made

@@ -32,6 +32,7 @@ def find_shape(
     stages: RunDirectory,
     recipe: Recipe,
     teacher: Checkpoint,
+    guide: Path,
     statistics: Statistics,
     scores: Scores,
     corpus: Corpus,
@@ -42,13 +43,16 @@ def find_shape(
     """The best shape within the budgets, as far as `search.level` looks; search/candidates.json holds all of them.
 
     Args:
+        guide: what candidates are distilled from: the teacher, or its lessons.
         make: cuts the student of a shape into an empty directory.
         inputs: digests of what else `make` reads.
     """
     work = _work(stages)
 
     def do(out: Path) -> dict[str, Any]:
-        found, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=stages.listener)
+        found, facts = ranked(
+            recipe, teacher, statistics, scores, corpus, make, guide=guide, work=work, listener=stages.listener
+        )
         write_json(out / "candidates.json", facts)
         return {
             "winner": found[0].candidate.to_dict(),
@@ -90,12 +94,14 @@ def ranked(
     *,
     work: Path,
     listener: Listener,
+    guide: Path | None = None,
 ) -> tuple[list[Ranked], dict[str, Any]]:
     """The candidates, best first, and what candidates.json says of them.
 
     Args:
         corpus, make: needed where losses are measured; `make` cuts the student of a shape into an empty directory.
         work: holds candidates that are measured, and what was measured so far.
+        guide: what they are distilled from; default the teacher.
     """
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
@@ -104,7 +110,7 @@ def ranked(
         assert search.level == "predicted"
         found, step_tokens = rank(candidates, predict, None, search), 0
     else:
-        trial = _Trial(work, recipe, teacher, corpus, make, listener)
+        trial = _Trial(work, recipe, teacher, guide or teacher.path, corpus, make, listener)
         found = rank(candidates, predict, trial.loss_at, search, steps=trial.steps, drop=trial.drop)
         step_tokens = trial.step_tokens
     facts = {
@@ -172,12 +178,13 @@ class _Trial:
         work: Path,
         recipe: Recipe,
         teacher: Checkpoint,
+        guide: Path,
         corpus: Corpus,
         make: Callable[[Shape, Path], Any],
         listener: Listener,
     ):
         self.work, self.recipe, self.teacher, self.corpus, self.make = work, recipe, teacher, corpus, make
-        self.listener = listener
+        self.guide, self.listener = guide, listener
         self.judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks)
         self.file = work / "losses.json"
         self.known: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -199,7 +206,7 @@ class _Trial:
                 step,
                 self.judge,
                 here / "pruned",
-                self.teacher.path,
+                self.guide,
                 self.corpus,
                 self.config(candidate),
                 seed=self.recipe.seed,

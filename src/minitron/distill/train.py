@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,7 @@ from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
 from minitron.distill.intermediate import DEEP_CUT, IntermediateLoss, default_pairs
+from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.pupil import Pupil
 from minitron.distill.teacher import OnlineTeacher, Teacher
@@ -43,12 +46,16 @@ class DistillConfig(Section):
     loss: LossName | dict[LossName, Weight] = "forward_kl"
     """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse: 0.1}.
     Forward KL alone is the papers' choice; cross_entropy looks at the text only."""
+    teacher: Literal["online", "recorded"] = "online"
+    """Whether the teacher runs beside the student, or says everything before, in a pass with one layer in memory at a
+    time, and is then gone; what is recorded is its `top_k` likeliest tokens and the rest."""
     temperature: float = Field(default=1.0, gt=0)
     """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
     """Share of the teacher in the mixture that jensen_shannon compares both with."""
     top_k: int | None = Field(default=None, ge=1)
-    """Compare only the teacher's likeliest tokens, and all others as one. Default: the whole vocabulary."""
+    """Compare only the teacher's likeliest tokens, and all others as one. Default: the whole vocabulary, or 64 of a
+    recorded teacher."""
     top_k_tail: bool = True
     """Whether the others count at all; without them the likeliest are scaled up to 1, and the loss is biased."""
     intermediate: bool | None = None
@@ -124,6 +131,8 @@ def resolve(
             f"distill.tokens={tokens:,} is less than one batch of {batch} blocks of {block_tokens:,} tokens: raise it, "
             "or lower distill.batch_blocks or data.block_tokens"
         )
+    if config.teacher == "recorded":
+        config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
     steps = num_steps(tokens, batch, block_tokens)
     most, share = 0.4 / student.hidden, RATE_OF_REPAIRED if repaired else RATE
@@ -141,11 +150,14 @@ def resolve(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision),
-            "intermediate": student.layers <= DEEP_CUT * teacher.layers and config.objective.needs_teacher
-            if config.intermediate is None
-            else config.intermediate,
+            "intermediate": _deep_cut(config, student, teacher) if config.intermediate is None else config.intermediate,
         }
     )
+
+
+def _deep_cut(config: DistillConfig, student: Shape, teacher: Shape) -> bool:
+    has_states = config.teacher == "online" and config.objective.needs_teacher
+    return has_states and student.layers <= DEEP_CUT * teacher.layers
 
 
 def _require_losses_fit(config: DistillConfig) -> None:
@@ -155,6 +167,8 @@ def _require_losses_fit(config: DistillConfig) -> None:
             f"distill.loss {on_logits[0]} compares all logits, and distill.top_k={config.top_k} leaves only some: "
             "leave one of them out"
         )
+    if config.teacher == "recorded" and config.intermediate:
+        raise MinitronError("a recorded teacher has no states between layers: leave distill.intermediate out")
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -199,6 +213,7 @@ def distill(
     """Train the student and write it to the existing directory `out` in the dtypes of its checkpoint.
 
     Args:
+        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`.
         config: resolved (see `resolve`).
         work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
             with the weights that one undisturbed call would have made.
@@ -342,6 +357,17 @@ def predicted_tokens(tokens: Tensor) -> int:
     return tokens.shape[0] * (tokens.shape[1] - 1)
 
 
+def blocks_read(corpus: Corpus, config: DistillConfig, seed: int) -> Int[np.ndarray, "blocks tokens"]:
+    """The blocks that `distill` with the same arguments reads, for training and for its evaluations."""
+    assert config.tokens and config.batch_blocks
+    steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
+    drawn = min(steps, -(-len(corpus.train) // config.batch_blocks))  # by then every block was
+    batches = [batch_rows(len(corpus.train), seed=seed, step=step, batch=config.batch_blocks) for step in range(drawn)]
+    rows = np.unique(np.concatenate(batches))
+    heldout = corpus.heldout.head(config.evaluate_blocks)
+    return np.concatenate([corpus.train.select(rows), heldout.select(slice(None))])
+
+
 def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     """Write a trained model in the dtypes of the checkpoint it started from."""
     state = model.state_dict()
@@ -472,7 +498,20 @@ def _teacher(
 ) -> Teacher | None:
     if not config.objective.needs_teacher:
         return None
+    if config.teacher == "recorded":
+        return _recorded(path, student, config, device)
     return OnlineTeacher(path, student, dtype, device, states=bool(config.intermediate))
+
+
+def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
+    recorded = RecordedTeacher(path, device)
+    facts = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
+    for name, wanted in facts.items():
+        if recorded.facts[name] != wanted:
+            raise MinitronError(
+                f"the lessons in {path} have {name} {recorded.facts[name]}, and {wanted} is wanted: write them again"
+            )
+    return recorded
 
 
 def _pupil(

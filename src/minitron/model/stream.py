@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +31,8 @@ STATES_SHARE_OF_DEVICE = 0.25
 STATES_IN_MEMORY_BYTES = 512 << 20
 # Rows of the embedding in memory at a time.
 EMBEDDING_BYTES = 512 << 20
+# Rows of the output projection in memory at a time, in float32.
+HEAD_BYTES = 256 << 20
 # The next layer is read ahead where free memory is this many times its size.
 ROOM_TO_READ_AHEAD = 3
 # Larger batches are no faster: a call computes on thousands of tokens as it is.
@@ -157,6 +159,15 @@ class Stream:
         weights = {own.removeprefix(f"{name}."): self.checkpoint.read(own).to(self.device, self.dtype) for own in names}
         with _filled(module, weights):
             yield module
+
+    def head_pieces(self) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
+        """The output projection in float32, in runs of rows of HEAD_BYTES, each with the number of its first."""
+        checkpoint = self.checkpoint
+        vocab, hidden = checkpoint.stored[checkpoint.head].shape
+        num_rows = max(1, HEAD_BYTES // (4 * hidden))
+        for first in range(0, vocab, num_rows):
+            piece = checkpoint.read_rows(checkpoint.head, first, min(first + num_rows, vocab))
+            yield first, piece.to(self.device).float()
 
     @property
     def _layers(self) -> nn.ModuleList:

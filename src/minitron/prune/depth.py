@@ -24,8 +24,6 @@ from minitron.prune.questions import Question, encode
 Variant = frozenset[int]  # the layers that it lacks
 # States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.
 STATES_BYTES = 16 << 30
-# Rows of the output projection in memory at a time, in float32.
-HEAD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _score(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "sam
     running = torch.full((3, len(branches), len(targets)), -torch.inf, device=stream.device)
     sums, best, own = running
     transform = logit_transform(stream.model)
-    for first, piece in _head_pieces(stream):
+    for first, piece in stream.head_pieces():
         chunk = chunk_tokens(len(piece))
         with float32_logits(stream.dtype):
             for branch, states in enumerate(branches):
@@ -206,16 +204,6 @@ def _score(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "sam
     nats.index_add_(1, sample, (own - sums).cpu().double())
     missed = torch.zeros(len(branches), len(scored)).index_add_(1, sample, (own < best).cpu().float())
     return Likelihoods(nats, missed == 0)
-
-
-def _head_pieces(stream: Stream) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
-    """The output projection in runs of rows, each with the number of its first."""
-    checkpoint = stream.checkpoint
-    vocab, hidden = checkpoint.stored[checkpoint.head].shape
-    num_rows = max(1, HEAD_BYTES // (4 * hidden))
-    for first in range(0, vocab, num_rows):
-        piece = checkpoint.read_rows(checkpoint.head, first, min(first + num_rows, vocab))
-        yield first, piece.to(stream.device).float()
 
 
 def _scored_states(

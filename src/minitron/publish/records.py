@@ -12,7 +12,7 @@ from minitron.errors import RunError
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "pruned", "student", "scratch")
-STAGES = ("data", "statistics", "search", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+STAGES = ("data", "statistics", "lessons", "search", "scores", "plan", "pruned", "student", "scratch", "evaluations")
 
 LOSS_NAMES = {
     "forward_kl": "forward KL",

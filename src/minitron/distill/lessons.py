@@ -1,0 +1,180 @@
+"""A teacher's lessons on disk: what it says of each token of a text, so that training needs no teacher.
+
+A directory holds `lessons.json` and shards of some blocks each. For every token but the last of a block a shard has the
+ids of the teacher's k likeliest next tokens, the logarithms of their probabilities, and that of all others together. A
+block is found by a digest of its tokens: it may be asked for in any order, in any selection, from any split.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron.device import pick_device
+from minitron.distill.losses import LEAST_TAIL, TopK
+from minitron.distill.teacher import Lesson
+from minitron.errors import MinitronError
+from minitron.files import digest_files, write_json
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.stream import Stream, default_batch
+
+INDEX = "lessons.json"
+# What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
+# shard.
+PART_BYTES = 4 << 30
+DEFAULT_TOP_K = 64
+
+
+def write_lessons(
+    teacher: Checkpoint,
+    blocks: Int[np.ndarray, "blocks tokens"],
+    out: Path,
+    *,
+    top_k: int = DEFAULT_TOP_K,
+    temperature: float = 1.0,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Run a teacher over blocks, a layer in memory at a time, and write its lessons into the existing directory `out`.
+
+    Args:
+        temperature: of the distributions; losses that read the lessons must have the same.
+        scratch: where files of hidden states go if they are needed.
+        progress: called with (layers done, layers).
+
+    Returns what `lessons.json` says: of which model and tokens the lessons are, and how many bytes a token takes.
+    """
+    shape, num_tokens = teacher.shape, blocks.shape[1]
+    top_k = min(top_k, shape.vocab)
+    of_block = num_tokens * (shape.hidden * dtype.itemsize + 12 * top_k)
+    parts = np.array_split(blocks, -(-len(blocks) * of_block // PART_BYTES))
+    shards: list[dict[str, Any]] = []
+    for number, part in enumerate(parts):
+        before = number * shape.layers
+        stream = Stream(
+            teacher,
+            torch.from_numpy(part),
+            dtype=dtype,
+            batch=default_batch(shape, num_tokens, dtype),
+            device=device or pick_device(),
+            scratch=scratch,
+        )
+        stream.embed()
+        for index, layer in stream.layers():
+            for _ in stream.run(index, layer):
+                pass
+            progress(before + index + 1, len(parts) * shape.layers)
+        name = f"shard-{number:05d}.safetensors"
+        tensors = _packed(_top_k(stream, top_k, temperature), shape.vocab)
+        save_file(tensors | {"blocks": torch.from_numpy(_digests(part))}, out / name)
+        shards.append({"file": name, "blocks": len(part), "sha256": digest_files([out / name], {})})
+    num_bytes = sum((out / shard["file"]).stat().st_size for shard in shards)
+    facts = {
+        "model": teacher.fingerprint(),
+        "vocab": shape.vocab,
+        "top_k": top_k,
+        "temperature": temperature,
+        "blocks": len(blocks),
+        "block_tokens": num_tokens,
+        "bytes_per_token": num_bytes / (len(blocks) * num_tokens),
+        "shards": shards,
+    }
+    write_json(out / INDEX, facts)
+    return facts
+
+
+class RecordedTeacher:
+    """Lessons read back; called with blocks of tokens that they were written of."""
+
+    def __init__(self, path: Path, device: torch.device):
+        """
+        Raises: MinitronError if a file is missing or damaged.
+        """
+        self.path, self.device = path, device
+        self.facts = json.loads((path / INDEX).read_text())
+        self._files = []
+        for shard in self.facts["shards"]:
+            file = path / shard["file"]
+            if not file.exists() or digest_files([file], {}) != shard["sha256"]:
+                raise MinitronError(f"{file} is missing or damaged: remove {path} and write the lessons again")
+            self._files.append(safe_open(file, framework="pt"))
+        digests = np.concatenate([file.get_tensor("blocks").numpy() for file in self._files])
+        self._places = [(file, row) for file in self._files for row in range(file.get_slice("blocks").get_shape()[0])]
+        self._order = digests.argsort()
+        self._digests = digests[self._order]
+
+    def __call__(self, tokens: Int[Tensor, "blocks tokens"]) -> Lesson:
+        """
+        Raises: MinitronError for a block that there is no lesson of.
+        """
+        wanted = _digests(tokens.cpu().numpy())
+        at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
+        if (self._digests[at] != wanted).any():
+            raise MinitronError(
+                f"{self.path} has no lesson of a block of this text: it was written of other data, other blocks or "
+                "with another tokenizer; write the lessons again"
+            )
+        parts = [_read(*self._places[place]) for place in self._order[at]]
+        ids, log_probs, tail = (torch.cat([part[i] for part in parts]).to(self.device) for i in range(3))
+        # 16 bits round, and a distribution's sum is 1.
+        total = torch.logaddexp(log_probs.logsumexp(-1), tail)
+        return Lesson(TopK(ids, log_probs - total[:, None], tail - total))
+
+
+def _digests(blocks: Int[np.ndarray, "blocks tokens"]) -> Int[np.ndarray, " blocks"]:
+    rows = np.ascontiguousarray(blocks, dtype=np.int64)
+    found = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return np.frombuffer(b"".join(found), dtype=np.int64).copy()
+
+
+def _top_k(stream: Stream, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log-probabilities and the tail [blocks, tokens - 1, k or none], from the states after the last layer."""
+    states, transform = stream.states, logit_transform(stream.model)
+    with torch.no_grad(), stream.final_norm() as norm:
+        for rows, before in stream.batches():
+            states[rows] = norm(before)
+    hidden = states[:, :-1]
+    flat = hidden.flatten(0, 1)
+    best = flat.new_full((len(flat), k), -torch.inf, dtype=torch.float32, device="cpu")
+    ids, total = torch.zeros(len(flat), k, dtype=torch.int64), torch.full((len(flat),), -torch.inf)
+    for first, piece in stream.head_pieces():
+        chunk = chunk_tokens(len(piece))
+        for start in range(0, len(flat), chunk):
+            rows = slice(start, start + chunk)
+            with float32_logits(stream.dtype):
+                logits = transform(project(flat[rows].to(stream.device), piece)) / temperature
+            found = logits.topk(min(k, logits.shape[-1]), dim=-1)
+            total[rows] = torch.logaddexp(total[rows], logits.logsumexp(-1).cpu())
+            values = torch.cat([best[rows], found.values.cpu()], -1)
+            places = torch.cat([ids[rows], found.indices.cpu() + first], -1)
+            merged = values.topk(k, dim=-1)
+            best[rows], ids[rows] = merged.values, places.gather(-1, merged.indices)
+    log_probs = best - total[:, None]
+    tail = torch.log(-torch.expm1(log_probs.logsumexp(-1).clamp_max(0))).clamp_min(LEAST_TAIL)
+    sizes = hidden.shape[:2]
+    return ids.unflatten(0, sizes), log_probs.unflatten(0, sizes), tail.unflatten(0, sizes)
+
+
+def _packed(lessons: tuple[Tensor, Tensor, Tensor], vocab: int) -> dict[str, Tensor]:
+    """Three or two bytes an id, and half precision for what are logarithms."""
+    ids, log_probs, tail = lessons
+    tensors = {"ids": (ids & 0xFFFF).to(torch.uint16), "log_probs": log_probs.half(), "tail": tail.half()}
+    return tensors | ({"high_ids": (ids >> 16).to(torch.uint8)} if vocab > 1 << 16 else {})
+
+
+def _read(file: Any, row: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"], Float[Tensor, " tokens"]]:
+    ids = file.get_slice("ids")[row].to(torch.int64)
+    if "high_ids" in file.keys():  # noqa: SIM118
+        ids = ids | file.get_slice("high_ids")[row].to(torch.int64) << 16
+    return ids, file.get_slice("log_probs")[row].float(), file.get_slice("tail")[row].float()
