@@ -5,7 +5,7 @@ ends all of them, and none waits for one that is gone.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch.distributed as dist
 # would import it in the middle of a job, and the group's threads would crash the exit of the process.
 import torch.distributed.nn.functional
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron.errors import RunError
 
@@ -66,6 +66,8 @@ def process_group() -> Iterator[Ranks]:
     if here.size == 1:
         yield here
         return
+    import torch.distributed.fsdp  # seconds, and like the import above not in the middle of a job
+
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -82,6 +84,47 @@ def process_group() -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Divide a module's parameters among the processes (FSDP2); without a process group it stays as it is.
+
+    Each of the blocks is gathered when it runs and given back after; what is outside of them, when the root runs. The
+    gradients of all processes are added up.
+
+    Args:
+        dtype: that the blocks' parameters are gathered in; gradients are added in float32.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
+    fully_shard(root, mesh=mesh)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # A sum and not a mean, which gloo does not know.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be divided among the processes, all of it; every process must ask."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    raised = torch.tensor(float(flag))
+    all_reduce_sum(raised)
+    return raised.item() > 0
 
 
 def require_all_well() -> None:
