@@ -14,7 +14,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("large_files",),
     ("config", "files", "device", "parallel"),
     ("model", "data"),
-    ("describe", "prune", "distill", "evaluate", "publish"),
+    ("describe", "sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
     ("student_shape",),

@@ -17,7 +17,7 @@ import yaml
 
 from minitron import cli
 from minitron.data import open_corpus
-from minitron.errors import RunError
+from minitron.errors import MinitronError, RunError
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
@@ -212,6 +212,61 @@ def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Pa
     run(recipe, tmp_path / "out")
     run(recipe, tmp_path / "undisturbed")
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def sampled_recipe(path: Path, **changes: Any) -> dict[str, Any]:
+    data = {"source": "teacher", "heldout_fraction": 0.2, "block_tokens": 16, "sample_batch": 8}
+    return raw_recipe(path, "llama", distill={"tokens": 40 * 16, "batch_blocks": 4}) | {"data": data} | changes
+
+
+def test_a_run_on_text_sampled_from_the_teacher_says_so_and_is_resumed(tmp_path: Path) -> None:
+    recipe = build_recipe(sampled_recipe(tmp_path))
+
+    class Impatient(Heard):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            super().progress(done, total, note)
+            if total == 40 * 16 and done > 400:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", Impatient())
+    assert (tmp_path / "out" / "data-state" / "sampled.jsonl").read_text().count("\n") % 8 == 0
+    with pytest.raises(RunError, match=r"data-state was made from other inputs; changed: seed \(0, now 1\)"):
+        run(recipe.model_copy(update={"seed": 1}), tmp_path / "out")
+    records = run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "data-state").exists()
+    run(recipe, tmp_path / "undisturbed")
+    for name in ("data/sampled.jsonl", "data/train.bin", "data/heldout.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+    heard = Heard()
+    run(recipe, tmp_path / "out", heard)
+    assert {state for _, state in heard.stages} == {"unchanged"}
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").data.max_tokens == 40 * 16
+    sampled = records.stages["data"]["result"]["sampled"]
+    assert f"sampled from the teacher, {sampled['documents']} documents at temperature 1" in (
+        (tmp_path / "out" / "report.html").read_text()
+    )
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    assert "of text sampled from the parent itself" in card and "held-out part" in card
+    # The same text as any text: what is held out of it is held out again.
+    given = recipe.data.model_copy(update={"source": str(tmp_path / "out" / "data" / "sampled.jsonl")})
+    run(recipe.model_copy(update={"data": given}), tmp_path / "given")
+    assert_same_student(tmp_path / "out", tmp_path / "given")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill": {}}, r"'teacher' is text without end, sampled from the teacher: say how many tokens to train on"),
+        ({"data": {"heldout": "teacher"}}, r"data.heldout cannot be 'teacher': .* leave data.heldout out"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MinitronError, match=message):
+        run(build_recipe(sampled_recipe(tmp_path, **changes)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 SEARCH = {

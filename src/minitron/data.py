@@ -24,6 +24,8 @@ from minitron.config import Section
 from minitron.errors import DataError
 
 BUILTIN = "builtin"
+TEACHER = "teacher"  # text that `sampling` draws from the teacher
+SAMPLED = "sampled.jsonl"  # where that lies, in a run's data directory
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 # Generated tables, not source text that a person wrote.
 _NOT_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
@@ -32,8 +34,8 @@ _TESTS = {"test", "tests", "idle_test", "testsuite"}
 
 class DataConfig(Section):
     source: str = BUILTIN
-    """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, or `builtin`: the source
-    text of the running Python's standard library, without its tests."""
+    """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
+    of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
     heldout: str | None = None
     """A second source, held out whole. Without one, `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"
@@ -47,7 +49,17 @@ class DataConfig(Section):
     max_document_chars: int = Field(default=16384, ge=256)
     """A longer text file is several documents: it is cut at the first blank line after this many characters."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Stop reading after this many training tokens. Default: read everything; of a dataset id, what the run needs."""
+    """Stop reading, or sampling, after this many training tokens. Default: read everything; of a dataset id, and of
+    text sampled from the teacher, what the run needs."""
+    sample_temperature: float = Field(default=1.0, gt=0)
+    """Of text sampled from the teacher: its logits are divided by this."""
+    sample_top_k: int | None = Field(default=None, ge=1)
+    """Of text sampled from the teacher: only the so many likeliest tokens are drawn. Default: all."""
+    sample_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Of text sampled from the teacher: only the likeliest tokens that have this probability together are drawn.
+    Default: all."""
+    sample_batch: int = Field(default=32, ge=1)
+    """Of text sampled from the teacher: documents at a time. Another number gives other text."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +145,13 @@ def prepare(
     vocab: int,
     block_tokens: int,
     out: Path,
+    documents: Iterable[Document] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
 
     Args:
+        documents: those of the source, where it is none that could be read.
         progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
 
     Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
@@ -148,11 +162,11 @@ def prepare(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {vocab}: "
             "they do not belong together, or the model's embedding was never resized; use the model's own tokenizer"
         )
-    prefix, suffix, delimiter = _delimiters(config.delimiter, tokenizer)
+    prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
     writer = _Writer(out, tokenizer, prefix, suffix, dtype="uint16" if vocab <= 2**16 else "uint32")
     with writer:
-        for document in read_documents(config.source, config):
-            held = config.heldout is None and _fraction(document.key) < config.heldout_fraction
+        for document in documents or read_documents(config.source, config):
+            held = config.heldout is None and is_heldout(document, config.heldout_fraction)
             if writer.add(document, heldout=held):
                 progress(sum(writer.tokens.values()), 0, "tokens")
             if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
@@ -211,7 +225,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a source that is no local path can only be a dataset on the hub."""
     path = Path(source).expanduser()
     looks_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES
-    return source != BUILTIN and not looks_local and source.count("/") <= 1
+    return source not in (BUILTIN, TEACHER) and not looks_local and source.count("/") <= 1
 
 
 def source_files(config: DataConfig) -> list[Path]:
@@ -221,6 +235,8 @@ def source_files(config: DataConfig) -> list[Path]:
         path = Path(source).expanduser()
         if source == BUILTIN:
             files += _library_files(tests=False)
+        elif source == TEACHER:
+            continue
         elif path.is_dir():
             files += _text_files(path)
         elif path.exists():
@@ -262,7 +278,7 @@ def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
 def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
     match path.suffix:
         case ".txt" | ".md":
-            yield from (_keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
+            yield from (keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
         case ".jsonl":
             yield from _read_jsonl(path, config.text_field)
         case ".parquet":
@@ -307,7 +323,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
-        yield _keyed(_text_of(row, field, f"{path}, line {number}"))
+        yield keyed(_text_of(row, field, f"{path}, line {number}"))
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -331,7 +347,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
         raise DataError(f"{path} has no column {field!r} (data.text_field); it has {', '.join(columns)}")
     for batch in table.iter_batches(columns=[field]):
         for text in batch.column(0).to_pylist():
-            yield _keyed(_text_of({field: text}, field, str(path)))
+            yield keyed(_text_of({field: text}, field, str(path)))
 
 
 def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
@@ -340,7 +356,7 @@ def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
         for row in rows:
-            yield _keyed(_text_of(row, config.text_field, f"dataset {source}"))
+            yield keyed(_text_of(row, config.text_field, f"dataset {source}"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source!r} is neither a local path nor a readable hub dataset: {error}") from None
 
@@ -357,7 +373,8 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def _keyed(text: str) -> Document:
+def keyed(text: str) -> Document:
+    """A document of text from anywhere but the built-in corpus."""
     return Document(key=hashlib.sha256(text.encode()).hexdigest(), text=text)
 
 
@@ -366,7 +383,7 @@ def _fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
-def _delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
+def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
     """Token ids before and after each document, and the resolved choice."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if choice == "auto":
