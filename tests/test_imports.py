@@ -12,7 +12,7 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
-    ("config", "files", "device", "parallel"),
+    ("config", "files", "device", "parallel", "packing"),
     ("model", "data"),
     ("describe", "sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),

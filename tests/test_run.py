@@ -21,10 +21,12 @@ from minitron.errors import MinitronError, RunError
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
+from minitron.packing import Batch
+from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import build_recipe, load_recipe
-from minitron.run import run
+from minitron.run import calibration_tokens, run
 
 STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
 FILES = (
@@ -212,6 +214,35 @@ def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Pa
     run(recipe, tmp_path / "out")
     run(recipe, tmp_path / "undisturbed")
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_a_run_that_keeps_documents_apart_does_so_throughout(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path, "llama")
+    short = [json.dumps({"text": " ".join(small.WORDS.split()[n % 9 : n % 9 + 3]) + f" {n}"}) for n in range(400)]
+    Path(raw["data"]["source"]).write_text("\n".join(short))
+    raw["data"]["separate_documents"] = True
+    raw["calibrate"] = {"samples": 32, "precision": "float32"}
+    raw["prune"] |= {"layer_criterion": "loss", "layer_samples": 8, "iterations": 2}
+    raw |= {"distill": {"tokens": 640, "batch_blocks": 4}, "repair": {"steps": ["refit"]}}
+    records = run(build_recipe(raw), tmp_path / "out")
+    corpus = open_corpus(tmp_path / "out" / "data")
+    assert corpus.separator is not None
+    teacher = tiny.model(tmp_path / "teacher")
+    for name in ("teacher", "student"):
+        model = teacher if name == "teacher" else tiny.model(tmp_path / "out" / name)
+        found = evaluate(model, corpus.heldout.head(8))
+        assert records.evaluations[name]["lm_loss"] == pytest.approx(found.lm_loss, rel=1e-5)
+
+    inputs: list[torch.Tensor] = []
+    teacher.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].abs()))
+    tokens = calibration_tokens(corpus, CalibrateConfig(samples=32), 0)
+    with torch.no_grad():
+        teacher(**Batch(tokens, corpus.separator).inputs, use_cache=False)
+        teacher(input_ids=tokens, use_cache=False)
+    apart, across = (each.mean(1).sum(0) for each in inputs)
+    counted = Statistics.load(tmp_path / "out" / "statistics").sums["mlp_out"][2, 0, 0].float()
+    torch.testing.assert_close(counted, apart, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(counted, across, rtol=1e-2, atol=1e-2)
 
 
 def sampled_recipe(path: Path, **changes: Any) -> dict[str, Any]:

@@ -529,6 +529,9 @@ def _add_data(parser: argparse.ArgumentParser, *, sampled: bool = True) -> None:
         "--data", help=f"file, directory, dataset id, {names}`builtin` (Python source text, the default)"
     )
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
+    parser.add_argument(
+        "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:
@@ -538,7 +541,11 @@ def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe ke
 def _data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.data is None:
         console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
-    return {"source": args.data or "builtin", "text_field": args.text_field}
+    return {
+        "source": args.data or "builtin",
+        "text_field": args.text_field,
+        "separate_documents": args.separate_documents,
+    }
 
 
 def _data_config(args: argparse.Namespace, console: Console) -> Any:

@@ -4,7 +4,7 @@ A corpus on disk is a directory:
 
     train.bin, heldout.bin    one long stream of token ids each (uint16 or uint32)
     heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint16)
-    corpus.json               written last: dtype, block length, counts, delimiter, digest
+    corpus.json               written last: dtype, block length, counts, delimiter, separator, digest
 
 Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 """
@@ -13,7 +13,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from minitron.config import Section
 from minitron.errors import DataError
+from minitron.packing import Separator
 
 BUILTIN = "builtin"
 TEACHER = "teacher"  # text that `sampling` draws from the teacher
@@ -42,6 +43,9 @@ class DataConfig(Section):
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
     delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
     """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each."""
+    separate_documents: bool = False
+    """Keep the documents of a block apart: attention stays within a document, positions begin anew with each, and the
+    first token of one is not predicted from the last of another. They are told apart by the delimiter's tokens."""
     block_tokens: int | None = Field(default=None, ge=8)
     """Tokens in a block. Default: the model's context length, at most 2048."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -70,17 +74,20 @@ class Document:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token."""
+    """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token;
+    `separator` tells documents apart that are to be kept so."""
 
     tokens: np.ndarray  # [num_blocks, block_tokens]
     bytes: np.ndarray | None = None  # [num_blocks, block_tokens]
+    separator: Separator | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def head(self, num_blocks: int | None) -> "Blocks":
         """The first `num_blocks` blocks; all of them if None or more than there are."""
-        return Blocks(self.tokens[:num_blocks], None if self.bytes is None else self.bytes[:num_blocks])
+        num_bytes = None if self.bytes is None else self.bytes[:num_blocks]
+        return replace(self, tokens=self.tokens[:num_blocks], bytes=num_bytes)
 
     def select(self, rows: np.ndarray | slice) -> np.ndarray:
         """Token ids of the given blocks, int64 [rows, block_tokens]."""
@@ -98,14 +105,15 @@ class Corpus:
     heldout_documents: int
     heldout_tokens: int
     digest: str
+    separator: Separator | None = None  # where documents are to be kept apart
 
     @property
     def train(self) -> Blocks:
-        return Blocks(self._map("train.bin", self.dtype))
+        return Blocks(self._map("train.bin", self.dtype), separator=self.separator)
 
     @property
     def heldout(self) -> Blocks:
-        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"))
+        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"), self.separator)
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         stream = np.memmap(self.path / name, dtype=dtype, mode="r")
@@ -122,7 +130,8 @@ def open_corpus(path: Path) -> Corpus:
         meta = json.loads((path / "corpus.json").read_text())
     except FileNotFoundError:
         raise DataError(f"{path} is not a prepared corpus: it has no corpus.json") from None
-    return Corpus(path=path, **meta)
+    separator = meta.pop("separator", None)
+    return Corpus(path=path, separator=separator and Separator(**separator), **meta)
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -163,6 +172,7 @@ def prepare(
             "they do not belong together, or the model's embedding was never resized; use the model's own tokenizer"
         )
     prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
+    apart = separator(config, tokenizer)
     writer = _Writer(out, tokenizer, prefix, suffix, dtype="uint16" if vocab <= 2**16 else "uint32")
     with writer:
         for document in documents or read_documents(config.source, config):
@@ -186,7 +196,8 @@ def prepare(
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
         heldout_tokens=writer.tokens["heldout"],
-        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=str(block_tokens)),
+        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
+        separator=apart,
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -396,6 +407,23 @@ def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
                 f"data.delimiter is {choice!r} but the tokenizer has no {name} token; set it to one of bos, eos, none"
             )
     return [bos] * (choice in ("bos", "both")), [eos] * (choice in ("eos", "both")), choice
+
+
+def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
+    """What tells documents apart, where they are to be kept so.
+
+    Raises: DataError if the delimiters do not tell.
+    """
+    if not config.separate_documents:
+        return None
+    prefix, suffix, choice = delimiters(config.delimiter, tokenizer)
+    if choice == "none" or prefix == suffix:
+        reason = "no token stands between documents" if choice == "none" else "BOS and EOS are the same token"
+        raise DataError(
+            f"data.separate_documents tells documents apart by their delimiter, but data.delimiter is {choice!r} and "
+            f"{reason}: set it to one of {'bos, eos, both' if choice == 'none' else 'bos, eos'}"
+        )
+    return Separator((prefix or suffix)[0], leads=bool(prefix))
 
 
 class _Writer:

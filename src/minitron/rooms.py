@@ -54,6 +54,7 @@ from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
     bounded,
+    calibrate_on,
     calibrate_tokens,
     calibration_tokens,
     make_corpus,
@@ -95,11 +96,14 @@ def calibrate_model(
     with parallel.process_group() as here:
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            return calibrate_tokens(teacher, parallel.broadcast(None), config)
+            separator = data.separator(data_config, load_tokenizer(teacher.path))
+            return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
         with atomic_directory(out) as partial:
             with _corpus(teacher, data_config, listener, config.samples, seed) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
-                statistics = calibrate_tokens(teacher, tokens, config, scratch=partial, listener=listener)
+                statistics = calibrate_tokens(
+                    teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
+                )
                 _keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
@@ -132,8 +136,7 @@ def search_model(
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert corpus is not None
-            tokens = calibration_tokens(corpus, calibration, 0)
-            statistics = calibrate_tokens(teacher, tokens, calibration, scratch=work, listener=listener)
+            statistics = calibrate_on(teacher, corpus, calibration, 0, scratch=work, listener=listener)
         scores = score_units(statistics, teacher.shape, prune)
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
         make = None
@@ -221,7 +224,12 @@ class _Known:
             return Statistics.load_for(self.teacher, self.statistics_dir)
         scoring = self.scoring
         return calibrate_tokens(
-            self.teacher, scoring.tokens, scoring.calibrate, scratch=self.work, listener=self.listener
+            self.teacher,
+            scoring.tokens,
+            scoring.calibrate,
+            scratch=self.work,
+            separator=scoring.separator,
+            listener=self.listener,
         )
 
     @cached_property

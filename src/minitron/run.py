@@ -33,6 +33,7 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
+from minitron.packing import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes, target_shape
@@ -317,7 +318,7 @@ def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: da
     """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
     tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
-    options = pass_options(recipe.calibrate, progress=_layers(listener))
+    options = pass_options(recipe.calibrate, separator=corpus.separator, progress=_layers(listener))
     return partial(
         repaired_cut, steps=recipe.repair.steps, statistics=statistics, scores=scores, tokens=tokens, **options
     )
@@ -417,6 +418,7 @@ def record_lessons(
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,
+            separator=corpus.separator,
             dtype=compute_dtype(config.precision, pick_device()),
             scratch=out,
             progress=_layers(stages.listener),
@@ -511,7 +513,7 @@ def calibrate_on(
     teacher: Checkpoint, corpus: data.Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
 ) -> Statistics:
     tokens = calibration_tokens(corpus, config, seed)
-    return calibrate_tokens(teacher, tokens, config, scratch=scratch, listener=listener)
+    return calibrate_tokens(teacher, tokens, config, scratch=scratch, separator=corpus.separator, listener=listener)
 
 
 def calibration_tokens(corpus: data.Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
@@ -527,9 +529,10 @@ def calibrate_tokens(
     config: CalibrateConfig,
     *,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    options = pass_options(config, scratch=scratch, progress=_layers(listener))
+    options = pass_options(config, scratch=scratch, separator=separator, progress=_layers(listener))
     return calibrate(teacher, tokens, second_moment=config.second_moment, **options)
 
 
@@ -541,7 +544,7 @@ def scoring_on(
     corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
 ) -> Scoring:
     tokens = calibration_tokens(corpus, calibrate, seed)
-    return Scoring(prune, calibrate, tokens, tokenizer, progress=_layers(listener))
+    return Scoring(prune, calibrate, tokens, tokenizer, separator=corpus.separator, progress=_layers(listener))
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:
@@ -557,4 +560,4 @@ def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> in
 
 
 def asdict_without_path(corpus: data.Corpus) -> dict[str, Any]:
-    return {name: value for name, value in vars(corpus).items() if name != "path"}
+    return {name: value for name, value in asdict(corpus).items() if name != "path"}
