@@ -67,12 +67,13 @@ def sample_text(
         goal.count(row)
     if goal.reached:
         return rows
-    clock, first = time.monotonic(), goal.drawn
+    clock, first, done = time.monotonic(), goal.drawn, 1
 
     def step(drawn: int) -> None:
+        nonlocal done  # never falls, though what a batch adds to the training part is only known at its end
+        done = max(done, min(goal.train + round(drawn * goal.train_share), goal.tokens))
         speed = (goal.drawn + drawn - first) / (time.monotonic() - clock)
-        done = min(goal.train + round(drawn * goal.train_share), goal.tokens)
-        progress(max(1, done), goal.tokens, f"tokens sampled, {speed:,.0f} a second")
+        progress(done, goal.tokens, f"tokens sampled, {speed:,.0f} a second")
 
     loaded = load_model(model).to(pick_device())
     ends = end_tokens(tokenizer, loaded)
