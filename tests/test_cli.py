@@ -222,6 +222,28 @@ def test_the_rooms_one_by_one(desk: Desk) -> None:
     assert desk.run("generate", path / "student", "--prompt", PROMPT, "--new-tokens", 9)[1] == PROMPT + texts[0] + "\n"
 
 
+def test_the_rooms_on_text_sampled_from_the_teacher(desk: Desk) -> None:
+    path, data = desk.path, ("--data", "teacher")
+    options = ("--samples", 100, "--block-tokens", 16)
+    counted = desk.json("calibrate", desk.teacher, *data, *options, "--out", path / "stats")
+    assert (counted["samples"], counted["tokens"]) == (100, 100 * 16)
+    again = desk.json(
+        "calibrate", desk.teacher, "--data", path / "stats" / "sampled.jsonl", *options, "--out", path / "again"
+    )
+    assert again == counted | {"out": str(path / "again")}
+    first, second = (tiny.tensors(path / name) for name in ("stats", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    desk.json("prune", desk.teacher, "--shape", "ffn=24", "--statistics", path / "stats", "--repair", "none",
+              "--out", path / "pruned")  # fmt: skip
+    pair = ("--teacher", desk.teacher, "--student", path / "pruned", "--block-tokens", 16)
+    taught = desk.json("distill", *pair, *data, "--tokens", 640, "--out", path / "student")
+    assert taught["training"]["tokens"] >= 640 and (path / "student" / "sampled.jsonl").is_file()
+    line = desk.refuses("distill", *pair, *data, "--out", path / "other")
+    assert "'teacher' is text without end, sampled from the teacher: say how many tokens to train on with --tok" in line
+    line = desk.refuses("evaluate", path / "student", "--teacher", desk.teacher, *data)
+    assert "not to evaluate: give text, such as data/sampled.jsonl of a run that sampled some" in line
+
+
 def same_weights(one: Path, other: Path) -> bool:
     first, second = tiny.tensors(one), tiny.tensors(other)
     return all(torch.equal(first[name], second[name]) for name in second)

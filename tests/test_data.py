@@ -1,15 +1,18 @@
 """Text becomes token blocks: nothing lost, nothing shared between the splits, errors that name the file."""
 
+import copy
 import json
 import os
 import string
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from minitron.data import (
     Corpus,
@@ -24,6 +27,7 @@ from minitron.data import (
     source_files,
 )
 from minitron.errors import DataError
+from minitron.packing import Batch
 
 BLOCK = 8
 VOCAB = tiny.SIZES["vocab_size"]
@@ -209,6 +213,37 @@ def test_a_corpus_reopens_as_it_was_written(simple: Any, tmp_path: Path) -> None
         open_corpus(tmp_path)
 
 
+@pytest.mark.parametrize("choice", ["auto", "bos", "eos", "both", "none"])
+def test_documents_that_are_kept_apart_are_told_by_their_delimiter(tokenizer: Any, tmp_path: Path, choice: Any) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    options: dict[str, Any] = {"delimiter": choice, "separate_documents": True, "block": 16}
+    if choice == "none":
+        with pytest.raises(DataError, match=r"is 'none' and no token stands between documents: set it to one of bos, "):
+            prepared(source, tokenizer, tmp_path / "out", **options)
+        return
+    if tokenizer.bos_token is None and choice in ("bos", "both"):
+        return
+    corpus = prepared(source, tokenizer, tmp_path / "out", **options)
+    assert corpus.separator and open_corpus(tmp_path / "out") == corpus
+    tokens = torch.from_numpy(corpus.train.select(slice(None)))
+    letters = set(range(VOCAB)) - set(tokenizer.all_special_ids)
+    for block, positions in zip(tokens, Batch(tokens, corpus.train.separator).positions, strict=True):
+        starts = [*positions.eq(0).nonzero()[:, 0].tolist(), len(block)]
+        documents = [letters & set(block[start:stop].tolist()) for start, stop in pairwise(starts)]
+        assert all(len(names) <= 1 for names in documents)
+        assert len(documents) <= 1 + len(set().union(*documents))
+    assert corpus.heldout.separator == corpus.heldout.head(1).separator == corpus.separator
+
+
+def test_documents_that_share_no_delimiter_are_not_kept_apart(simple: Any, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    assert prepared(source, simple, tmp_path / "out").separator is None
+    simple = copy.deepcopy(simple)
+    simple.bos_token = simple.eos_token
+    with pytest.raises(DataError, match=r"is 'both' and BOS and EOS are the same token: set it to one of bos, eos"):
+        prepared(source, simple, tmp_path / "out", delimiter="both", separate_documents=True)
+
+
 # --- serving ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +277,7 @@ def test_the_digest_changes_with_the_tokens_and_only_with_them(simple: Any, tmp_
     assert digest() == before
     assert digest(block=16) != before
     assert digest(heldout_fraction=0.5) != before
+    assert digest(separate_documents=True) != before
     write_rows(source, [*NAMED[:-1], NAMED[-1] + "!"])
     assert digest() != before
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitron.errors import CheckpointError, DataError, PlanError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.packing import Batch, Separator
 from minitron.prune import depth
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
@@ -51,6 +52,19 @@ def test_the_likelihoods_of_every_variant_are_those_of_the_cut_model(directory: 
         mask = scored[:, 1:]
         torch.testing.assert_close(found.nats[number].float(), (nats * mask).sum(1), rtol=2e-5, atol=2e-5)
         assert found.greedy[number].tolist() == (likeliest.bool() | ~mask).all(1).tolist()
+
+
+def test_the_loss_of_documents_kept_apart_is_that_of_their_predicted_tokens(llama: Path, tmp_path: Path) -> None:
+    tokens, separator = tiny.tokens(3, 9), Separator(7, leads=False)
+    tokens[0, 4] = tokens[1, 0] = tokens[1, 6] = 7
+    batch = Batch(tokens, separator)
+    options: dict[str, Any] = {"dtype": torch.float32, "batch": 2, "separator": separator}
+    found = by_loss(open_checkpoint(llama), tokens, **options)(VARIANTS)
+    for number, dropped in enumerate(VARIANTS):
+        with torch.no_grad():
+            logits = cut_model(llama, dropped, tmp_path / str(number))(**batch.inputs, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(batch.predicting(logits), batch.targets)
+        torch.testing.assert_close(found[number].float(), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(

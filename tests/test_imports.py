@@ -12,9 +12,9 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
-    ("config", "files", "device", "parallel"),
+    ("config", "files", "device", "parallel", "packing"),
     ("model", "data"),
-    ("describe", "prune", "distill", "evaluate", "publish"),
+    ("describe", "sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
     ("student_shape",),

@@ -15,6 +15,7 @@ from minitron.distill.teacher import OnlineTeacher
 from minitron.distill.train import DistillConfig, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.packing import Batch
 from minitron.prune.cut import cut
 
 SHAPE = Shape(layers=4, hidden=12, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)
@@ -69,21 +70,21 @@ def test_the_states_count_as_much_as_the_logits_and_only_in_training(hidden: int
     (tmp_path / "student").mkdir()
     cut(teacher, tiny.plan(teacher.shape, hidden=hidden, layers=3), tmp_path / "student")
     student = open_checkpoint(tmp_path / "student")
-    tokens = tiny.tokens(2, 9, seed=4)
+    batch = Batch(tiny.tokens(2, 9, seed=4))
     guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), states=True)
     pairs = default_pairs(student.shape, teacher.shape)
     between = IntermediateLoss(pairs, student.shape, teacher.shape, centred=False)
     pupil = Pupil(load_model(student.path, torch.float32), Objective(), between, torch.float32).train()
-    lesson = guide(tokens)
-    pupil.fit_maps(tokens, lesson)
-    minimised, objective = pupil(tokens, lesson)
-    alone = Pupil(pupil.model, Objective(), None, torch.float32)(tokens, lesson)[0]
+    lesson = guide(batch)
+    pupil.fit_maps(batch, lesson)
+    minimised, objective = pupil(batch, lesson)
+    alone = Pupil(pupil.model, Objective(), None, torch.float32)(batch, lesson)[0]
     torch.testing.assert_close(objective, alone.detach())
     torch.testing.assert_close(minimised.detach(), 2 * objective)
     minimised.backward()
     assert all(parameter.grad is not None for parameter in pupil.parameters())
     assert len(list(between.parameters())) == (0 if hidden == 32 else 2)
-    assert torch.equal(pupil.eval()(tokens, lesson)[0], objective)
+    assert torch.equal(pupil.eval()(batch, lesson)[0], objective)
 
 
 def test_a_deep_cut_has_them_by_default_and_a_width_cut_does_not() -> None:

@@ -16,6 +16,7 @@ from minitron.distill.train import DistillConfig, blocks_read, distill, resolve
 from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
+from minitron.packing import Batch, Separator
 from minitron.recipe import build_recipe
 from minitron.run import run
 
@@ -34,7 +35,7 @@ def test_a_lesson_is_the_teachers_likeliest_tokens_and_the_rest(variant: str, tm
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     tokens, recorded = written(path, tmp_path / "lessons", temperature=2.0)
     expected = TopK.of(tiny.logits(tiny.model(path), tokens)[:, :-1].flatten(0, 1) / 2.0, 5)
-    found = recorded(tokens).logits
+    found = recorded(Batch(tokens)).logits
     assert isinstance(found, TopK)
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=5e-3, rtol=0)
     torch.testing.assert_close(found.tail, expected.tail, atol=5e-3, rtol=0)
@@ -51,7 +52,7 @@ def test_lessons_do_not_depend_on_the_parts_of_text_or_vocabulary(
     monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 1500)
     _, split = written(path, tmp_path / "split")
     assert len(list((tmp_path / "split").glob("shard-*"))) > 1
-    one, other = whole(tokens).logits, split(tokens).logits
+    one, other = whole(Batch(tokens)).logits, split(Batch(tokens)).logits
     assert isinstance(one, TopK) and isinstance(other, TopK)
     torch.testing.assert_close(one.log_probs, other.log_probs, atol=5e-3, rtol=0)
     torch.testing.assert_close(one.tail, other.tail, atol=5e-3, rtol=0)
@@ -59,7 +60,7 @@ def test_lessons_do_not_depend_on_the_parts_of_text_or_vocabulary(
 
 def test_blocks_come_in_any_order_and_selection(tmp_path: Path) -> None:
     tokens, recorded = written(tiny.checkpoint("llama", tmp_path / "teacher"), tmp_path / "lessons")
-    whole, some = recorded(tokens).logits, recorded(tokens[[4, 1]]).logits
+    whole, some = recorded(Batch(tokens)).logits, recorded(Batch(tokens[[4, 1]])).logits
     assert isinstance(whole, TopK) and isinstance(some, TopK)
     assert torch.equal(some.ids, whole.ids.view(6, 8, 5)[[4, 1]].flatten(0, 1))
     assert torch.equal(some.tail, whole.tail.view(6, 8)[[4, 1]].flatten())
@@ -67,7 +68,7 @@ def test_blocks_come_in_any_order_and_selection(tmp_path: Path) -> None:
 
 def test_a_lesson_is_a_distribution(tmp_path: Path) -> None:
     tokens, recorded = written(tiny.checkpoint("llama", tmp_path / "teacher"), tmp_path / "lessons")
-    lesson = recorded(tokens).logits
+    lesson = recorded(Batch(tokens)).logits
     assert isinstance(lesson, TopK)
     torch.testing.assert_close(lesson.log_probs.exp().sum(-1) + lesson.tail.exp(), torch.ones(48), atol=1e-6, rtol=0)
 
@@ -83,13 +84,31 @@ def test_ids_of_large_vocabularies_are_whole() -> None:
 def test_lessons_of_other_text_or_damaged_ones_are_refused(tmp_path: Path) -> None:
     tokens, recorded = written(tiny.checkpoint("llama", tmp_path / "teacher"), tmp_path / "lessons")
     with pytest.raises(MinitronError, match=r"no lesson of a block of this text.*write the lessons again"):
-        recorded((tokens + 1) % 50)
+        recorded(Batch((tokens + 1) % 50))
     shard = tmp_path / "lessons" / "shard-00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(MinitronError, match=r"shard-00000.safetensors is missing or damaged"):
         RecordedTeacher(tmp_path / "lessons", CPU)
+
+
+def test_lessons_of_documents_kept_apart_are_of_the_tokens_that_predict(tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path / "teacher")
+    tokens, separator = tiny.tokens(4, 9, seed=1), Separator(7, leads=True)
+    tokens[0, 3] = tokens[2, 8] = tokens[3, 1] = 7
+    batch, out = Batch(tokens, separator), tmp_path / "lessons"
+    out.mkdir()
+    write_lessons(open_checkpoint(path), tokens.numpy(), out, top_k=5, separator=separator, dtype=torch.float32)
+    found = RecordedTeacher(out, CPU)(batch).logits
+    with torch.no_grad():
+        logits = tiny.model(path)(**batch.inputs, use_cache=False).logits
+    expected = TopK.of(batch.predicting(logits), 5)
+    assert isinstance(found, TopK) and len(found.ids) == batch.num_predicted == 4 * 8 - 3
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=5e-3, rtol=0)
+    torch.testing.assert_close(found.tail, expected.tail, atol=5e-3, rtol=0)
+    with pytest.raises(MinitronError, match="no lesson of a block of this text"):
+        RecordedTeacher(out, CPU)(Batch(tokens))
 
 
 def test_what_a_token_takes_is_said(tmp_path: Path) -> None:

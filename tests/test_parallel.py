@@ -54,6 +54,7 @@ def start(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def calibration(data: str, samples: int, out: str) -> list[object]:
     options = ["--samples", samples, "--block-tokens", 16, "--second-moment", "--out", out]
+    options += ["--separate-documents"] * (samples == 20)
     return ["-m", "minitron", "calibrate", "teacher", "--data", data, *options]
 
 

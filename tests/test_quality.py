@@ -1,6 +1,8 @@
 """Quality is what a naive float64 loop over transformers' logits finds."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from minitron.data import Blocks, Corpus
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
+from minitron.packing import Batch, Separator
 
 VARIANTS = ["llama", "llama-tied", "mistral-window", "gemma2", "granite"]  # the last two transform their logits
 
@@ -108,6 +111,31 @@ def test_a_bfloat16_model_has_the_numbers_of_its_weights(pair: tuple[Any, Any, C
     found = evaluate(low, corpus.heldout, teacher=guide)
     assert found.lm_loss == pytest.approx(expected.lm_loss, rel=0.01)
     assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=0.1)
+
+
+def test_documents_kept_apart_are_measured_as_documents_alone(pair: tuple[Any, Any, Corpus]) -> None:
+    model, teacher, corpus = pair
+    separator = Separator(int(corpus.train.tokens.min()), leads=False)  # the end token
+    blocks = replace(corpus.heldout.head(10), separator=separator)
+    found = evaluate(model, blocks, teacher=teacher, batch=4)
+    nats, kl, agreeing, count = 0.0, 0.0, 0, 0
+    for block in torch.from_numpy(blocks.select(slice(None))):
+        cuts = [0, *((block == separator.token).nonzero()[:, 0] + 1).tolist(), len(block)]
+        for start, stop in pairwise(cuts):
+            if stop - start < 2:
+                continue
+            one = Blocks(block[None, start:stop].numpy())
+            alone = evaluate(model, one, teacher=teacher)
+            assert alone.kl_to_teacher is not None and alone.top1_agreement is not None
+            nats += alone.lm_loss * alone.tokens
+            kl += alone.kl_to_teacher * alone.tokens
+            agreeing += round(alone.top1_agreement * alone.tokens)
+            count += alone.tokens
+    assert count == found.tokens < 10 * (corpus.block_tokens - 1)
+    assert (found.lm_loss, found.kl_to_teacher) == pytest.approx((nats / count, kl / count), rel=1e-5)
+    assert found.top1_agreement == agreeing / count
+    counted = Batch(torch.from_numpy(blocks.select(slice(None))), separator).predicted.numpy()
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / blocks.bytes[counted].sum(), rel=1e-5)
 
 
 def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:

@@ -17,14 +17,16 @@ import yaml
 
 from minitron import cli
 from minitron.data import open_corpus
-from minitron.errors import RunError
+from minitron.errors import MinitronError, RunError
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
+from minitron.packing import Batch
+from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import build_recipe, load_recipe
-from minitron.run import run
+from minitron.run import calibration_tokens, run
 
 STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
 FILES = (
@@ -212,6 +214,90 @@ def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Pa
     run(recipe, tmp_path / "out")
     run(recipe, tmp_path / "undisturbed")
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_a_run_that_keeps_documents_apart_does_so_throughout(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path, "llama")
+    short = [json.dumps({"text": " ".join(small.WORDS.split()[n % 9 : n % 9 + 3]) + f" {n}"}) for n in range(400)]
+    Path(raw["data"]["source"]).write_text("\n".join(short))
+    raw["data"]["separate_documents"] = True
+    raw["calibrate"] = {"samples": 32, "precision": "float32"}
+    raw["prune"] |= {"layer_criterion": "loss", "layer_samples": 8, "iterations": 2}
+    raw |= {"distill": {"tokens": 640, "batch_blocks": 4}, "repair": {"steps": ["refit"]}}
+    records = run(build_recipe(raw), tmp_path / "out")
+    corpus = open_corpus(tmp_path / "out" / "data")
+    assert corpus.separator is not None
+    teacher = tiny.model(tmp_path / "teacher")
+    for name in ("teacher", "student"):
+        model = teacher if name == "teacher" else tiny.model(tmp_path / "out" / name)
+        found = evaluate(model, corpus.heldout.head(8))
+        assert records.evaluations[name]["lm_loss"] == pytest.approx(found.lm_loss, rel=1e-5)
+
+    inputs: list[torch.Tensor] = []
+    teacher.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].abs()))
+    tokens = calibration_tokens(corpus, CalibrateConfig(samples=32), 0)
+    with torch.no_grad():
+        teacher(**Batch(tokens, corpus.separator).inputs, use_cache=False)
+        teacher(input_ids=tokens, use_cache=False)
+    apart, across = (each.mean(1).sum(0) for each in inputs)
+    counted = Statistics.load(tmp_path / "out" / "statistics").sums["mlp_out"][2, 0, 0].float()
+    torch.testing.assert_close(counted, apart, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(counted, across, rtol=1e-2, atol=1e-2)
+
+
+def sampled_recipe(path: Path, **changes: Any) -> dict[str, Any]:
+    data = {"source": "teacher", "heldout_fraction": 0.2, "block_tokens": 16, "sample_batch": 8}
+    return raw_recipe(path, "llama", distill={"tokens": 40 * 16, "batch_blocks": 4}) | {"data": data} | changes
+
+
+def test_a_run_on_text_sampled_from_the_teacher_says_so_and_is_resumed(tmp_path: Path) -> None:
+    recipe = build_recipe(sampled_recipe(tmp_path))
+
+    class Impatient(Heard):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            super().progress(done, total, note)
+            if total == 40 * 16 and done > 400:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", Impatient())
+    assert (tmp_path / "out" / "data-state" / "sampled.jsonl").read_text().count("\n") % 8 == 0
+    with pytest.raises(RunError, match=r"data-state was made from other inputs; changed: seed \(0, now 1\)"):
+        run(recipe.model_copy(update={"seed": 1}), tmp_path / "out")
+    records = run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "data-state").exists()
+    run(recipe, tmp_path / "undisturbed")
+    for name in ("data/sampled.jsonl", "data/train.bin", "data/heldout.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
+
+    heard = Heard()
+    run(recipe, tmp_path / "out", heard)
+    assert {state for _, state in heard.stages} == {"unchanged"}
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").data.max_tokens == 40 * 16
+    sampled = records.stages["data"]["result"]["sampled"]
+    assert f"sampled from the teacher, {sampled['documents']} documents at temperature 1" in (
+        (tmp_path / "out" / "report.html").read_text()
+    )
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    assert "of text sampled from the parent itself" in card and "held-out part" in card
+    # The same text as any text: what is held out of it is held out again.
+    given = recipe.data.model_copy(update={"source": str(tmp_path / "out" / "data" / "sampled.jsonl")})
+    run(recipe.model_copy(update={"data": given}), tmp_path / "given")
+    assert_same_student(tmp_path / "out", tmp_path / "given")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill": {}}, r"'teacher' is text without end, sampled from the teacher: say how many tokens to train on"),
+        ({"data": {"heldout": "teacher"}}, r"data.heldout cannot be 'teacher': .* leave data.heldout out"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MinitronError, match=message):
+        run(build_recipe(sampled_recipe(tmp_path, **changes)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 SEARCH = {

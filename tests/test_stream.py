@@ -16,13 +16,14 @@ from minitron.model import stream
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.stream import Stream, default_batch
+from minitron.packing import Batch, Separator
 
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 
 
-def streamed(path: Path, tokens: Tensor, batch: int) -> list[Tensor]:
+def streamed(path: Path, tokens: Tensor, batch: int, separator: Separator | None = None) -> list[Tensor]:
     """The states before the first layer, after each layer, and after the final norm."""
-    flow = Stream(open_checkpoint(path), tokens, dtype=torch.float32, batch=batch)
+    flow = Stream(open_checkpoint(path), tokens, dtype=torch.float32, batch=batch, separator=separator)
     flow.embed()
     states = [flow.states.clone()]
     for index, layer in flow.layers():
@@ -35,11 +36,12 @@ def streamed(path: Path, tokens: Tensor, batch: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def by_transformers(path: Path, tokens: Tensor) -> list[Tensor]:
+def by_transformers(path: Path, tokens: Tensor, separator: Separator | None = None) -> list[Tensor]:
     model = tiny.model(path)
     last: list[Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _, args, output: last.append(output))
-    hidden = model.model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    inputs = Batch(tokens, separator).inputs
+    hidden = model.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     return [*hidden[:-1], last[0], hidden[-1]]  # transformers lists the last layer's states only after the norm
 
 
@@ -47,6 +49,16 @@ def by_transformers(path: Path, tokens: Tensor) -> list[Tensor]:
 def test_states_after_every_layer_are_those_of_transformers(directory: Path, batch: int) -> None:
     tokens = tiny.tokens(5, 11)
     torch.testing.assert_close(streamed(directory, tokens, batch), by_transformers(directory, tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_states_of_documents_kept_apart_are_those_of_transformers(directory: Path, batch: int) -> None:
+    tokens, separator = tiny.tokens(5, 12), Separator(7, leads=True)
+    for row, column in ((0, 5), (1, 2), (1, 9), (2, 11), (4, 6)):
+        tokens[row, column] = 7
+    packed = streamed(directory, tokens, batch, separator)
+    torch.testing.assert_close(packed, by_transformers(directory, tokens, separator), **CLOSE)
+    assert not torch.allclose(packed[-1], streamed(directory, tokens, batch)[-1], atol=0.01)
 
 
 def test_states_in_a_file_are_the_states_in_memory(

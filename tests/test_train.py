@@ -5,9 +5,11 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import tiny
@@ -20,6 +22,7 @@ from minitron.distill.train import DistillConfig, distill, distill_until, learni
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
+from minitron.packing import Separator
 from minitron.prune.cut import cut
 
 STEPS, BATCH, BLOCK = 10, 4, 16
@@ -207,6 +210,28 @@ def test_the_loss_of_every_kind_of_family_is_the_naive_one(bench: Bench, variant
     expected = naive_kl(tiny.model(tmp_path / "student"), tiny.model(teacher), tokens)
     assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert not torch.equal(*(tiny.tensors(tmp_path / name)["model.embed_tokens.weight"] for name in ("student", "out")))
+
+
+def test_the_loss_of_documents_kept_apart_is_that_of_documents_alone(bench: Bench, tmp_path: Path) -> None:
+    # A token that is in every block, as if each word were a document.
+    separator = Separator(int(np.bincount(bench.corpus.train.tokens.flatten()).argmax()), leads=False)
+    corpus = replace(bench.corpus, separator=separator)
+    still = CONFIG.model_copy(update={"tokens": BATCH * BLOCK, "learning_rate": 1e-30, "micro_batch_tokens": 2 * BLOCK})
+    bench.distill(tmp_path, still, corpus=corpus)
+    first, last = (json.loads(line) for line in (tmp_path / "distill" / "metrics.jsonl").read_text().splitlines())
+    teacher, student = tiny.model(bench.teacher), tiny.model(bench.student)
+    train, heldout = corpus.train, corpus.heldout.head(CONFIG.evaluate_blocks)
+    drawn = train.select(batch_rows(len(train), seed=0, step=0, batch=BATCH))
+    for loss, blocks in ((first["loss"], drawn), (last["heldout_loss"], heldout.select(slice(None)))):
+        total, count = 0.0, 0
+        for block in torch.from_numpy(blocks):
+            cuts = [0, *((block == separator.token).nonzero()[:, 0] + 1).tolist(), len(block)]
+            for start, stop in pairwise(cuts):
+                if stop - start > 1:
+                    total += naive_kl(student, teacher, block[None, start:stop]).item() * (stop - start - 1)
+                    count += stop - start - 1
+        assert count < 0.9 * (blocks.size - len(blocks))
+        assert loss == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_path: Path) -> None:

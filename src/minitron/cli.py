@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate)
     evaluate.add_argument("model", metavar="MODEL")
     evaluate.add_argument("--teacher")
-    _add_data(evaluate)
+    _add_data(evaluate, sampled=False)
     evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
     evaluate.add_argument("--blocks", type=_count, default=512, help="blocks to measure on, at most")
     evaluate.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
@@ -483,6 +483,10 @@ def _estimate_lines(facts: dict[str, Any]) -> list[str]:
             f"KV cache {size(cache)} a token, {size(cache * context)} at {context:,} tokens",
         ]
     forward, step = facts["teacher_forward_flops_per_token"], facts["student_step_flops_per_token"]
+    if sampled := facts["sampled_tokens"]:
+        lines.append(
+            f"text: {sampled:,} training tokens sampled from the teacher, one by one, {flops(sampled * forward)}"
+        )
     lines += [
         f"calibration: {facts['calibration_tokens']:,} tokens at most, {flops(facts['calibration_flops'])}",
         f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}; per token "
@@ -518,9 +522,16 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="file, directory, dataset id or `builtin`; default builtin (Python source text)")
+def _add_data(parser: argparse.ArgumentParser, *, sampled: bool = True) -> None:
+    """`sampled`: whether text can be sampled from the teacher, which is MODEL where nothing else is."""
+    names = "`teacher` (text sampled from it) or " if sampled else "or "
+    parser.add_argument(
+        "--data", help=f"file, directory, dataset id, {names}`builtin` (Python source text, the default)"
+    )
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
+    parser.add_argument(
+        "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:
@@ -530,7 +541,11 @@ def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe ke
 def _data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.data is None:
         console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
-    return {"source": args.data or "builtin", "text_field": args.text_field}
+    return {
+        "source": args.data or "builtin",
+        "text_field": args.text_field,
+        "separate_documents": args.separate_documents,
+    }
 
 
 def _data_config(args: argparse.Namespace, console: Console) -> Any:

@@ -4,7 +4,7 @@ A corpus on disk is a directory:
 
     train.bin, heldout.bin    one long stream of token ids each (uint16 or uint32)
     heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint16)
-    corpus.json               written last: dtype, block length, counts, delimiter, digest
+    corpus.json               written last: dtype, block length, counts, delimiter, separator, digest
 
 Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 """
@@ -13,7 +13,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,11 @@ from pydantic import Field
 
 from minitron.config import Section
 from minitron.errors import DataError
+from minitron.packing import Separator
 
 BUILTIN = "builtin"
+TEACHER = "teacher"  # text that `sampling` draws from the teacher
+SAMPLED = "sampled.jsonl"  # where that lies, in a run's data directory
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 # Generated tables, not source text that a person wrote.
 _NOT_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
@@ -32,14 +35,17 @@ _TESTS = {"test", "tests", "idle_test", "testsuite"}
 
 class DataConfig(Section):
     source: str = BUILTIN
-    """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, or `builtin`: the source
-    text of the running Python's standard library, without its tests."""
+    """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
+    of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
     heldout: str | None = None
     """A second source, held out whole. Without one, `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
     delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
     """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each."""
+    separate_documents: bool = False
+    """Keep the documents of a block apart: attention stays within a document, positions begin anew with each, and the
+    first token of one is not predicted from the last of another. They are told apart by the delimiter's tokens."""
     block_tokens: int | None = Field(default=None, ge=8)
     """Tokens in a block. Default: the model's context length, at most 2048."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -47,7 +53,17 @@ class DataConfig(Section):
     max_document_chars: int = Field(default=16384, ge=256)
     """A longer text file is several documents: it is cut at the first blank line after this many characters."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Stop reading after this many training tokens. Default: read everything; of a dataset id, what the run needs."""
+    """Stop reading, or sampling, after this many training tokens. Default: read everything; of a dataset id, and of
+    text sampled from the teacher, what the run needs."""
+    sample_temperature: float = Field(default=1.0, gt=0)
+    """Of text sampled from the teacher: its logits are divided by this."""
+    sample_top_k: int | None = Field(default=None, ge=1)
+    """Of text sampled from the teacher: only the so many likeliest tokens are drawn. Default: all."""
+    sample_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Of text sampled from the teacher: only the likeliest tokens that have this probability together are drawn.
+    Default: all."""
+    sample_batch: int = Field(default=32, ge=1)
+    """Of text sampled from the teacher: documents at a time. Another number gives other text."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +74,20 @@ class Document:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token."""
+    """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token;
+    `separator` tells documents apart that are to be kept so."""
 
     tokens: np.ndarray  # [num_blocks, block_tokens]
     bytes: np.ndarray | None = None  # [num_blocks, block_tokens]
+    separator: Separator | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def head(self, num_blocks: int | None) -> "Blocks":
         """The first `num_blocks` blocks; all of them if None or more than there are."""
-        return Blocks(self.tokens[:num_blocks], None if self.bytes is None else self.bytes[:num_blocks])
+        num_bytes = None if self.bytes is None else self.bytes[:num_blocks]
+        return replace(self, tokens=self.tokens[:num_blocks], bytes=num_bytes)
 
     def select(self, rows: np.ndarray | slice) -> np.ndarray:
         """Token ids of the given blocks, int64 [rows, block_tokens]."""
@@ -86,14 +105,15 @@ class Corpus:
     heldout_documents: int
     heldout_tokens: int
     digest: str
+    separator: Separator | None = None  # where documents are to be kept apart
 
     @property
     def train(self) -> Blocks:
-        return Blocks(self._map("train.bin", self.dtype))
+        return Blocks(self._map("train.bin", self.dtype), separator=self.separator)
 
     @property
     def heldout(self) -> Blocks:
-        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"))
+        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"), self.separator)
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         stream = np.memmap(self.path / name, dtype=dtype, mode="r")
@@ -110,7 +130,8 @@ def open_corpus(path: Path) -> Corpus:
         meta = json.loads((path / "corpus.json").read_text())
     except FileNotFoundError:
         raise DataError(f"{path} is not a prepared corpus: it has no corpus.json") from None
-    return Corpus(path=path, **meta)
+    separator = meta.pop("separator", None)
+    return Corpus(path=path, separator=separator and Separator(**separator), **meta)
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -133,11 +154,13 @@ def prepare(
     vocab: int,
     block_tokens: int,
     out: Path,
+    documents: Iterable[Document] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
 
     Args:
+        documents: those of the source, where it is none that could be read.
         progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
 
     Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
@@ -148,11 +171,12 @@ def prepare(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {vocab}: "
             "they do not belong together, or the model's embedding was never resized; use the model's own tokenizer"
         )
-    prefix, suffix, delimiter = _delimiters(config.delimiter, tokenizer)
+    prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
+    apart = separator(config, tokenizer)
     writer = _Writer(out, tokenizer, prefix, suffix, dtype="uint16" if vocab <= 2**16 else "uint32")
     with writer:
-        for document in read_documents(config.source, config):
-            held = config.heldout is None and _fraction(document.key) < config.heldout_fraction
+        for document in documents or read_documents(config.source, config):
+            held = config.heldout is None and is_heldout(document, config.heldout_fraction)
             if writer.add(document, heldout=held):
                 progress(sum(writer.tokens.values()), 0, "tokens")
             if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
@@ -172,7 +196,8 @@ def prepare(
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
         heldout_tokens=writer.tokens["heldout"],
-        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=str(block_tokens)),
+        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
+        separator=apart,
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -211,7 +236,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a source that is no local path can only be a dataset on the hub."""
     path = Path(source).expanduser()
     looks_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES
-    return source != BUILTIN and not looks_local and source.count("/") <= 1
+    return source not in (BUILTIN, TEACHER) and not looks_local and source.count("/") <= 1
 
 
 def source_files(config: DataConfig) -> list[Path]:
@@ -221,6 +246,8 @@ def source_files(config: DataConfig) -> list[Path]:
         path = Path(source).expanduser()
         if source == BUILTIN:
             files += _library_files(tests=False)
+        elif source == TEACHER:
+            continue
         elif path.is_dir():
             files += _text_files(path)
         elif path.exists():
@@ -262,7 +289,7 @@ def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
 def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
     match path.suffix:
         case ".txt" | ".md":
-            yield from (_keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
+            yield from (keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
         case ".jsonl":
             yield from _read_jsonl(path, config.text_field)
         case ".parquet":
@@ -307,7 +334,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
-        yield _keyed(_text_of(row, field, f"{path}, line {number}"))
+        yield keyed(_text_of(row, field, f"{path}, line {number}"))
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -331,7 +358,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
         raise DataError(f"{path} has no column {field!r} (data.text_field); it has {', '.join(columns)}")
     for batch in table.iter_batches(columns=[field]):
         for text in batch.column(0).to_pylist():
-            yield _keyed(_text_of({field: text}, field, str(path)))
+            yield keyed(_text_of({field: text}, field, str(path)))
 
 
 def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
@@ -340,7 +367,7 @@ def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
         for row in rows:
-            yield _keyed(_text_of(row, config.text_field, f"dataset {source}"))
+            yield keyed(_text_of(row, config.text_field, f"dataset {source}"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source!r} is neither a local path nor a readable hub dataset: {error}") from None
 
@@ -357,7 +384,8 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def _keyed(text: str) -> Document:
+def keyed(text: str) -> Document:
+    """A document of text from anywhere but the built-in corpus."""
     return Document(key=hashlib.sha256(text.encode()).hexdigest(), text=text)
 
 
@@ -366,7 +394,7 @@ def _fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
-def _delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
+def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
     """Token ids before and after each document, and the resolved choice."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if choice == "auto":
@@ -379,6 +407,23 @@ def _delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]
                 f"data.delimiter is {choice!r} but the tokenizer has no {name} token; set it to one of bos, eos, none"
             )
     return [bos] * (choice in ("bos", "both")), [eos] * (choice in ("eos", "both")), choice
+
+
+def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
+    """What tells documents apart, where they are to be kept so.
+
+    Raises: DataError if the delimiters do not tell.
+    """
+    if not config.separate_documents:
+        return None
+    prefix, suffix, choice = delimiters(config.delimiter, tokenizer)
+    if choice == "none" or prefix == suffix:
+        reason = "no token stands between documents" if choice == "none" else "BOS and EOS are the same token"
+        raise DataError(
+            f"data.separate_documents tells documents apart by their delimiter, but data.delimiter is {choice!r} and "
+            f"{reason}: set it to one of {'bos, eos, both' if choice == 'none' else 'bos, eos'}"
+        )
+    return Separator((prefix or suffix)[0], leads=bool(prefix))
 
 
 class _Writer:

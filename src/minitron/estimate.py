@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minitron.data import TEACHER
 from minitron.describe import describe, describe_shape, forward_flops
 from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
 from minitron.model.checkpoint import resolve_model
@@ -42,6 +43,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
         "teacher": describe(teacher),
         "student": student,
         "context": block_tokens,
+        "sampled_tokens": recipe.data.max_tokens if recipe.data.source == TEACHER else 0,
         "calibration_tokens": calibration_tokens,
         "calibration_flops": calibration_tokens * forward,
         "distill_tokens": tokens,

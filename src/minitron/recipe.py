@@ -29,7 +29,7 @@ class Recipe(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the data order and of random weights."""
+    """Seed of the data order, of random weights and of text sampled from the teacher."""
     scratch_baseline: bool = False
     """Also train the student's shape from random weights on the same tokens, as a row to compare with."""
     data: DataConfig = DataConfig()

@@ -15,7 +15,7 @@ from minitron.describe import describe
 from minitron.device import pick_device
 from minitron.distill import train
 from minitron.distill.teacher import require_same_vocabulary
-from minitron.errors import PlanError, RunError
+from minitron.errors import DataError, PlanError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
 from minitron.files import atomic_directory, readable_os_errors
@@ -53,8 +53,11 @@ from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
+    bounded,
+    calibrate_on,
     calibrate_tokens,
     calibration_tokens,
+    make_corpus,
     prepare_data,
     record_lessons,
     repairing,
@@ -93,11 +96,15 @@ def calibrate_model(
     with parallel.process_group() as here:
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            return calibrate_tokens(teacher, parallel.broadcast(None), config)
+            separator = data.separator(data_config, load_tokenizer(teacher.path))
+            return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
         with atomic_directory(out) as partial:
-            with _corpus(teacher, data_config, listener) as corpus:
+            with _corpus(teacher, data_config, listener, config.samples, seed) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
-                statistics = calibrate_tokens(teacher, tokens, config, scratch=partial, listener=listener)
+                statistics = calibrate_tokens(
+                    teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
+                )
+                _keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
 
@@ -121,14 +128,15 @@ def search_model(
     calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
     feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
-        corpus = None if data_config is None else stack.enter_context(_corpus(teacher, data_config, listener))
+        corpus = None
+        if data_config is not None:
+            corpus = stack.enter_context(_corpus(teacher, data_config, listener, calibration.samples))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert corpus is not None
-            tokens = calibration_tokens(corpus, calibration, 0)
-            statistics = calibrate_tokens(teacher, tokens, calibration, scratch=work, listener=listener)
+            statistics = calibrate_on(teacher, corpus, calibration, 0, scratch=work, listener=listener)
         scores = score_units(statistics, teacher.shape, prune)
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
         make = None
@@ -206,7 +214,7 @@ class _Known:
     @cached_property
     def scoring(self) -> Scoring:
         calibration, tokenizer = CalibrateConfig(second_moment="basis" in self.steps), load_tokenizer(self.teacher.path)
-        with _corpus(self.teacher, self.data_config(), self.listener) as corpus:
+        with _corpus(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
             scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
         return replace(scoring, scratch=self.work)
 
@@ -216,7 +224,12 @@ class _Known:
             return Statistics.load_for(self.teacher, self.statistics_dir)
         scoring = self.scoring
         return calibrate_tokens(
-            self.teacher, scoring.tokens, scoring.calibrate, scratch=self.work, listener=self.listener
+            self.teacher,
+            scoring.tokens,
+            scoring.calibrate,
+            scratch=self.work,
+            separator=scoring.separator,
+            listener=self.listener,
         )
 
     @cached_property
@@ -258,11 +271,12 @@ def distill_models(
     """Distil a student of any origin. State lives beside `out` in `<out>.work` until the student is complete."""
     guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
     require_same_vocabulary(guide, pupil)
+    data_config = bounded(data_config, config.tokens)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
     work = out.with_name(f"{out.name}.work")
     with RunDirectory(work, None, listener) as stages:
-        corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path))
+        corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
         config = train.resolve(
             config,
             pupil.shape,
@@ -276,6 +290,7 @@ def distill_models(
             source = record_lessons(stages, config, guide, corpus, seed)
         made = teach(stages, "student", config, seed, pupil.path, source, corpus)
         (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
+        _keep_sampled(corpus.path, made)
         facts = json.loads((made / "record.json").read_text())["result"]
         with readable_os_errors(out):
             made.rename(out)
@@ -293,6 +308,11 @@ def evaluate_model(
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
     """Measure one model on the part of the data that a run holds out, or with `whole` on all of it."""
+    if data_config.source == data.TEACHER:
+        raise DataError(
+            "text is sampled from the teacher to prune or distil it, and not to evaluate: "
+            f"give text, such as data/{data.SAMPLED} of a run that sampled some"
+        )
     checkpoint = open_checkpoint(resolve_model(model))
     guide = None
     if teacher is not None:
@@ -318,16 +338,26 @@ def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: floa
     return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
+def _keep_sampled(corpus: Path, out: Path) -> None:
+    """Text that was sampled took longest of all, and can be given to the next command."""
+    if (corpus / data.SAMPLED).exists():
+        shutil.copyfile(corpus / data.SAMPLED, out / data.SAMPLED)
+
+
 @contextmanager
-def _corpus(checkpoint: Checkpoint, config: data.DataConfig, listener: Listener) -> Iterator[data.Corpus]:
-    """A corpus that is gone after the block."""
+def _corpus(
+    checkpoint: Checkpoint, config: data.DataConfig, listener: Listener, samples: int | None = None, seed: int = 0
+) -> Iterator[data.Corpus]:
+    """A corpus that is gone after the block.
+
+    Args:
+        samples: training blocks that are needed of text without end, which may be the checkpoint's own.
+        seed: of text that is sampled.
+    """
     listener.stage("data", "running")
+    if samples is not None:
+        config = bounded(config, samples * block_length(config, checkpoint))
     with tempfile.TemporaryDirectory(prefix="minitron-") as path:
-        yield data.prepare(
-            config,
-            load_tokenizer(checkpoint.path),
-            vocab=checkpoint.shape.vocab,
-            block_tokens=block_length(config, checkpoint),
-            out=Path(path),
-            progress=listener.progress,
-        )
+        tokenizer = load_tokenizer(checkpoint.path)
+        make_corpus(config, checkpoint, tokenizer, seed=seed, out=Path(path), listener=listener)
+        yield data.open_corpus(Path(path))

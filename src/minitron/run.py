@@ -1,5 +1,6 @@
 """The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +17,7 @@ from minitron.device import compute_dtype, pick_device, settle_precision
 from minitron.distill import train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
-from minitron.errors import RunError
+from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
 from minitron.evaluate.speed import measure_speed
@@ -32,6 +33,7 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
+from minitron.packing import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes, target_shape
@@ -44,6 +46,7 @@ from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
 from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.sampling import sample_text
 from minitron.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
@@ -61,7 +64,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
     with RunDirectory(out, recipe, listener) as stages:
-        corpus = prepare_data(stages, recipe.data, teacher, tokenizer)
+        corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
         statistics = collect_statistics(stages, recipe, teacher, corpus)
         scores = score_units(statistics, teacher.shape, recipe.prune)
         mend = repairing(recipe, statistics, scores, corpus, stages.listener)
@@ -108,23 +111,16 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
     repair = resolve_repair(recipe.repair, teacher)
     basis = "basis" in (repair.steps or []) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
-    max_tokens = recipe.data.max_tokens
-    if max_tokens is None and data.is_hub_id(recipe.data.source):
-        if recipe.distill.tokens is None:
-            raise RunError(
-                f"{recipe.data.source!r} is a dataset id, which may be endless: "
-                "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
-            )
-        max_tokens = max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
+    tokens = recipe.distill.tokens and max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
+    of_run = bounded(recipe.data, tokens)
     return recipe.model_copy(
         update={
             "model": _whole_path(recipe.model),
-            "data": recipe.data.model_copy(
+            "data": of_run.model_copy(
                 update={
-                    "source": _whole_path(recipe.data.source),
-                    "heldout": recipe.data.heldout and _whole_path(recipe.data.heldout),
+                    "source": _whole_path(of_run.source),
+                    "heldout": of_run.heldout and _whole_path(of_run.heldout),
                     "block_tokens": block_tokens,
-                    "max_tokens": max_tokens,
                 }
             ),
             "prune": recipe.prune.model_copy(
@@ -141,33 +137,97 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
     ), shape
 
 
+def bounded(config: data.DataConfig, tokens: int | None) -> data.DataConfig:
+    """The config with an end to text that has none of its own: after `tokens` training tokens, what the work needs.
+
+    Raises: RunError if the text has no end and `tokens` is None; DataError if held-out text is to be sampled.
+    """
+    if config.heldout == data.TEACHER:
+        raise DataError(
+            f"data.heldout cannot be {data.TEACHER!r}: of text sampled from the teacher (data.source) a part is "
+            "held out anyway; leave data.heldout out, or name a text"
+        )
+    reason = "is a dataset id, which may be endless" if data.is_hub_id(config.source) else None
+    reason = "is text without end, sampled from the teacher" if config.source == data.TEACHER else reason
+    if reason is None or config.max_tokens is not None:
+        return config
+    if tokens is None:
+        raise RunError(
+            f"{config.source!r} {reason}: "
+            "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
+        )
+    return config.model_copy(update={"max_tokens": tokens})
+
+
 def _whole_path(source: str) -> str:
-    """A local path made absolute, so that the stored recipe runs from anywhere; a hub id or `builtin` as it is."""
+    """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if source != data.BUILTIN and path.exists() else source
+    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and path.exists() else source
 
 
-def prepare_data(stages: RunDirectory, config: data.DataConfig, teacher: Checkpoint, tokenizer: Any) -> data.Corpus:
-    block_tokens = block_length(config, teacher)
-    stages.do(
-        "data",
-        lambda out: asdict_without_path(
-            data.prepare(
-                config,
-                tokenizer,
-                vocab=teacher.shape.vocab,
-                block_tokens=block_tokens,
-                out=out,
-                progress=stages.listener.progress,
-            )
-        ),
-        inputs={
-            "text": stages.digest(data.source_files(config)),
-            "tokenizer": stages.digest(carried_files(teacher.path)),
-        },
-        config={"data": config},
-    )
+def prepare_data(
+    stages: RunDirectory, config: data.DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int
+) -> data.Corpus:
+    inputs = {
+        "text": stages.digest(data.source_files(config)),
+        "tokenizer": stages.digest(carried_files(teacher.path)),
+    }
+    settings: dict[str, Any] = {"data": config}
+    state = None
+    if config.source == data.TEACHER:
+        inputs["teacher"] = stages.digest(model_files(teacher.path))
+        settings["seed"] = seed
+        state = stages.out / "data-state"
+
+    def work(out: Path) -> dict[str, Any]:
+        return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
+
+    stages.do("data", work, inputs=inputs, config=settings, state=state)
+    if state is not None:
+        shutil.rmtree(state, ignore_errors=True)
     return data.open_corpus(stages.out / "data")
+
+
+def make_corpus(
+    config: data.DataConfig,
+    teacher: Checkpoint,
+    tokenizer: Any,
+    *,
+    seed: int,
+    out: Path,
+    state: Path | None = None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
+
+    Args:
+        state: where sampled text is kept from one call to the next.
+
+    Returns what a record should say of it.
+    """
+    block_tokens = block_length(config, teacher)
+    facts: dict[str, Any] = {}
+    documents = None
+    if config.source == data.TEACHER:
+        file = (state or out) / data.SAMPLED
+        rows = sample_text(
+            teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
+        )
+        if state is not None:
+            shutil.copyfile(file, out / data.SAMPLED)
+        facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
+        documents = data.read_documents(str(file), data.DataConfig())
+        config = config.model_copy(update={"max_tokens": None})  # all of it is read
+    corpus = data.prepare(
+        config,
+        tokenizer,
+        vocab=teacher.shape.vocab,
+        block_tokens=block_tokens,
+        out=out,
+        documents=documents,
+        progress=listener.progress,
+    )
+    return asdict_without_path(corpus) | facts
 
 
 def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> Statistics:
@@ -258,7 +318,7 @@ def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: da
     """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
     tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
-    options = pass_options(recipe.calibrate, progress=_layers(listener))
+    options = pass_options(recipe.calibrate, separator=corpus.separator, progress=_layers(listener))
     return partial(
         repaired_cut, steps=recipe.repair.steps, statistics=statistics, scores=scores, tokens=tokens, **options
     )
@@ -358,6 +418,7 @@ def record_lessons(
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,
+            separator=corpus.separator,
             dtype=compute_dtype(config.precision, pick_device()),
             scratch=out,
             progress=_layers(stages.listener),
@@ -452,7 +513,7 @@ def calibrate_on(
     teacher: Checkpoint, corpus: data.Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
 ) -> Statistics:
     tokens = calibration_tokens(corpus, config, seed)
-    return calibrate_tokens(teacher, tokens, config, scratch=scratch, listener=listener)
+    return calibrate_tokens(teacher, tokens, config, scratch=scratch, separator=corpus.separator, listener=listener)
 
 
 def calibration_tokens(corpus: data.Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
@@ -468,9 +529,10 @@ def calibrate_tokens(
     config: CalibrateConfig,
     *,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    options = pass_options(config, scratch=scratch, progress=_layers(listener))
+    options = pass_options(config, scratch=scratch, separator=separator, progress=_layers(listener))
     return calibrate(teacher, tokens, second_moment=config.second_moment, **options)
 
 
@@ -482,7 +544,7 @@ def scoring_on(
     corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
 ) -> Scoring:
     tokens = calibration_tokens(corpus, calibrate, seed)
-    return Scoring(prune, calibrate, tokens, tokenizer, progress=_layers(listener))
+    return Scoring(prune, calibrate, tokens, tokenizer, separator=corpus.separator, progress=_layers(listener))
 
 
 def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:
@@ -498,4 +560,4 @@ def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> in
 
 
 def asdict_without_path(corpus: data.Corpus) -> dict[str, Any]:
-    return {name: value for name, value in vars(corpus).items() if name != "path"}
+    return {name: value for name, value in asdict(corpus).items() if name != "path"}

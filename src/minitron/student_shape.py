@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,8 @@ def judging_blocks(corpus: Corpus, seed: int, num_blocks: int) -> Blocks:
     """
     blocks = corpus.train
     order = batch_rows(len(blocks), seed=seed, step=0, batch=len(blocks))
-    return Blocks(np.asarray(blocks.tokens[np.sort(order[-min(num_blocks, max(1, len(blocks) // 2)) :])]))
+    last = np.sort(order[-min(num_blocks, max(1, len(blocks) // 2)) :])
+    return replace(blocks, tokens=np.asarray(blocks.tokens[last]))
 
 
 class _Trial:

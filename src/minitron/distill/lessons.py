@@ -26,6 +26,7 @@ from minitron.files import digest_files, write_json
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream, default_batch
+from minitron.packing import Batch, Separator
 
 INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
@@ -41,6 +42,7 @@ def write_lessons(
     *,
     top_k: int = DEFAULT_TOP_K,
     temperature: float = 1.0,
+    separator: Separator | None = None,
     dtype: torch.dtype,
     device: torch.device | None = None,
     scratch: Path | None = None,
@@ -50,6 +52,7 @@ def write_lessons(
 
     Args:
         temperature: of the distributions; losses that read the lessons must have the same.
+        separator: tells documents apart that are to be kept so; whoever reads the lessons must have the same.
         scratch: where files of hidden states go if they are needed.
         progress: called with (layers done, layers).
 
@@ -69,6 +72,7 @@ def write_lessons(
             batch=default_batch(shape, num_tokens, dtype),
             device=device or pick_device(),
             scratch=scratch,
+            separator=separator,
         )
         stream.embed()
         for index, layer in stream.layers():
@@ -77,7 +81,7 @@ def write_lessons(
             progress(before + index + 1, len(parts) * shape.layers)
         name = f"shard-{number:05d}.safetensors"
         tensors = _packed(_top_k(stream, top_k, temperature), shape.vocab)
-        save_file(tensors | {"blocks": torch.from_numpy(_digests(part))}, out / name)
+        save_file(tensors | {"blocks": torch.from_numpy(_digests(part, separator))}, out / name)
         shards.append({"file": name, "blocks": len(part), "sha256": digest_files([out / name], {})})
     num_bytes = sum((out / shard["file"]).stat().st_size for shard in shards)
     facts = {
@@ -114,11 +118,11 @@ class RecordedTeacher:
         self._order = digests.argsort()
         self._digests = digests[self._order]
 
-    def __call__(self, tokens: Int[Tensor, "blocks tokens"]) -> Lesson:
+    def __call__(self, batch: Batch) -> Lesson:
         """
         Raises: MinitronError for a block that there is no lesson of.
         """
-        wanted = _digests(tokens.cpu().numpy())
+        wanted = _digests(batch.tokens.cpu().numpy(), batch.separator)
         at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         if (self._digests[at] != wanted).any():
             raise MinitronError(
@@ -126,15 +130,17 @@ class RecordedTeacher:
                 "with another tokenizer; write the lessons again"
             )
         parts = [_read(*self._places[place]) for place in self._order[at]]
-        ids, log_probs, tail = (torch.cat([part[i] for part in parts]).to(self.device) for i in range(3))
+        kept = batch.predicted[:, 1:].flatten().cpu()
+        ids, log_probs, tail = (torch.cat([part[i] for part in parts])[kept].to(self.device) for i in range(3))
         # 16 bits round, and a distribution's sum is 1.
         total = torch.logaddexp(log_probs.logsumexp(-1), tail)
         return Lesson(TopK(ids, log_probs - total[:, None], tail - total))
 
 
-def _digests(blocks: Int[np.ndarray, "blocks tokens"]) -> Int[np.ndarray, " blocks"]:
+def _digests(blocks: Int[np.ndarray, "blocks tokens"], separator: Separator | None) -> Int[np.ndarray, " blocks"]:
     rows = np.ascontiguousarray(blocks, dtype=np.int64)
-    found = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    salt = repr(separator).encode() if separator else b""
+    found = [hashlib.blake2b(row.tobytes() + salt, digest_size=8).digest() for row in rows]
     return np.frombuffer(b"".join(found), dtype=np.int64).copy()
 
 

@@ -4,13 +4,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson
 from minitron.model.logits import LazyLogits, logit_transform
+from minitron.packing import Batch
 
 
 class Pupil(nn.Module):
@@ -25,19 +25,19 @@ class Pupil(nn.Module):
         self.model, self.intermediate = model, intermediate
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 
-    def forward(self, tokens: Int[Tensor, "blocks tokens"], lesson: Lesson | None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, lesson: Lesson | None) -> tuple[Tensor, Tensor]:
         """What to minimise, and the objective alone, each as a sum over predicted tokens.
 
         While training, what to minimise holds the loss of states between layers as well, scaled to count as much as the
         objective (P1's dynamic weight).
         """
         with_states = self.intermediate is not None and self.training
-        hidden, states = self._run(tokens, with_states)
+        hidden, states = self._run(batch, with_states)
         loss = chunked_loss(
             self.objective,
-            LazyLogits(hidden[:, :-1].flatten(0, 1), self.model.get_output_embeddings().weight, self.transform),
+            LazyLogits(batch.predicting(hidden), self.model.get_output_embeddings().weight, self.transform),
             None if lesson is None else lesson.logits,
-            tokens[:, 1:].flatten(),
+            batch.targets,
             dtype=self.dtype,
         )
         if self.intermediate is None or not with_states:
@@ -48,15 +48,15 @@ class Pupil(nn.Module):
         return loss + weight * between, loss.detach()
 
     @torch.no_grad()
-    def fit_maps(self, tokens: Int[Tensor, "blocks tokens"], lesson: Lesson) -> None:
+    def fit_maps(self, batch: Batch, lesson: Lesson) -> None:
         """Start the maps, if there are any, as the least-squares fit on some tokens."""
         if self.intermediate is not None and self.intermediate.maps:
             assert lesson.states is not None
-            self.intermediate.fit(self._run(tokens, with_states=True)[1], lesson.states)
+            self.intermediate.fit(self._run(batch, with_states=True)[1], lesson.states)
 
-    def _run(self, tokens: Tensor, with_states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with self._autocast(tokens.device):
-            made = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=with_states)
+    def _run(self, batch: Batch, with_states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with self._autocast(batch.tokens.device):
+            made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=with_states)
         return made.last_hidden_state, made.hidden_states if with_states else ()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:

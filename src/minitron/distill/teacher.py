@@ -5,24 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
+from minitron.packing import Batch
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher says of every token of a batch but the last of each block, which predicts nothing."""
+    """What a teacher says of every token of a batch that another is predicted from."""
 
     logits: LazyLogits | TopK
     states: Sequence[Float[Tensor, "blocks tokens hidden"]] | None = None  # of the embedding and each layer, all tokens
 
 
-Teacher = Callable[[Int[Tensor, "blocks tokens"]], Lesson]
+Teacher = Callable[[Batch], Lesson]
 
 
 class OnlineTeacher:
@@ -40,9 +41,9 @@ class OnlineTeacher:
         self.states = states
 
     @torch.no_grad()
-    def __call__(self, tokens: Int[Tensor, "blocks tokens"]) -> Lesson:
-        made = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=self.states)
-        hidden = made.last_hidden_state[:, :-1].flatten(0, 1)
+    def __call__(self, batch: Batch) -> Lesson:
+        made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=self.states)
+        hidden = batch.predicting(made.last_hidden_state)
         logits = LazyLogits(hidden, self.model.get_output_embeddings().weight, logit_transform(self.model))
         return Lesson(logits, made.hidden_states if self.states else None)
 

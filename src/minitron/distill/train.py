@@ -18,7 +18,6 @@ from jaxtyping import Int
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows
@@ -32,6 +31,7 @@ from minitron.errors import Interrupted, MinitronError
 from minitron.files import atomic_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from minitron.packing import Batch
 
 # Peak learning rates as shares of the weights' root mean square.
 RATE, RATE_OF_REPAIRED = 0.04, 0.025
@@ -304,15 +304,15 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = batch_rows(len(blocks), seed=seed, step=step, batch=config.batch_blocks)
-            tokens = torch.from_numpy(blocks.select(rows)).to(device)
-            loss = 0.0
-            for number, micro in enumerate(tokens.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
+            batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
+            num_predicted, loss = batch.num_predicted, 0.0
+            for number, micro in enumerate(batch.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
                 lesson = None if guide is None else guide(micro)
                 if step == number == 0 and lesson is not None:
                     pupil.fit_maps(micro, lesson)
                 minimised, objective = pupil(micro, lesson)
-                (minimised / predicted_tokens(tokens)).backward()
-                loss += objective.item() / predicted_tokens(tokens)
+                (minimised / num_predicted).backward()
+                loss += objective.item() / num_predicted
             norm = torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise MinitronError(
@@ -323,7 +323,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            seen = step * tokens.numel()
+            seen = step * batch.tokens.numel()
             store.log({"step": step, "tokens": seen, "loss": loss, "learning_rate": rate, "grad_norm": norm})
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
@@ -337,7 +337,7 @@ def _train(
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
-            speed = (step - first) * tokens.numel() / (time.monotonic() - start)
+            speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
             progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
     return _Made(pupil, guide, checkpoint, step, time.monotonic() - start)
 
@@ -350,11 +350,6 @@ def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     fall = (1 + math.cos(math.pi * progress)) / 2
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * fall
-
-
-def predicted_tokens(tokens: Tensor) -> int:
-    """Each block predicts all its tokens but the first."""
-    return tokens.shape[0] * (tokens.shape[1] - 1)
 
 
 def blocks_read(corpus: Corpus, config: DistillConfig, seed: int) -> Int[np.ndarray, "blocks tokens"]:
@@ -390,8 +385,9 @@ def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
     total, count = 0.0, 0
     for start in range(0, len(blocks), EVALUATION_BLOCKS):
         tokens = torch.from_numpy(blocks.select(slice(start, start + EVALUATION_BLOCKS))).to(device)
-        total += pupil(tokens, None if teacher is None else teacher(tokens))[1].item()
-        count += predicted_tokens(tokens)
+        batch = Batch(tokens, blocks.separator)
+        total += pupil(batch, None if teacher is None else teacher(batch))[1].item()
+        count += batch.num_predicted
     pupil.train()
     return total / count
 

@@ -13,6 +13,7 @@ from minitron.config import Section
 from minitron.data import Blocks
 from minitron.errors import CheckpointError
 from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, logit_transform
+from minitron.packing import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
 
@@ -32,7 +33,8 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over predicted tokens (every token of a block but its first). Losses in nats.
+    """Means over predicted tokens: every token of a block but its first, or of a document where documents are kept
+    apart. Losses in nats.
 
     `bits_per_byte` compares models of different tokenizers; None where the text's bytes are not known.
     """
@@ -65,18 +67,20 @@ def evaluate(
     Raises: CheckpointError if the loss is not finite.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
-    count = 0
+    count = text_bytes = 0
     device = next(model.parameters()).device
     for start in range(0, len(blocks), batch):
-        tokens = torch.from_numpy(blocks.select(slice(start, start + batch))).to(device)
-        targets = tokens[:, 1:].flatten()
-        sums += _token_sums(_logits(model, tokens), None if teacher is None else _logits(teacher, tokens), targets)
+        rows = slice(start, start + batch)
+        here = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
+        targets = here.targets
+        sums += _token_sums(_logits(model, here), None if teacher is None else _logits(teacher, here), targets)
         count += len(targets)
+        if blocks.bytes is not None:
+            text_bytes += int(blocks.bytes[rows][here.predicted.cpu().numpy()].sum(dtype="int64"))
         progress(min(start + batch, len(blocks)), len(blocks))
     nats, kl, agreeing = (sums / count).tolist()
     if not math.isfinite(nats):
         raise CheckpointError("the model's loss on held-out text is not finite: its weights are damaged")
-    text_bytes = None if blocks.bytes is None else int(blocks.bytes[:, 1:].sum(dtype="int64"))
     return Evaluation(
         lm_loss=nats,
         perplexity=math.exp(nats) if nats < 700 else math.inf,
@@ -87,11 +91,11 @@ def evaluate(
     )
 
 
-def _logits(model: Any, tokens: Tensor) -> LazyLogits:
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+def _logits(model: Any, batch: Batch) -> LazyLogits:
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings().weight
     # The head in float32 once, not once per chunk; the hidden states tell the model's own dtype.
-    return LazyLogits(hidden[:, :-1].flatten(0, 1), head.float(), logit_transform(model))
+    return LazyLogits(batch.predicting(hidden), head.float(), logit_transform(model))
 
 
 def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from minitron.large_files import ALIGNED, aligned
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.weights import bytes_of
+from minitron.packing import Batch, Separator
 
 CPU = torch.device("cpu")
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
@@ -62,6 +63,7 @@ class Stream:
         device: torch.device = CPU,
         scratch: Path | None = None,
         num_states: int = 1,
+        separator: Separator | None = None,
     ):
         """
         Args:
@@ -70,13 +72,16 @@ class Stream:
             batch: samples per forward call; results do not depend on it beyond rounding.
             scratch: where the file of hidden states goes if it is needed; default the system's temporary directory.
             num_states: sets of states that live at once (see `more_states`) and share the room for states.
+            separator: tells documents apart that are to be kept so in a sample.
         """
         self.checkpoint, self.tokens, self.dtype, self.device = checkpoint, tokens, dtype, device
         self.model = skeleton(checkpoint, dtype, device)
         self.slices = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
         self.rows = slice(0, 0)
-        self._scratch, self._num_states = scratch, num_states
-        self._calls: dict[int, list[dict[str, Any]]] = {}  # batch size -> keyword arguments of each layer
+        self._scratch, self._num_states, self._separator = scratch, num_states, separator
+        # Keyword arguments of each layer, by the size of the batch; those of documents kept apart by the batch's first
+        # sample, and only of the last batch: masks of all batches would be larger than their states.
+        self._calls: dict[int, list[dict[str, Any]]] = {}
 
     @torch.no_grad()
     def embed(self) -> None:
@@ -91,9 +96,10 @@ class Stream:
                 with _filled(self.model, {weight: rows.to(self.device, self.dtype)}):
                     for samples in slices:
                         places = torch.searchsorted(known, self.tokens[samples])
-                        self.model.model(input_ids=places.to(self.device), use_cache=False)
+                        inputs = self._inputs(samples) | {"input_ids": places.to(self.device)}
+                        self.model.model(**inputs, use_cache=False)
                         self.states[samples] = stand_ins[0].seen
-                        self._calls.setdefault(len(places), [stand_in.arguments for stand_in in stand_ins])
+                        self._remember(samples, stand_ins)
         _return_freed_memory()
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
@@ -136,7 +142,7 @@ class Stream:
             states: a set of states from `more_states` instead of this stream's own.
         """
         for rows, before in self.batches(states):
-            after = layer(before, **self._calls[len(before)][index])
+            after = layer(before, **self._arguments(rows, before)[index])
             yield rows, before, after[0] if isinstance(after, tuple) else after
 
     def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -168,6 +174,27 @@ class Stream:
         for first in range(0, vocab, num_rows):
             piece = checkpoint.read_rows(checkpoint.head, first, min(first + num_rows, vocab))
             yield first, piece.to(self.device).float()
+
+    def _inputs(self, rows: slice) -> dict[str, Tensor]:
+        return Batch(self.tokens[rows].to(self.device), self._separator).inputs
+
+    def _arguments(self, rows: slice, states: Tensor) -> list[dict[str, Any]]:
+        """What each layer is called with for a batch."""
+        if self._key(rows) not in self._calls:
+            inputs = self._inputs(rows)
+            del inputs["input_ids"]
+            with self._stand_ins() as stand_ins:
+                self.model.model(inputs_embeds=states, **inputs, use_cache=False)
+            self._remember(rows, stand_ins)
+        return self._calls[self._key(rows)]
+
+    def _remember(self, rows: slice, stand_ins: list["_StandIn"]) -> None:
+        if self._separator is not None:
+            self._calls.clear()
+        self._calls.setdefault(self._key(rows), [stand_in.arguments for stand_in in stand_ins])
+
+    def _key(self, rows: slice) -> int:
+        return rows.stop - rows.start if self._separator is None else rows.start
 
     @property
     def _layers(self) -> nn.ModuleList:

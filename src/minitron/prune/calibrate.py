@@ -33,6 +33,7 @@ from minitron.errors import PlanError, RunError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.stream import Stream, default_batch
+from minitron.packing import Separator
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
@@ -145,11 +146,18 @@ def pass_options(
     config: CalibrateConfig,
     *,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """The arguments that `calibrate` and every other streamed pass over the samples share."""
     dtype = compute_dtype(config.precision, pick_device())
-    return {"dtype": dtype, "batch": config.batch, "scratch": scratch, "progress": progress}
+    return {
+        "dtype": dtype,
+        "batch": config.batch,
+        "scratch": scratch,
+        "separator": separator,
+        "progress": progress,
+    }
 
 
 def calibrate(
@@ -162,6 +170,7 @@ def calibrate(
     valid: Bool[Tensor, "samples tokens"] | None = None,
     device: torch.device | None = None,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Stream the samples through the model once, one decoder layer at work at a time.
@@ -172,6 +181,7 @@ def calibrate(
         batch: samples per forward call; default `default_batch`.
         valid: False for pads, which must be on the right; None when every token is real.
         device: where the layers run; default `pick_device`.
+        separator: tells documents apart that are to be kept so in a sample.
         progress: called with (layers done, layers).
 
     Paper: P1, "Importance Analysis"; the sums of all its aggregators are collected together.
@@ -180,7 +190,15 @@ def calibrate(
     lengths = [num_tokens] * len(tokens) if valid is None else valid.sum(1).tolist()
     batch = batch or default_batch(checkpoint.shape, num_tokens, dtype)
     mine = parallel.joined().share(len(tokens), batch)
-    stream = Stream(checkpoint, tokens[mine], dtype=dtype, batch=batch, device=device or pick_device(), scratch=scratch)
+    stream = Stream(
+        checkpoint,
+        tokens[mine],
+        dtype=dtype,
+        batch=batch,
+        device=device or pick_device(),
+        scratch=scratch,
+        separator=separator,
+    )
     collector = _Collector(stream, lengths[mine], second_moment)
     stream.embed()
     for index, layer in stream.layers():

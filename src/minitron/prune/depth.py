@@ -19,6 +19,7 @@ from minitron.errors import CheckpointError, PlanError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream, default_batch
+from minitron.packing import Batch, Separator
 from minitron.prune.questions import Question, encode
 
 Variant = frozenset[int]  # the layers that it lacks
@@ -69,8 +70,7 @@ def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Fl
 
 def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **options: Any) -> Measure:
     """The LM loss in nats per token; `options` are those of `likelihoods`."""
-    scored = torch.ones(tokens.shape, dtype=torch.bool)
-    scored[:, 0] = False
+    scored = Batch(tokens, options.get("separator")).predicted
 
     def measure(variants: Sequence[Variant]) -> Tensor:
         found = likelihoods(checkpoint, tokens, scored, variants, **options)
@@ -85,7 +85,7 @@ def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **opt
 def by_task(
     checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: Any, max_tokens: int, **options: Any
 ) -> Measure:
-    """The share of questions that are answered wrong; `options` are those of `likelihoods`."""
+    """The share of questions that are answered wrong; `options` are those of `likelihoods`, without a separator."""
     rows = encode(questions, tokenizer, max_tokens)
 
     def measure(variants: Sequence[Variant]) -> Tensor:
@@ -110,6 +110,7 @@ def likelihoods(
     batch: int | None = None,
     device: torch.device | None = None,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Likelihoods:
     """What each variant gives the scored tokens, each after those before it, in one streamed pass.
@@ -119,6 +120,7 @@ def likelihoods(
         batch: samples per forward call; default `default_batch`.
         device: where the layers run; default `pick_device`.
         scratch: where files of hidden states go if they are needed.
+        separator: tells documents apart that are to be kept so in a sample.
         progress: called with (layers done, layers).
     """
     assert not scored[:, 0].any()
@@ -137,6 +139,7 @@ def likelihoods(
             device=device or pick_device(),
             scratch=scratch,
             num_states=most,
+            separator=separator,
         )
         before = number * shape.layers
         branches: dict[Variant, Tensor] = {}

@@ -25,6 +25,7 @@ from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, 
 from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
 from minitron.model.stream import Stream, default_batch
+from minitron.packing import Separator
 from minitron.prune.calibrate import Statistics, require_second_moment
 from minitron.prune.cut import (
     cut,
@@ -141,6 +142,7 @@ def repaired_cut(
     batch: int | None = None,
     device: torch.device | None = None,
     scratch: Path | None = None,
+    separator: Separator | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Repaired:
@@ -152,7 +154,7 @@ def repaired_cut(
         steps: such as `resolve` gives.
         statistics, scores: those that the plan was made from.
         tokens: calibration samples, to whose activations the repair is fitted.
-        dtype, batch, device, scratch, progress: as for `calibrate`.
+        dtype, batch, device, scratch, separator, progress: as for `calibrate`.
 
     Raises: PlanError if the family, the statistics or the number of tokens does not allow a step.
 
@@ -167,7 +169,8 @@ def repaired_cut(
     residual = _residual(checkpoint, plan, needed, statistics)
 
     def stream(model: Checkpoint) -> Stream:
-        return Stream(model, tokens, dtype=dtype, batch=batch, device=device or pick_device(), scratch=scratch)
+        on = device or pick_device()
+        return Stream(model, tokens, dtype=dtype, batch=batch, device=on, scratch=scratch, separator=separator)
 
     if "refit" not in needed:
         return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)

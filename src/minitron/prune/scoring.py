@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.packing import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
@@ -24,6 +25,7 @@ class Scoring:
     """How units and layers are scored, and on what.
 
     tokens: the calibration set.
+    separator: tells documents apart that are to be kept so in a sample.
     scratch: an existing directory for what does not fit into memory; default the system's.
     progress: called with (layers done, layers).
     """
@@ -33,12 +35,13 @@ class Scoring:
     tokens: Int[Tensor, "samples tokens"]
     tokenizer: Any
     scratch: Path | None = None
+    separator: Separator | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
 
     @property
     def pass_options(self) -> dict[str, Any]:
         """Of a pass over the tokens."""
-        return pass_options(self.calibrate, scratch=self.scratch, progress=self.progress)
+        return pass_options(self.calibrate, scratch=self.scratch, separator=self.separator, progress=self.progress)
 
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
@@ -64,7 +67,8 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
         assert config.layer_task is not None
         questions = read_questions(config.layer_task, config.layer_samples)
         max_tokens = scoring.tokens.shape[1]
-        measure = by_task(checkpoint, questions, scoring.tokenizer, max_tokens, **scoring.pass_options)
+        options = scoring.pass_options | {"separator": None}  # a question is one document
+        measure = by_task(checkpoint, questions, scoring.tokenizer, max_tokens, **options)
     else:
         measure = by_loss(checkpoint, scoring.tokens[: config.layer_samples], **scoring.pass_options)
     if config.layer_criterion == "contiguous":

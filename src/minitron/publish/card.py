@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
-from minitron.data import BUILTIN
+from minitron.data import BUILTIN, TEACHER
 from minitron.files import readable_os_errors
 from minitron.publish.formats import (
     RESULT_COLUMNS,
@@ -21,7 +21,16 @@ from minitron.publish.formats import (
     short_count,
     source_name,
 )
-from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, loss_name, repairs, result_table
+from minitron.publish.records import (
+    RunRecords,
+    heldout_source,
+    layer_criterion,
+    layers_by_number,
+    loss_name,
+    repairs,
+    result_table,
+    sampling,
+)
 
 # Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.
 METRICS = {
@@ -31,6 +40,9 @@ METRICS = {
     "kl_to_teacher": ("kl_to_teacher", "KL(teacher, student) (nats per token)"),
     "top1_agreement": ("top1_agreement", "Top-1 agreement with the teacher"),
 }
+# Text that is neither a file nor a dataset.
+KNOWN_TEXT = {BUILTIN: "the source text of Python's standard library", TEACHER: "text sampled from the parent itself"}
+KNOWN_DATASETS = {BUILTIN: "Python standard library", TEACHER: "Text sampled from the parent, held-out part"}
 SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 
 
@@ -94,14 +106,14 @@ def parent_licence(records: RunRecords) -> dict[str, Any]:
 
 
 def _eval_results(records: RunRecords) -> list[EvalResult]:
-    source = _heldout_source(records)
+    source = heldout_source(records)
     student = records.evaluations["student"]
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
             dataset_type=hub_id(source) or "custom",
-            dataset_name=f"{source_name(source)}, held-out part" if source != BUILTIN else "Python standard library",
+            dataset_name=KNOWN_DATASETS.get(source, f"{source_name(source)}, held-out part"),
             metric_type=metric,
             metric_name=name,
             metric_value=student[key],
@@ -109,11 +121,6 @@ def _eval_results(records: RunRecords) -> list[EvalResult]:
         for key, (metric, name) in METRICS.items()
         if student[key] is not None and math.isfinite(student[key])
     ]
-
-
-def _heldout_source(records: RunRecords) -> str:
-    config = records.recipe["data"]
-    return config["heldout"] or config["source"]
 
 
 def _text(records: RunRecords) -> str:
@@ -203,7 +210,7 @@ def _method(records: RunRecords) -> str:
     recipe, samples, tokens = records.recipe, count(statistics["samples"]), count(statistics["tokens"])
     criterion = f"`{recipe['prune']['criterion']}`, layers by `{layer_criterion(records)}`"
     return f"""1. Scored units by the criterion {criterion},
-   on {samples} samples ({tokens} tokens) of {_text_name(recipe["data"]["source"])}.
+   on {samples} samples ({tokens} tokens) of {_text_name(recipe["data"]["source"])}{_sampling(records)}.
 2. Cut: {records.stages["plan"]["result"]["plan"]}.{_choices(records)}
 3. Distilled on {count(student["result"]["training"]["tokens"])} tokens of the same text with the loss
    {loss_name(recipe["distill"])}, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
@@ -225,7 +232,12 @@ def _measured_on(records: RunRecords) -> str:
 
 
 def _text_name(source: str) -> str:
-    return "the source text of Python's standard library" if source == BUILTIN else f"`{source_name(source)}`"
+    return KNOWN_TEXT.get(source, f"`{source_name(source)}`")
+
+
+def _sampling(records: RunRecords) -> str:
+    how = sampling(records)
+    return f" ({how})" if how else ""
 
 
 def _licence_text(records: RunRecords) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from minitron.data import TEACHER
 from minitron.errors import RunError
 
 # The order in which models and stages are shown.
@@ -102,6 +103,27 @@ def layer_criterion(records: RunRecords) -> str:
 def layers_by_number(records: RunRecords) -> bool:
     """Whether the recipe says which layers stay, so that their scores chose none."""
     return bool(records.recipe["prune"].get("drop_layers") or records.recipe["prune"].get("keep_layers"))
+
+
+def heldout_source(records: RunRecords) -> str:
+    """Where the text comes from that everything was measured on."""
+    config = records.recipe["data"]
+    source: str = config["heldout"] or config["source"]
+    return source
+
+
+def sampling(records: RunRecords) -> str | None:
+    """How the text was sampled from the teacher; None where it was not."""
+    config = records.recipe["data"]
+    if config["source"] != TEACHER:
+        return None
+    facts = records.stages["data"]["result"]["sampled"]
+    limits = {"top-k": config["sample_top_k"], "top-p": config["sample_top_p"]}
+    ways = [
+        f"temperature {config['sample_temperature']:g}",
+        *(f"{k} {v:g}" for k, v in limits.items() if v is not None),
+    ]
+    return f"{facts['documents']:,} documents at {', '.join(ways)}"
 
 
 def repairs(records: RunRecords) -> list[str] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from minitron.data import TEACHER
 from minitron.files import readable_os_errors
 from minitron.publish import page, plots
 from minitron.publish.formats import (
@@ -26,7 +27,7 @@ from minitron.publish.formats import (
     size,
     source_name,
 )
-from minitron.publish.records import MODELS, RunRecords, loss_name, result_table
+from minitron.publish.records import MODELS, RunRecords, heldout_source, loss_name, result_table, sampling
 from minitron.publish.why import why
 
 
@@ -125,6 +126,11 @@ def results(records: RunRecords) -> str:
     )
     scratch = " The scratch model has the student’s shape and was trained from random weights on the same tokens."  # noqa: RUF001
     note += scratch * ("scratch" in records.evaluations)
+    if heldout_source(records) == TEACHER:
+        note += (
+            " The text was sampled from the teacher itself: its loss there is the entropy of what it writes, and says "
+            "nothing of text by others."
+        )
     return page.section("Results", table, page.note(note), page.figures(figures))
 
 
@@ -249,7 +255,7 @@ def provenance(records: RunRecords) -> str:
     facts = {
         "Teacher": records.recipe["model"]
         + (f" at {records.recipe['revision']}" if records.recipe["revision"] else ""),
-        "Data": records.recipe["data"]["source"],
+        "Data": f"sampled from the teacher, {how}" if (how := sampling(records)) else records.recipe["data"]["source"],
         "Seed": str(records.recipe["seed"]),
     }
     recipe = yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True)
