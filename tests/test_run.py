@@ -61,6 +61,9 @@ class Heard:
     def progress(self, done: int, total: int, note: str = "") -> None:
         assert 0 < done <= total
 
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
 
 def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
     """A short whole run of a tiny teacher, with everything that can be left open left open."""
