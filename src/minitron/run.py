@@ -13,6 +13,7 @@ from minitron.config import Section
 from minitron.describe import describe
 from minitron.device import pick_device, settle_precision
 from minitron.distill import train
+from minitron.distill.state import forget_states
 from minitron.errors import RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
@@ -347,6 +348,7 @@ def teach(
             out=out,
             initialize="weights" if teacher else "random",
             progress=stages.listener.progress,
+            warn=stages.listener.warn,
         )
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
@@ -354,7 +356,7 @@ def teach(
     if teacher:
         inputs["teacher"] = stages.digest(model_files(teacher))
     made = stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed}, state=state)
-    train.forget_states(state)
+    forget_states(state)
     return made
 
 
