@@ -62,8 +62,8 @@ class States:
     block_tokens: int
     warn: Callable[[str], None]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    _good: list[Path] = field(default_factory=list)  # the states to keep, newest last
-    _step: int = 0  # of the newest of them
+    _good: list[Path] = field(init=False, default_factory=list)  # the states to keep, newest last
+    _step: int = field(init=False, default=0)  # of the newest of them
 
     def __post_init__(self) -> None:
         with self._writing(self.work):

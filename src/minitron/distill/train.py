@@ -132,12 +132,11 @@ def distill(
         work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
             with the weights that one undisturbed call would have made.
         initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
-        warn: told of states in `work` that are damaged and therefore not used; what is trained again is the same.
+        warn: told of each state in `work` that is damaged, and from which step training goes on instead.
 
-    A second call goes on from the blocks read so far. With another batch it reads on behind them, so within a pass none
-    is read twice or left out, and its step is the one of its own batch that is nearest to the tokens seen. The learning
-    rate is that step's under the new schedule, so another number of tokens is another schedule from there on; one that
-    is already reached leaves the student as it is.
+    A second call with another batch reads on behind the blocks that were read: within a pass none is left out or read
+    twice. Its step is the step of the new batch that is nearest to the tokens seen, and from there on the schedule is
+    the new one. So is that of another number of tokens; one that is already reached leaves the student as it is.
 
     Raises: Interrupted after SIGINT or SIGTERM, with the state saved; RunError if the state is of another student or
         block length, or cannot be written, with the one before still there.
