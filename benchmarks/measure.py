@@ -81,7 +81,8 @@ def save_byte_tokenizer(path: Path) -> None:
 
 def header(title: str) -> str:
     """Markdown: what was run, where and with what."""
-    from minitron.rundir import hardware, versions
+    from minitron.device import versions
+    from minitron.rundir import hardware
 
     machine = hardware()
     facts = {

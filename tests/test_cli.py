@@ -1,5 +1,6 @@
 """Every verb keeps its contract, and every bad input is one clear line that leaves nothing behind."""
 
+import argparse
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron import cli
+from minitron.console import Console
 from minitron.prune.plan import Plan
 from minitron.rundir import RunDirectory
 
@@ -635,6 +637,11 @@ def test_an_option_out_of_range_is_named(desk: Desk, command: tuple[Any, ...], m
         "generate": (desk.teacher,),
     }[verb]
     assert message in desk.refuses(verb, *model, *options)
+
+
+def test_a_warning_is_shown_even_if_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(argparse.Namespace(json=True, quiet=True)).warn("the newest state is damaged")
+    assert tuple(capsys.readouterr()) == ("", "warning: the newest state is damaged\n")
 
 
 def test_an_unfinished_run_has_no_report(desk: Desk) -> None:

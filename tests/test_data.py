@@ -21,6 +21,7 @@ from minitron.data import (
     builtin_documents,
     is_heldout,
     is_hub_id,
+    next_rows,
     open_corpus,
     prepare,
     read_documents,
@@ -253,6 +254,13 @@ def test_every_pass_serves_each_block_once_and_steps_straddle_passes(num_blocks:
     passes = rows.reshape(batch, num_blocks)
     assert all(sorted(order) == list(range(num_blocks)) for order in passes.tolist())
     assert num_blocks < 4 or len({tuple(order) for order in passes.tolist()}) > 1
+
+
+@pytest.mark.parametrize("counts", [(3, 3, 3, 11), (1, 9, 10), (20,), (4, 0, 13, 3)], ids=str)
+def test_batches_of_any_sizes_read_the_same_blocks_in_the_same_order(counts: tuple[int, ...]) -> None:
+    ends = np.cumsum(counts)
+    parts = [next_rows(7, seed=1, drawn=int(end) - n, count=n) for end, n in zip(ends, counts, strict=True)]
+    assert np.concatenate(parts).tolist() == next_rows(7, seed=1, drawn=0, count=20).tolist()
 
 
 def test_batch_rows_is_a_pure_function_of_seed_and_step() -> None:

@@ -56,12 +56,16 @@ PROMPT = "the rain in"
 class Heard:
     def __init__(self) -> None:
         self.stages: list[tuple[str, str]] = []
+        self.said: list[str] = []
 
     def stage(self, name: str, state: str) -> None:
         self.stages.append((name, state))
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         assert 0 < done <= total
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
 
 
 def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
@@ -211,7 +215,11 @@ def test_an_interrupted_training_does_not_go_on_with_another_recipe(tmp_path: Pa
     other = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"weight_decay": 0.2})})
     with pytest.raises(RunError, match=r"distill was made from other inputs; changed: distill.weight_decay \(0.1, now"):
         run(other, tmp_path / "out")
-    run(recipe, tmp_path / "out")
+    newest = max((tmp_path / "out" / "distill").glob("state-*"))
+    (newest / "state.json").unlink()
+    heard = Heard()
+    run(recipe, tmp_path / "out", heard)
+    assert heard.said[0] == f"{newest} cannot be used: state.json is missing" and "goes on from" in heard.said[1]
     run(recipe, tmp_path / "undisturbed")
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
 

@@ -29,6 +29,9 @@ class Steps:
     def progress(self, done: int, total: int, note: str = "") -> None:
         raise AssertionError("no stage here reports progress")
 
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
     def __call__(self, out: Path) -> dict[str, Any]:
         self.runs += 1
         (out / "made.txt").write_text(str(self.runs))

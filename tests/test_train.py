@@ -1,9 +1,16 @@
 """The training loop is plain AdamW on a naive KL, and an interrupted run ends with the bits of an undisturbed one."""
 
+import errno
 import json
+import multiprocessing
 import os
+import random
+import shutil
 import signal
-from collections.abc import Callable
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +21,13 @@ import pytest
 import small
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron.data import Corpus, batch_rows
+from minitron.data import Corpus, batch_rows, next_rows
 from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, of_scratch, resolve
-from minitron.errors import Interrupted, MinitronError
+from minitron.errors import Interrupted, MinitronError, RunError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.packing import Separator
@@ -38,6 +46,10 @@ CONFIG = DistillConfig(
 )
 
 
+def unexpected(text: str) -> None:
+    raise AssertionError(text)
+
+
 @dataclass(frozen=True)
 class Bench:
     """A teacher, a student cut from it at random, their text, and the student that one undisturbed run makes of it."""
@@ -53,18 +65,21 @@ class Bench:
 
     def distill(self, at: Path, config: DistillConfig = CONFIG, **options: Any) -> Path:
         """Train in the directory `at`; the student is in `at / "out"`."""
-        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0} | options
-        config = resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
+        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0}
+        arguments |= {"warn": unexpected} | options
+        config = self.resolved(config)
         (at / "out").mkdir(parents=True, exist_ok=True)
         distill(config=config, work=at / "distill", out=at / "out", **arguments)
         return at / "out"
 
-    def until(self, step: int, at: Path, **options: Any) -> float:
+    def until(self, step: int, at: Path, config: DistillConfig = CONFIG, **options: Any) -> float:
         """Train up to a step, judged on four held-out blocks."""
-        config = resolve(CONFIG, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
         judge = self.corpus.heldout.head(4)
-        arguments = (step, judge, self.student, self.teacher, self.corpus, config)
-        return distill_until(*arguments, seed=0, work=at / "distill", **options)
+        arguments = (step, judge, self.student, self.teacher, self.corpus, self.resolved(config))
+        return distill_until(*arguments, seed=0, work=at / "distill", **{"warn": unexpected} | options)
+
+    def resolved(self, config: DistillConfig) -> DistillConfig:
+        return resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -234,30 +249,45 @@ def test_the_loss_of_documents_kept_apart_is_that_of_documents_alone(bench: Benc
         assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_path: Path) -> None:
-    steps = 3
-    config = CONFIG.model_copy(update={"tokens": steps * BATCH * BLOCK, "gradient_clip": 0.05, "warmup_steps": 0})
-    trained = tiny.tensors(bench.distill(tmp_path, config))
-
+def plain_loop(bench: Bench, rows: Sequence[Any], rates: Sequence[float], clip: float) -> dict[str, Tensor]:
+    """What torch and transformers make of the student in one step for each of `rows` and `rates`."""
     teacher, student = tiny.model(bench.teacher), tiny.model(bench.student).train()
     decayed = [p for name, p in student.named_parameters() if "norm" not in name]
     gains = [p for name, p in student.named_parameters() if "norm" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=False, foreach=False)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=3e-4)
-    train = bench.corpus.train
-    for step in range(steps):
-        rows = batch_rows(len(train), seed=0, step=step, batch=BATCH)
-        naive_kl(student, teacher, torch.from_numpy(train.select(rows))).backward()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False, foreach=False)
+    for blocks, rate in zip(rows, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        naive_kl(student, teacher, torch.from_numpy(bench.corpus.train.select(blocks))).backward()
         norm = torch.stack([p.grad.square().sum() for p in student.parameters()]).sum().sqrt()
-        assert norm > config.gradient_clip
+        assert norm > clip
         for parameter in student.parameters():
-            parameter.grad.mul_(config.gradient_clip / norm)
+            parameter.grad.mul_(clip / norm)
         optimizer.step()
         optimizer.zero_grad()
+    return student.state_dict()
+
+
+def assert_close(trained: Path, expected: dict[str, Tensor]) -> None:
+    made = tiny.tensors(trained)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(made[name], tensor, atol=5e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_path: Path) -> None:
+    steps = 3
+    changes = {"tokens": steps * BATCH * BLOCK, "gradient_clip": 0.05, "warmup_steps": 0}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=3e-4)
+    rates = []
+    for _ in range(steps):
+        rates += cosine.get_last_lr()
+        optimizer.step()
         cosine.step()
-    for name, expected in student.state_dict().items():
-        torch.testing.assert_close(trained[name], expected, atol=5e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    rows = [batch_rows(len(bench.corpus.train), seed=0, step=step, batch=BATCH) for step in range(steps)]
+    trained = bench.distill(tmp_path, CONFIG.model_copy(update=changes))
+    assert_close(trained, plain_loop(bench, rows, rates, 0.05))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 2 * BLOCK, 3 * BLOCK + 5])
@@ -311,20 +341,140 @@ def test_sigterm_in_a_rung_saves_the_state(bench: Bench, tmp_path: Path) -> None
     assert_undisturbed(bench, tmp_path)
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_state_falls_back_to_the_one_before(bench: Bench, tmp_path: Path, file: str, damage: str) -> None:
+def test_dropout_draws_the_same_numbers_after_a_resume(bench: Bench, tmp_path: Path) -> None:
+    student = shutil.copytree(bench.student, tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    for seed, at in ((0, tmp_path / "undisturbed"), (1, tmp_path / "other numbers"), (0, tmp_path / "interrupted")):
+        torch.manual_seed(seed)
+        if at.name == "interrupted":
+            with pytest.raises(PowerCut):
+                bench.distill(at, student=student, progress=at_step(5, power_cut))
+            torch.manual_seed(2)
+        bench.distill(at, student=student)
+    assert_same_weights(tmp_path / "interrupted" / "out", tmp_path / "undisturbed" / "out")
+    weights = [tiny.tensors(tmp_path / name / "out")["lm_head.weight"] for name in ("undisturbed", "other numbers")]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize(("damaged", "goes_on_at"), [(1, 4), (2, 1)])
+def test_damaged_states_are_named_and_trained_again(
+    bench: Bench, tmp_path: Path, damaged: int, goes_on_at: int
+) -> None:
     with pytest.raises(PowerCut):
         bench.distill(tmp_path, progress=at_step(8, power_cut))
     states = sorted((tmp_path / "distill").glob("state-*"))
-    assert [state.name for state in states] == ["state-00000003", "state-00000006"]
-    if damage == "missing":
-        (states[-1] / file).unlink()
-    else:
-        (states[-1] / file).write_bytes((states[-1] / file).read_bytes()[:-100])
+    assert [state.name for state in states] == [f"state-{step * BATCH * BLOCK:012d}" for step in (3, 6)]
+    for state in states[-damaged:]:
+        (state / "optimizer.safetensors").write_bytes((state / "optimizer.safetensors").read_bytes()[:-100])
+    said: list[str] = []
     seen: list[int] = []
-    bench.distill(tmp_path, progress=lambda step, steps, note: seen.append(step))
-    assert seen[0] == 4
+    bench.distill(tmp_path, progress=lambda step, steps, note: seen.append(step), warn=said.append)
+    assert seen[0] == goes_on_at
+    assert f"{states[-1]} cannot be used: optimizer.safetensors is damaged" in said[0]
+    assert said[-1].endswith("step 3" if damaged == 1 else "can be used: training starts again from step 0")
+    assert_undisturbed(bench, tmp_path)
+
+
+def test_without_a_listener_a_damaged_state_is_a_warning_of_pythons(bench: Bench, tmp_path: Path) -> None:
+    bench.until(1, tmp_path)
+    (state,) = (tmp_path / "distill").glob("state-*")
+    (state / "state.json").unlink()
+    said = [f"{state} cannot be used: state.json is missing", "starts again from step 0"]
+    with pytest.warns(UserWarning, match="|".join(said)) as caught:
+        bench.until(1, tmp_path, warn=warnings.warn)
+    assert all(text in str(warning.message) for text, warning in zip(said, caught, strict=True))
+
+
+def test_a_disk_that_fills_up_leaves_the_last_state_to_go_on_from(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = (
+        r"cannot write .*/state-0+384: No space left on device; free some space and run the same command to go on "
+    )
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=message + "from step 3"):
+        bench.distill(tmp_path, progress=at_step(5, lambda: patch.setattr(os, "write", no_space)))
+    assert [path.name for path in (tmp_path / "distill").glob("state-*")] == [f"state-{3 * BATCH * BLOCK:012d}"]
+    assert not any((tmp_path / "out").iterdir())
+    bench.distill(tmp_path)
+    assert_undisturbed(bench, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [5, 8, 3])
+def test_with_another_batch_training_goes_on_behind_the_blocks_read(bench: Bench, tmp_path: Path, batch: int) -> None:
+    done, clip = 3, 0.05
+    first = {5: 2, 8: 2, 3: 4}[batch]  # of the further steps: the blocks read are 2.4, 1.5 or 4 steps of the new batch
+    before = CONFIG.model_copy(update={"gradient_clip": clip})
+    after = before.model_copy(update={"batch_blocks": batch})
+    bench.until(done, tmp_path, before)
+    with pytest.raises(PowerCut):
+        bench.distill(tmp_path, after, progress=at_step(first + 2, power_cut))
+    trained = bench.distill(tmp_path, after)
+
+    steps, read = num_steps(STEPS * BATCH * BLOCK, batch, BLOCK), done * BATCH
+    order = next_rows(len(bench.corpus.train), seed=0, drawn=0, count=read + (steps - first) * batch)
+    rows = [*np.split(order[:read], done), *np.split(order[read:], steps - first)]
+    rates = [learning_rate(step, STEPS, bench.resolved(before)) for step in range(done)]
+    rates += [learning_rate(step, steps, bench.resolved(after)) for step in range(first, steps)]
+    assert_close(trained, plain_loop(bench, rows, rates, clip))
+    metrics = [json.loads(line) for line in (tmp_path / "distill" / "metrics.jsonl").read_text().splitlines()]
+    seen = [row["tokens"] for row in metrics if "loss" in row]
+    assert seen == (np.cumsum([len(part) for part in rows]) * BLOCK).tolist()
+
+
+def test_another_number_of_tokens_is_another_schedule_from_there_on(bench: Bench, tmp_path: Path) -> None:
+    done, steps, clip = 3, 6, 0.05
+    before = CONFIG.model_copy(update={"gradient_clip": clip})
+    after = before.model_copy(update={"tokens": steps * BATCH * BLOCK})
+    bench.until(done, tmp_path, before)
+    trained = bench.distill(tmp_path, after)
+    rates = [learning_rate(step, STEPS, bench.resolved(before)) for step in range(done)]
+    rates += [learning_rate(step, steps, bench.resolved(after)) for step in range(done, steps)]
+    rows = np.split(next_rows(len(bench.corpus.train), seed=0, drawn=0, count=steps * BATCH), steps)
+    assert_close(trained, plain_loop(bench, rows, rates, clip))
+
+
+def test_a_number_of_tokens_that_is_reached_leaves_the_student_as_it_is(bench: Bench, tmp_path: Path) -> None:
+    bench.until(5, tmp_path)
+    metrics = (tmp_path / "distill" / "metrics.jsonl").read_text()
+    trained = bench.distill(tmp_path, CONFIG.model_copy(update={"tokens": 2 * BATCH * BLOCK}))
+    newest = max((tmp_path / "distill").glob("state-*"))
+    expected = load_file(newest / "student.safetensors")
+    assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in tiny.tensors(trained).items())
+    assert (tmp_path / "distill" / "metrics.jsonl").read_text() == metrics
+
+
+def train_in_a_process(bench: Bench, at: Path) -> None:
+    transformers.utils.logging.disable_progress_bar()  # it has semaphores, which a kill would leave behind
+    try:
+        bench.distill(at, CONFIG.model_copy(update={"checkpoint_steps": 1}))
+    except Interrupted:
+        sys.exit(130)
+
+
+def test_a_training_stopped_and_killed_at_random_moments_ends_with_the_same_bits(bench: Bench, tmp_path: Path) -> None:
+    """Processes are forked from one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "minitron.distill.train", "transformers.models.llama.modeling_llama"])
+    draw, metrics, codes = random.Random(0), tmp_path / "distill" / "metrics.jsonl", []
+    kill, stop = context.Process.kill, context.Process.terminate
+    for step, end in ((1, kill), (2, stop), (4, kill), (6, kill), (8, stop)):
+        process = context.Process(target=train_in_a_process, args=(bench, tmp_path))
+        process.start()
+        while process.is_alive() and not (metrics.exists() and metrics.read_text().count("loss") >= step):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.03))  # about a step, much of which is the writing of its state
+        end(process)
+        process.join()
+        codes.append(process.exitcode)
+    assert {-signal.SIGKILL} < set(codes) <= {-signal.SIGKILL, -signal.SIGTERM, 130, 0}, codes
+    process = context.Process(target=train_in_a_process, args=(bench, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert_undisturbed(bench, tmp_path)
 
 
@@ -342,7 +492,7 @@ def test_sigterm_saves_the_state_and_says_how_to_go_on(bench: Bench, tmp_path: P
     with pytest.raises(Interrupted, match="stopped at step 5 of 10; the state is saved, run the same command"):
         bench.distill(tmp_path, progress=at_step(4, terminate))
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert (tmp_path / "distill" / "state-00000005").is_dir()
+    assert (tmp_path / "distill" / f"state-{5 * BATCH * BLOCK:012d}").is_dir()
     bench.distill(tmp_path)
     assert_undisturbed(bench, tmp_path)
 
@@ -367,8 +517,9 @@ def test_the_student_is_saved_in_the_dtypes_it_came_in(tmp_path: Path, bench: Be
     student = small.teacher(tmp_path / "student", "llama-bfloat16")
     out = bench.distill(tmp_path, CONFIG.model_copy(update={"tokens": BATCH * BLOCK}), student=student)
     saved = tiny.tensors(out)
-    state = load_file(tmp_path / "distill" / "state-00000001" / "student.safetensors")
-    master = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    (state,) = (tmp_path / "distill").glob("state-*")
+    stored = load_file(state / "student.safetensors")
+    master = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
     assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(master, torch.bfloat16)
     assert {tensor.dtype for tensor in master.values()} == {torch.float32}
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in master.items())

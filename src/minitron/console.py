@@ -50,6 +50,11 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Shown even if quiet: it is about the result."""
+        self.close()
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def result(self, value: Any, text: str) -> None:
         print(json.dumps(value, indent=2) if self.json else text, flush=True)
 

@@ -135,12 +135,18 @@ def open_corpus(path: Path) -> Corpus:
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
-    """Indices of the blocks that training step `step` (from 0) reads: a pure function, so resuming needs no state.
+    """Indices of the blocks that training step `step` (from 0) reads, where every step reads as many."""
+    return next_rows(num_blocks, seed=seed, drawn=step * batch, count=batch)
 
-    Each pass over the data is a permutation of its own, drawn from (seed, pass); a step may straddle two passes.
+
+def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarray:
+    """Indices of the `count` blocks that follow the first `drawn` ones of a training: a pure function, so resuming
+    needs no more state than that number.
+
+    Each pass over the data is a permutation of its own, drawn from (seed, pass); the blocks may straddle passes.
     """
-    positions = np.arange(step * batch, (step + 1) * batch)
-    rows = np.empty(batch, dtype=np.int64)
+    positions = np.arange(drawn, drawn + count)
+    rows = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions // num_blocks):
         here = positions // num_blocks == epoch
         rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(num_blocks)[positions[here] % num_blocks]

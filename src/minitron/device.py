@@ -1,10 +1,12 @@
-"""Which device, what it has room for, and which number format is fast on it."""
+"""Which device, what it has room for, which number format is fast on it, and which software runs there."""
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,12 @@ def pick_device() -> torch.device:
     """The GPU that is this process's current one, or the CPU."""
     # With its index: other threads have a current one of their own.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def versions() -> dict[str, str]:
+    """Of all that results depend on."""
+    names = ("minitron", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def free_bytes(device: torch.device) -> int:

@@ -25,13 +25,17 @@ _UNWRITABLE = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
+ROOM = "free some space or choose another --out"
 
 
 @contextmanager
-def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, replace: bool = False, way_out: str = ROOM) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block ends well and removed when it does not.
 
     What a killed process left under the temporary name is cleared at the next try.
+
+    Args:
+        way_out: what the user can do when `path` cannot be written.
 
     Raises: RunError if `path` cannot be written (it is a file, it holds something and `replace` is not set, the disk
         is full, ...).
@@ -41,45 +45,56 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     if path.is_dir() and any(path.iterdir()) and not replace:
         raise RunError(f"{path} exists and is not empty; remove it, or choose another --out")
     partial = path.with_name(f"{path.name}.partial")
-    with readable_os_errors(path):
+    with readable_os_errors(path, way_out=way_out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            _sync(partial)
+            for file in [*partial.rglob("*"), partial]:
+                _sync(file)
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
+            _sync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 @contextmanager
-def readable_os_errors(path: Path) -> Iterator[None]:
+def readable_os_errors(path: Path, *, way_out: str = ROOM) -> Iterator[None]:
     """Turn a full disk, a missing permission and their like into one clear error about `path`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+        raise RunError(f"cannot write {path}: {error.strerror}; {way_out}") from error
     except SafetensorError as error:
         # Its errors have no errno, only the number in the text.
         if not any(f"(os error {number})" in str(error) for number in _UNWRITABLE):
             raise
-        raise RunError(f"cannot write {path}: {error}; free some space or choose another --out") from error
+        raise RunError(f"cannot write {path}: {error}; {way_out}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that readers see the old file or the new one, never a part."""
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=2))
+
+
+def write_text(path: Path, text: str, *, way_out: str = ROOM) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
     partial = path.with_name(f"{path.name}.partial")
-    with readable_os_errors(path):
-        with partial.open("w") as file:
-            json.dump(value, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    with readable_os_errors(path, way_out=way_out):
+        try:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
@@ -105,10 +120,9 @@ def _cached_digest(file: Path, cache: dict[str, Any]) -> str:
     return cache[str(file)][3]
 
 
-def _sync(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,6 +17,7 @@ from minitron.device import compute_dtype, pick_device, settle_precision
 from minitron.distill import train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
+from minitron.distill.state import forget_states
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
@@ -459,6 +460,7 @@ def teach(
             out=out,
             initialize="weights" if teacher else "random",
             progress=stages.listener.progress,
+            warn=stages.listener.warn,
         )
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
@@ -467,7 +469,7 @@ def teach(
         recorded = config.teacher == "recorded"
         inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
     made = stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed}, state=state)
-    train.forget_states(state)
+    forget_states(state)
     return made
 
 

@@ -11,16 +11,17 @@ import platform
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from minitron.config import Section
+from minitron.device import versions
 from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
 from minitron.recipe import Recipe, dump_recipe
@@ -34,13 +35,20 @@ class Listener(Protocol):
 
     def progress(self, done: int, total: int, note: str = "") -> None: ...
 
+    def warn(self, text: str) -> None: ...
+
 
 class Silent:
+    """Draws nothing; warnings are Python's own."""
+
     def stage(self, name: str, state: str) -> None:
         pass
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         pass
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
 
 
 SILENT = Silent()
@@ -154,11 +162,6 @@ class RunDirectory:
             partial = self.out / "recipe.yaml.partial"
             partial.write_text(dump_recipe(self.recipe))
             partial.replace(self.out / "recipe.yaml")
-
-
-def versions() -> dict[str, str]:
-    names = ("minitron", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def hardware() -> dict[str, Any]:

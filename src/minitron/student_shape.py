@@ -213,6 +213,7 @@ class _Trial:
                 seed=self.recipe.seed,
                 work=here / "distill",
                 progress=lambda done, total, note: self.listener.progress(done, total, f"{candidate.name}, {note}"),
+                warn=self.listener.warn,
             )
             write_json(self.file, self.known)
         return losses[str(step)]

@@ -1,11 +1,10 @@
 """One training loop, top to bottom: a student learns from a teacher's logits, and resumes bit for bit."""
 
-import json
 import math
-import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from minitron.config import Section
-from minitron.data import Blocks, Corpus, batch_rows
+from minitron.data import Blocks, Corpus, batch_rows, next_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
 from minitron.distill.intermediate import DEEP_CUT, IntermediateLoss, default_pairs
 from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.pupil import Pupil
+from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher
 from minitron.errors import Interrupted, MinitronError
-from minitron.files import atomic_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
 from minitron.packing import Batch
@@ -209,6 +206,7 @@ def distill(
     out: Path,
     initialize: Literal["weights", "random"] = "weights",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Trained:
     """Train the student and write it to the existing directory `out` in the dtypes of its checkpoint.
 
@@ -218,15 +216,21 @@ def distill(
         work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
             with the weights that one undisturbed call would have made.
         initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
+        warn: told of each state in `work` that is damaged, and from which step training goes on instead.
 
-    Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
+    A second call with another batch reads on behind the blocks that were read: within a pass none is left out or read
+    twice. Its step is the step of the new batch that is nearest to the tokens seen, and from there on the schedule is
+    the new one. So is that of another number of tokens; one that is already reached leaves the student as it is.
+
+    Raises: Interrupted after SIGINT or SIGTERM, with the state saved; RunError if the state is of another student or
+        block length, or cannot be written, with the one before still there.
 
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
-    made = _train(student, teacher, corpus, config, seed=seed, work=work, initialize=initialize, progress=progress)
+    options: dict[str, Any] = {"initialize": initialize, "progress": progress, "warn": warn}
+    made = _train(student, teacher, corpus, config, seed=seed, work=work, **options)
     save_student(made.pupil.model, made.checkpoint, out)
-    assert config.batch_blocks
-    return Trained(made.step, made.step * config.batch_blocks * corpus.block_tokens, made.seconds)
+    return Trained(made.step, made.tokens, made.seconds)
 
 
 def distill_until(
@@ -240,6 +244,7 @@ def distill_until(
     seed: int,
     work: Path,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> float:
     """The first `step` steps of what `distill` with the same arguments does, with the state left in `work`.
 
@@ -250,7 +255,7 @@ def distill_until(
 
     Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
     """
-    made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, until=step)
+    made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, warn=warn, until=step)
     assert made.step == step, f"{work} holds step {made.step}, which is beyond step {step}"
     return mean_loss(made.pupil, made.teacher, judge)
 
@@ -263,6 +268,7 @@ class _Made:
     teacher: Teacher | None
     checkpoint: Checkpoint
     step: int
+    tokens: int
     seconds: float  # of this process
 
 
@@ -276,6 +282,7 @@ def _train(
     work: Path,
     initialize: Literal["weights", "random"] = "weights",
     progress: Callable[[int, int, str], None],
+    warn: Callable[[str], None],
     until: int | None = None,
 ) -> _Made:
     """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps."""
@@ -287,8 +294,8 @@ def _train(
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype).to(device).train()
     optimizer = _optimizer(pupil, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
-    store = _Store(work)
-    step = store.resume(pupil, optimizer)
+    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn)
+    step, seen_tokens = states.resume()
     end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     start, first = time.monotonic(), step
@@ -303,12 +310,13 @@ def _train(
             rate = learning_rate(step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = batch_rows(len(blocks), seed=seed, step=step, batch=config.batch_blocks)
+            drawn = seen_tokens // corpus.block_tokens
+            rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
             num_predicted, loss = batch.num_predicted, 0.0
             for number, micro in enumerate(batch.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
                 lesson = None if guide is None else guide(micro)
-                if step == number == 0 and lesson is not None:
+                if drawn == number == 0 and lesson is not None:
                     pupil.fit_maps(micro, lesson)
                 minimised, objective = pupil(micro, lesson)
                 (minimised / num_predicted).backward()
@@ -322,24 +330,23 @@ def _train(
                 )
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            seen = step * batch.tokens.numel()
-            store.log({"step": step, "tokens": seen, "loss": loss, "learning_rate": rate, "grad_norm": norm})
+            step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
+            states.log({"step": step, "tokens": seen_tokens, "loss": loss, "learning_rate": rate, "grad_norm": norm})
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
-                store.log({"step": step, "tokens": seen, "heldout_loss": heldout_loss})
+                states.log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
             last = step == end
             if last or stop.requested or step % config.checkpoint_steps == 0:
-                store.save(step, pupil, optimizer)
+                states.save(step, seen_tokens)
             if stop.requested and not last:
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
             speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
             progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-    return _Made(pupil, guide, checkpoint, step, time.monotonic() - start)
+    return _Made(pupil, guide, checkpoint, step, seen_tokens, time.monotonic() - start)
 
 
 def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
@@ -392,79 +399,9 @@ def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
     return total / count
 
 
-class _Store:
-    """What survives a crash: metrics.jsonl and the last two states, each written whole or not at all."""
-
-    def __init__(self, work: Path):
-        self.work = work
-        self.metrics = work / "metrics.jsonl"
-        work.mkdir(parents=True, exist_ok=True)
-
-    def log(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        moments = {
-            f"{key}.{name}": value
-            for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items()
-            if key != "step"
-        }
-        with atomic_directory(self.work / f"state-{step:08d}", replace=True) as partial:
-            save_file(
-                {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
-                partial / "student.safetensors",
-            )
-            save_file({name: m.cpu().contiguous() for name, m in moments.items()}, partial / "optimizer.safetensors")
-        for old in self._states()[:-2]:
-            shutil.rmtree(old)
-
-    def resume(self, model: Any, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest readable state, forget metrics after it, and return its step (0 without one)."""
-        step = 0
-        for state in reversed(self._states()):
-            try:
-                weights, moments = load_file(state / "student.safetensors"), load_file(state / "optimizer.safetensors")
-            except (SafetensorError, OSError):
-                continue  # damaged: the one before is as good, and exact resume makes up for it
-            step = int(state.name.removeprefix("state-"))
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[name])
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
-                        "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
-                    }
-            break
-        if self.metrics.exists():
-            rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-            partial = self.metrics.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in rows))
-            partial.replace(self.metrics)
-        return step
-
-    def _states(self) -> list[Path]:
-        return sorted(path for path in self.work.glob("state-*") if not path.name.endswith(".partial"))
-
-
-def _step_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf  # the line that a kill cut short
-
-
 @dataclass
 class StopRequest:
     requested: bool = False
-
-
-def forget_states(work: Path) -> None:
-    """Remove the resumable states of a finished training; its metrics stay."""
-    for state in work.glob("state-*"):
-        shutil.rmtree(state)
 
 
 @contextmanager

@@ -18,7 +18,14 @@ from minitron.errors import CheckpointError
 from minitron.large_files import CHUNK_BYTES, opened, read_range, stamp, write_file
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What can be written besides: the state of a training holds more than weights.
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 GAP_BYTES = 256 << 10  # unwanted bytes that are read rather than skipped: a read of its own costs about as much
 _HEADER_BYTES = 100_000_000  # the format's own limit
 # Part of a tensor's name that only one kind of quantized checkpoint has -> what made it.
@@ -166,13 +173,17 @@ def _shard_bytes(
 ) -> Generator[UInt8[Tensor, " _"], None, None]:
     yield torch.frombuffer(bytearray(_header(tensors)), dtype=torch.uint8)
     for name, (dtype, shape) in tensors.items():
-        missing = shape[0]
+        missing = _num_rows(shape)
         while missing > 0:
             piece = next(pieces)
             assert piece.dtype == dtype and piece.shape[1:] == shape[1:], name
-            missing -= len(piece)
+            missing -= _num_rows(piece.shape)
             yield piece.contiguous().view(-1).view(torch.uint8)
         assert missing == 0, name
+
+
+def _num_rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1  # a scalar is one row
 
 
 def _header(tensors: Mapping[str, TensorType]) -> bytes:

@@ -1,0 +1,270 @@
+"""What an interrupted training goes on from: its last two states, each whole or not at all, and its metrics."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minitron.device import versions
+from minitron.errors import RunError
+from minitron.files import atomic_directory, readable_os_errors, write_text
+from minitron.large_files import digest_file
+from minitron.model.weights import write_shard
+
+STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
+FACTS = "state.json"
+
+
+class Facts(BaseModel, frozen=True, strict=True, extra="forbid"):
+    """state.json, which is written last."""
+
+    step: int
+    tokens: int  # seen so far
+    batch_blocks: int
+    block_tokens: int
+    optimizer: str
+    versions: dict[str, str]
+    files: dict[str, str]  # the sha256 of every other file
+    sha256: str = ""  # of the facts above
+
+    def sealed(self) -> "Facts":
+        above = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
+        return self.model_copy(update={"sha256": hashlib.sha256(above.encode()).hexdigest()})
+
+
+@dataclass
+class States:
+    """The states of one training in the directory `work`, and its metrics.jsonl.
+
+    A state is the student's weights and the `extra` tensors, what the optimizer holds of each of them, torch's random
+    state, and the number of tokens seen. `save` reads the objects given here, and `resume` puts a state back into them.
+
+    Args:
+        extra: further tensors by name, trained or not; resuming fills them in place, as it does the weights.
+        warn: told of each state that cannot be used, and of what is used instead.
+    """
+
+    work: Path
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batch_blocks: int
+    block_tokens: int
+    warn: Callable[[str], None]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    _good: list[Path] = field(init=False, default_factory=list)  # the states to keep, newest last
+    _step: int = field(init=False, default=0)  # of the newest of them
+
+    def __post_init__(self) -> None:
+        with self._writing(self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the metrics; its `tokens` are those seen so far."""
+        with self._writing(self._metrics), self._metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(self, step: int, tokens: int) -> None:
+        """Add a state, and remove all others but the one before.
+
+        Raises: RunError if it cannot be written, with all that was there before still there.
+        """
+        with self._writing(self._metrics), self._metrics.open("a") as file:
+            os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
+        path = self.work / f"state-{tokens:012d}"
+        with atomic_directory(path, replace=True, way_out=self._way_out()) as partial:
+            facts = Facts(
+                step=step,
+                tokens=tokens,
+                batch_blocks=self.batch_blocks,
+                block_tokens=self.block_tokens,
+                optimizer=type(self.optimizer).__name__,
+                versions=versions(),
+                files={name: _write(partial / name, tensors) for name, tensors in self._contents().items()},
+            )
+            (partial / FACTS).write_text(facts.sealed().model_dump_json(indent=2))
+        self._good, self._step = [*self._good[-1:], path], step
+        for other in set(self.work.glob("state-*")) - set(self._good):
+            shutil.rmtree(other)
+
+    def resume(self) -> tuple[int, int]:
+        """Go back to the newest state that can be used, and forget the metrics after it; returns steps and tokens.
+
+        Both are 0 if there is none. Where the batch was another, the step is the one nearest to the tokens seen.
+
+        Raises: RunError if the state is of another student, optimizer or block length.
+        """
+        found, unusable = _newest(self.work)
+        for path, reason in unusable.items():
+            self.warn(f"{path} cannot be used: {reason}")
+        if found is None:
+            if unusable:
+                self.warn(f"no state in {self.work} can be used: training starts again from step 0")
+            self._forget_metrics_after(0)
+            return 0, 0
+        path, facts = found
+        self._restore(path, facts)
+        self._good, self._step = [path], nearest_step(facts.tokens, self.batch_blocks * self.block_tokens)
+        if unusable:
+            self.warn(f"training goes on from {path}, step {self._step}")
+        self._forget_metrics_after(facts.tokens)
+        return self._step, facts.tokens
+
+    @property
+    def _metrics(self) -> Path:
+        return self.work / "metrics.jsonl"
+
+    def _writing(self, path: Path) -> AbstractContextManager[None]:
+        return readable_os_errors(path, way_out=self._way_out())
+
+    def _way_out(self) -> str:
+        return f"free some space and run the same command to go on from step {self._step}"
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """File -> what lies in it and is filled in place."""
+        return {STUDENT: dict(self.model.named_parameters())} | ({EXTRA: self.extra} if self.extra else {})
+
+    def _named(self) -> dict[str, Tensor]:
+        """What the optimizer may hold something of."""
+        return {name: tensor for tensors in self._tensors().values() for name, tensor in tensors.items()}
+
+    def _contents(self) -> dict[str, Mapping[str, Tensor]]:
+        """File -> tensors."""
+        names = {tensor: name for name, tensor in self._named().items()}
+        held = {
+            f"{entry}.{names[parameter]}": value
+            for parameter, entries in self.optimizer.state.items()
+            for entry, value in entries.items()
+        }
+        return {**self._tensors(), OPTIMIZER: held, RANDOM: _random_state(self._device())}
+
+    def _restore(self, path: Path, facts: Facts) -> None:
+        kind = type(self.optimizer).__name__
+        if (facts.optimizer, facts.block_tokens) != (kind, self.block_tokens):
+            raise RunError(
+                f"{path} is of {facts.optimizer} on blocks of {facts.block_tokens} tokens, and this training is of "
+                f"{kind} on blocks of {self.block_tokens}; go on with the same, or start in an empty directory"
+            )
+        for file in (STUDENT, EXTRA):
+            stored = load_file(path / file) if file in facts.files else {}
+            _fill(self._tensors().get(file, {}), stored, path / file)
+        self._restore_optimizer(load_file(path / OPTIMIZER))
+        random = load_file(path / RANDOM)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self._device().type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self._device())
+
+    def _restore_optimizer(self, held: Mapping[str, Tensor]) -> None:
+        # torch's own rule: a step count lies beside its parameter for kernels that read it there, else on the CPU.
+        beside = {
+            parameter: bool(group.get("fused") or group.get("capturable"))
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
+        named = self._named()
+        for key, value in held.items():
+            entry, _, name = key.partition(".")
+            parameter = named[name]
+            device = parameter.device if entry != "step" or beside[parameter] else "cpu"
+            self.optimizer.state[parameter][entry] = value.to(device)
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _forget_metrics_after(self, tokens: int) -> None:
+        if not self._metrics.exists():
+            return
+        text = self._metrics.read_text()
+        kept = "".join(line + "\n" for line in text.splitlines() if _tokens_of(line) <= tokens)
+        if kept != text:
+            write_text(self._metrics, kept, way_out=self._way_out())
+
+
+def nearest_step(tokens: int, step_tokens: int) -> int:
+    """The number of steps that come nearest to so many tokens; of two, the higher."""
+    return (2 * tokens + step_tokens) // (2 * step_tokens)
+
+
+def forget_states(work: Path) -> None:
+    """Remove the states of a finished training; its metrics stay."""
+    for state in work.glob("state-*"):
+        shutil.rmtree(state)
+
+
+def _newest(work: Path) -> tuple[tuple[Path, Facts] | None, dict[Path, str]]:
+    """The newest state that can be used, and why those after it cannot."""
+    unusable: dict[Path, str] = {}
+    for path in sorted(work.glob("state-*"), reverse=True):
+        if path.suffix == ".partial":
+            shutil.rmtree(path)  # was being written by a process that was killed
+            continue
+        try:
+            return (path, _checked_facts(path)), unusable
+        except ValueError as error:
+            unusable[path] = str(error)
+    return None, unusable
+
+
+def _checked_facts(state: Path) -> Facts:
+    """Raises: ValueError that says which file is not what was written."""
+    try:
+        facts = Facts.model_validate_json((state / FACTS).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{FACTS} is missing") from None
+    except (OSError, ValueError):
+        raise ValueError(f"{FACTS} cannot be read") from None
+    if facts != facts.sealed():
+        raise ValueError(f"{FACTS} is damaged: it does not have its own sha256")
+    for name, digest in facts.files.items():
+        try:
+            found = digest_file(state / name)
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror}") from None
+        if found != digest:
+            raise ValueError(f"{name} is damaged: it does not have the sha256 that {FACTS} says")
+    return facts
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors from any device, one in memory at a time; returns the file's sha256."""
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each begins at a multiple of its own
+    types = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+    return write_shard(file, types, (tensors[name].detach().cpu() for name in names))
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Path) -> None:
+    for name in {**tensors, **stored}:
+        now, then = (_type(group[name]) if name in group else "absent" for group in (tensors, stored))
+        if now != then:
+            raise RunError(
+                f"{file} is of another training: {name} is {then} there and {now} here; "
+                "train the same student, or start in an empty directory"
+            )
+        tensors[name].copy_(stored[name])
+
+
+def _type(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _tokens_of(line: str) -> int | float:
+    try:
+        return json.loads(line)["tokens"]
+    except ValueError:
+        return inf  # the line that a kill cut short
