@@ -88,7 +88,7 @@ def test_the_states_count_as_much_as_the_logits_and_only_in_training(hidden: int
 
 
 def test_a_deep_cut_has_them_by_default_and_a_width_cut_does_not() -> None:
-    options = {"block_tokens": 16, "train_tokens": 100_000}
+    options = {"weights_rms": 1.0, "block_tokens": 16, "train_tokens": 100_000}
     for layers, expected in ((4, False), (3, False), (2, True)):
         assert resolve(DistillConfig(), replace(SHAPE, layers=layers), SHAPE, **options).intermediate is expected
     alone = DistillConfig(loss="cross_entropy")
