@@ -4,7 +4,7 @@
         [--shapes width,depth,both] [--starts plain,basis,...] [--budgets 0.25M,0.5M,1M,2M] [--seeds 0,1] [--out FILE]
 
 Every (start, budget, learning rate, seed) is a training run of its own, with its own full schedule: a shorter budget is
-no point on a longer curve. Each start gets the best of its learning rates, multiples of the default one. Runs are kept
+no point on a longer curve. Each start gets the best of its learning rates, multiples of 0.4 / hidden. Runs are kept
 in the cache, so the same command goes on where it was stopped, several can share one cache (--part 0/2, --part 1/2),
 and the table is of what there is. The default model is the shipped demo teacher with the built-in corpus.
 """
@@ -51,7 +51,7 @@ STARTS: dict[str, list[Step]] = {
     "best": list(BEST),
     "scratch": [],
 }
-RATES = (0.5, 1.0, 2.0)  # times the default learning rate
+RATES = (0.5, 1.0, 2.0)  # times 0.4 / hidden
 BLOCK_TOKENS, SAMPLES, HELDOUT_BLOCKS = 256, 256, 128
 
 
@@ -205,9 +205,8 @@ def report(bench: Bench, name: str) -> str:
         f"Teacher {bench.teacher.shape}, {bench.teacher.parameters.non_embedding:,} non-embedding parameters; "
         f"{bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. KL to the teacher in "
         f"nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}. Each cell is a run of its own with its "
-        f"own schedule, at the best of the learning rates of the grid ({', '.join(map(str, RATES))} times the "
-        "default); the rate and the number of rates tried stand behind it. With two seeds the cell is their mean, and "
-        "their range is given.",
+        "own schedule, at the best of the learning rates that were tried, in multiples of 0.4 / hidden; the rate and "
+        "the number of rates tried stand behind it. With two seeds the cell is their mean, and their range is given.",
         "",
     ]
     for shape in dict.fromkeys(row["key"]["shape"] for row in bench.rows):

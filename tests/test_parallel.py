@@ -1,5 +1,6 @@
 """Processes that torchrun starts share a calibration, and end together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import small
+import tiny
 import torch
 
 from minitron import cli
+from minitron.model.checkpoint import open_checkpoint
 from minitron.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.prune.calibrate import Statistics
+from minitron.prune.cut import cut
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # A job in which the process whose rank is the argument fails while the other goes on to sum.
@@ -34,6 +38,36 @@ except RunError as error:
     left = sum("gloo" in name for name in threads)
     Path(f"heard{here.rank}").write_text(f"{error}; {left} threads left", encoding="utf-8")
     sys.exit(1)
+"""
+
+
+# Some steps of a distillation that goes on where the one before ended, or with no number of steps all the rest.
+SOME_STEPS = """
+import sys
+from pathlib import Path
+from minitron.data import open_corpus
+from minitron.distill.train import DistillConfig, distill, distill_until, resolve
+from minitron.model.checkpoint import open_checkpoint
+from minitron.parallel import process_group
+
+work, steps = Path(sys.argv[1]), int(sys.argv[2])
+with process_group():
+    teacher, student, corpus = Path("teacher"), Path("student"), open_corpus(Path("data"))
+    shapes = open_checkpoint(student).shape, open_checkpoint(teacher).shape
+    config = DistillConfig(
+        tokens=10 * 4 * 16,
+        batch_blocks=4,
+        precision="float32",
+        checkpoint_steps=2,
+        evaluate_steps=4,
+        evaluate_blocks=11,
+    )
+    config = resolve(config, *shapes, weights_rms=0.1, block_tokens=16, train_tokens=1)
+    if steps:
+        distill_until(steps, corpus.heldout.head(3), student, teacher, corpus, config, seed=0, work=work)
+    else:
+        (work / "out").mkdir(parents=True, exist_ok=True)
+        distill(student, teacher, corpus, config, seed=0, work=work, out=work / "out")
 """
 
 
@@ -91,6 +125,67 @@ def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int)
     assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
 
 
+@pytest.fixture(scope="module", params=["llama", "llama-tied"])
+def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher, a student cut from it, their text, and what one process makes of the student."""
+    path = tmp_path_factory.mktemp(request.param)
+    teacher = open_checkpoint(small.teacher(path / "teacher", request.param))
+    (path / "student").mkdir()
+    cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24, layers=3), path / "student")
+    small.corpus(path / "data", teacher.path, 16)
+    (path / "some_steps.py").write_text(SOME_STEPS)
+    alone = start(sys.executable, "some_steps.py", "one", 0, cwd=path)
+    assert alone.returncode == 0, alone.stderr
+    return path
+
+
+def assert_same_training(desk: Path, one: str, other: str) -> None:
+    first, second = tiny.tensors(desk / one / "out"), tiny.tensors(desk / other / "out")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-5)
+    rows = [
+        [json.loads(line) for line in (desk / name / "metrics.jsonl").read_text().splitlines()] for name in (one, other)
+    ]
+    assert len(rows[0]) == len(rows[1])
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
+    together = start(*TORCHRUN, 2, "some_steps.py", "two", 0, cwd=lesson_desk)
+    assert together.returncode == 0, together.stderr
+    assert_same_training(lesson_desk, "one", "two")
+
+
+def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Path) -> None:
+    for processes, steps in ((2, 3), (1, 6), (2, 0)):
+        made = start(*TORCHRUN, processes, "some_steps.py", "mixed", steps, cwd=lesson_desk)
+        assert made.returncode == 0, made.stderr
+    assert_same_training(lesson_desk, "one", "mixed")
+
+
+def test_the_command_is_shared_by_processes(desk: Path) -> None:
+    words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
+    words += ["--tokens", 3 * 4 * 16, "--set", "distill.batch_blocks=4", "--set", "distill.precision=float32"]
+    words += ["--set", "distill.loss=cross_entropy"]
+    for name, starter in (("alone", [sys.executable]), ("shared", [*TORCHRUN, 2])):
+        made = start(*starter, "-m", "minitron", *words, "--out", name, cwd=desk)
+        assert made.returncode == 0, made.stderr
+        assert made.stdout.count(f"student after 192 tokens: {name}") == 1
+        assert not (desk / f"{name}.work").exists()
+    one, two = (tiny.tensors(desk / name) for name in ("alone", "shared"))
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error_that_says_so(desk: Path) -> None:
+    words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
+    words += ["--tokens", 3 * 3 * 16, "--set", "distill.batch_blocks=3", "--out", "uneven"]
+    made = start(*TORCHRUN, 2, "-m", "minitron", *words, cwd=desk)
+    assert made.returncode != 0
+    assert made.stderr.count("distill.batch_blocks=3 cannot be divided among 2 processes: choose a multiple") == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_other_commands_refuse_several_processes(
     desk: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -100,7 +195,7 @@ def test_other_commands_refuse_several_processes(
     assert cli.main(["inspect", str(desk / "teacher")]) == 1
     message = (
         "error: torchrun started 2 processes, and this command runs in one: start it without torchrun; "
-        "`minitron calibrate` is the command that several processes share\n"
+        "`minitron calibrate` and `minitron distill` are the commands that several processes share\n"
     )
     assert capsys.readouterr() == ("", "" if rank else message)
 

@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
-        if ranks().size > 1 and args.verb is not _calibrate:
+        if ranks().size > 1 and args.verb not in (_calibrate, _distill):
             raise MinitronError(
                 f"torchrun started {ranks().size} processes, and this command runs in one: start it without torchrun; "
-                "`minitron calibrate` is the command that several processes share"
+                "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
         args.verb(args, console)
     except Interrupted as error:
@@ -406,6 +406,8 @@ def _distill(args: argparse.Namespace, console: Console) -> None:
     config = build_distill({name: value for name, value in given.items() if value is not None}, args.set)
     data = _data_config(args, console)
     facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
+    if not facts:
+        return  # the first of several processes speaks
     console.result(facts, f"student after {facts['training']['tokens']:,} tokens: {args.out}")
 
 
@@ -640,11 +642,12 @@ def _layers(text: str) -> dict[str, str]:
 
 
 def _complain(text: str) -> None:
-    """On stderr, from the first process only: what ends one ends them all."""
-    from minitron.parallel import ranks
+    """On stderr. What ends one process ends them all, so the first speaks for them, unless it could not be told."""
+    from minitron import parallel
 
-    if ranks().rank == 0:
-        print(text, file=sys.stderr)
+    rank = parallel.ranks().rank
+    if rank == 0 or parallel.is_computing():
+        print(text if rank == 0 else f"process {rank}: {text}", file=sys.stderr)
 
 
 def _interrupt(*_: object) -> None:

@@ -40,6 +40,10 @@ class Ranks:
         return slice(start, min(stop, num_samples))
 
 
+# Whether the processes exchange parts of layers, where no error can be passed on. One a process.
+_computing = False
+
+
 class _Elsewhere(RunError):
     """Another process failed, with this message."""
 
@@ -75,6 +79,8 @@ def process_group() -> Iterator[Ranks]:
         yield here
         require_all_well()
     except Exception as error:
+        if _computing:
+            raise  # the others may wait inside a layer: torchrun ends them when this process has left
         with suppress(RuntimeError):  # the others are gone already
             if not isinstance(error, _Elsewhere):
                 with suppress(_Elsewhere):  # it failed at the same time
@@ -103,7 +109,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
-    fully_shard(root, mesh=mesh)
+    # The root too, so that parameters are the optimizer's own whenever they are looked at from outside.
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # A sum and not a mean, which gloo does not know.
@@ -120,11 +127,34 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def divided_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """All of a tensor's values, divided among the processes as the tensor is."""
+    if not dist.is_initialized():
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else values
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     raised = torch.tensor(float(flag))
     all_reduce_sum(raised)
     return raised.item() > 0
+
+
+@contextmanager
+def computing_together() -> Iterator[None]:
+    """In this block the processes run divided modules: an error in one of them ends the job, with its own message."""
+    global _computing
+    _computing = dist.is_initialized()
+    yield
+    _computing = False
+
+
+def is_computing() -> bool:
+    """Whether `computing_together` is under way, or was when an error came."""
+    return _computing
 
 
 def require_all_well() -> None:

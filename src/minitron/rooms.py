@@ -268,34 +268,58 @@ def distill_models(
     out: Path,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
-    """Distil a student of any origin. State lives beside `out` in `<out>.work` until the student is complete."""
-    guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
-    require_same_vocabulary(guide, pupil)
-    data_config = bounded(data_config, config.tokens)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
-    work = out.with_name(f"{out.name}.work")
-    with RunDirectory(work, None, listener) as stages:
-        corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
-        config = train.resolve(
-            config,
-            pupil.shape,
-            guide.shape,
-            weights_rms=pupil.weights_rms(),
-            block_tokens=corpus.block_tokens,
-            train_tokens=corpus.train_tokens,
-        )
-        source = guide.path
-        if config.teacher == "recorded":
-            source = record_lessons(stages, config, guide, corpus, seed)
-        made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-        (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
-        _keep_sampled(corpus.path, made)
-        facts = json.loads((made / "record.json").read_text())["result"]
-        with readable_os_errors(out):
-            made.rename(out)
-        shutil.rmtree(work)
+    """Distil a student of any origin; under torchrun, with all its processes.
+
+    State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it.
+    """
+    with parallel.process_group() as here:
+        guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
+        require_same_vocabulary(guide, pupil)
+        work = out.with_name(f"{out.name}.work")
+        if here.rank > 0:
+            _assist(guide, pupil, config, seed, work)
+            return {}
+        data_config = bounded(data_config, config.tokens)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
+        with RunDirectory(work, None, listener) as stages:
+            corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
+            config = _resolved(config, guide, pupil, corpus)
+            source = guide.path
+            if config.teacher == "recorded":
+                source = record_lessons(stages, config, guide, corpus, seed)
+            parallel.require_all_well()  # the others wait for the text
+            made = teach(stages, "student", config, seed, pupil.path, source, corpus)
+            (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
+            _keep_sampled(corpus.path, made)
+            facts = json.loads((made / "record.json").read_text())["result"]
+            with readable_os_errors(out):
+                made.rename(out)
+            shutil.rmtree(work)
     return {"out": str(out)} | facts
+
+
+def _assist(guide: Checkpoint, pupil: Checkpoint, config: train.DistillConfig, seed: int, work: Path) -> None:
+    """What processes other than the first do of a distillation."""
+    parallel.require_all_well()
+    corpus = data.open_corpus(work / "data")
+    config = _resolved(config, guide, pupil, corpus)
+    source = work / "lessons" if config.teacher == "recorded" else guide.path
+    if not (work / "student" / "record.json").exists():
+        train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
+
+
+def _resolved(
+    config: train.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
+) -> train.DistillConfig:
+    return train.resolve(
+        config,
+        pupil.shape,
+        guide.shape,
+        weights_rms=pupil.weights_rms(),
+        block_tokens=corpus.block_tokens,
+        train_tokens=corpus.train_tokens,
+    )
 
 
 def evaluate_model(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.packing import Batch
 
@@ -46,6 +47,11 @@ class Pupil(nn.Module):
         between = self.intermediate(states, lesson.states)
         weight = (loss / between.clamp_min(torch.finfo(torch.float32).tiny)).detach()
         return loss + weight * between, loss.detach()
+
+    def layers(self, checkpoint: Checkpoint) -> list[nn.Module]:
+        """The decoder layers of the student, whose checkpoint is given."""
+        name = checkpoint.architecture.layer
+        return [self.model.get_submodule(name.format(layer=layer)) for layer in range(checkpoint.shape.layers)]
 
     @torch.no_grad()
     def fit_maps(self, batch: Batch, lesson: Lesson) -> None:

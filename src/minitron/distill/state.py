@@ -21,6 +21,7 @@ from minitron.errors import RunError
 from minitron.files import atomic_directory, readable_os_errors, write_text
 from minitron.large_files import digest_file
 from minitron.model.weights import write_shard
+from minitron.parallel import divided_like, joined, whole
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
 FACTS = "state.json"
@@ -71,14 +72,20 @@ class States:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row to the metrics; its `tokens` are those seen so far."""
-        with self._writing(self._metrics), self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if joined().rank == 0:
+            with self._writing(self._metrics), self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def save(self, step: int, tokens: int) -> None:
         """Add a state, and remove all others but the one before.
 
         Raises: RunError if it cannot be written, with all that was there before still there.
         """
+        if joined().rank > 0:
+            for tensors in self._contents().values():
+                for name in _order(tensors):
+                    whole(tensors[name])
+            return
         with self._writing(self._metrics), self._metrics.open("a") as file:
             os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
         path = self.work / f"state-{tokens:012d}"
@@ -105,18 +112,19 @@ class States:
         Raises: RunError if the state is of another student, optimizer or block length.
         """
         found, unusable = _newest(self.work)
+        warn = self.warn if joined().rank == 0 else lambda text: None
         for path, reason in unusable.items():
-            self.warn(f"{path} cannot be used: {reason}")
+            warn(f"{path} cannot be used: {reason}")
         if found is None:
             if unusable:
-                self.warn(f"no state in {self.work} can be used: training starts again from step 0")
+                warn(f"no state in {self.work} can be used: training starts again from step 0")
             self._forget_metrics_after(0)
             return 0, 0
         path, facts = found
         self._restore(path, facts)
         self._good, self._step = [path], nearest_step(facts.tokens, self.batch_blocks * self.block_tokens)
         if unusable:
-            self.warn(f"training goes on from {path}, step {self._step}")
+            warn(f"training goes on from {path}, step {self._step}")
         self._forget_metrics_after(facts.tokens)
         return self._step, facts.tokens
 
@@ -176,13 +184,14 @@ class States:
             entry, _, name = key.partition(".")
             parameter = named[name]
             device = parameter.device if entry != "step" or beside[parameter] else "cpu"
-            self.optimizer.state[parameter][entry] = value.to(device)
+            value = value.to(device)
+            self.optimizer.state[parameter][entry] = value if entry == "step" else divided_like(value, parameter)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _forget_metrics_after(self, tokens: int) -> None:
-        if not self._metrics.exists():
+        if joined().rank > 0 or not self._metrics.exists():
             return
         text = self._metrics.read_text()
         kept = "".join(line + "\n" for line in text.splitlines() if _tokens_of(line) <= tokens)
@@ -237,9 +246,13 @@ def _checked_facts(state: Path) -> Facts:
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors from any device, one in memory at a time; returns the file's sha256."""
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each begins at a multiple of its own
+    names = _order(tensors)
     types = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
-    return write_shard(file, types, (tensors[name].detach().cpu() for name in names))
+    return write_shard(file, types, (whole(tensors[name]).detach().cpu() for name in names))
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each begins at a multiple of its own
 
 
 @torch.no_grad()
@@ -251,7 +264,7 @@ def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Pat
                 f"{file} is of another training: {name} is {then} there and {now} here; "
                 "train the same student, or start in an empty directory"
             )
-        tensors[name].copy_(stored[name])
+        tensors[name].copy_(divided_like(stored[name].to(tensors[name].device), tensors[name]))
 
 
 def _type(tensor: Tensor) -> str:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitron import parallel
 from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -37,14 +38,20 @@ class OnlineTeacher:
         Raises: MinitronError if logits of the two models cannot be compared.
         """
         require_same_vocabulary(open_checkpoint(path), student)
-        self.model = load_model(path, dtype).to(device).requires_grad_(False)
+        teacher = open_checkpoint(path)
+        self.model = load_model(path, dtype).requires_grad_(False)
+        layers = (teacher.architecture.layer.format(layer=layer) for layer in range(teacher.shape.layers))
+        parallel.shard(self.model.base_model, map(self.model.get_submodule, layers), dtype, device)
+        self.model.to(device)
         self.states = states
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
         made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=self.states)
         hidden = batch.predicting(made.last_hidden_state)
-        logits = LazyLogits(hidden, self.model.get_output_embeddings().weight, logit_transform(self.model))
+        logits = LazyLogits(
+            hidden, parallel.whole(self.model.get_output_embeddings().weight), logit_transform(self.model)
+        )
         return Lesson(logits, made.hidden_states if self.states else None)
 
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from pydantic import Field
 
+from minitron import parallel
 from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows, next_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
@@ -287,11 +288,19 @@ def _train(
 ) -> _Made:
     """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps."""
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
+    here = parallel.joined()
+    if config.batch_blocks % here.size:
+        raise MinitronError(
+            f"distill.batch_blocks={config.batch_blocks} cannot be divided among {here.size} processes: "
+            "choose a multiple of their number"
+        )
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
     checkpoint = open_checkpoint(student)
     guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
-    pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype).to(device).train()
+    pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
+    parallel.shard(pupil, pupil.layers(checkpoint), dtype, device)
+    pupil.to(device).train()
     optimizer = _optimizer(pupil, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn)
@@ -305,7 +314,7 @@ def _train(
 
     if step > 0 and config.stop_at_loss is not None and reached(mean_loss(pupil, guide, heldout)):
         end = step  # where the run before ended
-    with graceful_stop() as stop:
+    with graceful_stop() as stop, parallel.computing_together():
         while step < end:
             rate = learning_rate(step, steps, config)
             for group in optimizer.param_groups:
@@ -313,39 +322,50 @@ def _train(
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-            num_predicted, loss = batch.num_predicted, 0.0
-            for number, micro in enumerate(batch.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
+            num_predicted, loss = batch.num_predicted, torch.zeros((), dtype=torch.float64)
+            own = Batch(batch.tokens[here.rank :: here.size], batch.separator)
+            for number, micro in enumerate(own.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
                 lesson = None if guide is None else guide(micro)
                 if drawn == number == 0 and lesson is not None:
                     pupil.fit_maps(micro, lesson)
                 minimised, objective = pupil(micro, lesson)
                 (minimised / num_predicted).backward()
                 loss += objective.item() / num_predicted
-            norm = torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
+            parallel.all_reduce_sum(loss)
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip)).item()
+            if not loss.isfinite() or not math.isfinite(norm):
                 raise MinitronError(
-                    f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}, on training blocks "
+                    f"training diverged at step {step + 1}: loss {loss:g}, gradient norm {norm}, on training blocks "
                     f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}; the last good state is kept: "
                     f"lower distill.learning_rate (now {config.learning_rate})"
                 )
             optimizer.step()
             optimizer.zero_grad()
             step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
-            states.log({"step": step, "tokens": seen_tokens, "loss": loss, "learning_rate": rate, "grad_norm": norm})
+            states.log(
+                {
+                    "step": step,
+                    "tokens": seen_tokens,
+                    "loss": loss.item(),
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                }
+            )
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
                 states.log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
             last = step == end
-            if last or stop.requested or step % config.checkpoint_steps == 0:
+            stopping = parallel.any_of(stop.requested)
+            if last or stopping or step % config.checkpoint_steps == 0:
                 states.save(step, seen_tokens)
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
             speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
-            progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            progress(step, steps, f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
     return _Made(pupil, guide, checkpoint, step, seen_tokens, time.monotonic() - start)
 
 
@@ -371,15 +391,22 @@ def blocks_read(corpus: Corpus, config: DistillConfig, seed: int) -> Int[np.ndar
 
 
 def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
-    """Write a trained model in the dtypes of the checkpoint it started from."""
+    """Write a trained model in the dtypes of the checkpoint it started from; the first of several processes does."""
     state = model.state_dict()
+    pieces = (
+        parallel.whole(state[spec.name]).to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()
+    )
+    if parallel.joined().rank > 0:
+        for _ in pieces:
+            pass
+        return
     write_checkpoint(
         out,
         config=checkpoint.config,
         tensors={
             spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()
         },
-        pieces=(state[spec.name].to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()),
+        pieces=pieces,
         carry_from=checkpoint.path,
     )
 
@@ -387,16 +414,20 @@ def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 @torch.no_grad()
 def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
     """The objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
-    device = next(pupil.parameters()).device
+    device, here = next(pupil.parameters()).device, parallel.joined()
     pupil.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(blocks), EVALUATION_BLOCKS):
-        tokens = torch.from_numpy(blocks.select(slice(start, start + EVALUATION_BLOCKS))).to(device)
-        batch = Batch(tokens, blocks.separator)
-        total += pupil(batch, None if teacher is None else teacher(batch))[1].item()
-        count += batch.num_predicted
+    sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
+    for start in range(0, len(blocks), EVALUATION_BLOCKS * here.size):
+        own = start + here.rank * EVALUATION_BLOCKS
+        # The processes go in step: one that has nothing left runs a block that does not count.
+        rows = slice(own, own + EVALUATION_BLOCKS) if own < len(blocks) else slice(0, 1)
+        batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
+        loss = pupil(batch, None if teacher is None else teacher(batch))[1].item()
+        if own < len(blocks):
+            sums += torch.tensor([loss, batch.num_predicted])
+    parallel.all_reduce_sum(sums)
     pupil.train()
-    return total / count
+    return (sums[0] / sums[1]).item()
 
 
 @dataclass
@@ -466,6 +497,11 @@ def _pupil(
     if config.intermediate:
         assert teacher is not None, "states between layers are a teacher's"
         of_teacher = open_checkpoint(teacher).shape
+        if shape.hidden != of_teacher.hidden and parallel.joined().size > 1:
+            raise MinitronError(
+                "states between layers of another width are compared in one process only: "
+                "set distill.intermediate=false, or start without torchrun"
+            )
         pairs = default_pairs(shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
     return Pupil(model, config.objective, intermediate, dtype)
