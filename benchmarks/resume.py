@@ -30,7 +30,7 @@ from minitron.data import builtin_documents
 from minitron.demo import HERE
 
 TEACHER = HERE / "demo-teacher"
-DOCUMENTS, BLOCK_TOKENS, TOKENS = 40, 64, 40_000
+DOCUMENTS, BLOCK_TOKENS, TOKENS = 40, 64, 20_000
 LATEST = 0.95  # of the undisturbed training's time, so that a process is seldom done before it is killed
 SMALL_DISK, LARGE_DISK = "60m", "400m"  # one state of 42 MB fits on the first, two do not
 COLUMNS = ["interruption", "exit code", "steps logged", "newest state", "said when run again", "weights", "metrics"]
