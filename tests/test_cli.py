@@ -559,7 +559,7 @@ def test_a_bad_recipe_value_is_named_with_its_path(desk: Desk, override: str, me
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("model: m\nprune: {target: 50%}\ndistill: {learn: 1}", "unknown key distill.learn; Available: "),
+        ("model: m\nprune: {target: 50%}\ndistill: {xyz: 1}", "unknown key distill.xyz; Available: "),
         ("prune: {target: 50%}", "model is missing"),
         ("model: [", "is not YAML"),
         ("- a", "must be a mapping of recipe keys"),

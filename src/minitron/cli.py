@@ -399,11 +399,12 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
 
 
 def _distill(args: argparse.Namespace, console: Console) -> None:
+    from minitron.distill.train import DistillConfig
     from minitron.recipe import build_distill
     from minitron.rooms import distill_models
 
-    given = {"tokens": args.tokens, "learning_rate": args.learning_rate}
-    config = build_distill({name: value for name, value in given.items() if value is not None}, args.set)
+    given = _section(DistillConfig, tokens=args.tokens, learning_rate=args.learning_rate)
+    config = build_distill(given.model_dump(exclude_unset=True, exclude_none=True), args.set)
     data = _data_config(args, console)
     facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
     if not facts:
