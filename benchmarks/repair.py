@@ -5,13 +5,15 @@
 
 Every (start, budget, learning rate, seed) is a training run of its own, with its own full schedule: a shorter budget is
 no point on a longer curve. Each start gets the best of its learning rates, multiples of 0.4 / hidden. Runs are kept
-in the cache, so the same command goes on where it was stopped, several can share one cache (--part 0/2, --part 1/2),
-and the table is of what there is. The default model is the shipped demo teacher with the built-in corpus.
+in the cache, and beside the result file, so the same command goes on where it was stopped, several can share one cache
+(--part 0/2, --part 1/2), and the table is of what there is. The default model is the shipped demo teacher with the
+built-in corpus.
 """
 
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -73,6 +75,9 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     args.cache.mkdir(parents=True, exist_ok=True)
+    kept = args.out and args.out.with_suffix(".jsonl")
+    if kept and kept.exists() and not (args.cache / "runs.jsonl").exists():
+        shutil.copy(kept, args.cache / "runs.jsonl")
     bench = Bench(args.model, args.data, args.heldout, args.cache)
     part, parts = map(int, args.part.split("/"))
     budgets = [round(float(text.removesuffix("M")) * 1e6) for text in args.budgets.split(",")]
@@ -87,6 +92,8 @@ def main() -> None:
         if number % parts == part and not args.only_table:
             bench.run(shape, start, tokens, rate, seed)
     publish(report(bench, args.name), args.out)
+    if kept:
+        shutil.copy(bench.runs, kept)
 
 
 class Bench:
