@@ -32,7 +32,7 @@ from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, w
 from minitron.packing import Batch
 
 # Peak learning rates as shares of the weights' root mean square.
-RATE, RATE_OF_REPAIRED = 0.04, 0.025
+RATE, RATE_OF_REPAIRED = 0.04, 0.02
 EVALUATION_BLOCKS = 8  # in one forward pass
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0)]
@@ -64,7 +64,7 @@ class DistillConfig(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 4% of the weights' size, 2.5% for a repaired cut; more in `resolve`."""
+    """Peak learning rate. Default: 4% of the weights' size, half of it for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the same shape from random weights. Default: 0.4 / hidden, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
@@ -116,7 +116,7 @@ def resolve(
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M to 1M tokens
     are 2.6% to 6% of it for a plain cut and 2% to 3% for a repaired one, which has more to lose (docs/LOG.md): 4% and
-    2.5%. Never above 0.4 / hidden, which is the papers' 1e-4 at hidden 3072 to 4096. Batch: a budget is worth about 600
+    2%. Never above 0.4 / hidden, which is the papers' 1e-4 at hidden 3072 to 4096. Batch: a budget is worth about 600
     steps (P1 ranks candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
 
     Raises: MinitronError for a budget of less than one batch, and for losses that exclude each other.
