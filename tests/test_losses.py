@@ -104,7 +104,9 @@ def test_the_chunk_size_does_not_matter(name: str) -> None:
 def test_gradients_predict_small_changes_of_the_value(name: str) -> None:
     hidden, head, *rest = inputs(torch.float32)
     _, grad_hidden, grad_head = chunked(name, (hidden, head, *rest))
-    for step_hidden, step_head in ((torch.randn_like(hidden), 0 * head), (0 * hidden, torch.randn_like(head))):
+    generator = torch.Generator().manual_seed(1)
+    along_hidden, along_head = (torch.randn(part.shape, generator=generator) for part in (hidden, head))
+    for step_hidden, step_head in ((along_hidden, 0 * head), (0 * hidden, along_head)):
         step = 1e-3 / (step_hidden.norm() + step_head.norm())
         up, down = (
             naive(name, (hidden + sign * step * step_hidden, head + sign * step * step_head, *rest))[0]

@@ -4,6 +4,7 @@ The processes go in step: before anything is exchanged, and at the end, each say
 ends all of them, and none waits for one that is gone.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,6 +90,8 @@ def process_group() -> Iterator[Ranks]:
             dist.all_reduce(torch.zeros(1))
         raise
     finally:
+        # Divided modules, which are full of cycles, hold the group: its threads must not outlive it.
+        gc.collect()
         dist.destroy_process_group()
 
 
