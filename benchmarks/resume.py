@@ -3,7 +3,7 @@
     python benchmarks/resume.py [--points 20] [--out benchmarks/results/resume_....md]
 
 `minitron distill` of a cut of the demo teacher, in a process of its own each time: once undisturbed; then stopped by
-SIGTERM or killed by SIGKILL at moments drawn evenly over its training, loading included, and run again; then with
+SIGTERM or killed by SIGKILL at moments drawn at random from its training, loading included, and run again; then with
 states that are damaged between the two, and on a disk that is full at the second state.
 """
 
@@ -31,7 +31,6 @@ from minitron.demo import HERE
 
 TEACHER = HERE / "demo-teacher"
 DOCUMENTS, BLOCK_TOKENS, TOKENS = 40, 64, 20_000
-LATEST = 0.95  # of the undisturbed training's time, so that a process is seldom done before it is killed
 SMALL_DISK, LARGE_DISK = "60m", "400m"  # one state of 42 MB fits on the first, two do not
 COLUMNS = ["interruption", "exit code", "steps logged", "newest state", "said when run again", "weights", "metrics"]
 
@@ -109,12 +108,12 @@ class Bench:
         kind, draw = (signal.SIGTERM, signal.SIGKILL)[number % 2], random.Random(number)
         name = f"point-{number}"
         process = self.start(*self.distill(name))
-        wait_for(process, lambda: (self.state(name) / "inputs.json").exists())
-        moment = draw.uniform(0, LATEST)
-        time.sleep(moment * self.seconds)
+        step = draw.randrange(self.steps)
+        wait_for(process, lambda: (self.state(name) / "inputs.json").exists() and self.logged(name) >= step)
+        time.sleep(draw.random() * self.seconds / self.steps)
         process.send_signal(kind)
         process.communicate()
-        return self.resumed(name, f"{kind.name} at {moment:.0%} of the time", process.returncode)
+        return self.resumed(name, f"{kind.name} after {step} steps or more", process.returncode)
 
     def damaged(self, damage: str) -> list[str]:
         process = self.start(*self.distill(damage))
@@ -140,10 +139,9 @@ class Bench:
     def resumed(self, name: str, interruption: str, code: int) -> list[str]:
         """Run again what was interrupted, and compare."""
         print(interruption, file=sys.stderr, flush=True)
-        if code == 0:
-            return [f"{interruption}, but was done before", "0", "", "", "", *self.compared(name)]
-        metrics = self.state(name) / "metrics.jsonl"
-        logged = metrics.read_text().count('"loss"') if metrics.exists() else 0
+        if (self.work / name).exists():
+            return [f"{interruption}, but was done before", str(code), "", "", "", *self.compared(name)]
+        logged = self.logged(name)
         newest = max((json.loads((path / "state.json").read_text())["step"] for path in self.states(name)), default=0)
         said = [self.plain(line.removeprefix("warning: ")) for line in self.finish(*self.distill(name))]
         return [interruption, str(code), str(logged), str(newest), "; ".join(said), *self.compared(name)]
@@ -154,6 +152,10 @@ class Bench:
 
     def state(self, name: str) -> Path:
         return self.work / f"{name}.work" / "distill"
+
+    def logged(self, name: str) -> int:
+        metrics = self.state(name) / "metrics.jsonl"
+        return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
     def states(self, name: str) -> list[Path]:
         return sorted(path for path in self.state(name).glob("state-*") if path.suffix != ".partial")

@@ -464,7 +464,7 @@ def test_a_training_stopped_and_killed_at_random_moments_ends_with_the_same_bits
     for step, end in ((1, kill), (2, stop), (4, kill), (6, kill), (8, stop)):
         process = context.Process(target=train_in_a_process, args=(bench, tmp_path))
         process.start()
-        while process.is_alive() and not (metrics.exists() and metrics.read_text().count("loss") >= step):
+        while process.is_alive() and not (metrics.exists() and metrics.read_text().count('"loss"') >= step):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.03))  # about a step, much of which is the writing of its state
         end(process)
