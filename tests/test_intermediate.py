@@ -1,6 +1,7 @@
 """States between layers are compared as a plain loop over tokens does it, and counted as much as the logits."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import small
 import tiny
 import torch
 
-from minitron.distill.intermediate import IntermediateLoss, default_pairs
+from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
 from minitron.distill.losses import Objective
 from minitron.distill.pupil import Pupil
 from minitron.distill.teacher import OnlineTeacher
@@ -26,10 +27,26 @@ def random_states(*sizes: int, seed: int) -> list[torch.Tensor]:
     return [torch.randn(*sizes, generator=generator) for _ in range(5)]
 
 
-def test_the_default_pairs_are_those_of_the_paper() -> None:
+def test_the_pairs_of_the_paper() -> None:
     """The embedding, and the outputs of layers 13 of 16 and 29 of 32, counted from 0: the 14th and the 30th."""
-    assert default_pairs(replace(SHAPE, layers=16), replace(SHAPE, layers=32)) == [(0, 0), (14, 30)]
-    assert default_pairs(replace(SHAPE, layers=2), SHAPE) == [(0, 0)]
+    assert pairs_of("p1", replace(SHAPE, layers=16), replace(SHAPE, layers=32)) == [(0, 0), (14, 30)]
+    assert pairs_of("p1", replace(SHAPE, layers=2), SHAPE) == [(0, 0)]
+    assert pairs_of("off", SHAPE, SHAPE) == []
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 8, 9, 40, 126])
+def test_places_along_the_depth_begin_and_end_with_it_and_are_evenly_spread(layers: int) -> None:
+    for of_teacher in (layers, 2 * layers, layers + 3):
+        pairs = pairs_of("all", replace(SHAPE, layers=layers), replace(SHAPE, layers=of_teacher))
+        assert pairs[0] == (0, 0) and pairs[-1] == (layers, of_teacher)
+        assert len(pairs) == min(layers + 1, 9)
+        steps = [later - one for (one, _), (later, _) in pairwise(pairs)]
+        assert max(steps) - min(steps) <= 1 and min(steps) >= 1
+        assert all(abs(theirs - ours * of_teacher / layers) <= 0.5 + 1e-9 for ours, theirs in pairs)
+
+
+def test_they_count_less_and_less() -> None:
+    assert [share_at(step, 4) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -59,37 +76,47 @@ def test_maps_between_widths_start_as_the_least_squares_fit() -> None:
     teacher = [states @ turn for states in student]  # which a linear map reaches exactly
     loss = IntermediateLoss([(0, 0), (2, 2)], narrow, wide, centred=False)
     before = loss(student, teacher).item()
-    loss.fit(student, teacher)
+    with torch.no_grad():
+        for linear, weight in zip(loss.maps, loss.fitted(loss.products(student, teacher)), strict=True):
+            linear.weight.copy_(weight)
     assert loss(student, teacher).item() < 1e-4 < before
     assert [tuple(each.shape) for each in loss.parameters()] == [(12, 6), (12, 6)]
 
 
 @pytest.mark.parametrize("hidden", [32, 24])
-def test_the_states_count_as_much_as_the_logits_and_only_in_training(hidden: int, tmp_path: Path) -> None:
+def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_without(
+    hidden: int, tmp_path: Path
+) -> None:
     teacher = open_checkpoint(small.teacher(tmp_path / "teacher"))
     (tmp_path / "student").mkdir()
     cut(teacher, tiny.plan(teacher.shape, hidden=hidden, layers=3), tmp_path / "student")
     student = open_checkpoint(tmp_path / "student")
     batch = Batch(tiny.tokens(2, 9, seed=4))
     guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), states=True)
-    pairs = default_pairs(student.shape, teacher.shape)
+    pairs = pairs_of("p1", student.shape, teacher.shape)
     between = IntermediateLoss(pairs, student.shape, teacher.shape, centred=False)
     pupil = Pupil(load_model(student.path, torch.float32), Objective(), between, torch.float32).train()
     lesson = guide(batch)
-    pupil.fit_maps(batch, lesson)
-    minimised, objective = pupil(batch, lesson)
-    alone = Pupil(pupil.model, Objective(), None, torch.float32)(batch, lesson)[0]
-    torch.testing.assert_close(objective, alone.detach())
-    torch.testing.assert_close(minimised.detach(), 2 * objective)
-    minimised.backward()
+    before = pupil(batch, lesson)[1].item()
+    pupil.fit_maps([(batch, lesson)])
+    objective, compared = pupil(batch, lesson)
+    assert 0 < compared.item() <= before * (1 if hidden == 32 else 0.9)
+    alone, nothing = Pupil(pupil.model, Objective(), None, torch.float32)(batch, lesson)
+    torch.testing.assert_close(objective, alone)
+    assert nothing.item() == 0
+    (objective + compared).backward()
     assert all(parameter.grad is not None for parameter in pupil.parameters())
     assert len(list(between.parameters())) == (0 if hidden == 32 else 2)
     assert torch.equal(pupil.eval()(batch, lesson)[0], objective)
 
 
-def test_a_deep_cut_has_them_by_default_and_a_width_cut_does_not() -> None:
-    options = {"weights_rms": 1.0, "block_tokens": 16, "train_tokens": 100_000}
-    for layers, expected in ((4, False), (3, False), (2, True)):
-        assert resolve(DistillConfig(), replace(SHAPE, layers=layers), SHAPE, **options).intermediate is expected
-    alone = DistillConfig(loss="cross_entropy")
-    assert resolve(alone, replace(SHAPE, layers=1), SHAPE, **options).intermediate is False
+def test_by_default_every_student_of_a_teacher_beside_it_has_them() -> None:
+    changes = [
+        ({}, "all"),
+        ({"intermediate": "p1"}, "p1"),
+        ({"loss": "cross_entropy"}, "off"),
+        ({"teacher": "recorded"}, "off"),
+    ]
+    for change, expected in changes:
+        config = resolve(DistillConfig(**change), SHAPE, weights_rms=1.0, block_tokens=16, train_tokens=100_000)
+        assert config.intermediate == expected

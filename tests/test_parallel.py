@@ -53,7 +53,6 @@ from minitron.parallel import process_group
 work, steps = Path(sys.argv[1]), int(sys.argv[2])
 with process_group():
     teacher, student, corpus = Path("teacher"), Path("student"), open_corpus(Path("data"))
-    shapes = open_checkpoint(student).shape, open_checkpoint(teacher).shape
     config = DistillConfig(
         tokens=10 * 4 * 16,
         batch_blocks=4,
@@ -62,7 +61,7 @@ with process_group():
         evaluate_steps=4,
         evaluate_blocks=11,
     )
-    config = resolve(config, *shapes, weights_rms=0.1, block_tokens=16, train_tokens=1)
+    config = resolve(config, open_checkpoint(student).shape, weights_rms=0.1, block_tokens=16, train_tokens=1)
     if steps:
         distill_until(steps, corpus.heldout.head(3), student, teacher, corpus, config, seed=0, work=work)
     else:

@@ -44,6 +44,7 @@ CONFIG = DistillConfig(
     evaluate_steps=4,
     evaluate_blocks=8,
 )
+ON_LOGITS = CONFIG.model_copy(update={"intermediate": "off"})
 
 
 def unexpected(text: str) -> None:
@@ -79,7 +80,7 @@ class Bench:
         return distill_until(*arguments, seed=0, work=at / "distill", **{"warn": unexpected} | options)
 
     def resolved(self, config: DistillConfig) -> DistillConfig:
-        return resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
+        return resolve(config, self.shapes[0], weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -146,45 +147,49 @@ def test_learning_rate_is_that_of_torchs_schedulers() -> None:
 @pytest.mark.parametrize(
     ("hidden", "tokens", "block", "rate", "batch", "warmup"),
     [
-        (48, 1_500_000, 256, 8.3e-3, 10, 11),
-        (40, 20_000, 64, 1e-2, 32, 2),
-        (4096, 600_000_000, 2048, 9.8e-5, 488, 12),
-        (4096, 94_000_000_000, 4096, 9.8e-5, 2295, 200),
+        (48, 1_500_000, 256, 8.3e-3, 8, 14),
+        (40, 20_000, 64, 3.1e-3, 3, 10),
+        (4096, 600_000_000, 2048, 9.8e-5, 29, 202),
+        (4096, 94_000_000_000, 4096, 9.8e-5, 261, 1758),
+        (4096, 10**13, 4096, 9.8e-5, 2295, 21275),
     ],
 )
 def test_resolve_fills_every_default_by_its_rule(
     bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int
 ) -> None:
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
-    config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
+    config = resolve(DistillConfig(), shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
     left_open = {name for name, value in config if value is None}
     assert left_open == {"top_k", "stop_at_loss"} and config.precision != "auto"
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
     assert config.checkpoint_steps == config.evaluate_steps == num_steps(tokens, batch, block) // 10
-    assert resolve(config, shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
+    assert resolve(config, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
 
 
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
     given = CONFIG.model_copy(
-        update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": True}
+        update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": "p1"}
     )
-    assert resolve(given, *bench.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
+    assert resolve(given, bench.shapes[0], weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
 
 
 def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not(bench: Bench) -> None:
     shape = bench.shapes[0]
-    options = {"block_tokens": BLOCK, "train_tokens": 10_000}
+    options = {"block_tokens": 16, "train_tokens": 10_000}
 
-    def rate(weights_rms: float, **more: bool) -> float | None:
-        return resolve(DistillConfig(), shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
+    def rate(weights_rms: float, batch_blocks: int = 128, **more: bool) -> float | None:
+        config = DistillConfig(batch_blocks=batch_blocks)
+        return resolve(config, shape, weights_rms=weights_rms, **options, **more).learning_rate
 
     assert (rate(0.02), rate(0.04)) == (8e-4, 1.6e-3)
     assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (4e-4, 8e-4)
     assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
+    assert (rate(0.02, batch_blocks=32), rate(0.02, batch_blocks=512)) == (4e-4, 8e-4)
     plain, repaired = (
-        resolve(DistillConfig(), shape, shape, weights_rms=0.02, repaired=flag, **options) for flag in (False, True)
+        resolve(DistillConfig(batch_blocks=128), shape, weights_rms=0.02, repaired=flag, **options)
+        for flag in (False, True)
     )
     assert of_scratch(repaired) == of_scratch(plain)
     assert of_scratch(plain).learning_rate == float(f"{0.4 / shape.hidden:.2g}")
@@ -286,8 +291,54 @@ def test_the_loop_is_a_plain_one_of_transformers_and_torch(bench: Bench, tmp_pat
         optimizer.step()
         cosine.step()
     rows = [batch_rows(len(bench.corpus.train), seed=0, step=step, batch=BATCH) for step in range(steps)]
-    trained = bench.distill(tmp_path, CONFIG.model_copy(update=changes))
+    trained = bench.distill(tmp_path, ON_LOGITS.model_copy(update=changes))
     assert_close(trained, plain_loop(bench, rows, rates, 0.05))
+
+
+def test_with_states_between_layers_too_the_loop_is_a_plain_one(bench: Bench, tmp_path: Path) -> None:
+    """Maps between widths start as a least-squares fit to the first batch; the weight is 0, then 2 (1 - progress) times
+    the ratio of the two losses in the step before."""
+    steps, pairs = 4, [(0, 0), (1, 1), (2, 3), (3, 4)]
+    config = CONFIG.model_copy(update={"tokens": steps * BATCH * BLOCK, "warmup_steps": 0, "gradient_clip": 1e9})
+    trained = bench.distill(tmp_path, config)
+
+    teacher, student = tiny.model(bench.teacher), tiny.model(bench.student).train()
+    rows = [batch_rows(len(bench.corpus.train), seed=0, step=step, batch=BATCH) for step in range(steps)]
+    batches = [torch.from_numpy(bench.corpus.train.select(blocks)) for blocks in rows]
+
+    def states(model: Any, tokens: Tensor) -> list[Tensor]:
+        found = model(input_ids=tokens, output_hidden_states=True).hidden_states
+        return [(each / each.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1) for each in found]
+
+    maps = []
+    with torch.no_grad():
+        ours, theirs = states(student, batches[0]), states(teacher, batches[0])
+    for one, other in pairs:
+        ridge = (1e-3 * len(ours[one])) ** 0.5 * torch.eye(24)  # states have a mean square of 1
+        stacked, zeros = torch.cat([ours[one], ridge]), torch.zeros(24, 32)
+        maps.append(torch.linalg.lstsq(stacked, torch.cat([theirs[other], zeros])).solution.requires_grad_())
+    matrices = [p for p in student.parameters() if p.ndim == 2]
+    vectors = [p for p in student.parameters() if p.ndim == 1]
+    groups = [{"params": matrices + maps, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+    weight = 0.0
+    for step, tokens in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, bench.resolved(config))
+        kl = naive_kl(student, teacher, tokens)
+        with torch.no_grad():
+            theirs = states(teacher, tokens)
+        ours = states(student, tokens)
+        between = sum(
+            (1 - torch.cosine_similarity(ours[one] @ maps[number], theirs[other])).sum()
+            for number, (one, other) in enumerate(pairs)
+        )
+        mean = between / (BATCH * (BLOCK - 1))
+        (kl + weight * 2 * (1 - step / steps) * mean).backward()
+        weight = (kl / mean).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(trained, student.state_dict())
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 2 * BLOCK, 3 * BLOCK + 5])
@@ -407,7 +458,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state_to_go_on_from(
 def test_with_another_batch_training_goes_on_behind_the_blocks_read(bench: Bench, tmp_path: Path, batch: int) -> None:
     done, clip = 3, 0.05
     first = {5: 2, 8: 2, 3: 4}[batch]  # of the further steps: the blocks read are 2.4, 1.5 or 4 steps of the new batch
-    before = CONFIG.model_copy(update={"gradient_clip": clip})
+    before = ON_LOGITS.model_copy(update={"gradient_clip": clip})
     after = before.model_copy(update={"batch_blocks": batch})
     bench.until(done, tmp_path, before)
     with pytest.raises(PowerCut):
@@ -427,7 +478,7 @@ def test_with_another_batch_training_goes_on_behind_the_blocks_read(bench: Bench
 
 def test_another_number_of_tokens_is_another_schedule_from_there_on(bench: Bench, tmp_path: Path) -> None:
     done, steps, clip = 3, 6, 0.05
-    before = CONFIG.model_copy(update={"gradient_clip": clip})
+    before = ON_LOGITS.model_copy(update={"gradient_clip": clip})
     after = before.model_copy(update={"tokens": steps * BATCH * BLOCK})
     bench.until(done, tmp_path, before)
     trained = bench.distill(tmp_path, after)

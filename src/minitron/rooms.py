@@ -284,7 +284,7 @@ def distill_models(
             raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
         with RunDirectory(work, None, listener) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
-            config = _resolved(config, guide, pupil, corpus)
+            config = _resolved(config, pupil, corpus)
             source = guide.path
             if config.teacher == "recorded":
                 source = record_lessons(stages, config, guide, corpus, seed)
@@ -303,19 +303,16 @@ def _assist(guide: Checkpoint, pupil: Checkpoint, config: train.DistillConfig, s
     """What processes other than the first do of a distillation."""
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
-    config = _resolved(config, guide, pupil, corpus)
+    config = _resolved(config, pupil, corpus)
     source = work / "lessons" if config.teacher == "recorded" else guide.path
     if not (work / "student" / "record.json").exists():
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 
-def _resolved(
-    config: train.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
-) -> train.DistillConfig:
+def _resolved(config: train.DistillConfig, pupil: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
     return train.resolve(
         config,
         pupil.shape,
-        guide.shape,
         weights_rms=pupil.weights_rms(),
         block_tokens=corpus.block_tokens,
         train_tokens=corpus.train_tokens,

@@ -387,7 +387,6 @@ def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: d
     return train.resolve(
         recipe.distill,
         shape,
-        teacher.shape,
         weights_rms=teacher.weights_rms(),
         block_tokens=corpus.block_tokens,
         train_tokens=corpus.train_tokens,

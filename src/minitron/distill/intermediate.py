@@ -1,9 +1,12 @@
-"""Losses on the states between layers, for students that lost many of them.
+"""Losses on the states between layers: what the student holds on its way is compared with what the teacher holds.
 
-Paper: P1, "Retraining", intermediate state-based distillation; its practices 6 and 7 for when.
+Paper: P1, "Retraining", intermediate state-based distillation. P1 compares the embedding and one late state, and only
+after deep cuts (practices 6 and 7); this compares states along the whole depth after any cut, and counts them less and
+less.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,8 +15,11 @@ from torch import Tensor, nn
 from minitron.model.architecture import Shape
 from minitron.model.norms import normalized
 
-# The student keeps at most this share of the layers where the losses are on by default.
-DEEP_CUT = 2 / 3
+Places = Literal["off", "p1", "all"]
+# Most pairs of places along the depth, so that maps between widths stay small beside the student.
+MOST_PAIRS = 9
+# What the loss counts for at first, in units of the objective on logits.
+SHARE = 2.0
 # Ridge of the fit that a projection starts from, in units of the states' mean square.
 RIDGE = 1e-3
 
@@ -21,10 +27,25 @@ RIDGE = 1e-3
 Pair = tuple[int, int]
 
 
-def default_pairs(student: Shape, teacher: Shape) -> list[Pair]:
-    """The embedding's output, and the output of the last layer but two: 29 of 32 to 13 of 16, counted from 0 (P1)."""
-    last = [(student.layers - 2, teacher.layers - 2)] if student.layers > 2 else []
-    return [(0, 0), *last]
+def pairs_of(places: Places, student: Shape, teacher: Shape) -> list[Pair]:
+    """The places to compare.
+
+    `all`: the embedding's output, the last layer's, and between them as many as there are or `MOST_PAIRS` allows, each
+    with that at the same share of the depth. `p1`: the embedding's output, and that of the last layer but two: layers
+    13 of 16 and 29 of 32, counted from 0.
+    """
+    if places == "off":
+        return []
+    if places == "p1":
+        return [(0, 0), *([(student.layers - 2, teacher.layers - 2)] if student.layers > 2 else [])]
+    number = min(student.layers, MOST_PAIRS - 1)
+    ours = [round(index * student.layers / number) for index in range(number + 1)]
+    return [(place, round(place * teacher.layers / student.layers)) for place in ours]
+
+
+def share_at(step: int, steps: int) -> float:
+    """What the loss counts for at a step, in units of the objective: ever less, so that training ends without it."""
+    return SHARE * (1 - step / steps)
 
 
 class IntermediateLoss(nn.Module):
@@ -61,13 +82,24 @@ class IntermediateLoss(nn.Module):
         return total
 
     @torch.no_grad()
-    def fit(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-        """Start the maps as the least-squares fit on some tokens."""
-        for linear, (one, other) in zip(self.maps, self.pairs, strict=False):
+    def products(
+        self, student: Sequence[Float[Tensor, "batch tokens hidden"]], teacher: Sequence[Tensor]
+    ) -> Float[Tensor, "pairs ours both"]:
+        """Sums over tokens of the student's state times the student's and the teacher's, for `fitted`."""
+        made = []
+        for one, other in self.pairs:
             ours, theirs = self._normalized(student[one]).flatten(0, 1), self._normalized(teacher[other]).flatten(0, 1)
-            products = ours.T @ ours
-            products.diagonal().add_(RIDGE * len(ours))
-            linear.weight.copy_(torch.linalg.solve(products, ours.T @ theirs).T)
+            made.append(ours.T @ torch.cat([ours, theirs], dim=1))
+        return torch.stack(made)
+
+    @staticmethod
+    def fitted(products: Float[Tensor, "pairs ours both"]) -> list[Float[Tensor, "theirs ours"]]:
+        """The least-squares fit of each pair's map, from the `products` of some tokens, added up."""
+        hidden = products.shape[1]
+        own, targets = products[:, :, :hidden].clone(), products[:, :, hidden:]
+        diagonals = own.diagonal(dim1=1, dim2=2)
+        diagonals += RIDGE * diagonals.mean(1, keepdim=True)
+        return [weight.T for weight in torch.linalg.solve(own, targets)]
 
     def _normalized(self, states: Tensor) -> Tensor:
         return normalized(states, centred=self.centred)

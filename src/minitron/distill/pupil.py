@@ -1,11 +1,13 @@
 """The student while it is taught: a module whose forward pass gives the loss of a batch."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minitron import parallel
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson
@@ -26,14 +28,20 @@ class Pupil(nn.Module):
         self.model, self.intermediate = model, intermediate
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 
-    def forward(self, batch: Batch, lesson: Lesson | None) -> tuple[Tensor, Tensor]:
-        """What to minimise, and the objective alone, each as a sum over predicted tokens.
+    def forward(self, batch: Batch, lesson: Lesson | None, *, fitting: bool = False) -> Any:
+        """The objective, and while training the loss of states between layers, each as a sum over tokens.
 
-        While training, what to minimise holds the loss of states between layers as well, scaled to count as much as the
-        objective (P1's dynamic weight).
+        The second is 0 where no states are compared.
+
+        Args:
+            fitting: return the batch's `IntermediateLoss.products` instead. They are made here, for parameters that
+                are divided among processes are whole only while this runs.
         """
-        with_states = self.intermediate is not None and self.training
+        with_states = self.intermediate is not None and (self.training or fitting)
         hidden, states = self._run(batch, with_states)
+        if fitting:
+            assert self.intermediate is not None and lesson is not None and lesson.states is not None
+            return self.intermediate.products(states, lesson.states)
         loss = chunked_loss(
             self.objective,
             LazyLogits(batch.predicting(hidden), self.model.get_output_embeddings().weight, self.transform),
@@ -42,11 +50,9 @@ class Pupil(nn.Module):
             dtype=self.dtype,
         )
         if self.intermediate is None or not with_states:
-            return loss, loss
+            return loss, torch.zeros_like(loss)
         assert lesson is not None and lesson.states is not None
-        between = self.intermediate(states, lesson.states)
-        weight = (loss / between.clamp_min(torch.finfo(torch.float32).tiny)).detach()
-        return loss + weight * between, loss.detach()
+        return loss, self.intermediate(states, lesson.states)
 
     def layers(self, checkpoint: Checkpoint) -> list[nn.Module]:
         """The decoder layers of the student, whose checkpoint is given."""
@@ -54,11 +60,14 @@ class Pupil(nn.Module):
         return [self.model.get_submodule(name.format(layer=layer)) for layer in range(checkpoint.shape.layers)]
 
     @torch.no_grad()
-    def fit_maps(self, batch: Batch, lesson: Lesson) -> None:
-        """Start the maps, if there are any, as the least-squares fit on some tokens."""
-        if self.intermediate is not None and self.intermediate.maps:
-            assert lesson.states is not None
-            self.intermediate.fit(self._run(batch, with_states=True)[1], lesson.states)
+    def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson]]) -> None:
+        """Start the maps, if there are any, as the least-squares fit on these batches, those of all processes."""
+        if self.intermediate is None or not self.intermediate.maps:
+            return
+        products = torch.stack([self(batch, lesson, fitting=True) for batch, lesson in lessons]).sum(0)
+        parallel.all_reduce_sum(products)
+        for linear, weight in zip(self.intermediate.maps, self.intermediate.fitted(products), strict=True):
+            linear.weight.copy_(parallel.divided_like(weight, linear.weight))
 
     def _run(self, batch: Batch, with_states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         with self._autocast(batch.tokens.device):

@@ -20,7 +20,7 @@ from minitron import parallel
 from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows, next_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
-from minitron.distill.intermediate import DEEP_CUT, IntermediateLoss, default_pairs
+from minitron.distill.intermediate import IntermediateLoss, Places, pairs_of, share_at
 from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.pupil import Pupil
@@ -33,6 +33,8 @@ from minitron.packing import Batch
 
 # Peak learning rates as shares of the weights' root mean square.
 RATE, RATE_OF_REPAIRED = 0.04, 0.02
+# Tokens of the batch that they suit.
+RATE_BATCH = 2048
 EVALUATION_BLOCKS = 8  # in one forward pass
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0)]
@@ -56,9 +58,10 @@ class DistillConfig(Section):
     recorded teacher."""
     top_k_tail: bool = True
     """Whether the others count at all; without them the likeliest are scaled up to 1, and the loss is biased."""
-    intermediate: bool | None = None
-    """Whether states between layers are to agree too: the embedding's and those of the last layer but two, at a weight
-    that makes them count as much as the logits. Default: where two thirds of the layers or fewer stay (P1)."""
+    intermediate: Places | None = None
+    """Where states between layers are to agree too: they count twice as much as the logits at first, and nothing at the
+    end. `all`: along the whole depth; `p1`: after the embedding and before the last two layers. Default: `all`, or
+    `off` where no teacher runs beside the student."""
     batch_blocks: int | None = Field(default=None, ge=1)
     """Blocks per optimizer step. Default: see `resolve`."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
@@ -66,7 +69,7 @@ class DistillConfig(Section):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default: 4% of the weights' size, half of it for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the same shape from random weights. Default: 0.4 / hidden, or `learning_rate` if given."""
+    """Peak learning rate of the same shape from random weights. Default: see `resolve`, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
     """Learning rate at the end of the cosine. Default: a tenth of the peak."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -101,14 +104,13 @@ class DistillConfig(Section):
 def resolve(
     config: DistillConfig,
     student: Shape,
-    teacher: Shape,
     *,
     weights_rms: float,
     block_tokens: int,
     train_tokens: int,
     repaired: bool = False,
 ) -> DistillConfig:
-    """Fill in what derives from the shapes, the size of the weights and the token budget.
+    """Fill in what derives from the student's shape, the size of the weights and the token budget.
 
     Args:
         weights_rms: of the student or, where it is yet to be cut, of the teacher: `Checkpoint.weights_rms`.
@@ -116,13 +118,14 @@ def resolve(
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M to 1M tokens
     are 2.6% to 6% of it for a plain cut and 2% to 3% for a repaired one, which has more to lose (docs/LOG.md): 4% and
-    2%. Never above 0.4 / hidden, which is the papers' 1e-4 at hidden 3072 to 4096. Batch: a budget is worth about 600
-    steps (P1 ranks candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
+    2%, with a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
+    the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
+    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's).
 
     Raises: MinitronError for a budget of less than one batch, and for losses that exclude each other.
     """
     tokens = config.tokens or train_tokens
-    usual_batch = round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens)
+    usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
     batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
     if tokens < batch * block_tokens:
         raise MinitronError(
@@ -134,13 +137,16 @@ def resolve(
     _require_losses_fit(config)
     steps = num_steps(tokens, batch, block_tokens)
     most, share = 0.4 / student.hidden, RATE_OF_REPAIRED if repaired else RATE
-    rate = config.learning_rate or float(f"{share / RATE * min(most, RATE * weights_rms):.2g}")
+    slower = min(1.0, batch * block_tokens / RATE_BATCH) ** 0.5
+    rate = config.learning_rate or float(f"{share / RATE * min(most, RATE * weights_rms) * slower:.2g}")
     return config.model_copy(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
             "learning_rate": rate,
-            "scratch_learning_rate": config.scratch_learning_rate or config.learning_rate or float(f"{most:.2g}"),
+            "scratch_learning_rate": config.scratch_learning_rate
+            or config.learning_rate
+            or float(f"{most * slower:.2g}"),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
             "warmup_steps": min(max(10, steps // 50), steps // 5)
             if config.warmup_steps is None
@@ -148,14 +154,13 @@ def resolve(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision),
-            "intermediate": _deep_cut(config, student, teacher) if config.intermediate is None else config.intermediate,
+            "intermediate": config.intermediate or ("all" if _has_states(config) else "off"),
         }
     )
 
 
-def _deep_cut(config: DistillConfig, student: Shape, teacher: Shape) -> bool:
-    has_states = config.teacher == "online" and config.objective.needs_teacher
-    return has_states and student.layers <= DEEP_CUT * teacher.layers
+def _has_states(config: DistillConfig) -> bool:
+    return config.teacher == "online" and config.objective.needs_teacher
 
 
 def _require_losses_fit(config: DistillConfig) -> None:
@@ -165,7 +170,7 @@ def _require_losses_fit(config: DistillConfig) -> None:
             f"distill.loss {on_logits[0]} compares all logits, and distill.top_k={config.top_k} leaves only some: "
             "leave one of them out"
         )
-    if config.teacher == "recorded" and config.intermediate:
+    if config.teacher == "recorded" and config.intermediate not in (None, "off"):
         raise MinitronError("a recorded teacher has no states between layers: leave distill.intermediate out")
 
 
@@ -177,7 +182,7 @@ def of_scratch(config: DistillConfig) -> DistillConfig:
     return config.model_copy(
         update={
             "loss": "cross_entropy",
-            "intermediate": False,
+            "intermediate": "off",
             "stop_at_loss": None,
             "learning_rate": rate,
             "min_learning_rate": share * rate,
@@ -303,7 +308,11 @@ def _train(
     pupil.to(device).train()
     optimizer = _optimizer(pupil, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
-    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn)
+    # What made the loss of states between layers as large as the objective in the step before: P1's dynamic weight. The
+    # first step, at the bottom of the warm-up, goes without.
+    states_weight = torch.zeros((), dtype=torch.float64)
+    extra = {"states_weight": states_weight} if pupil.intermediate else {}
+    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra)
     step, seen_tokens = states.resume()
     end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
@@ -322,16 +331,20 @@ def _train(
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-            num_predicted, loss = batch.num_predicted, torch.zeros((), dtype=torch.float64)
             own = Batch(batch.tokens[here.rank :: here.size], batch.separator)
-            for number, micro in enumerate(own.split(max(1, config.micro_batch_tokens // corpus.block_tokens))):
-                lesson = None if guide is None else guide(micro)
-                if drawn == number == 0 and lesson is not None:
-                    pupil.fit_maps(micro, lesson)
-                minimised, objective = pupil(micro, lesson)
-                (minimised / num_predicted).backward()
-                loss += objective.item() / num_predicted
-            parallel.all_reduce_sum(loss)
+            micros = own.split(max(1, config.micro_batch_tokens // corpus.block_tokens))
+            if drawn == 0 and guide is not None:
+                pupil.fit_maps((micro, guide(micro)) for micro in micros)
+            between_weight = (states_weight * share_at(step, steps)).item()
+            sums = torch.zeros(2, dtype=torch.float64)  # the objective, and the loss of states between layers
+            for micro in micros:
+                objective, between = pupil(micro, None if guide is None else guide(micro))
+                ((objective + between_weight * between) / batch.num_predicted).backward()
+                sums += torch.tensor([objective.item(), between.item()])
+            parallel.all_reduce_sum(sums)
+            loss = sums[0] / batch.num_predicted
+            if sums[1] > 0:
+                states_weight.copy_(sums[0] / sums[1])
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip)).item()
             if not loss.isfinite() or not math.isfinite(norm):
                 raise MinitronError(
@@ -422,7 +435,7 @@ def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
         # The processes go in step: one that has nothing left runs a block that does not count.
         rows = slice(own, own + EVALUATION_BLOCKS) if own < len(blocks) else slice(0, 1)
         batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-        loss = pupil(batch, None if teacher is None else teacher(batch))[1].item()
+        loss = pupil(batch, None if teacher is None else teacher(batch))[0].item()
         if own < len(blocks):
             sums += torch.tensor([loss, batch.num_predicted])
     parallel.all_reduce_sum(sums)
@@ -464,7 +477,7 @@ def _teacher(
         return None
     if config.teacher == "recorded":
         return _recorded(path, student, config, device)
-    return OnlineTeacher(path, student, dtype, device, states=bool(config.intermediate))
+    return OnlineTeacher(path, student, dtype, device, states=config.intermediate != "off")
 
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
@@ -494,15 +507,10 @@ def _pupil(
         for layer in range(shape.layers):
             model.get_submodule(architecture.layer.format(layer=layer)).compile()
     intermediate = None
-    if config.intermediate:
+    if config.intermediate not in (None, "off"):
         assert teacher is not None, "states between layers are a teacher's"
         of_teacher = open_checkpoint(teacher).shape
-        if shape.hidden != of_teacher.hidden and parallel.joined().size > 1:
-            raise MinitronError(
-                "states between layers of another width are compared in one process only: "
-                "set distill.intermediate=false, or start without torchrun"
-            )
-        pairs = default_pairs(shape, of_teacher)
+        pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
     return Pupil(model, config.objective, intermediate, dtype)
 

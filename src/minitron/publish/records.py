@@ -144,4 +144,4 @@ def loss_name(distill: Mapping[str, Any]) -> str:
         name += f" over the teacher's {distill['top_k']} likeliest tokens"
     if distill.get("temperature", 1) != 1:
         name += f" at temperature {distill['temperature']:g}"
-    return name + (", states between layers too" if distill.get("intermediate") else "")
+    return name + ("" if distill.get("intermediate") in (None, False, "off") else ", states between layers too")
