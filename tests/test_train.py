@@ -158,7 +158,8 @@ def test_resolve_fills_every_default_by_its_rule(
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
     config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
     left_open = {name for name, value in config if value is None}
-    assert left_open == {"top_k", "stop_at_loss"} and config.precision != "auto"
+    correction = {"correction", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"}
+    assert left_open == {"top_k", "stop_at_loss", *correction} and config.precision != "auto"
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
