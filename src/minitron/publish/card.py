@@ -23,6 +23,7 @@ from minitron.publish.formats import (
 )
 from minitron.publish.records import (
     RunRecords,
+    correction,
     heldout_source,
     layer_criterion,
     layers_by_number,
@@ -139,7 +140,7 @@ implementation of `minitron` {records.stages["student"]["versions"]["minitron"]}
 {_results(records)}
 
 Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of held-out text. `teacher` is the parent,
-`pruned` the model before distillation, `student` this model{_scratch(records)}. KL is KL(teacher ‖ model).
+`pruned` the model before distillation, `student` this model{_others(records)}. KL is KL(teacher ‖ model).
 
 ## Shape
 
@@ -191,9 +192,10 @@ def _results(records: RunRecords) -> str:
     return _table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
 
 
-def _scratch(records: RunRecords) -> str:
-    known = "scratch" in records.evaluations
-    return ", `scratch` its shape trained from random weights on the same tokens" if known else ""
+def _others(records: RunRecords) -> str:
+    how, known = correction(records), "scratch" in records.evaluations
+    scratch = ", `scratch` its shape trained from random weights on the same tokens" if known else ""
+    return f"{scratch},\n`corrected` the parent {how}" if how else scratch
 
 
 def _shape(records: RunRecords) -> str:

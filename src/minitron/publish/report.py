@@ -27,7 +27,15 @@ from minitron.publish.formats import (
     size,
     source_name,
 )
-from minitron.publish.records import MODELS, RunRecords, heldout_source, loss_name, result_table, sampling
+from minitron.publish.records import (
+    MODELS,
+    RunRecords,
+    correction,
+    heldout_source,
+    loss_name,
+    result_table,
+    sampling,
+)
 from minitron.publish.why import why
 
 
@@ -126,6 +134,10 @@ def results(records: RunRecords) -> str:
     )
     scratch = " The scratch model has the student’s shape and was trained from random weights on the same tokens."  # noqa: RUF001
     note += scratch * ("scratch" in records.evaluations)
+    if how := correction(records):
+        note += (
+            f" The corrected model is the teacher, {how}. KL and agreement are those with the teacher as it was given."
+        )
     if heldout_source(records) == TEACHER:
         note += (
             " The text was sampled from the teacher itself: its loss there is the entropy of what it writes, and says "
@@ -208,6 +220,11 @@ def training(records: RunRecords) -> str:
         f"{count(last['tokens'])} tokens in all. The held-out points use the first {count(recipe['evaluate_blocks'])} "
         "held-out blocks, or all if there are fewer; the result table may use another number."
     )
+    if recipe.get("correction"):
+        note += " The loss is against the corrected teacher" + ", as it was at each step" * (
+            recipe["correction"] == "parallel"
+        )
+        note += ": the result table has the KL to the teacher as it was given."
     figures = [
         page.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
         page.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "of AdamW, at each step"),
@@ -276,7 +293,7 @@ def _stage_tokens(records: RunRecords, name: str) -> int | None:
             return result["tokens"]
         case "search":
             return result["tokens"]
-        case "student" | "scratch":
+        case "corrected" | "student" | "scratch":
             return result["training"]["tokens"]
         case "evaluations":
             return records.evaluations["teacher"]["tokens"]
