@@ -368,6 +368,10 @@ def test_a_corrected_run_is_measured_against_the_teacher_as_it_was_given(before:
         measured = json.loads((before / "evaluations" / f"{name}.json").read_text())
         assert {key: measured[key] for key in expected} == pytest.approx(expected)
         losses[name] = measured["lm_loss"]
+    corrected = tiny.model(before / CORRECTED)
+    again = evaluate(tiny.model(before / "student"), heldout, teacher=corrected).kl_to_teacher
+    assert measured["kl_to_corrected"] == pytest.approx(again)
+    assert "the KL divergence to the corrected one on held-out text is" in (before / "report.html").read_text()
     assert losses[CORRECTED] < losses["teacher"]
     how = "trained by cross-entropy on 640 tokens of the same text before it was measured, cut and distilled from"
     assert how in (before / "report.html").read_text() and how in (before / "student" / "README.md").read_text()

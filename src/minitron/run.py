@@ -540,23 +540,27 @@ def measure(
 ) -> None:
     def work(out: Path) -> dict[str, Any]:
         device = pick_device()
-        teacher = load_model(models["teacher"]).to(device)
+        guides = {name: load_model(path).to(device) for name, path in models.items() if name in ("teacher", CORRECTED)}
         texts = {prompt: {"prompt": prompt} for prompt in config.prompts}
         for name, path in models.items():
-            model = teacher if name == "teacher" else load_model(path).to(device)
-            quality = evaluate(
+            model = guides[name] if name in guides else load_model(path).to(device)
+            against = partial(
+                evaluate,
                 model,
                 corpus.heldout.head(config.blocks),
-                teacher=None if name == "teacher" else teacher,
                 batch=config.batch,
                 progress=partial(stages.listener.progress, note=name),
             )
-            write_json(out / f"{name}.json", describe(open_checkpoint(path)) | quality.to_dict())
+            quality = against(teacher=None if name == "teacher" else guides["teacher"])
+            facts = describe(open_checkpoint(path)) | quality.to_dict()
+            if CORRECTED in guides and name not in guides:
+                facts["kl_to_corrected"] = against(teacher=guides[CORRECTED]).kl_to_teacher
+            write_json(out / f"{name}.json", facts)
             for prompt, row in texts.items():
                 row[name] = generate(model, tokenizer, prompt, new_tokens=config.new_tokens)
         write_json(out / "generations.json", list(texts.values()))
         if config.speed:
-            pair = {"teacher": teacher, "student": load_model(models["student"]).to(device)}
+            pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
             speeds = measure_speed(pair, prompt_tokens=min(256, corpus.block_tokens))
             write_json(out / "speed.json", {name: speed.to_dict() for name, speed in speeds.items()})
         return {"models": list(models)}

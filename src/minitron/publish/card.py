@@ -16,6 +16,7 @@ from minitron.publish.formats import (
     duration,
     environments,
     hub_id,
+    nats,
     result_cells,
     share,
     short_count,
@@ -195,7 +196,10 @@ def _results(records: RunRecords) -> str:
 def _others(records: RunRecords) -> str:
     how, known = correction(records), "scratch" in records.evaluations
     scratch = ", `scratch` its shape trained from random weights on the same tokens" if known else ""
-    return f"{scratch},\n`corrected` the parent {how}" if how else scratch
+    if not how:
+        return scratch
+    kl = nats(records.evaluations["student"]["kl_to_corrected"])
+    return f"{scratch},\n`corrected` the parent {how} (this model's KL to that one is {kl})"
 
 
 def _shape(records: RunRecords) -> str:
