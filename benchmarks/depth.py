@@ -152,6 +152,7 @@ def measured(
             config = train.resolve(
                 train.DistillConfig(tokens=args.tokens),
                 plan.student,
+                checkpoint.shape,
                 weights_rms=checkpoint.weights_rms(),
                 block_tokens=corpus.block_tokens,
                 train_tokens=corpus.train_tokens,

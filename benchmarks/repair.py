@@ -124,6 +124,7 @@ class Bench:
         config = train.resolve(
             train.DistillConfig(tokens=tokens, loss="cross_entropy" if start == "scratch" else "forward_kl"),
             student,
+            self.teacher.shape,
             weights_rms=math.inf,
             block_tokens=BLOCK_TOKENS,
             train_tokens=self.corpus.train_tokens,

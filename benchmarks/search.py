@@ -152,6 +152,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     config = resolve(
         bench.distill,
         candidate.shape,
+        bench.teacher.shape,
         weights_rms=bench.teacher.weights_rms(),
         block_tokens=BLOCK_TOKENS,
         train_tokens=1,

@@ -52,6 +52,25 @@ def test_costs_are_plain_arithmetic(tmp_path: Path) -> None:
     assert facts["here"]["seconds"] == pytest.approx(facts["distill_flops"] / facts["here"]["flops_per_second"])
 
 
+def test_a_corrected_teacher_costs_its_own_steps_and_moments(tmp_path: Path) -> None:
+    teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
+    found = {}
+    for kind in ("null", "before", "parallel"):
+        sets = [f"model={teacher}", "data.source=builtin", f"distill.correction={kind}"]
+        sets += ["distill.correction_tokens=1_000_000_000"] * (kind != "null")
+        found[kind] = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), sets), Gpus(1, 1.0, 1.0))
+    forward = found["null"]["teacher_forward_flops_per_token"]
+    small, large = 4_512_746_496, 8_030_261_248
+    for kind, passes, memory in (
+        ("null", 0, 16 * small + 2 * large),
+        ("before", 3, max(16 * small + 2 * large, 16 * large)),
+        ("parallel", 2, 16 * small + 16 * large),
+    ):
+        facts = found[kind]
+        assert facts["correction_flops"] == passes * 1e9 * forward and facts["training_bytes"] == memory
+        assert facts["gpus"]["seconds"] * 1e12 == pytest.approx(facts["distill_flops"] + facts["correction_flops"])
+
+
 def test_without_a_token_count_there_is_no_time(tmp_path: Path) -> None:
     teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
     recipe = load_recipe(

@@ -118,5 +118,5 @@ def test_by_default_every_student_of_a_teacher_beside_it_has_them() -> None:
         ({"teacher": "recorded"}, "off"),
     ]
     for change, expected in changes:
-        config = resolve(DistillConfig(**change), SHAPE, weights_rms=1.0, block_tokens=16, train_tokens=100_000)
+        config = resolve(DistillConfig(**change), SHAPE, SHAPE, weights_rms=1.0, block_tokens=16, train_tokens=100_000)
         assert config.intermediate == expected

@@ -153,7 +153,9 @@ def test_lessons_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: 
     corpus = small.corpus(tmp_path / "data", teacher, 16)
     checkpoint = open_checkpoint(teacher)
     config = DistillConfig(tokens=640, batch_blocks=4, teacher="recorded", top_k=5)
-    config = resolve(config, checkpoint.shape, weights_rms=1.0, block_tokens=16, train_tokens=corpus.train_tokens)
+    config = resolve(
+        config, checkpoint.shape, checkpoint.shape, weights_rms=1.0, block_tokens=16, train_tokens=corpus.train_tokens
+    )
     (tmp_path / "lessons").mkdir()
     blocks = blocks_read(corpus, config, seed=0)
     write_lessons(checkpoint, blocks, tmp_path / "lessons", top_k=4, dtype=torch.float32)
@@ -166,8 +168,8 @@ def test_losses_that_a_recorded_teacher_cannot_give_are_refused() -> None:
     shape = Shape(layers=2, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)
     for changes, message in (
         ({"loss": "mse"}, r"mse compares all logits, and distill.top_k=50 leaves only some"),
-        ({"intermediate": "p1"}, r"a recorded teacher has no states between layers: leave distill.intermediate out"),
+        ({"intermediate": "p1"}, r"a recorded teacher has no states between layers: set distill.intermediate=off"),
     ):
         config = DistillConfig(teacher="recorded", **changes)
         with pytest.raises(MinitronError, match=message):
-            resolve(config, shape, weights_rms=1.0, block_tokens=16, train_tokens=10_000)
+            resolve(config, shape, shape, weights_rms=1.0, block_tokens=16, train_tokens=10_000)

@@ -53,6 +53,7 @@ from minitron.parallel import process_group
 work, steps = Path(sys.argv[1]), int(sys.argv[2])
 with process_group():
     teacher, student, corpus = Path("teacher"), Path("student"), open_corpus(Path("data"))
+    shapes = open_checkpoint(student).shape, open_checkpoint(teacher).shape
     config = DistillConfig(
         tokens=10 * 4 * 16,
         batch_blocks=4,
@@ -60,8 +61,9 @@ with process_group():
         checkpoint_steps=2,
         evaluate_steps=4,
         evaluate_blocks=11,
+        **CORRECTION,
     )
-    config = resolve(config, open_checkpoint(student).shape, weights_rms=0.1, block_tokens=16, train_tokens=1)
+    config = resolve(config, *shapes, weights_rms=0.1, block_tokens=16, train_tokens=1)
     if steps:
         distill_until(steps, corpus.heldout.head(3), student, teacher, corpus, config, seed=0, work=work)
     else:
@@ -124,7 +126,11 @@ def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int)
     assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied"])
+# Variant -> what the teacher learns on the way; for some of the steps, and others go on without.
+LESSON_DESKS = {"llama": {}, "llama-tied": {"correction": "parallel", "correction_tokens": 7 * 4 * 16}}
+
+
+@pytest.fixture(scope="module", params=LESSON_DESKS)
 def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a teacher, a student cut from it, their text, and what one process makes of the student."""
     path = tmp_path_factory.mktemp(request.param)
@@ -132,17 +138,19 @@ def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     (path / "student").mkdir()
     cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24, layers=3), path / "student")
     small.corpus(path / "data", teacher.path, 16)
-    (path / "some_steps.py").write_text(SOME_STEPS)
+    (path / "some_steps.py").write_text(f"CORRECTION = {LESSON_DESKS[request.param]}\n{SOME_STEPS}")
     alone = start(sys.executable, "some_steps.py", "one", 0, cwd=path)
     assert alone.returncode == 0, alone.stderr
     return path
 
 
 def assert_same_training(desk: Path, one: str, other: str) -> None:
-    first, second = tiny.tensors(desk / one / "out"), tiny.tensors(desk / other / "out")
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-5)
+    assert (desk / one / "corrected").exists() == ("tied" in desk.name)
+    for made in ("out", "corrected"):
+        first, second = tiny.tensors(desk / one / made), tiny.tensors(desk / other / made)
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-5)
     rows = [
         [json.loads(line) for line in (desk / name / "metrics.jsonl").read_text().splitlines()] for name in (one, other)
     ]
@@ -165,16 +173,18 @@ def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Pa
 
 
 def test_the_command_is_shared_by_processes(desk: Path) -> None:
+    """And so is the correction of the teacher that comes before, without which there would be nothing to learn."""
     words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
     words += ["--tokens", 3 * 4 * 16, "--set", "distill.batch_blocks=4", "--set", "distill.precision=float32"]
-    words += ["--set", "distill.loss=cross_entropy"]
+    words += ["--set", "distill.correction=before", "--set", "distill.correction_learning_rate=1e-3"]
     for name, starter in (("alone", [sys.executable]), ("shared", [*TORCHRUN, 2])):
         made = start(*starter, "-m", "minitron", *words, "--out", name, cwd=desk)
         assert made.returncode == 0, made.stderr
         assert made.stdout.count(f"student after 192 tokens: {name}") == 1
         assert not (desk / f"{name}.work").exists()
-    one, two = (tiny.tensors(desk / name) for name in ("alone", "shared"))
-    assert all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
+    for made in ("", ".corrected"):
+        one, two = (tiny.tensors(desk / f"{name}{made}") for name in ("alone", "shared"))
+        assert one and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
 
 
 def test_a_batch_that_cannot_be_divided_is_an_error_that_says_so(desk: Path) -> None:

@@ -80,7 +80,7 @@ class Bench:
         return distill_until(*arguments, seed=0, work=at / "distill", **{"warn": unexpected} | options)
 
     def resolved(self, config: DistillConfig) -> DistillConfig:
-        return resolve(config, self.shapes[0], weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
+        return resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -158,21 +158,22 @@ def test_resolve_fills_every_default_by_its_rule(
     bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int
 ) -> None:
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
-    config = resolve(DistillConfig(), shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
+    config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
     left_open = {name for name, value in config if value is None}
-    assert left_open == {"top_k", "stop_at_loss"} and config.precision != "auto"
+    correction = {"correction", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"}
+    assert left_open == {"top_k", "stop_at_loss", *correction} and config.precision != "auto"
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
     assert config.checkpoint_steps == config.evaluate_steps == num_steps(tokens, batch, block) // 10
-    assert resolve(config, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
+    assert resolve(config, shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
 
 
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
     given = CONFIG.model_copy(
         update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": "p1"}
     )
-    assert resolve(given, bench.shapes[0], weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
+    assert resolve(given, *bench.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
 
 
 def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not(bench: Bench) -> None:
@@ -181,14 +182,14 @@ def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not
 
     def rate(weights_rms: float, batch_blocks: int = 128, **more: bool) -> float | None:
         config = DistillConfig(batch_blocks=batch_blocks)
-        return resolve(config, shape, weights_rms=weights_rms, **options, **more).learning_rate
+        return resolve(config, shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
 
     assert (rate(0.02), rate(0.04)) == (8e-4, 1.6e-3)
     assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (4e-4, 8e-4)
     assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
     assert (rate(0.02, batch_blocks=32), rate(0.02, batch_blocks=512)) == (4e-4, 8e-4)
     plain, repaired = (
-        resolve(DistillConfig(batch_blocks=128), shape, weights_rms=0.02, repaired=flag, **options)
+        resolve(DistillConfig(batch_blocks=128), shape, shape, weights_rms=0.02, repaired=flag, **options)
         for flag in (False, True)
     )
     assert of_scratch(repaired) == of_scratch(plain)

@@ -409,7 +409,8 @@ def _distill(args: argparse.Namespace, console: Console) -> None:
     facts = distill_models(args.teacher, args.student, data, config, seed=args.seed, out=args.out, listener=console)
     if not facts:
         return  # the first of several processes speaks
-    console.result(facts, f"student after {facts['training']['tokens']:,} tokens: {args.out}")
+    text = f"student after {facts['training']['tokens']:,} tokens: {args.out}"
+    console.result(facts, text + (f"\ncorrected teacher: {facts['corrected']}" if "corrected" in facts else ""))
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
@@ -500,6 +501,10 @@ def _estimate_lines(facts: dict[str, Any]) -> list[str]:
     if tokens:
         here = facts["here"]
         lines.append(f"all of distillation: {flops(facts['distill_flops'])}")
+        if corrected := facts["correction_tokens"]:
+            lines.append(
+                f"correction of the teacher: {corrected:,} tokens at most, {flops(facts['correction_flops'])} more"
+            )
         lines.append(
             f"on this machine: {duration(here['seconds'])} at {flops(here['flops_per_second'])}/s, an assumed "
             f"{here['utilisation']:.0%} of what a large matrix product reaches here"

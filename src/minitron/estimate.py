@@ -27,7 +27,8 @@ class Gpus:
 def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     """Shapes, exact parameters and bytes of teacher and student, tokens, floating-point operations, time, memory.
 
-    A training step of the student costs three forward passes: one forward, two for both gradients of backward.
+    A training step of the student costs three forward passes: one forward, two for both gradients of backward. So does
+    one of a teacher that is corrected; in parallel, the first of them is the one that the student learns from.
     """
     teacher = open_config(resolve_model(recipe.model, recipe.revision, config_only=True))
     recipe, shape = resolve(recipe, teacher)
@@ -37,8 +38,14 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)
     step = 3 * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
     rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
+    correction = recipe.distill.correction
+    corrected_tokens = (recipe.distill.correction_tokens or tokens) if correction else 0
+    corrected_flops = {None: 0, "before": 3, "parallel": 2}[correction] * forward * (corrected_tokens or 0)
+    flops = tokens * (forward + step) if tokens else None
     # float32 student, gradients and two moments, and the teacher in bfloat16; activations come on top
-    training_bytes = 16 * student["parameters"]["total"] + 2 * teacher.parameters.total
+    trained, large = 16, teacher.parameters.total
+    training_bytes = trained * student["parameters"]["total"] + (trained if correction == "parallel" else 2) * large
+    training_bytes = max(training_bytes, trained * large if correction == "before" else 0)
     facts = {
         "teacher": describe(teacher),
         "student": student,
@@ -49,16 +56,18 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
         "distill_tokens": tokens,
         "teacher_forward_flops_per_token": forward,
         "student_step_flops_per_token": step,
-        "distill_flops": tokens * (forward + step) if tokens else None,
+        "distill_flops": flops,
+        "correction_tokens": corrected_tokens,
+        "correction_flops": corrected_flops if flops else None,
         "training_bytes": training_bytes,
         "here": {
             "flops_per_second": rate,
             "utilisation": UTILISATION,
-            "seconds": tokens * (forward + step) / rate if tokens else None,
+            "seconds": (flops + corrected_flops) / rate if flops else None,
         },
     }
     if gpus is not None:
         speed = gpus.count * gpus.teraflops * 1e12 * gpus.utilisation
-        seconds = tokens * (forward + step) / speed if tokens else None
+        seconds = (flops + corrected_flops) / speed if flops else None
         facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": training_bytes / gpus.count}
     return facts

@@ -15,6 +15,7 @@ from minitron.describe import describe
 from minitron.device import pick_device
 from minitron.distill import train
 from minitron.distill.teacher import require_same_vocabulary
+from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
@@ -57,10 +58,12 @@ from minitron.run import (
     calibrate_on,
     calibrate_tokens,
     calibration_tokens,
+    correct,
     make_corpus,
     prepare_data,
     record_lessons,
     repairing,
+    require_correctable,
     scoring_on,
     student_maker,
     teach,
@@ -270,9 +273,11 @@ def distill_models(
 ) -> dict[str, Any]:
     """Distil a student of any origin; under torchrun, with all its processes.
 
-    State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it.
+    State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
+    teacher ends in `<out>.corrected`.
     """
     with parallel.process_group() as here:
+        require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
         work = out.with_name(f"{out.name}.work")
@@ -280,40 +285,58 @@ def distill_models(
             _assist(guide, pupil, config, seed, work)
             return {}
         data_config = bounded(data_config, config.tokens)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} exists and is not empty; remove it, or choose another --out")
+        corrected = out.with_name(f"{out.name}.{CORRECTED}") if config.correction else None
+        for made in (out, corrected):
+            if made is not None and made.exists() and (not made.is_dir() or any(made.iterdir())):
+                raise RunError(f"{made} exists and is not empty; remove it, or choose another --out")
         with RunDirectory(work, None, listener) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
-            config = _resolved(config, pupil, corpus)
+            parallel.require_all_well()  # the others wait for the text
+            config = _resolved(config, guide, pupil, corpus)
+            if config.correction == "before":
+                guide = open_checkpoint(correct(stages, config, seed, guide.path, corpus))
             source = guide.path
             if config.teacher == "recorded":
                 source = record_lessons(stages, config, guide, corpus, seed)
-            parallel.require_all_well()  # the others wait for the text
+            parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
             (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
+            if config.correction == "before":
+                (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
             _keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
             with readable_os_errors(out):
                 made.rename(out)
+                if corrected is not None:
+                    (work / CORRECTED).rename(corrected)
             shutil.rmtree(work)
-    return {"out": str(out)} | facts
+    return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
 
 
 def _assist(guide: Checkpoint, pupil: Checkpoint, config: train.DistillConfig, seed: int, work: Path) -> None:
     """What processes other than the first do of a distillation."""
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
-    config = _resolved(config, pupil, corpus)
-    source = work / "lessons" if config.teacher == "recorded" else guide.path
+    config = _resolved(config, guide, pupil, corpus)
+    if config.correction == "before" and not (work / CORRECTED / "record.json").exists():
+        own = train.of_correction(config)
+        train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
+    parallel.require_all_well()
+    source = work / CORRECTED if config.correction == "before" else guide.path
+    source = work / "lessons" if config.teacher == "recorded" else source
     if not (work / "student" / "record.json").exists():
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 
-def _resolved(config: train.DistillConfig, pupil: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
+def _resolved(
+    config: train.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
+) -> train.DistillConfig:
     return train.resolve(
         config,
         pupil.shape,
+        guide.shape,
         weights_rms=pupil.weights_rms(),
+        teacher_weights_rms=guide.weights_rms(),
         block_tokens=corpus.block_tokens,
         train_tokens=corpus.train_tokens,
     )

@@ -18,6 +18,7 @@ from minitron.distill import train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
+from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import EvaluateConfig, evaluate
@@ -57,6 +58,9 @@ STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> report, resuming what is done.
 
+    A teacher that is corrected before stands for the teacher everywhere but in the evaluations: those are held against
+    the one that the recipe names.
+
     Returns the run's records, which the report and the card are made from.
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
@@ -66,6 +70,10 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     recipe, shape = resolve(recipe, teacher)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
+        models = {"teacher": teacher.path}
+        if recipe.distill.correction == "before":
+            recipe = stages.settle(distill=resolve_correction(recipe, teacher, corpus))
+            teacher = open_checkpoint(correct(stages, recipe.distill, recipe.seed, teacher.path, corpus))
         statistics = collect_statistics(stages, recipe, teacher, corpus)
         scores = score_units(statistics, teacher.shape, recipe.prune)
         mend = repairing(recipe, statistics, scores, corpus, stages.listener)
@@ -95,7 +103,8 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         if searching:
             take_over(stages)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
-        models = {"teacher": teacher.path, "pruned": pruned, "student": student}
+        models |= {CORRECTED: stages.out / CORRECTED} if recipe.distill.correction else {}
+        models |= {"pruned": pruned, "student": student}
         if recipe.scratch_baseline:
             models["scratch"] = teach(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
         measure(stages, recipe.evaluate, models, corpus, tokenizer)
@@ -104,6 +113,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
     """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest."""
+    require_correctable(recipe.distill, recipe.data)
     if recipe.search.level == "off":
         shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
     else:
@@ -158,6 +168,16 @@ def bounded(config: data.DataConfig, tokens: int | None) -> data.DataConfig:
             "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
         )
     return config.model_copy(update={"max_tokens": tokens})
+
+
+def require_correctable(config: train.DistillConfig, text: data.DataConfig) -> None:
+    """Raises: MinitronError where a correction of the teacher would have no effect."""
+    train.require_correction_fits(config)
+    if config.correction is not None and text.source == data.TEACHER:
+        raise RunError(
+            f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "
+            f"data.source={data.TEACHER!r} is its own: leave distill.correction out, or give a text"
+        )
 
 
 def _whole_path(source: str) -> str:
@@ -387,11 +407,47 @@ def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: d
     return train.resolve(
         recipe.distill,
         shape,
+        teacher.shape,
         weights_rms=teacher.weights_rms(),
         block_tokens=corpus.block_tokens,
         train_tokens=corpus.train_tokens,
         repaired=bool(recipe.repair.steps),
     )
+
+
+def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
+    return train.resolve_without_student(
+        recipe.distill,
+        teacher.shape,
+        teacher_weights_rms=teacher.weights_rms(),
+        block_tokens=corpus.block_tokens,
+        train_tokens=corpus.train_tokens,
+    )
+
+
+def correct(stages: RunDirectory, config: train.DistillConfig, seed: int, teacher: Path, corpus: data.Corpus) -> Path:
+    """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
+    config, state = train.of_correction(config), stages.out / f"distill-{CORRECTED}"
+
+    def work(out: Path) -> dict[str, Any]:
+        trained = train.distill(
+            teacher,
+            None,
+            corpus,
+            config,
+            seed=seed,
+            work=state,
+            out=out,
+            rate_key="distill.correction_learning_rate",
+            progress=stages.listener.progress,
+            warn=stages.listener.warn,
+        )
+        return describe(open_checkpoint(out)) | {"training": asdict(trained)}
+
+    inputs = {"model": stages.digest(model_files(teacher)), "data": corpus.digest}
+    made = stages.do(CORRECTED, work, inputs=inputs, config={"correction": config, "seed": seed}, state=state)
+    forget_states(state)
+    return made
 
 
 def record_lessons(
@@ -443,7 +499,10 @@ def teach(
     teacher: Path | None,
     corpus: data.Corpus,
 ) -> Path:
-    """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens."""
+    """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens.
+
+    A teacher that is corrected in parallel is another model in the end, beside the student.
+    """
     if teacher is None:
         config = train.of_scratch(config)
     state = stages.out / ("distill" if teacher else f"distill-{name}")
@@ -458,9 +517,13 @@ def teach(
             work=state,
             out=out,
             initialize="weights" if teacher else "random",
+            rate_key="distill.learning_rate" if teacher else "distill.scratch_learning_rate",
             progress=stages.listener.progress,
             warn=stages.listener.warn,
         )
+        if config.correction == "parallel":
+            shutil.rmtree(stages.out / CORRECTED, ignore_errors=True)  # of a run that was killed just here
+            (state / CORRECTED).rename(stages.out / CORRECTED)
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
     inputs = {"pruned": stages.digest(model_files(pruned)), "data": corpus.digest}
@@ -477,23 +540,27 @@ def measure(
 ) -> None:
     def work(out: Path) -> dict[str, Any]:
         device = pick_device()
-        teacher = load_model(models["teacher"]).to(device)
+        guides = {name: load_model(path).to(device) for name, path in models.items() if name in ("teacher", CORRECTED)}
         texts = {prompt: {"prompt": prompt} for prompt in config.prompts}
         for name, path in models.items():
-            model = teacher if name == "teacher" else load_model(path).to(device)
-            quality = evaluate(
+            model = guides[name] if name in guides else load_model(path).to(device)
+            against = partial(
+                evaluate,
                 model,
                 corpus.heldout.head(config.blocks),
-                teacher=None if name == "teacher" else teacher,
                 batch=config.batch,
                 progress=partial(stages.listener.progress, note=name),
             )
-            write_json(out / f"{name}.json", describe(open_checkpoint(path)) | quality.to_dict())
+            quality = against(teacher=None if name == "teacher" else guides["teacher"])
+            facts = describe(open_checkpoint(path)) | quality.to_dict()
+            if CORRECTED in guides and name not in guides:
+                facts["kl_to_corrected"] = against(teacher=guides[CORRECTED]).kl_to_teacher
+            write_json(out / f"{name}.json", facts)
             for prompt, row in texts.items():
                 row[name] = generate(model, tokenizer, prompt, new_tokens=config.new_tokens)
         write_json(out / "generations.json", list(texts.values()))
         if config.speed:
-            pair = {"teacher": teacher, "student": load_model(models["student"]).to(device)}
+            pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
             speeds = measure_speed(pair, prompt_tokens=min(256, corpus.block_tokens))
             write_json(out / "speed.json", {name: speed.to_dict() for name, speed in speeds.items()})
         return {"models": list(models)}

@@ -229,6 +229,7 @@ class _Trial:
         return train.resolve(
             self.recipe.distill,
             shape,
+            self.teacher.shape,
             weights_rms=self.weights_rms,
             block_tokens=corpus.block_tokens,
             train_tokens=corpus.train_tokens,

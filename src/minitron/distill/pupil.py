@@ -70,9 +70,11 @@ class Pupil(nn.Module):
             linear.weight.copy_(parallel.divided_like(weight, linear.weight))
 
     def _run(self, batch: Batch, with_states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with self._autocast(batch.tokens.device):
+        with products_in(self.dtype, batch.tokens.device):
             made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=with_states)
         return made.last_hidden_state, made.hidden_states if with_states else ()
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, matrix products of float32 weights are made in `dtype`: bfloat16, or float32 as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

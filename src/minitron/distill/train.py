@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from pydantic import Field
+from torch import Tensor
 
 from minitron import parallel
 from minitron.config import Section
 from minitron.data import Blocks, Corpus, batch_rows, next_rows
 from minitron.device import Precision, compute_dtype, pick_device, settle_precision
+from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, Places, pairs_of, share_at
 from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.pupil import Pupil
 from minitron.distill.state import States
-from minitron.distill.teacher import OnlineTeacher, Teacher
+from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
@@ -35,6 +37,9 @@ from minitron.packing import Batch
 RATE, RATE_OF_REPAIRED = 0.04, 0.02
 # Tokens of the batch that they suit.
 RATE_BATCH = 2048
+# Of a teacher that is corrected: the peak as a share of what a plain cut would have, and the warm-up, both P2's.
+SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
+CORRECTED = "corrected"  # directory of the teacher that learnt in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0)]
@@ -49,6 +54,15 @@ class DistillConfig(Section):
     teacher: Literal["online", "recorded"] = "online"
     """Whether the teacher runs beside the student, or says everything before, in a pass with one layer in memory at a
     time, and is then gone; what is recorded is its `top_k` likeliest tokens and the rest."""
+    correction: Literal["before", "parallel"] | None = None
+    """Whether the teacher is trained on the same text too, by cross-entropy (P2): `before` anything is measured, cut
+    and distilled from it, or in `parallel` with the student, whose start is then cut from the teacher as it was."""
+    correction_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that the teacher is trained on. Default: those of distillation, at most one pass over the text."""
+    correction_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the teacher. Default: a fifth of that of a plain cut with its hidden size."""
+    correction_warmup_steps: int | None = Field(default=None, ge=0)
+    """Linear warm-up of the teacher. Default: 120 steps (P2), at most a fifth of its steps."""
     temperature: float = Field(default=1.0, gt=0)
     """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -104,16 +118,19 @@ class DistillConfig(Section):
 def resolve(
     config: DistillConfig,
     student: Shape,
+    teacher: Shape,
     *,
     weights_rms: float,
+    teacher_weights_rms: float | None = None,
     block_tokens: int,
     train_tokens: int,
     repaired: bool = False,
 ) -> DistillConfig:
-    """Fill in what derives from the student's shape, the size of the weights and the token budget.
+    """Fill in what derives from the shapes, the size of the weights and the token budget.
 
     Args:
         weights_rms: of the student or, where it is yet to be cut, of the teacher: `Checkpoint.weights_rms`.
+        teacher_weights_rms: the same of the teacher, if it is another number.
 
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M to 1M tokens
@@ -122,41 +139,117 @@ def resolve(
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
     2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's).
 
-    Raises: MinitronError for a budget of less than one batch, and for losses that exclude each other.
+    Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
-    tokens = config.tokens or train_tokens
-    usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
-    batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
-    if tokens < batch * block_tokens:
-        raise MinitronError(
-            f"distill.tokens={tokens:,} is less than one batch of {batch} blocks of {block_tokens:,} tokens: raise it, "
-            "or lower distill.batch_blocks or data.block_tokens"
-        )
+    config = resolve_without_student(
+        config,
+        teacher,
+        teacher_weights_rms=teacher_weights_rms or weights_rms,
+        block_tokens=block_tokens,
+        train_tokens=train_tokens,
+    )
+    assert config.tokens and config.batch_blocks
+    steps, batch_tokens = (
+        num_steps(config.tokens, config.batch_blocks, block_tokens),
+        config.batch_blocks * block_tokens,
+    )
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
-    steps = num_steps(tokens, batch, block_tokens)
-    most, share = 0.4 / student.hidden, RATE_OF_REPAIRED if repaired else RATE
-    slower = min(1.0, batch * block_tokens / RATE_BATCH) ** 0.5
-    rate = config.learning_rate or float(f"{share / RATE * min(most, RATE * weights_rms) * slower:.2g}")
+    share = RATE_OF_REPAIRED if repaired else RATE
+    rate = config.learning_rate or _usual_rate(share, student, weights_rms, batch_tokens)
+    given_of_scratch = config.scratch_learning_rate or config.learning_rate
     return config.model_copy(
         update={
-            "tokens": tokens,
-            "batch_blocks": batch,
             "learning_rate": rate,
-            "scratch_learning_rate": config.scratch_learning_rate
-            or config.learning_rate
-            or float(f"{most * slower:.2g}"),
+            "scratch_learning_rate": given_of_scratch or _usual_rate(RATE, student, math.inf, batch_tokens),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
             "warmup_steps": min(max(10, steps // 50), steps // 5)
             if config.warmup_steps is None
             else config.warmup_steps,
-            "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
-            "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
-            "precision": settle_precision(config.precision),
             "intermediate": config.intermediate or ("all" if _has_states(config) else "off"),
         }
     )
+
+
+def resolve_without_student(
+    config: DistillConfig, teacher: Shape, *, teacher_weights_rms: float, block_tokens: int, train_tokens: int
+) -> DistillConfig:
+    """The part of `resolve` that no student's shape decides: all that correcting the teacher takes.
+
+    The teacher's peak learning rate is a fifth of what `resolve` gives a plain cut of the same hidden size. P2 has a
+    fifth of the peak that the teacher was pretrained with, which no checkpoint tells.
+    """
+    tokens = config.tokens or train_tokens
+    usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
+    batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
+    _require_a_batch("distill.tokens", tokens, batch, block_tokens)
+    steps = num_steps(tokens, batch, block_tokens)
+    config = config.model_copy(
+        update={
+            "tokens": tokens,
+            "batch_blocks": batch,
+            "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
+            "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
+            "precision": settle_precision(config.precision),
+        }
+    )
+    require_correction_fits(config)
+    if config.correction is None:
+        return config
+    own = config.correction_tokens or max(batch * block_tokens, min(tokens, train_tokens))
+    _require_a_batch("distill.correction_tokens", own, batch, block_tokens)
+    rate = _usual_rate(SHARE_OF_CORRECTED * RATE, teacher, teacher_weights_rms, batch * block_tokens)
+    usual_warmup = min(WARMUP_OF_CORRECTED, num_steps(own, batch, block_tokens) // 5)
+    given = config.correction_warmup_steps
+    return config.model_copy(
+        update={
+            "correction_tokens": own,
+            "correction_learning_rate": config.correction_learning_rate or rate,
+            "correction_warmup_steps": usual_warmup if given is None else given,
+        }
+    )
+
+
+def _usual_rate(share: float, shape: Shape, weights_rms: float, batch_tokens: int) -> float:
+    slower = min(1.0, batch_tokens / RATE_BATCH) ** 0.5
+    return float(f"{share / RATE * min(0.4 / shape.hidden, RATE * weights_rms) * slower:.2g}")
+
+
+def _require_a_batch(key: str, tokens: int, batch: int, block_tokens: int) -> None:
+    if tokens < batch * block_tokens:
+        raise MinitronError(
+            f"{key}={tokens:,} is less than one batch of {batch} blocks of {block_tokens:,} tokens: raise it, "
+            "or lower distill.batch_blocks or data.block_tokens"
+        )
+
+
+def require_correction_fits(config: DistillConfig) -> None:
+    """Raises: MinitronError for a correction of the teacher that the rest of the config leaves without effect."""
+    if config.correction is None:
+        for key in ("correction_tokens", "correction_learning_rate", "correction_warmup_steps"):
+            value = getattr(config, key)
+            if value is not None:
+                raise MinitronError(
+                    f"distill.{key}={value:,} is of no use while the teacher is not corrected: set distill.correction "
+                    "to before or parallel, or leave it out"
+                )
+        return
+    if not config.objective.needs_teacher:
+        raise MinitronError(
+            f"distill.correction={config.correction} trains a teacher that distill.loss=cross_entropy never asks: "
+            "leave one of them out"
+        )
+    if config.correction == "parallel" and config.teacher == "recorded":
+        raise MinitronError(
+            "distill.correction=parallel changes the teacher at every step, and distill.teacher=recorded has it say "
+            "everything before: set distill.correction=before, or leave distill.teacher out"
+        )
+    if config.correction == "parallel" and (config.correction_tokens or 0) > (config.tokens or math.inf):
+        raise MinitronError(
+            f"distill.correction_tokens={config.correction_tokens:,} is more than distill.tokens={config.tokens:,}, "
+            "all that a teacher corrected in parallel reads: lower it, or set distill.correction=before"
+        )
 
 
 def _has_states(config: DistillConfig) -> bool:
@@ -171,7 +264,7 @@ def _require_losses_fit(config: DistillConfig) -> None:
             "leave one of them out"
         )
     if config.teacher == "recorded" and config.intermediate not in (None, "off"):
-        raise MinitronError("a recorded teacher has no states between layers: leave distill.intermediate out")
+        raise MinitronError("a recorded teacher has no states between layers: set distill.intermediate=off")
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -183,10 +276,34 @@ def of_scratch(config: DistillConfig) -> DistillConfig:
         update={
             "loss": "cross_entropy",
             "intermediate": "off",
+            "correction": None,
+            "correction_tokens": None,
+            "correction_learning_rate": None,
+            "correction_warmup_steps": None,
             "stop_at_loss": None,
             "learning_rate": rate,
             "min_learning_rate": share * rate,
         }
+    )
+
+
+# What the training of a teacher has in common with that of its student.
+_OF_BOTH = (
+    *("batch_blocks", "micro_batch_tokens", "weight_decay", "betas", "gradient_clip"),
+    *("activation_checkpointing", "compile", "precision", "evaluate_steps", "evaluate_blocks", "checkpoint_steps"),
+)
+
+
+def of_correction(config: DistillConfig) -> DistillConfig:
+    """The resolved config of the training of the teacher itself, on the text alone; see `resolve_without_student`."""
+    assert config.correction_learning_rate is not None
+    return DistillConfig(
+        **{name: getattr(config, name) for name in _OF_BOTH},
+        tokens=config.correction_tokens,
+        loss="cross_entropy",
+        learning_rate=config.correction_learning_rate,
+        min_learning_rate=config.correction_learning_rate / 10,
+        warmup_steps=config.correction_warmup_steps,
     )
 
 
@@ -211,17 +328,24 @@ def distill(
     work: Path,
     out: Path,
     initialize: Literal["weights", "random"] = "weights",
+    rate_key: str = "distill.learning_rate",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Trained:
     """Train the student and write it to the existing directory `out` in the dtypes of its checkpoint.
 
+    With `config.correction` `parallel` the teacher is trained too, and in the end written to `work / CORRECTED`. With
+    `before` it was: the teacher given here is the one that `distill` made of the first, without a teacher, by
+    `of_correction(config)`.
+
     Args:
-        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`.
+        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`. None
+            trains on the text alone.
         config: resolved (see `resolve`).
         work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
             with the weights that one undisturbed call would have made.
         initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
+        rate_key: what the user calls the learning rate, for the message of a training that diverged.
         warn: told of each state in `work` that is damaged, and from which step training goes on instead.
 
     A second call with another batch reads on behind the blocks that were read: within a pass none is left out or read
@@ -233,9 +357,13 @@ def distill(
 
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
-    options: dict[str, Any] = {"initialize": initialize, "progress": progress, "warn": warn}
+    options: dict[str, Any] = {"initialize": initialize, "rate_key": rate_key, "progress": progress, "warn": warn}
     made = _train(student, teacher, corpus, config, seed=seed, work=work, **options)
-    save_student(made.pupil.model, made.checkpoint, out)
+    if isinstance(made.teacher, LearningTeacher):
+        corrected = work / CORRECTED
+        corrected.mkdir(exist_ok=True)
+        save_trained(made.teacher.reader.model, made.teacher.checkpoint, corrected)
+    save_trained(made.pupil.model, made.checkpoint, out)
     return Trained(made.step, made.tokens, made.seconds)
 
 
@@ -287,6 +415,7 @@ def _train(
     seed: int,
     work: Path,
     initialize: Literal["weights", "random"] = "weights",
+    rate_key: str = "distill.learning_rate",
     progress: Callable[[int, int, str], None],
     warn: Callable[[str], None],
     until: int | None = None,
@@ -306,12 +435,16 @@ def _train(
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
     parallel.shard(pupil, pupil.layers(checkpoint), dtype, device)
     pupil.to(device).train()
-    optimizer = _optimizer(pupil, config)
+    learner = guide if isinstance(guide, LearningTeacher) else None
+    of_teacher = learner.parameters() if learner is not None else {}
+    trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
+    optimizer = _optimizer(trained, config)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     # What made the loss of states between layers as large as the objective in the step before: P1's dynamic weight. The
     # first step, at the bottom of the warm-up, goes without.
     states_weight = torch.zeros((), dtype=torch.float64)
-    extra = {"states_weight": states_weight} if pupil.intermediate else {}
+    extra = {f"teacher.{name}": parameter for name, parameter in of_teacher.items()}
+    extra |= {"states_weight": states_weight} if pupil.intermediate else {}
     states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra)
     step, seen_tokens = states.resume()
     end = steps if until is None else min(until, steps)
@@ -323,11 +456,17 @@ def _train(
 
     if step > 0 and config.stop_at_loss is not None and reached(mean_loss(pupil, guide, heldout)):
         end = step  # where the run before ended
+    courses = {"student": (steps, config)}
+    if learner is not None:
+        assert config.correction_tokens
+        own_steps = num_steps(config.correction_tokens, config.batch_blocks, corpus.block_tokens)
+        courses["teacher"] = own_steps, of_correction(config)
     with graceful_stop() as stop, parallel.computing_together():
         while step < end:
-            rate = learning_rate(step, steps, config)
+            rates = {name: learning_rate(step, *course) for name, course in courses.items() if step < course[0]}
+            learning = learner if "teacher" in rates else None
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rates.get(group["of"], 0.0)
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
@@ -336,34 +475,33 @@ def _train(
             if drawn == 0 and guide is not None:
                 pupil.fit_maps((micro, guide(micro)) for micro in micros)
             between_weight = (states_weight * share_at(step, steps)).item()
-            sums = torch.zeros(2, dtype=torch.float64)  # the objective, and the loss of states between layers
+            # Of the student's objective, of its states between layers, and of the teacher that learns.
+            sums = torch.zeros(3, dtype=torch.float64)
             for micro in micros:
-                objective, between = pupil(micro, None if guide is None else guide(micro))
+                if learning is None:
+                    lesson, read = None if guide is None else guide(micro), 0.0
+                else:
+                    lesson, read = learning.learn(micro, batch.num_predicted)
+                objective, between = pupil(micro, lesson)
                 ((objective + between_weight * between) / batch.num_predicted).backward()
-                sums += torch.tensor([objective.item(), between.item()])
+                sums += torch.tensor([objective.item(), between.item(), read], dtype=torch.float64)
             parallel.all_reduce_sum(sums)
-            loss = sums[0] / batch.num_predicted
             if sums[1] > 0:
                 states_weight.copy_(sums[0] / sums[1])
-            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(pupil.parameters(), config.gradient_clip)).item()
-            if not loss.isfinite() or not math.isfinite(norm):
-                raise MinitronError(
-                    f"training diverged at step {step + 1}: loss {loss:g}, gradient norm {norm}, on training blocks "
-                    f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}; the last good state is kept: "
-                    f"lower distill.learning_rate (now {config.learning_rate})"
-                )
+            loss, _, loss_of_teacher = (sums / batch.num_predicted).tolist()
+            facts = {}
+            if learning is not None:  # first, for what it says when it diverges is no fault of the student's
+                norm = _clip(of_teacher.values(), config)
+                too_high = f"distill.correction_learning_rate (now {config.correction_learning_rate})"
+                _require_finite("training of the teacher", step, loss_of_teacher, norm, rows, too_high)
+                facts = {"teacher_loss": loss_of_teacher, "teacher_learning_rate": rates["teacher"]}
+            norm = _clip(pupil.parameters(), config)
+            _require_finite("training", step, loss, norm, rows, f"{rate_key} (now {config.learning_rate})")
+            facts = {"loss": loss, "learning_rate": rates["student"], "grad_norm": norm} | facts
             optimizer.step()
             optimizer.zero_grad()
             step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
-            states.log(
-                {
-                    "step": step,
-                    "tokens": seen_tokens,
-                    "loss": loss.item(),
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                }
-            )
+            states.log({"step": step, "tokens": seen_tokens, **facts})
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
                 states.log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
@@ -378,8 +516,22 @@ def _train(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
             speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
-            progress(step, steps, f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
+            progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
     return _Made(pupil, guide, checkpoint, step, seen_tokens, time.monotonic() - start)
+
+
+def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
+    """Scale the gradients down to the largest norm that the config allows; returns what it was."""
+    return parallel.whole(torch.nn.utils.clip_grad_norm_(list(parameters), config.gradient_clip)).item()
+
+
+def _require_finite(what: str, step: int, loss: float, norm: float, rows: np.ndarray, too_high: str) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise MinitronError(
+            f"{what} diverged at step {step + 1}: loss {loss:g}, gradient norm {norm}, on training blocks "
+            f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}; the last good state is kept: "
+            f"lower {too_high}"
+        )
 
 
 def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
@@ -403,7 +555,7 @@ def blocks_read(corpus: Corpus, config: DistillConfig, seed: int) -> Int[np.ndar
     return np.concatenate([corpus.train.select(rows), heldout.select(slice(None))])
 
 
-def save_student(model: Any, checkpoint: Checkpoint, out: Path) -> None:
+def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     """Write a trained model in the dtypes of the checkpoint it started from; the first of several processes does."""
     state = model.state_dict()
     pieces = (
@@ -477,7 +629,13 @@ def _teacher(
         return None
     if config.teacher == "recorded":
         return _recorded(path, student, config, device)
-    return OnlineTeacher(path, student, dtype, device, states=config.intermediate != "off")
+    states = config.intermediate != "off"
+    if config.correction == "parallel":
+        teacher = open_checkpoint(path)
+        require_same_vocabulary(teacher, student)
+        model = _trained_model(teacher, config)
+        return LearningTeacher(model, teacher, dtype, device, states=states)
+    return OnlineTeacher(path, student, dtype, device, states=states)
 
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
@@ -500,12 +658,7 @@ def _pupil(
     dtype: torch.dtype,
 ) -> Pupil:
     architecture, shape = checkpoint.architecture, checkpoint.shape
-    model = _load_student(checkpoint, initialize, seed)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.compile:
-        for layer in range(shape.layers):
-            model.get_submodule(architecture.layer.format(layer=layer)).compile()
+    model = _trained_model(checkpoint, config, initialize, seed)
     intermediate = None
     if config.intermediate not in (None, "off"):
         assert teacher is not None, "states between layers are a teacher's"
@@ -515,7 +668,23 @@ def _pupil(
     return Pupil(model, config.objective, intermediate, dtype)
 
 
-def _load_student(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
+def _trained_model(
+    checkpoint: Checkpoint,
+    config: DistillConfig,
+    initialize: Literal["weights", "random"] = "weights",
+    seed: int = 0,
+) -> Any:
+    """A model in float32, set up to be trained."""
+    model = _load(checkpoint, initialize, seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in range(checkpoint.shape.layers):
+            model.get_submodule(checkpoint.architecture.layer.format(layer=layer)).compile()
+    return model
+
+
+def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
     if initialize == "weights":
         return load_model(checkpoint.path, torch.float32)
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -525,10 +694,11 @@ def _load_student(checkpoint: Checkpoint, initialize: Literal["weights", "random
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
 
 
-def _optimizer(pupil: Pupil, config: DistillConfig) -> torch.optim.AdamW:
-    parameters = list(pupil.parameters())
+def _optimizer(trained: Mapping[str, Sequence[Tensor]], config: DistillConfig) -> torch.optim.AdamW:
+    """One for the parameters of all models that are trained; each of its groups says in `of` whose it is."""
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if (p.ndim >= 2) == matrices], "weight_decay": decay, "of": name}
+        for name, parameters in trained.items()
+        for matrices, decay in ((True, config.weight_decay), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, betas=config.betas, fused=True)

@@ -16,6 +16,7 @@ from minitron.publish.formats import (
     duration,
     environments,
     hub_id,
+    nats,
     result_cells,
     share,
     short_count,
@@ -23,6 +24,7 @@ from minitron.publish.formats import (
 )
 from minitron.publish.records import (
     RunRecords,
+    correction,
     heldout_source,
     layer_criterion,
     layers_by_number,
@@ -139,7 +141,7 @@ implementation of `minitron` {records.stages["student"]["versions"]["minitron"]}
 {_results(records)}
 
 Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of held-out text. `teacher` is the parent,
-`pruned` the model before distillation, `student` this model{_scratch(records)}. KL is KL(teacher ‖ model).
+`pruned` the model before distillation, `student` this model{_others(records)}. KL is KL(teacher ‖ model).
 
 ## Shape
 
@@ -191,9 +193,13 @@ def _results(records: RunRecords) -> str:
     return _table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
 
 
-def _scratch(records: RunRecords) -> str:
-    known = "scratch" in records.evaluations
-    return ", `scratch` its shape trained from random weights on the same tokens" if known else ""
+def _others(records: RunRecords) -> str:
+    how, known = correction(records), "scratch" in records.evaluations
+    scratch = ", `scratch` its shape trained from random weights on the same tokens" if known else ""
+    if not how:
+        return scratch
+    kl = nats(records.evaluations["student"]["kl_to_corrected"])
+    return f"{scratch},\n`corrected` the parent {how} (this model's KL to that one is {kl})"
 
 
 def _shape(records: RunRecords) -> str:

@@ -26,6 +26,7 @@ COLORS = {
     "scratch": "#060606",
     "kept": "#070707",
     "removed": "#080808",
+    "corrected": "#090909",
 }
 # A heat map's pixels cannot be CSS variables: mid-tones whose opacity is the score read well on both pages.
 KEPT_RGB, REMOVED_RGB = (0.25, 0.50, 0.91), (0.88, 0.49, 0.13)

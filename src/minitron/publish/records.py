@@ -1,6 +1,7 @@
 """What a run directory says about itself; the only source of the report, the card and the result table."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from minitron.data import TEACHER
 from minitron.errors import RunError
 
 # The order in which models and stages are shown.
-MODELS = ("teacher", "pruned", "student", "scratch")
-STAGES = ("data", "statistics", "lessons", "search", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
+STAGES = (
+    *("data", "corrected", "statistics", "lessons", "search", "scores", "plan"),
+    *("pruned", "student", "scratch", "evaluations"),
+)
 
 LOSS_NAMES = {
     "forward_kl": "forward KL",
@@ -124,6 +128,20 @@ def sampling(records: RunRecords) -> str | None:
         *(f"{k} {v:g}" for k, v in limits.items() if v is not None),
     ]
     return f"{facts['documents']:,} documents at {', '.join(ways)}"
+
+
+def correction(records: RunRecords) -> str | None:
+    """How the teacher was trained on the text that it taught; None where it was not."""
+    config = records.recipe["distill"]
+    if config.get("correction") is None:
+        return None
+    tokens = records.stages["student"]["result"]["training"]["tokens"]
+    own = min(config["correction_tokens"], tokens if config["correction"] == "parallel" else math.inf)
+    when = {
+        "before": "before it was measured, cut and distilled from",
+        "parallel": "while the student, cut from it as it was, learnt from it",
+    }
+    return f"trained by cross-entropy on {own:,} tokens of the same text {when[config['correction']]}"
 
 
 def repairs(records: RunRecords) -> list[str] | None:

@@ -19,6 +19,7 @@ from minitron.publish.formats import (
     count,
     duration,
     environments,
+    nats,
     ratio,
     result_cells,
     share,
@@ -27,7 +28,15 @@ from minitron.publish.formats import (
     size,
     source_name,
 )
-from minitron.publish.records import MODELS, RunRecords, heldout_source, loss_name, result_table, sampling
+from minitron.publish.records import (
+    MODELS,
+    RunRecords,
+    correction,
+    heldout_source,
+    loss_name,
+    result_table,
+    sampling,
+)
 from minitron.publish.why import why
 
 
@@ -88,12 +97,14 @@ minitron {escape(last["versions"]["minitron"])}, {duration(seconds)} on {escape(
 def headline(records: RunRecords) -> str:
     """The run in one sentence."""
     rows = {row["model"]: row for row in result_table(records)}
-    teacher, pruned, student = (rows[name] for name in ("teacher", "pruned", "student"))
+    teacher, student = rows["teacher"], rows["student"]
+    key, whom = ("kl_to_corrected", "the corrected one") if correction(records) else ("kl_to_teacher", "it")
+    after_cut, after_all = (records.evaluations[name][key] for name in ("pruned", "student"))
     return (
         f"{source_name(records.recipe['model'])} was cut to {share(student['non_embedding_share'])} of its "
         f"non-embedding parameters ({count(teacher['non_embedding'])} → {count(student['non_embedding'])}); "
-        f"the KL divergence to it on held-out text is {shown(pruned['kl_to_teacher'], _headline_nats)} nats per token "
-        f"after pruning and {shown(student['kl_to_teacher'], _headline_nats)} after distillation on "
+        f"the KL divergence to {whom} on held-out text is {shown(after_cut, _headline_nats)} nats per token "
+        f"after pruning and {shown(after_all, _headline_nats)} after distillation on "
         f"{count(records.stages['student']['result']['training']['tokens'])} tokens."
     )
 
@@ -126,6 +137,17 @@ def results(records: RunRecords) -> str:
     )
     scratch = " The scratch model has the student’s shape and was trained from random weights on the same tokens."  # noqa: RUF001
     note += scratch * ("scratch" in records.evaluations)
+    if how := correction(records):
+        note += (
+            f" The corrected model is the teacher, {how}. KL and agreement are those with the teacher as it was given; "
+            "that it has learnt counts as distance there. KL to the corrected model: "
+            + ", ".join(
+                f"{name} {shown(row['kl_to_corrected'], nats)}"
+                for name, row in records.evaluations.items()
+                if "kl_to_corrected" in row
+            )
+            + "."
+        )
     if heldout_source(records) == TEACHER:
         note += (
             " The text was sampled from the teacher itself: its loss there is the entropy of what it writes, and says "
@@ -208,6 +230,11 @@ def training(records: RunRecords) -> str:
         f"{count(last['tokens'])} tokens in all. The held-out points use the first {count(recipe['evaluate_blocks'])} "
         "held-out blocks, or all if there are fewer; the result table may use another number."
     )
+    if recipe.get("correction"):
+        note += " The loss is against the corrected teacher" + ", as it was at each step" * (
+            recipe["correction"] == "parallel"
+        )
+        note += "."
     figures = [
         page.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
         page.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "of AdamW, at each step"),
@@ -276,7 +303,7 @@ def _stage_tokens(records: RunRecords, name: str) -> int | None:
             return result["tokens"]
         case "search":
             return result["tokens"]
-        case "student" | "scratch":
+        case "corrected" | "student" | "scratch":
             return result["training"]["tokens"]
         case "evaluations":
             return records.evaluations["teacher"]["tokens"]
