@@ -13,7 +13,7 @@ from typing import Any
 from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
-from minitron.distill import train
+from minitron.distill import trackers, train
 from minitron.distill.teacher import require_same_vocabulary
 from minitron.errors import DataError, PlanError, RunError
 from minitron.evaluate.generate import generate
@@ -272,6 +272,7 @@ def distill_models(
 
     State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it.
     """
+    trackers.require_installed(config.log_to)
     with parallel.process_group() as here:
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
@@ -291,6 +292,7 @@ def distill_models(
             parallel.require_all_well()  # the others wait for the text
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
             (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
+            trackers.keep(work / "distill", made)
             _keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
             with readable_os_errors(out):

@@ -26,6 +26,7 @@ from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.pupil import Pupil
 from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher
+from minitron.distill.trackers import Row, TrackerName, tracked
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
@@ -91,6 +92,13 @@ class DistillConfig(Section):
     """End when the held-out loss has come down to this at an evaluation. With the default loss it is a KL in nats."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
+    log_to: list[TrackerName] = Field(default=[])
+    """Where the rows of metrics.jsonl go too: tensorboard, wandb, trackio. A training that goes on may change it."""
+
+    @property
+    def of_record(self) -> dict[str, Any]:
+        """What a training is; what only watches it is no part of that."""
+        return self.model_dump(mode="json", exclude={"log_to"})
 
     @property
     def objective(self) -> Objective:
@@ -214,8 +222,8 @@ def distill(
     Args:
         teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`.
         config: resolved (see `resolve`).
-        work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
-            with the weights that one undisturbed call would have made.
+        work: metrics.jsonl, what trackers keep, and resumable state; a second call with the same arguments goes on from
+            there, and ends with the weights that one undisturbed call would have made.
         initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
         warn: told of each state in `work` that is damaged, and from which step training goes on instead.
 
@@ -286,7 +294,10 @@ def _train(
     warn: Callable[[str], None],
     until: int | None = None,
 ) -> _Made:
-    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps."""
+    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps.
+
+    Trackers see a training that goes to its end, and with it the steps up to an `until` before.
+    """
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
     here = parallel.joined()
     if config.batch_blocks % here.size:
@@ -314,7 +325,17 @@ def _train(
 
     if step > 0 and config.stop_at_loss is not None and reached(mean_loss(pupil, guide, heldout)):
         end = step  # where the run before ended
-    with graceful_stop() as stop, parallel.computing_together():
+
+    def log(row: Row) -> None:
+        states.log(row)
+        track(row)
+
+    trackers = config.log_to if until is None else []
+    with (
+        tracked(trackers, work, states.rows(), config.of_record) as track,
+        graceful_stop() as stop,
+        parallel.computing_together(),
+    ):
         while step < end:
             rate = learning_rate(step, steps, config)
             for group in optimizer.param_groups:
@@ -342,7 +363,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
-            states.log(
+            log(
                 {
                     "step": step,
                     "tokens": seen_tokens,
@@ -353,7 +374,7 @@ def _train(
             )
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
-                states.log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
+                log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
             last = step == end
