@@ -6,6 +6,7 @@ from typing import Any
 from minitron.data import TEACHER
 from minitron.describe import describe, describe_shape, forward_flops
 from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron.distill.optimizer import TRAINING_BYTES
 from minitron.model.checkpoint import resolve_model
 from minitron.model.model_config import open_config
 from minitron.recipe import Recipe
@@ -37,8 +38,9 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)
     step = 3 * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
     rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
-    # float32 student, gradients and two moments, and the teacher in bfloat16; activations come on top
-    training_bytes = 16 * student["parameters"]["total"] + 2 * teacher.parameters.total
+    # the student in training, and the teacher in bfloat16; activations come on top
+    student_bytes = TRAINING_BYTES[recipe.distill.weights] * student["parameters"]["total"]
+    training_bytes = student_bytes + 2 * teacher.parameters.total
     facts = {
         "teacher": describe(teacher),
         "student": student,

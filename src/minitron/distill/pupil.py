@@ -20,9 +20,11 @@ class Pupil(nn.Module):
     def __init__(self, model: Any, objective: Objective, intermediate: IntermediateLoss | None, dtype: torch.dtype):
         """
         Args:
-            dtype: of the student's matrix products; its weights and the losses are float32.
+            dtype: of the student's matrix products; the states between layers and the losses are float32, whatever its
+                weights are.
         """
         super().__init__()
+        model.get_input_embeddings().register_forward_hook(lambda module, arguments, states: states.float())
         self.model, self.intermediate = model, intermediate
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 

@@ -23,6 +23,7 @@ from minitron.device import Precision, compute_dtype, pick_device, settle_precis
 from minitron.distill.intermediate import DEEP_CUT, IntermediateLoss, default_pairs
 from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
+from minitron.distill.optimizer import Weights, hold_weights, make_optimizer
 from minitron.distill.pupil import Pupil
 from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher
@@ -82,8 +83,11 @@ class DistillConfig(Section):
     """Keep only the states between layers for the backward pass, and compute the rest again: a third more time."""
     compile: bool = False
     """Compile each layer with torch.compile, which pays on a GPU."""
+    weights: Weights = "float32"
+    """Of the student and its optimizer in training: 16 bytes a parameter in float32, gradient included; 10 in bfloat16
+    with Kahan summation, 8 with stochastic rounding, both with matrix products in bfloat16."""
     precision: Precision = "auto"
-    """Matrix products; weights, optimizer state and logits are float32 in any case."""
+    """Matrix products; logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. Default: a tenth of the steps."""
     evaluate_blocks: int = Field(default=64, ge=1)
@@ -127,7 +131,7 @@ def resolve(
     2%. Never above 0.4 / hidden, which is the papers' 1e-4 at hidden 3072 to 4096. Batch: a budget is worth about 600
     steps (P1 ranks candidates after 400), each of at least 2048 and at most 9.4M tokens (P2's batch).
 
-    Raises: MinitronError for a budget of less than one batch, and for losses that exclude each other.
+    Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
     tokens = config.tokens or train_tokens
     usual_batch = round(min(max(tokens / 600, 2048), 9.4e6) / block_tokens)
@@ -140,6 +144,7 @@ def resolve(
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
+    _require_weights_fit(config)
     steps = num_steps(tokens, batch, block_tokens)
     most, share = 0.4 / student.hidden, RATE_OF_REPAIRED if repaired else RATE
     rate = config.learning_rate or float(f"{share / RATE * min(most, RATE * weights_rms):.2g}")
@@ -155,7 +160,7 @@ def resolve(
             else config.warmup_steps,
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
-            "precision": settle_precision(config.precision),
+            "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
             "intermediate": _deep_cut(config, student, teacher) if config.intermediate is None else config.intermediate,
         }
     )
@@ -175,6 +180,14 @@ def _require_losses_fit(config: DistillConfig) -> None:
         )
     if config.teacher == "recorded" and config.intermediate:
         raise MinitronError("a recorded teacher has no states between layers: leave distill.intermediate out")
+
+
+def _require_weights_fit(config: DistillConfig) -> None:
+    if config.weights != "float32" and config.precision == "float32":
+        raise MinitronError(
+            f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
+            "asks for another format: leave one of them out"
+        )
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -312,7 +325,9 @@ def _train(
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
     parallel.shard(pupil, pupil.layers(checkpoint), dtype, device)
     pupil.to(device).train()
-    optimizer = _optimizer(pupil, config)
+    optimizer = make_optimizer(
+        pupil.parameters(), config.weights, betas=config.betas, weight_decay=config.weight_decay, seed=seed
+    )
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn)
     step, seen_tokens = states.resume()
@@ -509,6 +524,7 @@ def _pupil(
 ) -> Pupil:
     architecture, shape = checkpoint.architecture, checkpoint.shape
     model = _load_student(checkpoint, initialize, seed)
+    hold_weights(model, config.weights)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -536,12 +552,3 @@ def _load_student(checkpoint: Checkpoint, initialize: Literal["weights", "random
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
-
-
-def _optimizer(pupil: Pupil, config: DistillConfig) -> torch.optim.AdamW:
-    parameters = list(pupil.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
