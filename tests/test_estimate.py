@@ -71,6 +71,14 @@ def test_a_corrected_teacher_costs_its_own_steps_and_moments(tmp_path: Path) -> 
         assert facts["gpus"]["seconds"] * 1e12 == pytest.approx(facts["distill_flops"] + facts["correction_flops"])
 
 
+@pytest.mark.parametrize(("weights", "bytes_"), [("bfloat16_kahan", 10), ("bfloat16_stochastic", 8)])
+def test_training_in_bfloat16_takes_fewer_bytes(weights: str, bytes_: int, tmp_path: Path) -> None:
+    teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
+    changes = [f"model={teacher}", f"distill.weights={weights}"]
+    facts = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), changes))
+    assert facts["training_bytes"] == bytes_ * 4_512_746_496 + 2 * 8_030_261_248
+
+
 def test_without_a_token_count_there_is_no_time(tmp_path: Path) -> None:
     teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
     recipe = load_recipe(

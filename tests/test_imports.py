@@ -30,8 +30,8 @@ STAGES = {
         *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
-    "distill": ("losses", "state", "train"),
-    "model": ("architecture", "families", "weights", "checkpoint", "stream"),
+    "distill": ("losses", "optimizer", "state", "trackers", "train"),
+    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
 

@@ -16,15 +16,16 @@ from minitron.distill.teacher import OnlineTeacher
 from minitron.distill.train import DistillConfig, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
 from minitron.prune.cut import cut
 
 SHAPE = Shape(layers=4, hidden=12, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)
 
 
-def random_states(*sizes: int, seed: int) -> list[torch.Tensor]:
+def random_states(*sizes: int, seed: int) -> dict[int, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*sizes, generator=generator) for _ in range(5)]
+    return {place: torch.randn(*sizes, generator=generator) for place in range(5)}
 
 
 def test_the_pairs_of_the_paper() -> None:
@@ -73,7 +74,7 @@ def test_maps_between_widths_start_as_the_least_squares_fit() -> None:
     narrow, wide = replace(SHAPE, hidden=6), SHAPE
     student = random_states(4, 50, 6, seed=0)
     turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2))).Q[:6]
-    teacher = [states @ turn for states in student]  # which a linear map reaches exactly
+    teacher = {place: states @ turn for place, states in student.items()}  # which a linear map reaches exactly
     loss = IntermediateLoss([(0, 0), (2, 2)], narrow, wide, centred=False)
     before = loss(student, teacher).item()
     with torch.no_grad():
@@ -81,6 +82,21 @@ def test_maps_between_widths_start_as_the_least_squares_fit() -> None:
             linear.weight.copy_(weight)
     assert loss(student, teacher).item() < 1e-4 < before
     assert [tuple(each.shape) for each in loss.parameters()] == [(12, 6), (12, 6)]
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "nemotron", "phi3"])
+def test_states_are_those_that_transformers_gives(variant: str, tmp_path: Path) -> None:
+    """But for the last, which transformers puts through the final norm."""
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path))
+    model, tokens = load_model(checkpoint.path, torch.float32), tiny.tokens(2, 9, seed=4)
+    with torch.no_grad(), kept_states(layers_of(model, checkpoint), range(checkpoint.shape.layers + 1)) as states:
+        expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert [*states] == [*range(len(expected))]
+    for place, state in enumerate(expected[:-1]):
+        assert torch.equal(states[place], state)
+    assert torch.equal(model.base_model.norm(states[len(expected) - 1]), expected[-1])
+    model(input_ids=tokens)
+    assert len(states) == len(expected) and torch.equal(states[0], expected[0])
 
 
 @pytest.mark.parametrize("hidden", [32, 24])
@@ -92,16 +108,18 @@ def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_wi
     cut(teacher, tiny.plan(teacher.shape, hidden=hidden, layers=3), tmp_path / "student")
     student = open_checkpoint(tmp_path / "student")
     batch = Batch(tiny.tokens(2, 9, seed=4))
-    guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), states=True)
+    guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), places=[0, 2])
     pairs = pairs_of("p1", student.shape, teacher.shape)
     between = IntermediateLoss(pairs, student.shape, teacher.shape, centred=False)
-    pupil = Pupil(load_model(student.path, torch.float32), Objective(), between, torch.float32).train()
+    model = load_model(student.path, torch.float32)
+    layers = layers_of(model, student)
+    pupil = Pupil(model, layers, Objective(), between, torch.float32).train()
     lesson = guide(batch)
     before = pupil(batch, lesson)[1].item()
     pupil.fit_maps([(batch, lesson)])
     objective, compared = pupil(batch, lesson)
     assert 0 < compared.item() <= before * (1 if hidden == 32 else 0.9)
-    alone, nothing = Pupil(pupil.model, Objective(), None, torch.float32)(batch, lesson)
+    alone, nothing = Pupil(model, layers, Objective(), None, torch.float32)(batch, lesson)
     torch.testing.assert_close(objective, alone)
     assert nothing.item() == 0
     (objective + compared).backward()

@@ -43,6 +43,7 @@ except RunError as error:
 
 # Some steps of a distillation that goes on where the one before ended, or with no number of steps all the rest.
 SOME_STEPS = """
+import json
 import sys
 from pathlib import Path
 from minitron.data import open_corpus
@@ -57,11 +58,11 @@ with process_group():
     config = DistillConfig(
         tokens=10 * 4 * 16,
         batch_blocks=4,
-        precision="float32",
         checkpoint_steps=2,
         evaluate_steps=4,
         evaluate_blocks=11,
         **CORRECTION,
+        **json.loads(sys.argv[3]),
     )
     config = resolve(config, *shapes, weights_rms=0.1, block_tokens=16, train_tokens=1)
     if steps:
@@ -70,6 +71,11 @@ with process_group():
         (work / "out").mkdir(parents=True, exist_ok=True)
         distill(student, teacher, corpus, config, seed=0, work=work, out=work / "out")
 """
+
+
+FLOAT32, STOCHASTIC = (
+    json.dumps(options) for options in ({"precision": "float32"}, {"weights": "bfloat16_stochastic"})
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +145,7 @@ def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24, layers=3), path / "student")
     small.corpus(path / "data", teacher.path, 16)
     (path / "some_steps.py").write_text(f"CORRECTION = {LESSON_DESKS[request.param]}\n{SOME_STEPS}")
-    alone = start(sys.executable, "some_steps.py", "one", 0, cwd=path)
+    alone = start(sys.executable, "some_steps.py", "one", 0, FLOAT32, cwd=path)
     assert alone.returncode == 0, alone.stderr
     return path
 
@@ -160,16 +166,28 @@ def assert_same_training(desk: Path, one: str, other: str) -> None:
 
 
 def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
-    together = start(*TORCHRUN, 2, "some_steps.py", "two", 0, cwd=lesson_desk)
+    together = start(*TORCHRUN, 2, "some_steps.py", "two", 0, FLOAT32, cwd=lesson_desk)
     assert together.returncode == 0, together.stderr
     assert_same_training(lesson_desk, "one", "two")
 
 
 def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Path) -> None:
     for processes, steps in ((2, 3), (1, 6), (2, 0)):
-        made = start(*TORCHRUN, processes, "some_steps.py", "mixed", steps, cwd=lesson_desk)
+        made = start(*TORCHRUN, processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)
         assert made.returncode == 0, made.stderr
     assert_same_training(lesson_desk, "one", "mixed")
+
+
+@pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
+def test_bfloat16_weights_can_be_divided(lesson_desk: Path) -> None:
+    made = start(*TORCHRUN, 2, "some_steps.py", "low", 0, STOCHASTIC, cwd=lesson_desk)
+    assert made.returncode == 0, made.stderr
+    exact, low = (
+        [json.loads(line) for line in (lesson_desk / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "low")
+    )
+    key = "heldout_loss"
+    assert [row[key] for row in low if key in row] == pytest.approx([row[key] for row in exact if key in row], rel=0.03)
 
 
 def test_the_command_is_shared_by_processes(desk: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitron.device import versions
+from minitron.distill.optimizer import KahanAdamW, StochasticAdamW
 from minitron.distill.state import States, forget_states, nearest_step
 from minitron.errors import RunError
 
@@ -26,6 +27,8 @@ FILES = ["student.safetensors", "extra.safetensors", "optimizer.safetensors", "r
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "AdamW": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, fused=True),
     "AdamW-plain": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, foreach=False),
+    "KahanAdamW": lambda tensors: KahanAdamW([{"params": tensors, "lr": 0.01}], betas=(0.9, 0.95), seed=0),
+    "StochasticAdamW": lambda tensors: StochasticAdamW([{"params": tensors, "lr": 0.01}], betas=(0.9, 0.95), seed=0),
     "SGD": lambda tensors: torch.optim.SGD(tensors, lr=0.01, momentum=0.9),
     "Adafactor": lambda tensors: torch.optim.Adafactor(tensors, lr=0.01),
     "NAdam": lambda tensors: torch.optim.NAdam(tensors, lr=0.01),

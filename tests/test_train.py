@@ -30,6 +30,7 @@ from minitron.distill.train import DistillConfig, distill, distill_until, learni
 from minitron.errors import Interrupted, MinitronError, RunError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.states import kept_states
 from minitron.packing import Separator
 from minitron.prune.cut import cut
 
@@ -308,7 +309,9 @@ def test_with_states_between_layers_too_the_loop_is_a_plain_one(bench: Bench, tm
     batches = [torch.from_numpy(bench.corpus.train.select(blocks)) for blocks in rows]
 
     def states(model: Any, tokens: Tensor) -> list[Tensor]:
-        found = model(input_ids=tokens, output_hidden_states=True).hidden_states
+        with kept_states([*model.model.layers], range(5 if model is teacher else 4)) as kept:
+            model(input_ids=tokens)
+        found = [kept[place] for place in sorted(kept)]
         return [(each / each.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1) for each in found]
 
     maps = []
@@ -575,6 +578,55 @@ def test_the_student_is_saved_in_the_dtypes_it_came_in(tmp_path: Path, bench: Be
     assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(master, torch.bfloat16)
     assert {tensor.dtype for tensor in master.values()} == {torch.float32}
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in master.items())
+
+
+LOW_PRECISION = {
+    weights: CONFIG.model_copy(update={"weights": weights, "precision": "bfloat16"})
+    for weights in ("bfloat16_kahan", "bfloat16_stochastic")
+}
+
+
+@pytest.mark.parametrize("config", LOW_PRECISION.values(), ids=LOW_PRECISION)
+def test_bfloat16_weights_go_on_with_the_same_bits_and_teach_as_float32_does(
+    bench: Bench, tmp_path: Path, config: DistillConfig
+) -> None:
+    bench.distill(tmp_path / "undisturbed", config)
+    for step in (2, 5, 8):
+        with pytest.raises(PowerCut):
+            bench.distill(tmp_path / "stopped", config, progress=at_step(step, power_cut))
+    bench.distill(tmp_path / "stopped", config)
+    assert_same_weights(tmp_path / "stopped" / "out", tmp_path / "undisturbed" / "out")
+    logs = [(tmp_path / at / "distill" / "metrics.jsonl").read_text() for at in ("stopped", "undisturbed")]
+    assert logs[0] == logs[1]
+    exact = (bench.undisturbed / "distill" / "metrics.jsonl").read_text()
+    losses = [[json.loads(line).get("heldout_loss") for line in log.splitlines()][-1] for log in (exact, logs[1])]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("config", LOW_PRECISION.values(), ids=LOW_PRECISION)
+def test_a_student_of_bfloat16_weights_is_saved_in_the_dtypes_it_came_in(
+    bench: Bench, tmp_path: Path, config: DistillConfig
+) -> None:
+    out = bench.distill(tmp_path, config.model_copy(update={"tokens": BATCH * BLOCK}))
+    (state,) = (tmp_path / "distill").glob("state-*")
+    held = load_file(state / "student.safetensors")
+    moments = {n: t for n, t in load_file(state / "optimizer.safetensors").items() if not n.startswith("step.")}
+    assert {tensor.dtype for tensor in (held | moments).values()} == {torch.bfloat16}
+    for name, tensor in tiny.tensors(out).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, held[f"model.{name}"].float())
+
+
+def test_bfloat16_weights_have_bfloat16_products(bench: Bench) -> None:
+    config = CONFIG.model_copy(update={"weights": "bfloat16_kahan"})
+    with pytest.raises(MinitronError, match=r"weights=bfloat16_kahan .* precision=float32 .* leave one of them"):
+        bench.resolved(config)
+    assert bench.resolved(config.model_copy(update={"precision": "auto"})).precision == "bfloat16"
+
+
+def test_a_state_of_other_weights_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.until(1, tmp_path, LOW_PRECISION["bfloat16_kahan"])
+    with pytest.raises(RunError, match=r"is of KahanAdamW on blocks of 16 .* this training is of StochasticAdamW"):
+        bench.until(2, tmp_path, LOW_PRECISION["bfloat16_stochastic"])
 
 
 def test_a_random_start_is_transformers_own_and_a_function_of_the_seed(bench: Bench, tmp_path: Path) -> None:

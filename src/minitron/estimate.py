@@ -6,6 +6,7 @@ from typing import Any
 from minitron.data import TEACHER
 from minitron.describe import describe, describe_shape, forward_flops
 from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron.distill.optimizer import TRAINING_BYTES
 from minitron.model.checkpoint import resolve_model
 from minitron.model.model_config import open_config
 from minitron.recipe import Recipe
@@ -42,8 +43,8 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     corrected_tokens = (recipe.distill.correction_tokens or tokens) if correction else 0
     corrected_flops = {None: 0, "before": 3, "parallel": 2}[correction] * forward * (corrected_tokens or 0)
     flops = tokens * (forward + step) if tokens else None
-    # float32 student, gradients and two moments, and the teacher in bfloat16; activations come on top
-    trained, large = 16, teacher.parameters.total
+    # the student in training, and the teacher in bfloat16; activations come on top
+    trained, large = TRAINING_BYTES[recipe.distill.weights], teacher.parameters.total
     training_bytes = trained * student["parameters"]["total"] + (trained if correction == "parallel" else 2) * large
     training_bytes = max(training_bytes, trained * large if correction == "before" else 0)
     facts = {

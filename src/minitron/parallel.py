@@ -113,7 +113,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     # The root too, so that parameters are the optimizer's own whenever they are looked at from outside.
-    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    sums = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(root, mesh=mesh, reshard_after_forward=True, mp_policy=sums)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # A sum and not a mean, which gloo does not know.
@@ -128,6 +129,15 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be divided; what is written to it is written to the tensor."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_like(values: Tensor, tensor: Tensor) -> Tensor:

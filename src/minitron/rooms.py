@@ -13,7 +13,7 @@ from typing import Any
 from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
-from minitron.distill import train
+from minitron.distill import trackers, train
 from minitron.distill.teacher import require_same_vocabulary
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
@@ -276,6 +276,7 @@ def distill_models(
     State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
     teacher ends in `<out>.corrected`.
     """
+    trackers.require_installed(config.log_to)
     with parallel.process_group() as here:
         require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
@@ -303,6 +304,7 @@ def distill_models(
             (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
             if config.correction == "before":
                 (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
+            trackers.keep(work / "distill", made)
             _keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
             with readable_os_errors(out):

@@ -18,6 +18,7 @@ from minitron.distill import train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
+from minitron.distill.trackers import require_installed
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
@@ -65,6 +66,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
+    require_installed(recipe.distill.log_to)
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
@@ -530,7 +532,7 @@ def teach(
     if teacher:
         recorded = config.teacher == "recorded"
         inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
-    made = stages.do(name, work, inputs=inputs, config={"distill": config, "seed": seed}, state=state)
+    made = stages.do(name, work, inputs=inputs, config={"distill": config.of_record, "seed": seed}, state=state)
     forget_states(state)
     return made
 

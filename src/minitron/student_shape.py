@@ -75,7 +75,7 @@ def find_shape(
             "search": recipe.search,
             "prune": recipe.prune,
             "repair": recipe.repair,
-            "distill": recipe.distill,
+            "distill": recipe.distill.of_record,
             "seed": recipe.seed,
         },
         state=work,

@@ -4,6 +4,7 @@ Paper: P2, "Teacher correction": the distillation's text is not what the teacher
 trained on that text too, which may go on beside the distillation.
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from minitron.distill.pupil import products_in
 from minitron.distill.teacher import Lesson
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
+from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
 
 ON_TEXT = Objective({"cross_entropy": 1.0})
@@ -26,19 +28,24 @@ class LearningTeacher:
     `learn` adds up gradients; the steps are those of whoever trains it.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, states: bool):
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        places: Collection[int] = (),
+    ):
         """
         Args:
-            model: loaded from the checkpoint, in float32.
+            model: loaded from the checkpoint.
             dtype: of its matrix products.
-            states: whether its lessons have states.
+            places: of the states in its lessons.
         """
-        self.checkpoint, self.states = checkpoint, states
-        self.reader = _Reader(model, dtype)
-        layers = [
-            model.get_submodule(checkpoint.architecture.layer.format(layer=layer))
-            for layer in range(checkpoint.shape.layers)
-        ]
+        self.checkpoint = checkpoint
+        layers = layers_of(model, checkpoint)
+        self.reader = _Reader(model, layers, dtype, places)
         parallel.shard(self.reader, layers, dtype, device)
         # Lesson and gradient come from one forward pass, so it has no dropout. A layer that is in training itself, and
         # not what is in it, only does what activation checkpointing asks for.
@@ -48,7 +55,7 @@ class LearningTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
-        hidden, states, _ = self.reader(batch, with_states=self.states, with_loss=False)
+        hidden, states, _ = self.reader(batch, with_loss=False)
         return self._lesson(hidden, states)
 
     def learn(self, batch: Batch, num_predicted: int) -> tuple[Lesson, float]:
@@ -56,33 +63,32 @@ class LearningTeacher:
 
         The gradient of that sum, divided by `num_predicted`, is added to the parameters'.
         """
-        hidden, states, loss = self.reader(batch, with_states=self.states, with_loss=True)
+        hidden, states, loss = self.reader(batch, with_loss=True)
         (loss / num_predicted).backward()
         return self._lesson(hidden, states), loss.item()
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.reader.named_parameters())
 
-    def _lesson(self, hidden: Tensor, states: tuple[Tensor, ...]) -> Lesson:
+    def _lesson(self, hidden: Tensor, states: Mapping[int, Tensor]) -> Lesson:
         head = parallel.whole(self.reader.model.get_output_embeddings().weight).detach()
-        return Lesson(LazyLogits(hidden, head, self.reader.transform), states if self.states else None)
+        return Lesson(LazyLogits(hidden, head, self.reader.transform), states)
 
 
 class _Reader(nn.Module):
-    """A forward pass that gives the last states of tokens that others are predicted from, all states between layers,
-    both without their history, and the cross-entropy."""
+    """A forward pass that gives the last states of tokens that others are predicted from, states between layers, both
+    without their history, and the cross-entropy."""
 
-    def __init__(self, model: Any, dtype: torch.dtype):
+    def __init__(self, model: Any, layers: Sequence[nn.Module], dtype: torch.dtype, places: Collection[int]):
         super().__init__()
         self.model, self.dtype, self.transform = model, dtype, logit_transform(model)
+        self.layers, self.places = list(layers), places
 
-    def forward(
-        self, batch: Batch, *, with_states: bool, with_loss: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        with products_in(self.dtype, batch.tokens.device):
-            made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=with_states)
+    def forward(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
+        with products_in(self.dtype, batch.tokens.device), kept_states(self.layers, self.places) as states:
+            made = self.model.base_model(**batch.inputs, use_cache=False)
         hidden, loss = batch.predicting(made.last_hidden_state), None
         if with_loss:
             logits = LazyLogits(hidden, self.model.get_output_embeddings().weight, self.transform)
             loss = chunked_loss(ON_TEXT, logits, None, batch.targets, dtype=self.dtype)
-        return hidden.detach(), tuple(state.detach() for state in made.hidden_states or ()), loss
+        return hidden.detach(), {place: state.detach() for place, state in states.items()}, loss

@@ -5,7 +5,7 @@ after deep cuts (practices 6 and 7); this compares states along the whole depth 
 less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -68,13 +68,13 @@ class IntermediateLoss(nn.Module):
             self.add_module(f"map{index}", linear)
 
     def forward(
-        self, student: Sequence[Float[Tensor, "batch tokens hidden"]], teacher: Sequence[Tensor]
+        self, student: Mapping[int, Float[Tensor, "batch tokens hidden"]], teacher: Mapping[int, Tensor]
     ) -> Float[Tensor, ""]:
         """
         Args:
-            student, teacher: the output of the embedding and of each layer.
+            student, teacher: place -> state.
         """
-        total = torch.zeros((), device=student[0].device)
+        total = torch.zeros((), device=next(iter(student.values())).device)
         for index, (one, other) in enumerate(self.pairs):
             ours, theirs = self._normalized(student[one]), self._normalized(teacher[other])
             mapped = self.maps[index](ours) if self.maps else ours
@@ -83,7 +83,7 @@ class IntermediateLoss(nn.Module):
 
     @torch.no_grad()
     def products(
-        self, student: Sequence[Float[Tensor, "batch tokens hidden"]], teacher: Sequence[Tensor]
+        self, student: Mapping[int, Float[Tensor, "batch tokens hidden"]], teacher: Mapping[int, Tensor]
     ) -> Float[Tensor, "pairs ours both"]:
         """Sums over tokens of the student's state times the student's and the teacher's, for `fitted`."""
         made = []

@@ -1,31 +1,41 @@
 """The student while it is taught: a module whose forward pass gives the loss of a batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minitron import parallel
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson
-from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
+from minitron.model.states import kept_states
 from minitron.packing import Batch
 
 
 class Pupil(nn.Module):
     """All that is trained: the student and, where states of other widths are compared, the maps between them."""
 
-    def __init__(self, model: Any, objective: Objective, intermediate: IntermediateLoss | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[nn.Module],
+        objective: Objective,
+        intermediate: IntermediateLoss | None,
+        dtype: torch.dtype,
+    ):
         """
         Args:
-            dtype: of the student's matrix products; its weights and the losses are float32.
+            layers: the model's decoder layers.
+            dtype: of the student's matrix products; the states between layers and the losses are float32, whatever its
+                weights are.
         """
         super().__init__()
-        self.model, self.intermediate = model, intermediate
+        model.get_input_embeddings().register_forward_hook(lambda module, arguments, states: states.float())
+        self.model, self.intermediate, self.layers = model, intermediate, list(layers)
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 
     def forward(self, batch: Batch, lesson: Lesson | None, *, fitting: bool = False) -> Any:
@@ -37,11 +47,12 @@ class Pupil(nn.Module):
             fitting: return the batch's `IntermediateLoss.products` instead. They are made here, for parameters that
                 are divided among processes are whole only while this runs.
         """
-        with_states = self.intermediate is not None and (self.training or fitting)
-        hidden, states = self._run(batch, with_states)
+        between = self.intermediate if self.training or fitting else None
+        with products_in(self.dtype, batch.tokens.device), kept_states(self.layers, _places(between)) as states:
+            hidden = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         if fitting:
-            assert self.intermediate is not None and lesson is not None and lesson.states is not None
-            return self.intermediate.products(states, lesson.states)
+            assert between is not None and lesson is not None
+            return between.products(states, lesson.states)
         loss = chunked_loss(
             self.objective,
             LazyLogits(batch.predicting(hidden), self.model.get_output_embeddings().weight, self.transform),
@@ -49,15 +60,10 @@ class Pupil(nn.Module):
             batch.targets,
             dtype=self.dtype,
         )
-        if self.intermediate is None or not with_states:
+        if between is None:
             return loss, torch.zeros_like(loss)
-        assert lesson is not None and lesson.states is not None
-        return loss, self.intermediate(states, lesson.states)
-
-    def layers(self, checkpoint: Checkpoint) -> list[nn.Module]:
-        """The decoder layers of the student, whose checkpoint is given."""
-        name = checkpoint.architecture.layer
-        return [self.model.get_submodule(name.format(layer=layer)) for layer in range(checkpoint.shape.layers)]
+        assert lesson is not None
+        return loss, between(states, lesson.states)
 
     @torch.no_grad()
     def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson]]) -> None:
@@ -69,10 +75,9 @@ class Pupil(nn.Module):
         for linear, weight in zip(self.intermediate.maps, self.intermediate.fitted(products), strict=True):
             linear.weight.copy_(parallel.divided_like(weight, linear.weight))
 
-    def _run(self, batch: Batch, with_states: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with products_in(self.dtype, batch.tokens.device):
-            made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=with_states)
-        return made.last_hidden_state, made.hidden_states if with_states else ()
+
+def _places(between: IntermediateLoss | None) -> list[int]:
+    return [] if between is None else [ours for ours, _ in between.pairs]
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

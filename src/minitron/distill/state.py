@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import inf
@@ -75,6 +75,11 @@ class States:
         if joined().rank == 0:
             with self._writing(self._metrics), self._metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The metrics so far."""
+        if self._metrics.exists():
+            yield from map(json.loads, self._metrics.read_text().splitlines())
 
     def save(self, step: int, tokens: int) -> None:
         """Add a state, and remove all others but the one before.

@@ -1,7 +1,7 @@
 """What a teacher says of a batch: logits, and states between layers where they are asked for."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
+from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
 
 
@@ -21,7 +22,8 @@ class Lesson:
     """What a teacher says of every token of a batch that another is predicted from."""
 
     logits: LazyLogits | TopK
-    states: Sequence[Float[Tensor, "blocks tokens hidden"]] | None = None  # of the embedding and each layer, all tokens
+    # Of all tokens, at the places asked for: 0 is what enters the first layer, n what leaves the nth.
+    states: Mapping[int, Float[Tensor, "blocks tokens hidden"]] = field(default_factory=dict)
 
 
 Teacher = Callable[[Batch], Lesson]
@@ -30,29 +32,31 @@ Teacher = Callable[[Batch], Lesson]
 class OnlineTeacher:
     """A model in memory."""
 
-    def __init__(self, path: Path, student: Checkpoint, dtype: torch.dtype, device: torch.device, *, states: bool):
+    def __init__(
+        self, path: Path, student: Checkpoint, dtype: torch.dtype, device: torch.device, *, places: Collection[int] = ()
+    ):
         """
         Args:
-            states: whether its lessons have states.
+            places: of the states in its lessons.
 
         Raises: MinitronError if logits of the two models cannot be compared.
         """
         require_same_vocabulary(open_checkpoint(path), student)
         teacher = open_checkpoint(path)
         self.model = load_model(path, dtype).requires_grad_(False)
-        layers = (teacher.architecture.layer.format(layer=layer) for layer in range(teacher.shape.layers))
-        parallel.shard(self.model.base_model, map(self.model.get_submodule, layers), dtype, device)
+        self.layers, self.places = layers_of(self.model, teacher), places
+        parallel.shard(self.model.base_model, self.layers, dtype, device)
         self.model.to(device)
-        self.states = states
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
-        made = self.model.base_model(**batch.inputs, use_cache=False, output_hidden_states=self.states)
+        with kept_states(self.layers, self.places) as states:
+            made = self.model.base_model(**batch.inputs, use_cache=False)
         hidden = batch.predicting(made.last_hidden_state)
         logits = LazyLogits(
             hidden, parallel.whole(self.model.get_output_embeddings().weight), logit_transform(self.model)
         )
-        return Lesson(logits, made.hidden_states if self.states else None)
+        return Lesson(logits, states)
 
 
 def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,15 @@ from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, Places, pairs_of, share_at
 from minitron.distill.lessons import DEFAULT_TOP_K, RecordedTeacher
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
+from minitron.distill.optimizer import Weights, hold_weights, make_optimizer
 from minitron.distill.pupil import Pupil
 from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
+from minitron.distill.trackers import Row, TrackerName, tracked
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from minitron.model.states import layers_of
 from minitron.packing import Batch
 
 # Peak learning rates as shares of the weights' root mean square.
@@ -98,8 +101,11 @@ class DistillConfig(Section):
     """Keep only the states between layers for the backward pass, and compute the rest again: a third more time."""
     compile: bool = False
     """Compile each layer with torch.compile, which pays on a GPU."""
+    weights: Weights = "float32"
+    """Of the student and its optimizer in training: 16 bytes a parameter in float32, gradient included; 10 in bfloat16
+    with Kahan summation, 8 with stochastic rounding, both with matrix products in bfloat16."""
     precision: Precision = "auto"
-    """Matrix products; weights, optimizer state and logits are float32 in any case."""
+    """Matrix products; logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. Default: a tenth of the steps."""
     evaluate_blocks: int = Field(default=64, ge=1)
@@ -108,6 +114,13 @@ class DistillConfig(Section):
     """End when the held-out loss has come down to this at an evaluation. With the default loss it is a KL in nats."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
+    log_to: list[TrackerName] = Field(default=[])
+    """Where the rows of metrics.jsonl go too: tensorboard, wandb, trackio. A training that goes on may change it."""
+
+    @property
+    def of_record(self) -> dict[str, Any]:
+        """What a training is; what only watches it is no part of that."""
+        return self.model_dump(mode="json", exclude={"log_to"})
 
     @property
     def objective(self) -> Objective:
@@ -156,6 +169,7 @@ def resolve(
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
+    _require_weights_fit(config)
     share = RATE_OF_REPAIRED if repaired else RATE
     rate = config.learning_rate or _usual_rate(share, student, weights_rms, batch_tokens)
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
@@ -191,7 +205,7 @@ def resolve_without_student(
             "batch_blocks": batch,
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
-            "precision": settle_precision(config.precision),
+            "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
         }
     )
     require_correction_fits(config)
@@ -265,6 +279,14 @@ def _require_losses_fit(config: DistillConfig) -> None:
         )
     if config.teacher == "recorded" and config.intermediate not in (None, "off"):
         raise MinitronError("a recorded teacher has no states between layers: set distill.intermediate=off")
+
+
+def _require_weights_fit(config: DistillConfig) -> None:
+    if config.weights != "float32" and config.precision == "float32":
+        raise MinitronError(
+            f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
+            "asks for another format: leave one of them out"
+        )
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -342,8 +364,8 @@ def distill(
         teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`. None
             trains on the text alone.
         config: resolved (see `resolve`).
-        work: metrics.jsonl and resumable state; a second call with the same arguments goes on from there, and ends
-            with the weights that one undisturbed call would have made.
+        work: metrics.jsonl, what trackers keep, and resumable state; a second call with the same arguments goes on from
+            there, and ends with the weights that one undisturbed call would have made.
         initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
         rate_key: what the user calls the learning rate, for the message of a training that diverged.
         warn: told of each state in `work` that is damaged, and from which step training goes on instead.
@@ -420,7 +442,10 @@ def _train(
     warn: Callable[[str], None],
     until: int | None = None,
 ) -> _Made:
-    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps."""
+    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps.
+
+    Trackers see a training that goes to its end, and with it the steps up to an `until` before.
+    """
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
     here = parallel.joined()
     if config.batch_blocks % here.size:
@@ -433,12 +458,12 @@ def _train(
     checkpoint = open_checkpoint(student)
     guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
-    parallel.shard(pupil, pupil.layers(checkpoint), dtype, device)
+    parallel.shard(pupil, pupil.layers, dtype, device)
     pupil.to(device).train()
     learner = guide if isinstance(guide, LearningTeacher) else None
     of_teacher = learner.parameters() if learner is not None else {}
     trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
-    optimizer = _optimizer(trained, config)
+    optimizer = make_optimizer(trained, config.weights, betas=config.betas, weight_decay=config.weight_decay, seed=seed)
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     # What made the loss of states between layers as large as the objective in the step before: P1's dynamic weight. The
     # first step, at the bottom of the warm-up, goes without.
@@ -461,7 +486,17 @@ def _train(
         assert config.correction_tokens
         own_steps = num_steps(config.correction_tokens, config.batch_blocks, corpus.block_tokens)
         courses["teacher"] = own_steps, of_correction(config)
-    with graceful_stop() as stop, parallel.computing_together():
+
+    def log(row: Row) -> None:
+        states.log(row)
+        track(row)
+
+    trackers = config.log_to if until is None else []
+    with (
+        tracked(trackers, work, states.rows(), config.of_record) as track,
+        graceful_stop() as stop,
+        parallel.computing_together(),
+    ):
         while step < end:
             rates = {name: learning_rate(step, *course) for name, course in courses.items() if step < course[0]}
             learning = learner if "teacher" in rates else None
@@ -501,10 +536,10 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
-            states.log({"step": step, "tokens": seen_tokens, **facts})
+            log({"step": step, "tokens": seen_tokens, **facts})
             if step % config.evaluate_steps == 0 or step == steps:
                 heldout_loss = mean_loss(pupil, guide, heldout)
-                states.log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
+                log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
             last = step == end
@@ -629,13 +664,12 @@ def _teacher(
         return None
     if config.teacher == "recorded":
         return _recorded(path, student, config, device)
-    states = config.intermediate != "off"
+    teacher = open_checkpoint(path)
+    places = [theirs for _, theirs in pairs_of(config.intermediate or "off", student.shape, teacher.shape)]
     if config.correction == "parallel":
-        teacher = open_checkpoint(path)
         require_same_vocabulary(teacher, student)
-        model = _trained_model(teacher, config)
-        return LearningTeacher(model, teacher, dtype, device, states=states)
-    return OnlineTeacher(path, student, dtype, device, states=states)
+        return LearningTeacher(_trained_model(teacher, config), teacher, dtype, device, places=places)
+    return OnlineTeacher(path, student, dtype, device, places=places)
 
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
@@ -665,7 +699,7 @@ def _pupil(
         of_teacher = open_checkpoint(teacher).shape
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
-    return Pupil(model, config.objective, intermediate, dtype)
+    return Pupil(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
 
 
 def _trained_model(
@@ -674,13 +708,14 @@ def _trained_model(
     initialize: Literal["weights", "random"] = "weights",
     seed: int = 0,
 ) -> Any:
-    """A model in float32, set up to be trained."""
+    """A model set up to be trained."""
     model = _load(checkpoint, initialize, seed)
+    hold_weights(model, config.weights)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in range(checkpoint.shape.layers):
-            model.get_submodule(checkpoint.architecture.layer.format(layer=layer)).compile()
+        for layer in layers_of(model, checkpoint):
+            layer.forward = torch.compile(layer.forward)
     return model
 
 
@@ -692,13 +727,3 @@ def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
-
-
-def _optimizer(trained: Mapping[str, Sequence[Tensor]], config: DistillConfig) -> torch.optim.AdamW:
-    """One for the parameters of all models that are trained; each of its groups says in `of` whose it is."""
-    groups = [
-        {"params": [p for p in parameters if (p.ndim >= 2) == matrices], "weight_decay": decay, "of": name}
-        for name, parameters in trained.items()
-        for matrices, decay in ((True, config.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)

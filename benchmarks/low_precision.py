@@ -1,0 +1,191 @@
+"""Do bfloat16 weights teach as well as float32 ones? KL after equal tokens, bytes a parameter, and time a step.
+
+    python benchmarks/low_precision.py --cache /tmp/low-precision [--model DIR --data train.jsonl --heldout valid.jsonl]
+        [--budgets 0.25M,1M] [--rates 1,0.1] [--seeds 0,1] [--part 0/1] [--out benchmarks/results/low_precision_....md]
+
+One student, cut to half of the teacher and repaired, is taught with its weights in each format, on the same blocks in
+the same order, all with matrix products in bfloat16. `nearest` is what the other two improve upon: bfloat16 weights
+that are rounded to the nearest. Rates are multiples of the default peak learning rate; a small model's is large beside
+the distance of neighbouring bfloat16 numbers, and a large model's is not, so low rates show what is to come there.
+Runs are kept in the cache, and beside the result file, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import header, publish, table
+from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench
+
+from minitron.cli import keep_freed_memory
+from minitron.demo import HERE as DEMO
+from minitron.distill import train
+from minitron.distill.optimizer import OPTIMIZERS, BFloat16AdamW, hold_weights, make_optimizer
+from minitron.model.checkpoint import load_model
+from minitron.prune.repair import BEST
+
+NEAREST = "bfloat16_nearest"  # no setting of a recipe
+OPTIMIZERS[NEAREST] = BFloat16AdamW
+FORMATS = ("float32", NEAREST, "bfloat16_kahan", "bfloat16_stochastic")
+TITLES = {
+    "float32": "float32",
+    NEAREST: "bfloat16, rounded to the nearest",
+    "bfloat16_kahan": "bfloat16, Kahan summation",
+    "bfloat16_stochastic": "bfloat16, stochastic rounding",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
+    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--heldout")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--budgets", default="0.25M,1M")
+    parser.add_argument("--rates", default="1,0.1")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--part", default="0/1", help="I/N: do every Nth run, from the Ith")
+    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    keep_freed_memory()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    runs, kept = args.cache / "low_precision.jsonl", args.out and args.out.with_suffix(".jsonl")
+    if kept and kept.exists() and not runs.exists():
+        shutil.copy(kept, runs)
+    bench = Bench(args.model, args.data, args.heldout, args.cache)
+    pruned = cut(bench)
+    part, parts = map(int, args.part.split("/"))
+    budgets = [round(float(text.removesuffix("M")) * 1e6) for text in args.budgets.split(",")]
+    grid = product(map(int, args.seeds.split(",")), budgets, map(float, args.rates.split(",")), FORMATS)
+    for number, (seed, tokens, rate, weights) in enumerate(grid):
+        key = {"weights": weights, "tokens": tokens, "rate": rate, "seed": seed}
+        if number % parts == part and not args.only_table and not any(row["key"] == key for row in read(runs)):
+            row = {"key": key} | run(bench, pruned, **key)
+            with runs.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, file=sys.stderr, flush=True)
+    publish(report(bench, args.name, pruned, read(runs)), args.out)
+    if kept:
+        shutil.copy(runs, kept)
+
+
+def read(runs: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+
+
+def cut(bench: Bench) -> Path:
+    """The repaired cut that every run starts from, made once."""
+    pruned = bench.cache / "pruned"
+    if not pruned.exists():
+        with tempfile.TemporaryDirectory(dir=bench.cache) as path:
+            partial = Path(path) / "pruned"
+            partial.mkdir()
+            bench.cut(bench.shape("width"), list(BEST), partial)
+            partial.rename(pruned)
+    return pruned
+
+
+def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
+    config = train.resolve(
+        train.DistillConfig(tokens=tokens, precision="bfloat16"),
+        bench.shape("width"),
+        bench.teacher.shape,
+        weights_rms=bench.teacher.weights_rms(),
+        block_tokens=BLOCK_TOKENS,
+        train_tokens=bench.corpus.train_tokens,
+        repaired=True,
+    )
+    assert config.learning_rate and config.batch_blocks
+    steps, peak = train.num_steps(tokens, config.batch_blocks, BLOCK_TOKENS), config.learning_rate * rate
+    config = config.model_copy(
+        update={
+            "weights": weights,
+            "learning_rate": peak,
+            "min_learning_rate": peak / 10,
+            "evaluate_steps": steps,
+            "evaluate_blocks": 1,
+            "checkpoint_steps": steps,
+        }
+    )
+    with tempfile.TemporaryDirectory(dir=bench.cache) as path:
+        work, out = Path(path), Path(path) / "student"
+        out.mkdir()
+        trained = train.distill(
+            pruned, bench.teacher.path, bench.corpus, config, seed=seed, work=work / "distill", out=out
+        )
+        return {
+            "student": bench.measure(out),
+            "learning_rate": peak,
+            "steps": trained.steps,
+            "seconds_per_step": trained.seconds / trained.steps,
+        }
+
+
+def bytes_per_parameter(pruned: Path, weights: Any) -> float:
+    """Weights, gradients and what the optimizer holds after a step, but for its step counts."""
+    model = load_model(pruned, torch.float32)
+    hold_weights(model, weights)
+    optimizer = make_optimizer({"student": [*model.parameters()]}, weights, betas=(0.9, 0.95), weight_decay=0.1, seed=0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = [value.nbytes for entries in optimizer.state.values() for name, value in entries.items() if name != "step"]
+    held += [2 * parameter.nbytes for parameter in model.parameters()]
+    return sum(held) / sum(parameter.numel() for parameter in model.parameters())
+
+
+def report(bench: Bench, name: str, pruned: Path, rows: list[dict[str, Any]]) -> str:
+    cells_of = sorted({(row["key"]["rate"], row["key"]["tokens"]) for row in rows}, key=lambda at: (-at[0], at[1]))
+    columns = ["weights and optimizer", "bytes a parameter", "time a step"]
+    columns += [f"{tokens / 1e6:g}M tokens, {rate:g}x the rate" for rate, tokens in cells_of]
+    cells = []
+    for weights in FORMATS:
+        own = [row for row in rows if row["key"]["weights"] == weights]
+        if own:
+            kls = [kl_cell(own, rate, tokens) for rate, tokens in cells_of]
+            cells.append([TITLES[weights], f"{bytes_per_parameter(pruned, weights):.1f}", time_cell(rows, own), *kls])
+    rates = sorted({row["learning_rate"] for row in rows}, reverse=True)
+    return "\n".join(
+        [
+            header(f"bfloat16 weights: {name}"),
+            f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, a repaired cut, KL "
+            f"{bench.measure(pruned)['kl']:.3f} before training. KL to the teacher in nats a token on {HELDOUT_BLOCKS} "
+            f"held-out blocks of {BLOCK_TOKENS}, as the mean over seeds with the least and the most. Matrix products "
+            "are bfloat16 in all runs. Bytes: weights, gradients and optimizer state. Time: of a step with everything "
+            "in it, over that of float32 in the run of the same tokens, rate and seed; the median with the least and "
+            f"the most. Peak learning rates {', '.join(f'{rate:.2g}' for rate in rates)}.",
+            "",
+            table(columns, cells),
+            "",
+        ]
+    )
+
+
+def kl_cell(own: list[dict[str, Any]], rate: float, tokens: int) -> str:
+    found = [row["student"]["kl"] for row in own if (row["key"]["rate"], row["key"]["tokens"]) == (rate, tokens)]
+    if not found:
+        return ""
+    spread = f" [{min(found):.4f}, {max(found):.4f}]" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.4f}{spread}"
+
+
+def time_cell(rows: list[dict[str, Any]], own: list[dict[str, Any]]) -> str:
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row["key"][name] for name in ("tokens", "rate", "seed"))
+
+    float32 = {place(row): row["seconds_per_step"] for row in rows if row["key"]["weights"] == "float32"}
+    ratios = [row["seconds_per_step"] / float32[place(row)] for row in own if place(row) in float32]
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else ""
+
+
+if __name__ == "__main__":
+    main()
