@@ -77,7 +77,7 @@ class IntermediateLoss(nn.Module):
         total = torch.zeros((), device=next(iter(student.values())).device)
         for index, (one, other) in enumerate(self.pairs):
             ours, theirs = self._normalized(student[one]), self._normalized(teacher[other])
-            mapped = self.maps[index](ours) if self.maps else ours
+            mapped = nn.functional.linear(ours, self.maps[index].weight.float()) if self.maps else ours
             total = total + (1 - nn.functional.cosine_similarity(mapped, theirs, dim=-1)).sum()
         return total
 

@@ -169,7 +169,6 @@ def resolve(
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
-    _require_weights_fit(config)
     share = RATE_OF_REPAIRED if repaired else RATE
     rate = config.learning_rate or _usual_rate(share, student, weights_rms, batch_tokens)
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
@@ -194,6 +193,7 @@ def resolve_without_student(
     The teacher's peak learning rate is a fifth of what `resolve` gives a plain cut of the same hidden size. P2 has a
     fifth of the peak that the teacher was pretrained with, which no checkpoint tells.
     """
+    _require_weights_fit(config)
     tokens = config.tokens or train_tokens
     usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
     batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
@@ -699,6 +699,7 @@ def _pupil(
         of_teacher = open_checkpoint(teacher).shape
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
+        hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
     return Pupil(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
 
 
