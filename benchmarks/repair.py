@@ -1,10 +1,12 @@
 """What is a repaired cut worth, right after it and after distillation? Starts against the plain cut and random weights.
 
     python benchmarks/repair.py --cache /tmp/repair [--model DIR --data train.jsonl --heldout valid.jsonl]
-        [--shapes width,depth,both] [--starts plain,basis,...] [--budgets 0.25M,0.5M,1M,2M] [--seeds 0,1] [--out FILE]
+        [--shapes width,depth,both] [--starts plain,basis,'plain: intermediate=off',...]
+        [--budgets 0.25M,0.5M,1M,2M] [--seeds 0,1] [--out FILE]
 
 Every (start, budget, learning rate, seed) is a training run of its own, with its own full schedule: a shorter budget is
-no point on a longer curve. Each start gets the best of its learning rates, multiples of 0.4 / hidden. Runs are kept
+no point on a longer curve. Each start gets the best of its learning rates, multiples of the most that a default is. A
+start may be followed by changes of the distillation. Runs are kept
 in the cache, and beside the result file, so the same command goes on where it was stopped, several can share one cache
 (--part 0/2, --part 1/2), and the table is of what there is. The default model is the shipped demo teacher with the
 built-in corpus.
@@ -17,6 +19,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -30,6 +33,8 @@ from minitron.data import Corpus, DataConfig, batch_rows, open_corpus, prepare
 from minitron.demo import HERE as DEMO
 from minitron.device import compute_dtype, pick_device
 from minitron.distill import train
+from minitron.distill.lessons import write_lessons
+from minitron.distill.train import blocks_read
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -53,7 +58,8 @@ STARTS: dict[str, list[Step]] = {
     "best": list(BEST),
     "scratch": [],
 }
-RATES = (0.5, 1.0, 2.0)  # times 0.4 / hidden
+RATES = (0.5, 1.0, 2.0)  # times the most that a default is
+KEY = ("shape", "start", "tokens", "rate", "seed")  # of every run; what else a run's key has are its changes
 BLOCK_TOKENS, SAMPLES, HELDOUT_BLOCKS = 256, 256, 128
 
 
@@ -90,10 +96,24 @@ def main() -> None:
     )
     for number, (seed, tokens, rate, shape, start) in enumerate(grid):
         if number % parts == part and not args.only_table:
-            bench.run(shape, start, tokens, rate, seed)
+            name, changes = variant(start)
+            bench.run(shape, name, tokens, rate, seed, **changes)
     publish(report(bench, args.name), args.out)
     if kept:
         shutil.copy(bench.runs, kept)
+
+
+def variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A start, and changes of the distillation: `best: teacher=recorded top_k=8`."""
+    start, _, changes = text.partition(":")
+    pairs = (change.split("=") for change in changes.split())
+    return start, {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+def label(key: dict[str, Any]) -> str:
+    """What `variant` was made from."""
+    changes = " ".join(f"{name}={value}" for name, value in key.items() if name not in KEY)
+    return f"{key['start']}: {changes}" if changes else key["start"]
 
 
 class Bench:
@@ -116,13 +136,20 @@ class Bench:
         share = 50 * table.count(shape, config).non_embedding / table.count(fewer, config).non_embedding
         return target_shape(table, config, fewer, PruneConfig(target=f"{share}%"))
 
-    def run(self, shape: str, start: str, tokens: int, rate: float, seed: int) -> None:
-        key = {"shape": shape, "start": start, "tokens": tokens, "rate": rate, "seed": seed}
+    def run(self, shape: str, start: str, tokens: int, rate: float, seed: int, **changes: Any) -> None:
+        """One student, unless the cache has it.
+
+        Args:
+            rate: times the default of a plain cut, without regard to the size of the weights.
+            changes: of the distillation.
+        """
+        key = {"shape": shape, "start": start, "tokens": tokens, "rate": rate, "seed": seed, **changes}
         if any(row["key"] == key for row in self.rows):
             return
         student = self.shape(shape)
+        loss = {"loss": "cross_entropy"} if start == "scratch" else {}
         config = train.resolve(
-            train.DistillConfig(tokens=tokens, loss="cross_entropy" if start == "scratch" else "forward_kl"),
+            train.DistillConfig(tokens=tokens, **loss, **changes),
             student,
             self.teacher.shape,
             weights_rms=math.inf,
@@ -146,9 +173,10 @@ class Bench:
             for directory in (pruned, out):
                 directory.mkdir()
             self.cut(student, STARTS[start], pruned)
+            guide, recorded = self.guide(config, seed, work)
             trained = train.distill(
                 pruned,
-                None if start == "scratch" else self.teacher.path,
+                guide,
                 self.corpus,
                 config,
                 seed=seed,
@@ -162,11 +190,27 @@ class Bench:
                 "student": self.measure(out),
                 "learning_rate": peak,
                 "seconds": trained.seconds,
+                **recorded,
             }
         with self.runs.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        print(shape, start, tokens, rate, seed, row["cut"], row["student"], file=sys.stderr, flush=True)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def guide(self, config: train.DistillConfig, seed: int, work: Path) -> tuple[Path | None, dict[str, float]]:
+        """What the student learns from, and what it took to record it, where it is recorded."""
+        if config.loss == "cross_entropy":
+            return None, {}
+        if config.teacher == "online":
+            return self.teacher.path, {}
+        blocks, start = blocks_read(self.corpus, config, seed), time.monotonic()
+        (work / "lessons").mkdir()
+        assert config.top_k
+        dtype = compute_dtype("auto", pick_device())
+        write_lessons(self.teacher, blocks, work / "lessons", top_k=config.top_k, dtype=dtype)
+        size = sum(file.stat().st_size for file in (work / "lessons").iterdir())
+        seconds = time.monotonic() - start
+        return work / "lessons", {"recording_seconds": seconds, "lesson_bytes_a_token": size / blocks.size}
 
     def cut(self, student: Shape, steps: list[Step], out: Path) -> None:
         rows = batch_rows(len(self.corpus.train), seed=0, step=0, batch=min(SAMPLES, len(self.corpus.train)))
@@ -212,8 +256,9 @@ def report(bench: Bench, name: str) -> str:
         f"Teacher {bench.teacher.shape}, {bench.teacher.parameters.non_embedding:,} non-embedding parameters; "
         f"{bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. KL to the teacher in "
         f"nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}. Each cell is a run of its own with its "
-        "own schedule, at the best of the learning rates that were tried, in multiples of 0.4 / hidden; the rate and "
-        "the number of rates tried stand behind it. With two seeds the cell is their mean, and their range is given.",
+        "own schedule, at the best of the learning rates that were tried, in multiples of 0.4 / hidden at a batch of "
+        "2048 tokens, less by the square root at a smaller one; the rate and the number of rates tried stand behind "
+        "it. With two seeds the cell is their mean, and their range is given.",
         "",
     ]
     for shape in dict.fromkeys(row["key"]["shape"] for row in bench.rows):
@@ -228,10 +273,10 @@ def _shape_lines(bench: Bench, shape: str) -> list[str]:
     rows = [row for row in bench.rows if row["key"]["shape"] == shape]
     budgets = sorted({row["key"]["tokens"] for row in rows})
     cells, best = [], {}
-    for start in STARTS:
-        own = [row for row in rows if row["key"]["start"] == start]
-        if not own:
-            continue
+    for start in sorted(
+        {label(row["key"]) for row in rows}, key=lambda name: ([*STARTS].index(variant(name)[0]), name)
+    ):
+        own = [row for row in rows if label(row["key"]) == start]
         cut = own[0]["cut"]
         best[start] = {tokens: found for tokens in budgets if (found := _best(own, tokens))}
         cells.append(
@@ -274,13 +319,13 @@ def _saving_lines(best: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]
         return []
     cells = []
     for start, by_tokens in best.items():
-        if start in ("plain", "scratch"):
+        if start == "plain" or start.startswith("scratch"):
             continue
-        cut = next(row["cut"]["kl"] for row in rows if row["key"]["start"] == start)
+        cut = next(row["cut"]["kl"] for row in rows if label(row["key"]) == start)
         plain_cut = next(row["cut"]["kl"] for row in rows if row["key"]["start"] == "plain")
         ratios = []
         for tokens, plain in best["plain"].items():
-            reached = _tokens_to_reach(plain["kl"], {n: found["kl"] for n, found in by_tokens.items()})
+            reached = tokens_to_reach(plain["kl"], {n: found["kl"] for n, found in by_tokens.items()})
             least = min(by_tokens)
             sooner = by_tokens[least]["kl"] < plain["kl"]  # at the smallest budget that was tried
             ratios.append(f"< {least / tokens:.2f}" if sooner else f"{reached / tokens:.2f}" if reached else "")
@@ -289,7 +334,7 @@ def _saving_lines(best: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]
     return [table(columns, cells), ""]
 
 
-def _tokens_to_reach(kl: float, budgets: dict[int, float]) -> float | None:
+def tokens_to_reach(kl: float, budgets: dict[int, float]) -> float | None:
     points = sorted(budgets.items())
     for (less, high), (more, low) in pairwise(points):
         if high >= kl >= low and high > low:

@@ -1,0 +1,134 @@
+"""How many tokens does pruning save? Held-out loss against tokens, from scratch and from a teacher.
+
+    python benchmarks/token_efficiency.py --cache /tmp/efficiency [--model DIR --data train.jsonl --heldout valid.jsonl]
+        [--budgets 0.25M,0.5M,1M] [--scratch-budgets 0.5M,1M,2M,4M] [--starts scratch,plain,...] [--rates 0.5,1,2]
+        [--only-table] [--out FILE]
+
+Four students of one shape: random weights on text, the plain cut on text, the plain cut and the repaired one on the
+teacher's logits. Every (start, budget, rate) is a run of its own with its own schedule, kept in the cache and beside
+the result file; each cell is the best of the rates tried. The tokens that a start needs to come down to a scratch run's
+loss are interpolated in the logarithms between its own budgets, and given as a bound where the smallest is below.
+"""
+
+import argparse
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from measure import header, publish, table
+from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, label, tokens_to_reach, variant
+
+from minitron.cli import keep_freed_memory
+from minitron.demo import HERE as DEMO
+from minitron.describe import forward_flops
+
+STARTS = ("scratch", "plain: loss=cross_entropy", "plain", "best")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
+    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--heldout")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--shape", default="width")
+    parser.add_argument("--starts", default=",".join(STARTS))
+    parser.add_argument("--budgets", default="0.25M,0.5M,1M")
+    parser.add_argument("--scratch-budgets", default="0.5M,1M,2M,4M")
+    parser.add_argument("--rates", default="0.5,1,2")
+    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    keep_freed_memory()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    kept = args.out and args.out.with_suffix(".jsonl")
+    if kept and kept.exists() and not (args.cache / "runs.jsonl").exists():
+        shutil.copy(kept, args.cache / "runs.jsonl")
+    bench = Bench(args.model, args.data, args.heldout, args.cache)
+    for text, rate in product(args.starts.split(","), map(float, args.rates.split(","))):
+        start, changes = variant(text)
+        budgets = args.scratch_budgets if start == "scratch" else args.budgets
+        for tokens in [round(float(budget.removesuffix("M")) * 1e6) for budget in budgets.split(",")]:
+            if not args.only_table:
+                bench.run(args.shape, start, tokens, rate, 0, **changes)
+    publish(report(bench, args), args.out)
+    if kept:
+        shutil.copy(bench.runs, kept)
+
+
+def report(bench: Bench, args: argparse.Namespace) -> str:
+    student = bench.shape(args.shape)
+    count = bench.teacher.architecture.count(student, bench.teacher.config)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    tried: dict[tuple[str, int], int] = {}
+    for row in bench.rows:
+        if row["key"]["shape"] == args.shape:
+            name, tokens = label(row["key"]), row["key"]["tokens"]
+            own = found.setdefault(name, {})
+            own[tokens] = min(own.get(tokens, row), row, key=lambda row: row["student"]["loss"])
+            tried[name, tokens] = tried.get((name, tokens), 0) + 1
+    losses = {name: {n: row["student"]["loss"] for n, row in rows.items()} for name, rows in found.items()}
+    names = [name for name in STARTS if name in found]
+    budgets = sorted({tokens for rows in found.values() for tokens in rows})
+    cells = [
+        [
+            f"{tokens / 1e6:g}M ({tokens / count.total:.1f})",
+            *(
+                f"{losses[name][tokens]:.3f} ({found[name][tokens]['key']['rate']:g}x of {tried[name, tokens]})"
+                if tokens in losses[name]
+                else ""
+                for name in names
+            ),
+        ]
+        for tokens in budgets
+    ]
+    lines = [
+        header(f"Tokens that pruning saves: {args.name}"),
+        f"Teacher {bench.teacher.shape}; student {student}, {count.total:,} parameters, {count.non_embedding:,} "
+        f"without embeddings. {bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. "
+        f"Held-out loss in nats a token on {HELDOUT_BLOCKS} blocks of {BLOCK_TOKENS}; each cell is a run of its own, "
+        "at the best of its learning rates. Tokens (and tokens a parameter of the student) down the side.",
+        "",
+        table(["tokens", *names], cells),
+        "",
+    ]
+    if "scratch" not in losses:
+        return "\n".join(lines)
+    forward = {
+        "teacher": forward_flops(bench.teacher.shape, bench.teacher.parameters, BLOCK_TOKENS),
+        "student": forward_flops(student, count, BLOCK_TOKENS),
+    }
+    lines += [
+        "Tokens from scratch for each token of another start, to the same loss, and in brackets the same of operations "
+        "(three forward passes of the student for a step, and one of the teacher where it is asked):",
+        "",
+        table(
+            ["from scratch", "tokens a parameter", "its loss", *names[1:]],
+            [
+                [
+                    f"{tokens / 1e6:g}M",
+                    f"{tokens / count.total:.1f}",
+                    f"{loss:.3f}",
+                    *(_ratio(tokens, loss, losses[name], name, forward) for name in names[1:]),
+                ]
+                for tokens, loss in sorted(losses["scratch"].items())
+            ],
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(tokens: int, loss: float, own: dict[int, float], name: str, forward: dict[str, float]) -> str:
+    reached = tokens_to_reach(loss, own)
+    bound = "" if reached else ">= " if own[min(own)] < loss else "< "
+    reached = reached or (min(own) if own[min(own)] < loss else max(own))
+    step = 3 * forward["student"] + (0 if "cross_entropy" in name else forward["teacher"])
+    operations = tokens * 3 * forward["student"] / (reached * step)
+    return f"{bound}{tokens / reached:.1f} ({bound}{operations:.1f})"
+
+
+if __name__ == "__main__":
+    main()
