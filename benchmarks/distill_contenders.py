@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -203,13 +204,33 @@ def floor_with_heads(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Ca
     return loss
 
 
-def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Callable[[], Tensor]:
-    from minitron.distill.train import DistillConfig, _LossPerToken, predicted_tokens
+def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off") -> Callable[[], Tensor]:
+    """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
+    from minitron.distill.intermediate import IntermediateLoss, pairs_of
+    from minitron.distill.pupil import Pupil
+    from minitron.distill.teacher import OnlineTeacher
+    from minitron.distill.train import DistillConfig
+    from minitron.model.checkpoint import open_checkpoint
+    from minitron.model.states import layers_of
+    from minitron.packing import Batch
 
     config = DistillConfig()
     assert (config.weight_decay, config.betas, config.gradient_clip) == (WEIGHT_DECAY, BETAS, GRADIENT_CLIP)
-    loss_per_token = _LossPerToken(model, teacher, "forward_kl", task.dtype, task.device)
-    return lambda: loss_per_token.sum(tokens) / predicted_tokens(tokens)
+    of_teacher, student = (open_checkpoint(task.models / name) for name in ("teacher", "student"))
+    pairs = pairs_of(places, student.shape, of_teacher.shape)
+    between = IntermediateLoss(pairs, student.shape, of_teacher.shape, centred=False) if pairs else None
+    if between is not None:
+        model.add_module("between", between.to(task.device))  # so that the loop trains its maps
+    seen = [theirs for _, theirs in pairs]
+    guide = OnlineTeacher(of_teacher.path, student, task.dtype, task.device, places=seen)
+    pupil = Pupil(model, layers_of(model, student), config.objective, between, task.dtype).train()
+    batch = Batch(tokens)
+
+    def loss() -> Tensor:
+        objective, compared = pupil(batch, guide(batch))
+        return (objective + compared) / batch.num_predicted
+
+    return loss
 
 
 def plain(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Callable[[], Tensor]:
@@ -337,6 +358,7 @@ CONTENDERS = {
     "floor": Contender("floor", _own(floor), loss_is_kl=False),
     "floor_with_heads": Contender("floor with both heads", _own(floor_with_heads), loss_is_kl=False),
     "minitron": Contender("minitron", _own(minitron)),
+    "minitron_states": Contender("minitron, states too", _own(partial(minitron, places="all")), loss_is_kl=False),
     "plain": Contender("plain loop", _own(plain)),
     "trl": Contender("TRL GKDTrainer", trl, packages=("trl==1.16.0",)),
     "modelopt": Contender("ModelOpt KDTrainer", modelopt, packages=("nvidia-modelopt[hf]==0.47.0",)),

@@ -4,8 +4,8 @@
         [--ks 8,16,32,64,128,256,512] [--tokens 0.5M] [--rates 0.5] [--seeds 0,1] [--only-table] [--out FILE]
 
 The repaired width cut of `repair.py`, distilled from a teacher beside it, with and without the states between layers,
-and from one that was recorded with its k likeliest tokens. Runs are kept in the cache and beside the result file. Speeds
-are worth something only where nothing else ran.
+and from one that was recorded with its k likeliest tokens. Runs are kept in the cache and beside the result file.
+Speeds are worth something only where nothing else ran.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def report(bench: Bench, name: str, tokens: int, teachers: list[str]) -> str:
     return "\n".join(
         [
             header(f"A recorded teacher: {name}"),
-            f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, cut and repaired; {tokens / 1e6:g}M tokens "
-            f"of distillation. KL to the teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}, "
-            "at the best of the learning rates tried. Recording is one streamed pass over the tokens. The change is to "
+            f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, cut and repaired; {tokens / 1e6:g}M "
+            f"tokens of distillation. KL to the teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of "
+            f"{BLOCK_TOKENS}, at the best of the learning rates tried. Recording is one streamed pass over the tokens. The change is to "
             "the teacher beside the student on logits alone, as a recorded one has no states between layers.",
             "",
             table(

@@ -150,7 +150,8 @@ def resolve(
     are 2.6% to 6% of it for a plain cut and 2% to 3% for a repaired one, which has more to lose (docs/LOG.md): 4% and
     2%, with a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
-    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's).
+    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among
+    several processes it is the next multiple of their number.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
@@ -196,7 +197,9 @@ def resolve_without_student(
     _require_weights_fit(config)
     tokens = config.tokens or train_tokens
     usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
-    batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
+    processes = parallel.ranks().size
+    usual_batch = -(-max(1, min(usual_batch, tokens // block_tokens)) // processes) * processes
+    batch = config.batch_blocks or usual_batch
     _require_a_batch("distill.tokens", tokens, batch, block_tokens)
     steps = num_steps(tokens, batch, block_tokens)
     config = config.model_copy(
