@@ -67,8 +67,9 @@ def report(bench: Bench, name: str, tokens: int, teachers: list[str]) -> str:
             header(f"A recorded teacher: {name}"),
             f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, cut and repaired; {tokens / 1e6:g}M "
             f"tokens of distillation. KL to the teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of "
-            f"{BLOCK_TOKENS}, at the best of the learning rates tried. Recording is one streamed pass over the tokens. The change is to "
-            "the teacher beside the student on logits alone, as a recorded one has no states between layers.",
+            f"{BLOCK_TOKENS}, at the best of the learning rates tried. Recording is one streamed pass over the "
+            "tokens. The change is to the teacher beside the student on logits alone, as a recorded one has no states "
+            "between layers.",
             "",
             table(
                 ["teacher", "bytes a token", "recording, s", "training, tokens/s", "KL", "change"],

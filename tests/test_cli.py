@@ -618,6 +618,18 @@ def test_vocabularies_that_differ_are_refused(desk: Desk) -> None:
         assert "teacher and student vocabularies differ" in line and "336" in line and "320" in line
 
 
+def test_tokenizers_that_differ_are_refused(desk: Desk) -> None:
+    other = small.teacher(desk.path / "respelt")
+    facts = json.loads((other / "tokenizer.json").read_text())
+    vocab = facts["model"]["vocab"]
+    one, two = sorted(vocab, key=vocab.get)[40:42]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(facts))
+    for command in (("distill", "--student", other, "--out", desk.path / "out"), ("evaluate", other)):
+        line = desk.refuses(*command, "--teacher", desk.teacher, "--data", desk.text)
+        assert f"{one!r} is token 40 of {desk.teacher} and 41 of {other}; KL compares logits token by token" in line
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from minitron.model.architecture import Shape
 from minitron.prune.plan import Plan
+
+logging.disable_progress_bar()  # as the command line does: tests read what it prints
 
 SIZES = {
     "vocab_size": 320,

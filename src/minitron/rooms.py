@@ -14,7 +14,7 @@ from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
 from minitron.distill import trackers, train
-from minitron.distill.teacher import require_same_vocabulary
+from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
 from minitron.evaluate.generate import generate
@@ -281,6 +281,7 @@ def distill_models(
         require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
+        require_same_tokenizer(guide, pupil)
         work = out.with_name(f"{out.name}.work")
         if here.rank > 0:
             _assist(guide, pupil, config, seed, work)
@@ -364,6 +365,7 @@ def evaluate_model(
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
         require_same_vocabulary(reference, checkpoint)
+        require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
     if whole:
         data_config = data_config.model_copy(update={"heldout": data_config.source})

@@ -11,7 +11,7 @@ from torch import Tensor
 from minitron import parallel
 from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
-from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
@@ -66,3 +66,21 @@ def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
             f"teacher and student vocabularies differ: {teacher.path} has {teacher.shape.vocab} tokens, "
             f"{student.path} has {student.shape.vocab}; KL compares logits token by token, so they must be the same"
         )
+
+
+def require_same_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
+    """A student whose directory has no tokenizer is taken to have its teacher's.
+
+    Raises: MinitronError if a token is another text to one of them.
+    """
+    if not any(student.path.glob("tokenizer*")):
+        return
+    ours, theirs = (load_tokenizer(checkpoint.path).get_vocab() for checkpoint in (student, teacher))
+    texts = sorted(theirs.keys() | ours.keys(), key=lambda text: theirs.get(text, ours.get(text)))
+    for text in texts:
+        if theirs.get(text) != ours.get(text):
+            raise MinitronError(
+                f"teacher and student have different tokenizers: {text!r} is token {theirs.get(text)} of "
+                f"{teacher.path} and {ours.get(text)} of {student.path}; KL compares logits token by token, so give a "
+                "student that was cut from this teacher, or one with its tokenizer"
+            )
