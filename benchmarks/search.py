@@ -90,7 +90,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "batch_tokens": BLOCK_TOKENS * BATCH_BLOCKS,
         "seed": SEED,
-    } | ({"repair": True, "learning_rate": "2% of the weights' size"} if args.repair else {})
+    } | ({"repair": True, "learning_rate": "3% of the weights' size"} if args.repair else {})
 
 
 def prepared(args: argparse.Namespace) -> Bench:

@@ -234,7 +234,7 @@ def test_defaults_follow_from_the_teacher_and_the_text(bench: Bench) -> None:
     fresh = DistillConfig(correction="before", tokens=100_000, batch_blocks=2048 // BLOCK)
     sizes = {"weights_rms": 0.5, "teacher_weights_rms": 0.01, "train_tokens": 80_000}
     found = bench.resolved(fresh, **sizes)
-    assert (found.correction_tokens, found.correction_learning_rate) == (80_000, pytest.approx(0.2 * 0.04 * 0.01))
+    assert (found.correction_tokens, found.correction_learning_rate) == (80_000, pytest.approx(0.2 * 0.06 * 0.01))
     assert found.correction_warmup_steps == num_steps(80_000, 128, BLOCK) // 5 and found.learning_rate == pytest.approx(
         0.4 / 24, rel=0.05
     )

@@ -37,7 +37,7 @@ from minitron.model.states import layers_of
 from minitron.packing import Batch
 
 # Peak learning rates as shares of the weights' root mean square.
-RATE, RATE_OF_REPAIRED = 0.04, 0.02
+RATE, RATE_OF_REPAIRED = 0.06, 0.03
 # Tokens of the batch that they suit.
 RATE_BATCH = 2048
 # Of a teacher that is corrected: the peak as a share of what a plain cut would have, and the warm-up, both P2's.
@@ -84,7 +84,7 @@ class DistillConfig(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 4% of the weights' size, half of it for a repaired cut; more in `resolve`."""
+    """Peak learning rate. Default: 6% of the weights' size, half of it for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the same shape from random weights. Default: see `resolve`, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
@@ -146,9 +146,9 @@ def resolve(
         teacher_weights_rms: the same of the teacher, if it is another number.
 
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
-    weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M to 1M tokens
-    are 2.6% to 6% of it for a plain cut and 2% to 3% for a repaired one, which has more to lose (docs/LOG.md): 4% and
-    2%, with a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
+    weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M tokens are 4%
+    to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/LOG.md): 6% and 3%, with
+    a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
     2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among
     several processes it is the next multiple of their number.
