@@ -17,7 +17,7 @@ from measure import header, publish, table
 
 from minitron.data import Corpus, DataConfig, prepare
 from minitron.device import compute_dtype, pick_device
-from minitron.distill import train
+from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.calibrate import CalibrateConfig
@@ -149,8 +149,8 @@ def measured(
         before = evaluate(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
         if distill:
-            config = train.resolve(
-                train.DistillConfig(tokens=args.tokens),
+            config = settings.resolve(
+                settings.DistillConfig(tokens=args.tokens),
                 plan.student,
                 checkpoint.shape,
                 weights_rms=checkpoint.weights_rms(),

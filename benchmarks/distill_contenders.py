@@ -208,8 +208,8 @@ def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: st
     """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
     from minitron.distill.intermediate import IntermediateLoss, pairs_of
     from minitron.distill.pupil import Pupil
+    from minitron.distill.settings import DistillConfig
     from minitron.distill.teacher import OnlineTeacher
-    from minitron.distill.train import DistillConfig
     from minitron.model.checkpoint import open_checkpoint
     from minitron.model.states import layers_of
     from minitron.packing import Batch

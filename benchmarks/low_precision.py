@@ -26,7 +26,7 @@ from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench
 
 from minitron.cli import keep_freed_memory
 from minitron.demo import HERE as DEMO
-from minitron.distill import train
+from minitron.distill import settings, train
 from minitron.distill.optimizer import OPTIMIZERS, BFloat16AdamW, hold_weights, make_optimizer
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
@@ -95,8 +95,8 @@ def cut(bench: Bench) -> Path:
 
 
 def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
-    config = train.resolve(
-        train.DistillConfig(tokens=tokens, precision="bfloat16"),
+    config = settings.resolve(
+        settings.DistillConfig(tokens=tokens, precision="bfloat16"),
         bench.shape("width"),
         bench.teacher.shape,
         weights_rms=bench.teacher.weights_rms(),
@@ -105,7 +105,7 @@ def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed
         repaired=True,
     )
     assert config.learning_rate and config.batch_blocks
-    steps, peak = train.num_steps(tokens, config.batch_blocks, BLOCK_TOKENS), config.learning_rate * rate
+    steps, peak = settings.num_steps(tokens, config.batch_blocks, BLOCK_TOKENS), config.learning_rate * rate
     config = config.model_copy(
         update={
             "weights": weights,

@@ -24,7 +24,8 @@ from measure import header, publish, table
 from minitron.cli import keep_freed_memory
 from minitron.data import Corpus, DataConfig, prepare
 from minitron.demo import HERE
-from minitron.distill.train import DistillConfig, distill, distill_until, num_steps, resolve
+from minitron.distill.settings import DistillConfig, num_steps, resolve
+from minitron.distill.train import distill, distill_until
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

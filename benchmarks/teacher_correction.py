@@ -28,7 +28,7 @@ from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench
 from minitron.cli import keep_freed_memory
 from minitron.demo import HERE as DEMO
 from minitron.device import pick_device
-from minitron.distill import train
+from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
@@ -83,7 +83,7 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
         for directory in (pruned, out, corrected):
             directory.mkdir()
         if correction == "before":
-            own = train.of_correction(config)
+            own = settings.of_correction(config)
             made = train.distill(guide, None, bench.corpus, own, seed=seed, work=work / "own", out=corrected)
             cut_from, guide, seconds = Bench(corrected, "cached", None, bench.cache), corrected, made.seconds
         cut_from.cut(bench.shape(shape), list(BEST), pruned)
@@ -105,12 +105,12 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
     print(json.dumps(row), file=sys.stderr, flush=True)
 
 
-def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> train.DistillConfig:
+def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> settings.DistillConfig:
     """Everything by the default rules, which see the teacher as it was given; the correction's rate times `rate`."""
-    config = train.DistillConfig(
+    config = settings.DistillConfig(
         tokens=tokens, correction=None if correction == "none" else correction, evaluate_blocks=1
     )
-    config = train.resolve(
+    config = settings.resolve(
         config,
         bench.shape(shape),
         bench.teacher.shape,

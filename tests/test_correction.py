@@ -14,16 +14,8 @@ import torch
 
 from minitron import cli
 from minitron.data import Corpus, batch_rows, open_corpus
-from minitron.distill.train import (
-    CORRECTED,
-    DistillConfig,
-    distill,
-    learning_rate,
-    num_steps,
-    of_correction,
-    of_scratch,
-    resolve,
-)
+from minitron.distill.settings import DistillConfig, num_steps, of_correction, of_scratch, resolve
+from minitron.distill.train import CORRECTED, distill, learning_rate
 from minitron.errors import MinitronError
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint

@@ -30,7 +30,7 @@ STAGES = {
         *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
-    "distill": ("losses", "optimizer", "state", "trackers", "train"),
+    "distill": ("losses", "optimizer", "state", "trackers", "settings", "train"),
     "model": ("architecture", "families", "weights", "checkpoint", "states", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

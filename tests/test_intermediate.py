@@ -12,8 +12,8 @@ import torch
 from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
 from minitron.distill.losses import Objective
 from minitron.distill.pupil import Pupil
+from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.teacher import OnlineTeacher
-from minitron.distill.train import DistillConfig, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.states import kept_states, layers_of

@@ -12,7 +12,8 @@ import torch
 from minitron.distill import lessons as module
 from minitron.distill.lessons import RecordedTeacher, write_lessons
 from minitron.distill.losses import TopK
-from minitron.distill.train import DistillConfig, blocks_read, distill, resolve
+from minitron.distill.settings import DistillConfig, resolve
+from minitron.distill.train import blocks_read, distill
 from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint

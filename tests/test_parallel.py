@@ -47,7 +47,8 @@ import json
 import sys
 from pathlib import Path
 from minitron.data import open_corpus
-from minitron.distill.train import DistillConfig, distill, distill_until, resolve
+from minitron.distill.settings import DistillConfig, resolve
+from minitron.distill.train import distill, distill_until
 from minitron.model.checkpoint import open_checkpoint
 from minitron.parallel import process_group
 

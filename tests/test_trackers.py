@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minitron.data import DataConfig
 from minitron.distill import trackers
+from minitron.distill.settings import DistillConfig
 from minitron.distill.trackers import REQUIREMENTS, TrackerName, tracked
-from minitron.distill.train import DistillConfig
 from minitron.errors import MinitronError
 from minitron.recipe import build_recipe
 from minitron.rooms import distill_models

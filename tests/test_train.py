@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.data import Corpus, batch_rows, next_rows
-from minitron.distill.train import DistillConfig, distill, distill_until, learning_rate, num_steps, of_scratch, resolve
+from minitron.distill.settings import DistillConfig, num_steps, of_scratch, resolve
+from minitron.distill.train import distill, distill_until, learning_rate
 from minitron.errors import Interrupted, MinitronError, RunError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint

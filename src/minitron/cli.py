@@ -399,7 +399,7 @@ def _prune(args: argparse.Namespace, console: Console) -> None:
 
 
 def _distill(args: argparse.Namespace, console: Console) -> None:
-    from minitron.distill.train import DistillConfig
+    from minitron.distill.settings import DistillConfig
     from minitron.recipe import build_distill
     from minitron.rooms import distill_models
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from minitron.config import Section
 from minitron.data import DataConfig
-from minitron.distill.train import DistillConfig
+from minitron.distill.settings import DistillConfig
 from minitron.errors import RecipeError, did_you_mean
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig

@@ -13,7 +13,7 @@ from typing import Any
 from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
-from minitron.distill import trackers, train
+from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
@@ -265,7 +265,7 @@ def distill_models(
     teacher: str,
     student: str,
     data_config: data.DataConfig,
-    config: train.DistillConfig,
+    config: settings.DistillConfig,
     *,
     seed: int,
     out: Path,
@@ -316,13 +316,13 @@ def distill_models(
     return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
 
 
-def _assist(guide: Checkpoint, pupil: Checkpoint, config: train.DistillConfig, seed: int, work: Path) -> None:
+def _assist(guide: Checkpoint, pupil: Checkpoint, config: settings.DistillConfig, seed: int, work: Path) -> None:
     """What processes other than the first do of a distillation."""
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
     if config.correction == "before" and not (work / CORRECTED / "record.json").exists():
-        own = train.of_correction(config)
+        own = settings.of_correction(config)
         train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
     parallel.require_all_well()
     source = work / CORRECTED if config.correction == "before" else guide.path
@@ -332,9 +332,9 @@ def _assist(guide: Checkpoint, pupil: Checkpoint, config: train.DistillConfig, s
 
 
 def _resolved(
-    config: train.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
-) -> train.DistillConfig:
-    return train.resolve(
+    config: settings.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
+) -> settings.DistillConfig:
+    return settings.resolve(
         config,
         pupil.shape,
         guide.shape,

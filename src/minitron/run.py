@@ -14,7 +14,7 @@ from minitron import data
 from minitron.config import Section
 from minitron.describe import describe
 from minitron.device import compute_dtype, pick_device, settle_precision
-from minitron.distill import train
+from minitron.distill import settings, train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
@@ -172,9 +172,9 @@ def bounded(config: data.DataConfig, tokens: int | None) -> data.DataConfig:
     return config.model_copy(update={"max_tokens": tokens})
 
 
-def require_correctable(config: train.DistillConfig, text: data.DataConfig) -> None:
+def require_correctable(config: settings.DistillConfig, text: data.DataConfig) -> None:
     """Raises: MinitronError where a correction of the teacher would have no effect."""
-    train.require_correction_fits(config)
+    settings.require_correction_fits(config)
     if config.correction is not None and text.source == data.TEACHER:
         raise RunError(
             f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "
@@ -195,17 +195,17 @@ def prepare_data(
         "text": stages.digest(data.source_files(config)),
         "tokenizer": stages.digest(carried_files(teacher.path)),
     }
-    settings: dict[str, Any] = {"data": config}
+    facts: dict[str, Any] = {"data": config}
     state = None
     if config.source == data.TEACHER:
         inputs["teacher"] = stages.digest(model_files(teacher.path))
-        settings["seed"] = seed
+        facts["seed"] = seed
         state = stages.out / "data-state"
 
     def work(out: Path) -> dict[str, Any]:
         return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
 
-    stages.do("data", work, inputs=inputs, config=settings, state=state)
+    stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
     return data.open_corpus(stages.out / "data")
@@ -405,8 +405,8 @@ def prune(
     return made
 
 
-def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
-    return train.resolve(
+def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: data.Corpus) -> settings.DistillConfig:
+    return settings.resolve(
         recipe.distill,
         shape,
         teacher.shape,
@@ -417,8 +417,8 @@ def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: d
     )
 
 
-def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> train.DistillConfig:
-    return train.resolve_without_student(
+def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> settings.DistillConfig:
+    return settings.resolve_without_student(
         recipe.distill,
         teacher.shape,
         teacher_weights_rms=teacher.weights_rms(),
@@ -427,9 +427,11 @@ def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus)
     )
 
 
-def correct(stages: RunDirectory, config: train.DistillConfig, seed: int, teacher: Path, corpus: data.Corpus) -> Path:
+def correct(
+    stages: RunDirectory, config: settings.DistillConfig, seed: int, teacher: Path, corpus: data.Corpus
+) -> Path:
     """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
-    config, state = train.of_correction(config), stages.out / f"distill-{CORRECTED}"
+    config, state = settings.of_correction(config), stages.out / f"distill-{CORRECTED}"
 
     def work(out: Path) -> dict[str, Any]:
         trained = train.distill(
@@ -454,7 +456,7 @@ def correct(stages: RunDirectory, config: train.DistillConfig, seed: int, teache
 
 def record_lessons(
     stages: RunDirectory,
-    config: train.DistillConfig,
+    config: settings.DistillConfig,
     teacher: Checkpoint,
     corpus: data.Corpus,
     seed: int,
@@ -495,7 +497,7 @@ def record_lessons(
 def teach(
     stages: RunDirectory,
     name: str,
-    config: train.DistillConfig,
+    config: settings.DistillConfig,
     seed: int,
     pruned: Path,
     teacher: Path | None,
@@ -506,7 +508,7 @@ def teach(
     A teacher that is corrected in parallel is another model in the end, beside the student.
     """
     if teacher is None:
-        config = train.of_scratch(config)
+        config = settings.of_scratch(config)
     state = stages.out / ("distill" if teacher else f"distill-{name}")
 
     def work(out: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from minitron.data import Blocks, Corpus, batch_rows
 from minitron.device import bytes_per_second, matmul_flops_per_second
-from minitron.distill import train
+from minitron.distill import settings, train
 from minitron.files import atomic_directory, write_json
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
@@ -193,7 +193,7 @@ class _Trial:
         self.weights_rms = teacher.weights_rms()
         resolved = self._resolve(teacher.shape)
         assert resolved.batch_blocks
-        self.steps = train.num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
+        self.steps = settings.num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
         self.step_tokens = resolved.batch_blocks * corpus.block_tokens
 
     def loss_at(self, candidate: Candidate, step: int) -> float:
@@ -221,12 +221,12 @@ class _Trial:
     def drop(self, candidate: Candidate) -> None:
         shutil.rmtree(self.work / candidate.name, ignore_errors=True)
 
-    def config(self, candidate: Candidate) -> train.DistillConfig:
+    def config(self, candidate: Candidate) -> settings.DistillConfig:
         return self._resolve(candidate.shape)
 
-    def _resolve(self, shape: Shape) -> train.DistillConfig:
+    def _resolve(self, shape: Shape) -> settings.DistillConfig:
         corpus = self.corpus
-        return train.resolve(
+        return settings.resolve(
             self.recipe.distill,
             shape,
             self.teacher.shape,
