@@ -135,6 +135,23 @@ class Objective:
             found.append(weight * value)
         return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
+    def with_slope(
+        self,
+        student: Float[Tensor, "tokens vocab"],
+        teacher: Float[Tensor, "tokens vocab"] | TopK | None,
+        targets: Int[Tensor, " tokens"],
+        transform: LogitTransform,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
+        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them."""
+        plain = self.terms == {"forward_kl": 1.0} and self.top_k is None and transform == LogitTransform()
+        if plain and isinstance(teacher, Tensor):
+            return _forward_kl_with_slope(student, teacher, self.temperature)
+        with torch.enable_grad():
+            student = student.detach().requires_grad_()
+            value = self(transform(student), teacher, targets).sum()
+            (slope,) = torch.autograd.grad(value, student)
+        return value.detach(), slope
+
     def _distributions(self, student: Tensor, teacher: Tensor | TopK | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the teacher and the student, of tokens or of the k likeliest and the rest."""
         assert teacher is not None, "the loss needs a teacher"
@@ -150,6 +167,17 @@ class Objective:
             return log_p, top_q
         rest = log_q.scatter(-1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
         return torch.cat([log_p, teacher.tail[:, None]], -1), torch.cat([top_q, rest], -1)
+
+
+def _forward_kl_with_slope(
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], temperature: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
+    """What autograd would give, in fewer passes over memory: the gradient of a token's KL in its logits is q - p."""
+    log_q = torch.log_softmax(student / temperature if temperature != 1 else student, -1)
+    log_p = torch.log_softmax(teacher / temperature if temperature != 1 else teacher, -1)
+    p = log_p.exp()
+    value = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+    return value * temperature**2, log_q.exp_().sub_(p).mul_(temperature)
 
 
 def chunked_loss(
@@ -200,11 +228,8 @@ class _ChunkedLoss(torch.autograd.Function):
             for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
                 piece = hidden[rows].detach().float()
                 reference = None if teacher is None else teacher.rows(rows)
-                with torch.enable_grad():
-                    projected = project(piece, head_32).requires_grad_()
-                    value = objective(transform(projected), reference, targets[rows]).sum()
-                    (slope,) = torch.autograd.grad(value, projected)
-                total += value.detach()
+                value, slope = objective.with_slope(project(piece, head_32), reference, targets[rows], transform)
+                total += value
                 grad_hidden[rows] = slope @ head_32
                 grad_head.addmm_(slope.T, piece)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_head.to(head.dtype))
