@@ -17,7 +17,7 @@ demo-smallest: $(INSTALLED)
 
 # Two workers of one thread each use two cores better than one worker of two threads.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,6 +20,13 @@ install_import_hook(sorted(m for m in MODULES - UNCHECKED if not m.endswith("__i
 import pytest
 import tiny
 
+# The files that take longest: begun first, so that two workers end at about the same time.
+LONGEST = ("test_parallel", "test_train", "test_run", "test_cli", "test_correction", "test_repair", "test_data")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", params=tiny.VARIANTS)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
