@@ -95,11 +95,12 @@ class IntermediateLoss(nn.Module):
     @staticmethod
     def fitted(products: Float[Tensor, "pairs ours both"]) -> list[Float[Tensor, "theirs ours"]]:
         """The least-squares fit of each pair's map, from the `products` of some tokens, added up."""
-        hidden = products.shape[1]
-        own, targets = products[:, :, :hidden].clone(), products[:, :, hidden:]
-        diagonals = own.diagonal(dim1=1, dim2=2)
-        diagonals += RIDGE * diagonals.mean(1, keepdim=True)
-        return [weight.T for weight in torch.linalg.solve(own, targets)]
+        weights = []
+        for pair in products:  # one at a time: MKL's solver of many systems at once can hang with several threads
+            own, targets = pair[:, : len(pair)].clone(), pair[:, len(pair) :]
+            own.diagonal().add_(RIDGE * own.diagonal().mean())
+            weights.append(torch.cholesky_solve(targets, torch.linalg.cholesky(own)).T)
+        return weights
 
     def _normalized(self, states: Tensor) -> Tensor:
         return normalized(states, centred=self.centred)
