@@ -10,22 +10,27 @@ the distance of neighbouring bfloat16 numbers, and a large model's is not, so lo
 Runs are kept in the cache, and beside the result file, so the same command goes on where it was stopped.
 """
 
-import argparse
-import json
-import shutil
 import statistics
-import sys
 import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import header, publish, table
-from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench
+from distillations import (
+    BLOCK_TOKENS,
+    HELDOUT_BLOCKS,
+    Bench,
+    arguments,
+    integers,
+    numbers,
+    opened,
+    published,
+    to_do,
+    token_counts,
+)
+from measure import header, table
 
-from minitron.cli import keep_freed_memory
-from minitron.demo import HERE as DEMO
 from minitron.distill import settings, train
 from minitron.distill.optimizer import OPTIMIZERS, BFloat16AdamW, hold_weights, make_optimizer
 from minitron.model.checkpoint import load_model
@@ -43,43 +48,19 @@ TITLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
-    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--heldout")
-    parser.add_argument("--cache", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--budgets", default="0.25M,1M")
     parser.add_argument("--rates", default="1,0.1")
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--part", default="0/1", help="I/N: do every Nth run, from the Ith")
-    parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.set_defaults(seeds="0,1")
     args = parser.parse_args()
-    keep_freed_memory()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    runs, kept = args.cache / "low_precision.jsonl", args.out and args.out.with_suffix(".jsonl")
-    if kept and kept.exists() and not runs.exists():
-        shutil.copy(kept, runs)
-    bench = Bench(args.model, args.data, args.heldout, args.cache)
+    bench = opened(args)
     pruned = cut(bench)
-    part, parts = map(int, args.part.split("/"))
-    budgets = [round(float(text.removesuffix("M")) * 1e6) for text in args.budgets.split(",")]
-    grid = product(map(int, args.seeds.split(",")), budgets, map(float, args.rates.split(",")), FORMATS)
-    for number, (seed, tokens, rate, weights) in enumerate(grid):
+    grid = product(integers(args.seeds), token_counts(args.budgets), numbers(args.rates), FORMATS)
+    for seed, tokens, rate, weights in to_do(args, grid):
         key = {"weights": weights, "tokens": tokens, "rate": rate, "seed": seed}
-        if number % parts == part and not args.only_table and not any(row["key"] == key for row in read(runs)):
-            row = {"key": key} | run(bench, pruned, **key)
-            with runs.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, file=sys.stderr, flush=True)
-    publish(report(bench, args.name, pruned, read(runs)), args.out)
-    if kept:
-        shutil.copy(runs, kept)
-
-
-def read(runs: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+        if not bench.has(key):
+            bench.record({"key": key} | run(bench, pruned, **key))
+    published(bench, report(bench, args.name, pruned), args)
 
 
 def cut(bench: Bench) -> Path:
@@ -143,7 +124,8 @@ def bytes_per_parameter(pruned: Path, weights: Any) -> float:
     return sum(held) / sum(parameter.numel() for parameter in model.parameters())
 
 
-def report(bench: Bench, name: str, pruned: Path, rows: list[dict[str, Any]]) -> str:
+def report(bench: Bench, name: str, pruned: Path) -> str:
+    rows = bench.rows
     cells_of = sorted({(row["key"]["rate"], row["key"]["tokens"]) for row in rows}, key=lambda at: (-at[0], at[1]))
     columns = ["weights and optimizer", "bytes a parameter", "time a step"]
     columns += [f"{tokens / 1e6:g}M tokens, {rate:g}x the rate" for rate, tokens in cells_of]

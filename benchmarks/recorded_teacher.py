@@ -8,51 +8,42 @@ and from one that was recorded with its k likeliest tokens. Runs are kept in the
 Speeds are worth something only where nothing else ran.
 """
 
-import argparse
-import shutil
 import statistics
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from measure import header, publish, table
-from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, label, variant
-
-from minitron.cli import keep_freed_memory
-from minitron.demo import HERE as DEMO
+from distillations import (
+    BLOCK_TOKENS,
+    HELDOUT_BLOCKS,
+    Bench,
+    arguments,
+    integers,
+    label,
+    numbers,
+    opened,
+    published,
+    to_do,
+    token_counts,
+    variant,
+)
+from measure import header, table
 
 ONLINE, ON_LOGITS = "best", "best: intermediate=off"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
-    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--heldout")
-    parser.add_argument("--cache", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--ks", default="8,16,32,64,128,256,512")
     parser.add_argument("--tokens", default="0.5M")
     parser.add_argument("--rates", default="0.5")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    keep_freed_memory()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    kept = args.out and args.out.with_suffix(".jsonl")
-    if kept and kept.exists() and not (args.cache / "runs.jsonl").exists():
-        shutil.copy(kept, args.cache / "runs.jsonl")
-    bench = Bench(args.model, args.data, args.heldout, args.cache)
-    tokens = round(float(args.tokens.removesuffix("M")) * 1e6)
+    bench = opened(args)
+    (tokens,) = token_counts(args.tokens)
     teachers = [ONLINE, ON_LOGITS, *(f"best: teacher=recorded top_k={k}" for k in args.ks.split(","))]
-    for seed, rate, text in product(args.seeds.split(","), args.rates.split(","), teachers):
+    for seed, rate, text in to_do(args, product(integers(args.seeds), numbers(args.rates), teachers)):
         start, changes = variant(text)
-        if not args.only_table:
-            bench.run("width", start, tokens, float(rate), int(seed), **changes)
-    publish(report(bench, args.name, tokens, teachers), args.out)
-    if kept:
-        shutil.copy(bench.runs, kept)
+        bench.run("width", start, tokens, rate, seed, **changes)
+    published(bench, report(bench, args.name, tokens, teachers), args)
 
 
 def report(bench: Bench, name: str, tokens: int, teachers: list[str]) -> str:

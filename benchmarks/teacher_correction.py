@@ -11,10 +11,7 @@ and the table is of what there is. The default model is the shipped demo teacher
 """
 
 import argparse
-import json
-import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -22,11 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import header, publish, table
-from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench
+from distillations import (
+    BLOCK_TOKENS,
+    HELDOUT_BLOCKS,
+    Bench,
+    arguments,
+    integers,
+    numbers,
+    opened,
+    published,
+    to_do,
+    token_counts,
+)
+from measure import header, table
 
-from minitron.cli import keep_freed_memory
-from minitron.demo import HERE as DEMO
 from minitron.device import pick_device
 from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
@@ -37,44 +43,26 @@ CORRECTIONS = ("none", "before", "parallel")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
-    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--heldout")
+    parser = arguments(__doc__, data=None)
     parser.add_argument("--text", default="a text of another kind", help="what the result file calls the data")
-    parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--shape", default="width", choices=["width", "depth", "both"])
     parser.add_argument("--corrections", default=",".join(CORRECTIONS))
     parser.add_argument("--budgets", default="0.25M,0.5M,1M", help="tokens of the student")
     parser.add_argument("--rates", default="1", help="of the correction, times its default")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--part", default="0/1", help="I/N: do every Nth run, from the Ith")
-    parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    keep_freed_memory()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    kept = args.out and args.out.with_suffix(".jsonl")
-    if kept and kept.exists() and not (args.cache / "runs.jsonl").exists():
-        shutil.copy(kept, args.cache / "runs.jsonl")
-    bench = Bench(args.model, args.data, args.heldout, args.cache)
-    part, parts = map(int, args.part.split("/"))
-    budgets = [round(float(text.removesuffix("M")) * 1e6) for text in args.budgets.split(",")]
-    rates = [float(rate) for rate in args.rates.split(",")]
-    grid = product(map(int, args.seeds.split(",")), budgets, args.corrections.split(","), rates)
-    for number, (seed, tokens, correction, rate) in enumerate(grid):
-        if number % parts == part and not args.only_table and (correction != "none" or rate == rates[0]):
+    bench = opened(args)
+    rates = numbers(args.rates)
+    grid = product(integers(args.seeds), token_counts(args.budgets), args.corrections.split(","), rates)
+    for seed, tokens, correction, rate in to_do(args, grid):
+        if correction != "none" or rate == rates[0]:
             run(bench, args.shape, correction, tokens, 0.0 if correction == "none" else rate, seed)
-    publish(report(bench, args), args.out)
-    if kept:
-        shutil.copy(bench.runs, kept)
+    published(bench, report(bench, args), args)
 
 
 def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, seed: int) -> None:
     """One student, unless the cache has it."""
     key = {"shape": shape, "correction": correction, "tokens": tokens, "rate": rate, "seed": seed}
-    if any(row["key"] == key for row in bench.rows):
+    if bench.has(key):
         return
     config = settled(bench, shape, correction, tokens, rate)
     with tempfile.TemporaryDirectory(dir=bench.cache) as path:
@@ -99,10 +87,7 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
             "student": bench.measure(out) | {"kl_to_its_teacher": kl(bench, out, guide)},
             "seconds": seconds + made.seconds,
         }
-    with bench.runs.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    bench.rows.append(row)
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    bench.record(row)
 
 
 def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> settings.DistillConfig:

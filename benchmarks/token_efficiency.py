@@ -11,51 +11,49 @@ loss are interpolated in the logarithms between its own budgets, and given as a 
 """
 
 import argparse
-import shutil
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from measure import header, publish, table
-from repair import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, label, tokens_to_reach, variant
+from distillations import (
+    BLOCK_TOKENS,
+    HELDOUT_BLOCKS,
+    Bench,
+    arguments,
+    integers,
+    label,
+    numbers,
+    opened,
+    published,
+    to_do,
+    token_counts,
+    variant,
+)
+from measure import header, table
+from repair import tokens_to_reach
 
-from minitron.cli import keep_freed_memory
-from minitron.demo import HERE as DEMO
 from minitron.describe import forward_flops
 
 STARTS = ("scratch", "plain: loss=cross_entropy", "plain", "best")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
-    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--heldout")
-    parser.add_argument("--cache", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", default="width")
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--budgets", default="0.25M,0.5M,1M")
     parser.add_argument("--scratch-budgets", default="0.5M,1M,2M,4M")
     parser.add_argument("--rates", default="0.5,1,2")
-    parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    keep_freed_memory()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    kept = args.out and args.out.with_suffix(".jsonl")
-    if kept and kept.exists() and not (args.cache / "runs.jsonl").exists():
-        shutil.copy(kept, args.cache / "runs.jsonl")
-    bench = Bench(args.model, args.data, args.heldout, args.cache)
-    for text, rate in product(args.starts.split(","), map(float, args.rates.split(","))):
+    bench = opened(args)
+    grid = (
+        (seed, text, rate, tokens)
+        for seed, text, rate in product(integers(args.seeds), args.starts.split(","), numbers(args.rates))
+        for tokens in token_counts(args.scratch_budgets if variant(text)[0] == "scratch" else args.budgets)
+    )
+    for seed, text, rate, tokens in to_do(args, grid):
         start, changes = variant(text)
-        budgets = args.scratch_budgets if start == "scratch" else args.budgets
-        for tokens in [round(float(budget.removesuffix("M")) * 1e6) for budget in budgets.split(",")]:
-            if not args.only_table:
-                bench.run(args.shape, start, tokens, rate, 0, **changes)
-    publish(report(bench, args), args.out)
-    if kept:
-        shutil.copy(bench.runs, kept)
+        bench.run(args.shape, start, tokens, rate, seed, **changes)
+    published(bench, report(bench, args), args)
 
 
 def report(bench: Bench, args: argparse.Namespace) -> str:
