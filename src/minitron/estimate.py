@@ -43,10 +43,11 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     corrected_tokens = (recipe.distill.correction_tokens or tokens) if correction else 0
     corrected_flops = {None: 0, "before": 3, "parallel": 2}[correction] * forward * (corrected_tokens or 0)
     flops = tokens * (forward + step) if tokens else None
-    # the student in training, and the teacher in bfloat16; activations come on top
+    # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
+    # teacher that is corrected before is trained in float32.
     trained, large = TRAINING_BYTES[recipe.distill.weights], teacher.parameters.total
     training_bytes = trained * student["parameters"]["total"] + (trained if correction == "parallel" else 2) * large
-    training_bytes = max(training_bytes, trained * large if correction == "before" else 0)
+    training_bytes = max(training_bytes, TRAINING_BYTES["float32"] * large if correction == "before" else 0)
     facts = {
         "teacher": describe(teacher),
         "student": student,

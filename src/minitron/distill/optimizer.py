@@ -92,8 +92,8 @@ class BFloat16AdamW(torch.optim.Optimizer):
         self.seed = seed
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient; torch's signature, without the closure."""
         assert closure is None
         parameters = ((parameter, group) for group in self.param_groups for parameter in group["params"])
         for index, (parameter, group) in enumerate(parameters):

@@ -41,8 +41,8 @@ class OnlineTeacher:
 
         Raises: MinitronError if logits of the two models cannot be compared.
         """
-        require_same_vocabulary(open_checkpoint(path), student)
         teacher = open_checkpoint(path)
+        require_same_vocabulary(teacher, student)
         self.model = load_model(path, dtype).requires_grad_(False)
         self.layers, self.places = layers_of(self.model, teacher), places
         parallel.shard(self.model.base_model, self.layers, dtype, device)
