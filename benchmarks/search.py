@@ -24,7 +24,7 @@ from measure import header, publish, table
 from minitron.cli import keep_freed_memory
 from minitron.data import Corpus, DataConfig, prepare
 from minitron.demo import HERE
-from minitron.distill.settings import DistillConfig, num_steps, resolve
+from minitron.distill.settings import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distill.train import distill, distill_until
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
@@ -39,7 +39,7 @@ from minitron.run import calibrate_on, calibration_tokens, score_units
 from minitron.rundir import SILENT
 from minitron.student_shape import judging_blocks
 
-BLOCK_TOKENS, BATCH_BLOCKS, SEED = 256, 4, 0
+BLOCK_TOKENS, SEED = 256, 0
 HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256
 RUNGS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of the steps at which losses are noted on the way
 PRUNE = PruneConfig(target="50%")
@@ -77,19 +77,22 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     args.cache.mkdir(parents=True, exist_ok=True)
     bench = prepared(args)
-    truth = measured(bench.candidates, bench, args.cache / "truth.jsonl", settings(args))
-    (rule,) = measured([of_default_rule(bench)], bench, args.cache / "rule.jsonl", settings(args))
-    publish(report(bench, truth, rule, settings(args)), args.out)
+    facts = settings(args, bench)
+    truth = measured(bench.candidates, bench, args.cache / "truth.jsonl", facts)
+    (rule,) = measured([of_default_rule(bench)], bench, args.cache / "rule.jsonl", facts)
+    publish(report(bench, truth, rule, facts), args.out)
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    assert bench.distill.batch_blocks
     return {
         "model": args.model.resolve().name,
         "data": Path(args.data).name,
         "dims": args.dims,
         "window": args.window,
         "tokens": args.tokens,
-        "batch_tokens": BLOCK_TOKENS * BATCH_BLOCKS,
+        "batch_tokens": BLOCK_TOKENS * bench.distill.batch_blocks,
+        "states": True,
         "seed": SEED,
     } | ({"repair": True, "learning_rate": "3% of the weights' size"} if args.repair else {})
 
@@ -110,7 +113,13 @@ def prepared(args: argparse.Namespace) -> Bench:
     found = feasible(
         teacher.architecture, teacher.config, teacher.shape, PRUNE, search, itemsize=teacher.dtype.itemsize
     )
-    train = DistillConfig(tokens=args.tokens, batch_blocks=BATCH_BLOCKS, evaluate_blocks=1)  # which changes no weight
+    train = resolve_without_student(
+        DistillConfig(tokens=args.tokens, evaluate_blocks=1),  # evaluation changes no weight
+        teacher.shape,
+        teacher_weights_rms=teacher.weights_rms(),
+        block_tokens=BLOCK_TOKENS,
+        train_tokens=1,
+    )
     repairs = resolve_repair(RepairConfig(steps=None if args.repair else []), teacher).steps or []
     return Bench(teacher, corpus, Statistics.load(kept), found, train, repairs)
 
@@ -322,10 +331,10 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
 {len(rows)} shapes of `{" ".join(settings["dims"])}` with at most half of the teacher's non-embedding
 parameters and at least {1 - settings["window"]:.0%} of that, each cut {repaired} and distilled on
 {settings["tokens"]:,} tokens of `{settings["data"]}` in {steps} steps of {settings["batch_tokens"]:,} tokens, forward
-KL, learning rate {settings.get("learning_rate", "by the default rule")}, seed {settings["seed"]}. Final losses are
-means over {rows[0]["final"]["tokens"]:,} tokens of held-out text; the rules see losses on {JUDGE_BLOCKS} training
-blocks of {BLOCK_TOKENS} tokens that no run is trained on. All {len(rows)} trainings took {seconds / 60:.0f} minutes on
-a machine that did other work too. One seed.
+KL and states between layers, learning rate {settings.get("learning_rate", "by the default rule")},
+seed {settings["seed"]}. Final losses are means over {rows[0]["final"]["tokens"]:,} tokens of held-out text; the rules
+see losses on {JUDGE_BLOCKS} training blocks of {BLOCK_TOKENS} tokens that no run is trained on. All {len(rows)}
+trainings took {seconds / 60:.0f} minutes on a machine that did other work too. One seed.
 
 Regret is the final loss of the rule's choice above the best one's, as a share of the range of all. Tau is Kendall's,
 between the rule's order and the final one. Tokens are those of all short runs and of the rest of the choice's own

@@ -39,6 +39,10 @@ class RecipeError(MinitronError):
     pass
 
 
+class GgufError(MinitronError):
+    pass
+
+
 class RunError(MinitronError):
     pass
 

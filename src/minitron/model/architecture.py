@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from minitron.errors import CheckpointError, PlanError
 
@@ -91,6 +91,29 @@ class Parameters:
         return self.total - self.embedding
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """What llama.cpp calls a family, and what it expects of its files beyond what all of them have."""
+
+    name: str
+    # Rotary pairs lie side by side in each query and key head, not half a head apart.
+    interleaved: bool = False
+    # Key of the file, without the name in front -> key of config.json. The value None is left out.
+    keys: Mapping[str, str] = field(default_factory=lambda: {"attention.layer_norm_rms_epsilon": "rms_norm_eps"})
+    # It makes the query and output projections hidden x hidden.
+    heads_fill_hidden: bool = False
+    # Its output projection: the embedding if there is no other, always the embedding, or always a tensor of its own.
+    head: Literal["either", "embedding", "own"] = "either"
+    # It lets layers with a sliding window see only that; of other families it shows every layer everything.
+    windows: bool = False
+    # Every how many layers one has no rotary positions, whatever the config says; 0 for none.
+    no_rope_step: int = 0
+    # It divides queries by sqrt(head_dim), where the config divides by the root of this key's number.
+    query_scale: str = ""
+    # Ends of the names of tensors that it has no place for.
+    unknown: tuple[str, ...] = ()
+
+
 # Part of the parameters -> product of dims -> how often it occurs: {"mlp": {("ffn", "hidden", "layers"): 3}, ...}.
 ParameterTerms = dict[str, dict[tuple[str, ...], int]]
 
@@ -127,6 +150,8 @@ class Architecture:
     # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
     logits_divisor: str = ""
     logits_softcap: str = ""
+    # None if llama.cpp does not know the family.
+    gguf: Gguf | None = None
     # Tensors that old exports store but that no module loads.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
 

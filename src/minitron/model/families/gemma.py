@@ -3,7 +3,7 @@ of attention and MLP, capped logits, and layers with a sliding window between th
 
 from dataclasses import replace
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import LLAMA
 
 GEMMA = Architecture(
@@ -14,6 +14,7 @@ GEMMA = Architecture(
     defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     norm_gain_offset=1.0,
     embedding_times_sqrt_hidden=True,
+    gguf=Gguf("gemma", head="embedding", unknown=("o_proj.bias",)),
 )
 
 GEMMA2 = replace(
@@ -37,6 +38,18 @@ GEMMA2 = replace(
     },
     hidden_multiple_of_heads=True,
     logits_softcap="final_logit_softcapping",
+    gguf=Gguf(
+        "gemma2",
+        keys={
+            "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        head="embedding",
+        windows=True,
+        query_scale="query_pre_attn_scalar",
+        unknown=("o_proj.bias",),
+    ),
 )
 
 GEMMA3 = replace(
@@ -48,4 +61,14 @@ GEMMA3 = replace(
         "model.layers.{layer}.self_attn.k_norm.weight": "head_dim",
     },
     defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    gguf=Gguf(
+        "gemma3",
+        keys={
+            "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        windows=True,
+        query_scale="query_pre_attn_scalar",
+        unknown=("o_proj.bias",),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from minitron.model.architecture import Gguf
 from minitron.model.families.llama import KEYS_WITHOUT_HEAD_DIM, LLAMA
 
 GRANITE = replace(
@@ -11,4 +12,15 @@ GRANITE = replace(
     hidden_multiple_of_heads=False,
     residual_multiplier="residual_multiplier",
     logits_divisor="logits_scaling",
+    gguf=Gguf(
+        "granite",
+        interleaved=True,
+        keys={
+            "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 
 LLAMA = Architecture(
     name="llama",
@@ -42,6 +42,7 @@ LLAMA = Architecture(
         "model.norm": "lm_head",
     },
     hidden_multiple_of_heads=True,
+    gguf=Gguf("llama", interleaved=True),
 )
 
 MISTRAL = replace(

@@ -1,6 +1,6 @@
 """Nemotron-4 and Minitron: LayerNorm with bias whose stored weight w means a gain of 1 + w, squared ReLU, no gate."""
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import LLAMA
 
 NEMOTRON = Architecture(
@@ -31,4 +31,5 @@ NEMOTRON = Architecture(
     norms=LLAMA.norms,
     norm_gain_offset=1.0,
     centred_norms=True,
+    gguf=Gguf("nemotron", keys={"attention.layer_norm_epsilon": "norm_eps"}, heads_fill_hidden=True, head="own"),
 )

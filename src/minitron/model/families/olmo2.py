@@ -1,6 +1,6 @@
 """OLMo 2: norms after attention and MLP instead of before, and one over all query heads and one over all key heads."""
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import KEYS_WITHOUT_HEAD_DIM
 
 OLMO2 = Architecture(
@@ -27,4 +27,5 @@ OLMO2 = Architecture(
         "model.layers.{layer}.post_feedforward_layernorm.weight": "hidden",
     },
     norms={"model.norm": "lm_head"},
+    gguf=Gguf("olmo2", unknown=("o_proj.bias",)),
 )

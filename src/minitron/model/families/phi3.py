@@ -1,6 +1,6 @@
 """Phi-3, 3.5 and 4 (dense): Llama with q, k and v in one matrix, and gate and up in another."""
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import KEYS_WITHOUT_HEAD_DIM, LLAMA
 
 PHI3 = Architecture(
@@ -18,4 +18,5 @@ PHI3 = Architecture(
         "model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",
     },
     norms=LLAMA.norms,
+    gguf=Gguf("phi3"),
 )

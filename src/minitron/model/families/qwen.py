@@ -1,6 +1,6 @@
 """Qwen 2, 2.5 and 3 (dense): Llama with biases on q, k and v, or with a norm over each query and key head."""
 
-from minitron.model.architecture import Architecture
+from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import KEYS_WITHOUT_HEAD_DIM, LLAMA
 
 QWEN2 = Architecture(
@@ -25,6 +25,7 @@ QWEN2 = Architecture(
     },
     norms=LLAMA.norms,
     defaults={"num_key_value_heads": 32},
+    gguf=Gguf("qwen2"),
 )
 
 QWEN3 = Architecture(
@@ -37,4 +38,5 @@ QWEN3 = Architecture(
     },
     norms=LLAMA.norms,
     defaults={"num_key_value_heads": 32, "head_dim": 128},
+    gguf=Gguf("qwen3", unknown=("o_proj.bias",)),
 )

@@ -1,0 +1,396 @@
+"""A Hugging Face checkpoint as llama.cpp reads it: what a GGUF file of it says and holds, written tensor by tensor.
+
+The families' tables name the tensors and what llama.cpp does otherwise; a model that llama.cpp would refuse, or run
+wrongly, is refused here first.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as BlockType
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from minitron.errors import GgufError
+from minitron.files import readable_os_errors
+from minitron.large_files import CHUNK_BYTES, write_file
+from minitron.model.architecture import Gguf, TensorSpec
+from minitron.model.checkpoint import Checkpoint
+from minitron.publish.gguf_tokenizer import tokenizer_keys
+
+Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
+ALIGNMENT = 32  # of each tensor in the file; the format's default
+PLAIN = {BlockType.F32: torch.float32, BlockType.F16: torch.float16, BlockType.BF16: torch.bfloat16}
+# llama.cpp takes the query scale of these from hidden and heads instead of head_dim: by Gguf.name, numbers of layers.
+_SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    shape: rows first, as in torch; the file counts them the other way round.
+    source: the checkpoint's tensor that it is made of, or None where `value` is all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: TensorSpec | None
+    value: Float[Tensor, " _"] | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) == 2
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A checkpoint as a GGUF file describes it.
+
+    notes: what llama.cpp does otherwise than transformers, for the user.
+    """
+
+    checkpoint: Checkpoint
+    keys: Keys
+    tensors: tuple[GgufTensor, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def table(self) -> Gguf:
+        return _table(self.checkpoint)
+
+    def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
+        """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
+        if tensor.source is None:
+            assert tensor.value is not None
+            return tensor.value[start:stop]
+        checkpoint = self.checkpoint
+        values = checkpoint.read_rows(tensor.source.name, start, stop).float()
+        if self.in_heads(tensor):
+            values = values.unflatten(0, (-1, 2, checkpoint.shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        if tensor.source.name.endswith("norm.weight"):
+            values = values + checkpoint.architecture.norm_gain_offset
+        factor = _query_factor(checkpoint) if tensor.name in self._queries(tensor) else 1.0
+        return values if factor == 1 else values * factor
+
+    def in_heads(self, tensor: GgufTensor) -> bool:
+        """Whether rows are in another order than in the checkpoint, within each head."""
+        return self.table.interleaved and any(part in tensor.name for part in (".attn_q.", ".attn_k."))
+
+    def _queries(self, tensor: GgufTensor) -> tuple[str, ...]:
+        """The tensors whose scale is that of a layer's queries."""
+        assert tensor.source is not None
+        block = f"blk.{tensor.source.layer}"
+        norm = f"{block}.attn_q_norm.weight"
+        has_norm = any(name.endswith("q_norm.weight") for name in self.checkpoint.architecture.tensors)
+        return (norm,) if has_norm else (f"{block}.attn_q.weight", f"{block}.attn_q.bias")
+
+    def runs(self, tensor: GgufTensor) -> Iterator[Float[Tensor, "rows ..."]]:
+        """All rows in float32, some at a time."""
+        per_row = 4 * math.prod(tensor.shape[1:])
+        step = max(1, CHUNK_BYTES // per_row)
+        if self.in_heads(tensor):
+            step = max(1, step // self.checkpoint.shape.head_dim) * self.checkpoint.shape.head_dim
+        for start in range(0, tensor.shape[0], step):
+            yield self.rows(tensor, start, min(tensor.shape[0], start + step))
+
+
+# How a tensor's rows are stored: their type, and the bytes of some of them.
+Encode = Callable[[GgufTensor, Float[Tensor, "rows columns"]], UInt8[Tensor, " bytes"]]
+
+
+def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
+    """What a GGUF file of a checkpoint says and holds, but for the types of its tensors. No weights are read.
+
+    Args:
+        name: of the model; default the directory's.
+        pre: llama.cpp's name of the tokenizer's splitting rule, where it cannot be told from tokenizer.json.
+
+    Raises: GgufError for a model that llama.cpp has no way to run as it is.
+    """
+    from transformers import AutoConfig
+
+    _require_runnable(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    table, shape = _table(checkpoint), checkpoint.shape
+    rope_keys, rope_tensors = _rope(checkpoint, config)
+    window_keys, notes = _windows(checkpoint, config)
+    own: Keys = {
+        "block_count": shape.layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": shape.hidden,
+        "feed_forward_length": shape.ffn,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "vocab_size": shape.vocab,
+        **{key: float(value) for key, of in table.keys.items() if (value := getattr(config, of, None)) is not None},
+        **rope_keys,
+        **window_keys,
+    }
+    keys: Keys = {
+        "general.type": "model",
+        "general.name": name or checkpoint.path.resolve().name,
+        **{f"{table.name}.{key}": value for key, value in own.items()},
+        **tokenizer_keys(checkpoint.path, shape.vocab, pre),
+    }
+    return GgufModel(checkpoint, keys, (*rope_tensors, *_tensors(checkpoint)), tuple(notes))
+
+
+def write_gguf(
+    model: GgufModel,
+    file: Path,
+    types: Mapping[str, BlockType],
+    *,
+    keys: Keys,
+    encode: Encode | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Write a GGUF file, which appears whole or not at all; returns its sha256.
+
+    Args:
+        types: of every tensor, by name.
+        keys: what the file says besides what the model does.
+        encode: the bytes of rows whose type is none of PLAIN.
+
+    Raises: GgufError if a weight cannot be held in 16 bits; RunError if the file cannot be written.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with readable_os_errors(file):
+        try:
+            digest = write_file(partial, _bytes_of(model, types, keys, encode, progress))
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    return digest
+
+
+def file_bytes(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> int:
+    """The exact size of the file that `write_gguf` would make."""
+    padded = (_padded(tensor_bytes(tensor.shape, types[tensor.name])) for tensor in model.tensors)
+    return len(_header(model, types, keys)) + sum(padded)
+
+
+def tensor_bytes(shape: tuple[int, ...], kind: BlockType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    assert shape[-1] % block == 0, f"rows of {shape[-1]} do not make whole blocks of {block}"
+    return math.prod(shape) // block * size
+
+
+def plain_types(model: GgufModel, kind: BlockType) -> dict[str, BlockType]:
+    """Matrices in one of PLAIN, and vectors in float32, which is all that llama.cpp takes of them."""
+    return {tensor.name: kind if tensor.is_matrix else BlockType.F32 for tensor in model.tensors}
+
+
+def _table(checkpoint: Checkpoint) -> Gguf:
+    assert checkpoint.architecture.gguf is not None, "_require_runnable sees to it"
+    return checkpoint.architecture.gguf
+
+
+def _require_runnable(checkpoint: Checkpoint) -> None:
+    architecture, shape, table = checkpoint.architecture, checkpoint.shape, checkpoint.architecture.gguf
+    if table is None:
+        raise GgufError(f"llama.cpp does not know the {architecture.name} family, so there is no GGUF file of it")
+    filling = shape.heads * shape.head_dim
+    if table.heads_fill_hidden and shape.hidden != filling:
+        raise GgufError(
+            f"llama.cpp makes the query and output projections of a {architecture.name} model hidden x hidden, but here "
+            f"hidden={shape.hidden} and heads*head_dim={shape.heads}*{shape.head_dim}={filling}: it would not load. "
+            f"Cut to hidden={filling}, or to another number of heads"
+        )
+    if table.head == "embedding" and not architecture.tied(checkpoint.config):
+        raise GgufError(
+            f"llama.cpp takes the embedding of a {architecture.name} model for its output projection, but this one has "
+            "an output projection of its own (tie_word_embeddings is false): tie them before the model is trained"
+        )
+    strange = [spec.name for spec in checkpoint.specs() if spec.name.endswith(table.unknown)] if table.unknown else []
+    if strange:
+        raise GgufError(
+            f"llama.cpp's {table.name} has no place for {strange[0]} ({len(strange)} tensors like it): "
+            "a model with such biases cannot be a GGUF file"
+        )
+    rotary = checkpoint.config.get("no_rope_layers")
+    if table.no_rope_step and isinstance(rotary, list):
+        expected = [int((layer + 1) % table.no_rope_step != 0) for layer in range(shape.layers)]
+        if rotary != expected:
+            raise GgufError(
+                f"llama.cpp's {table.name} leaves out rotary positions in every layer number {table.no_rope_step}, but "
+                f"this model's no_rope_layers is {rotary}: drop whole runs of {table.no_rope_step} layers, or none"
+            )
+
+
+def _windows(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[str]]:
+    """Sliding windows, and the context up to which the model is the same without those that llama.cpp has not."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    sliding = [kind == "sliding_attention" for kind in kinds or ["sliding_attention"] * checkpoint.shape.layers]
+    if not window or not any(sliding):
+        return {}, []
+    if _table(checkpoint).windows:
+        return {"attention.sliding_window": window, "attention.sliding_window_pattern": sliding}, []
+    if window >= config.max_position_embeddings:
+        return {}, []
+    note = (
+        f"llama.cpp has no sliding window for {checkpoint.architecture.name} models: the file says a context of "
+        f"{window:,} tokens, this model's window, up to which both are the same"
+    )
+    return {"context_length": window}, [note]
+
+
+def _rope(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[GgufTensor]]:
+    """Rotary positions: keys, and the factors of frequencies where a scaling rule has such."""
+    given = config.rope_parameters
+    nested = "full_attention" in given or "sliding_attention" in given
+    rope = given.get("full_attention", given) if nested else given
+    turned = int(checkpoint.shape.head_dim * rope.get("partial_rotary_factor", 1.0))
+    base = float(rope["rope_theta"])
+    keys: Keys = {"rope.dimension_count": turned, "rope.freq_base": base}
+    if nested and "sliding_attention" in given:
+        keys["rope.freq_base_swa"] = float(given["sliding_attention"]["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return keys, []
+    if kind == "llama3":
+        factors = _llama3_factors(rope, base, turned)
+        return keys, [GgufTensor("rope_freqs.weight", tuple(factors.shape), None, factors)]
+    before = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if kind == "linear":
+        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}, []
+    if kind == "yarn" and not any(rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")):
+        keys |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": int(before or config.max_position_embeddings),
+            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
+            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
+        }
+        return keys, []
+    if kind == "longrope" and before:
+        scale = config.max_position_embeddings / before
+        usual = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+        keys |= {
+            "rope.scaling.original_context_length": int(before),
+            "rope.scaling.attn_factor": float(rope.get("attention_factor") or usual),
+        }
+        lengths = {length: torch.tensor(rope[f"{length}_factor"], dtype=torch.float32) for length in ("long", "short")}
+        tensors = [
+            GgufTensor(f"rope_factors_{length}.weight", tuple(factors.shape), None, factors)
+            for length, factors in lengths.items()
+        ]
+        return keys, tensors
+    raise GgufError(
+        f"rotary positions of kind {kind!r} with {sorted(rope)} cannot be said in a GGUF file; "
+        "known are default, linear, llama3, longrope, and yarn without factors of attention"
+    )
+
+
+def _llama3_factors(rope: Mapping[str, Any], base: float, turned: int) -> Float[Tensor, " half"]:
+    """What divides each frequency: 1 for short waves, `factor` for long ones, and between them what is between."""
+    wave = 2 * math.pi * base ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    smooth = (rope["original_max_position_embeddings"] / wave - low) / (high - low)
+    return (1 / ((1 - smooth.clamp(0, 1)) / factor + smooth.clamp(0, 1))).float()
+
+
+def _query_factor(checkpoint: Checkpoint) -> float:
+    """What queries are multiplied by, that llama.cpp's scale of them gives the config's."""
+    table, shape = _table(checkpoint), checkpoint.shape
+    wanted = checkpoint.config.get(table.query_scale) if table.query_scale else None
+    if wanted is None:
+        return 1.0
+    its = shape.hidden // shape.heads if _SCALED_BY_HIDDEN.get(table.name) == shape.layers else shape.head_dim
+    return math.sqrt(its / wanted)
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[GgufTensor]:
+    table = _table(checkpoint)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[table.name], checkpoint.shape.layers)
+    for spec in checkpoint.specs():
+        name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"the gguf package has no name for {spec.name}"
+        yield GgufTensor(name, spec.shape(checkpoint.shape), spec)
+        if name == "token_embd.weight" and table.head == "own" and checkpoint.head == spec.name:
+            yield GgufTensor("output.weight", spec.shape(checkpoint.shape), spec)
+
+
+def _bytes_of(
+    model: GgufModel,
+    types: Mapping[str, BlockType],
+    keys: Keys,
+    encode: Encode | None,
+    progress: Callable[[int, int], None],
+) -> Generator[UInt8[Tensor, " _"], None, None]:
+    yield torch.frombuffer(bytearray(_header(model, types, keys)), dtype=torch.uint8)
+    for number, tensor in enumerate(model.tensors):
+        kind, written = types[tensor.name], 0
+        for rows in model.runs(tensor):
+            if kind in PLAIN:
+                part = _plain(tensor, rows, PLAIN[kind])
+            else:
+                assert encode is not None, f"{tensor.name} is to be {kind.name}"
+                part = encode(tensor, rows)
+            written += len(part)
+            yield part
+        assert written == tensor_bytes(tensor.shape, kind), tensor.name
+        if _padded(written) > written:
+            yield torch.zeros(_padded(written) - written, dtype=torch.uint8)
+        progress(number + 1, len(model.tensors))
+
+
+def _plain(tensor: GgufTensor, rows: Float[Tensor, "rows ..."], dtype: torch.dtype) -> UInt8[Tensor, " bytes"]:
+    cast = rows.to(dtype)
+    if dtype == torch.float16 and not cast.sum().isfinite() and not cast.isfinite().all():
+        raise GgufError(f"{tensor.name} has weights beyond 65,504, the largest in F16: write BF16 instead")
+    return cast.contiguous().view(-1).view(torch.uint8)
+
+
+def _padded(count: int) -> int:
+    return count + -count % ALIGNMENT
+
+
+class _Memory(gguf.GGUFWriter):
+    """The package's writer with its header in memory, as the tensors are written past it."""
+
+    def open_output_file(self, path: Path | None = None) -> None:
+        self.fout = [BytesIO()]  # type: ignore[list-item]
+        self.state = gguf.gguf_writer.WriterState.EMPTY
+
+
+def _header(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> bytes:
+    writer = _Memory(None, model.table.name)
+    for key, value in {**model.keys, **keys}.items():
+        _add(writer, key, value)
+    for tensor in model.tensors:
+        kind = types[tensor.name]
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, torch.zeros(0).numpy().dtype, tensor_bytes(tensor.shape, kind), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    header = writer.fout[0].getvalue()  # type: ignore[attr-defined]
+    return header + bytes(_padded(len(header)) - len(header))
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case str():
+            writer.add_string(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case Sequence():
+            writer.add_array(key, value)
+        case _:
+            raise AssertionError(f"{key} is {value!r}")

@@ -1,0 +1,172 @@
+"""A Hugging Face tokenizer as llama.cpp reads it: its tokens, its merges, and by which rule it splits text.
+
+llama.cpp has the splitting rules compiled in, by name. The name is told from the rule's own text in tokenizer.json, so
+that tokenizers of one's own work too; a rule that llama.cpp has not is an error, for with another one the model would
+read other tokens than it was taught.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import GgufError
+from minitron.model.checkpoint import load_tokenizer
+
+# Regular expressions that split text before merging, as tokenizer.json files have them.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_ENGLISH}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_ENGLISH}|{_WORDS}|\p{{N}}|{_REST}"
+_QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_OTHER = r"[^\r\n\p{L}\p{N}]?"
+_REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_TEKKEN = rf"{_OTHER}{_UPPER}*{_LOWER}+|{_OTHER}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST_WITH_SLASH}"
+_GPT4O = (
+    rf"{_OTHER}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_OTHER}{_UPPER}+{_LOWER}*{_ENGLISH}?|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
+)
+# What splits the text, one after the other, and whether whole words are looked up before they are merged -> the name.
+RULES: dict[tuple[tuple[str, ...], bool], str] = {
+    ((_GPT2,), False): "gpt-2",
+    ((r"\p{N}", _GPT2), False): "starcoder",
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "smaug-bpe",
+    ((_QWEN2,), False): "qwen2",
+    ((_QWEN35,), False): "qwen35",
+    ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",
+}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's kinds of tokens
+_SPACE = "\u2581"  # SentencePiece's
+
+
+def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, Any]:
+    """Keys of a GGUF file for a model directory's tokenizer.
+
+    A model without one gets a file that runs on token ids alone.
+
+    Args:
+        rows: of the embedding, of which there may be more than tokens.
+        pre: llama.cpp's name of the splitting rule, where it is not to be told from tokenizer.json.
+
+    Raises: GgufError for a tokenizer that llama.cpp has no way to be.
+    """
+    file = path / "tokenizer.json"
+    if not file.exists():
+        if any(path.glob("tokenizer*")):
+            raise GgufError(
+                f"{path} has a tokenizer but no tokenizer.json, which a GGUF file is made from; "
+                "load it with transformers and save_pretrained it there"
+            )
+        return {"tokenizer.ggml.model": "no_vocab"}
+    stored = json.loads(file.read_text())
+    model = stored["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise GgufError(
+            f"{file}: a {model['type']} tokenizer; only BPE can be written, which all supported families have"
+        )
+    tokens = {index: text for text, index in model["vocab"].items()}
+    added = {token["id"]: token for token in stored.get("added_tokens", [])}
+    tokens |= {index: token["content"] for index, token in added.items()}
+    if max(tokens) >= rows:
+        raise GgufError(
+            f"{file}: token {tokens[max(tokens)]!r} has id {max(tokens)}, but the embedding has {rows} rows: "
+            "the tokenizer belongs to another model, or the embedding was not resized for its added tokens"
+        )
+    texts = [tokens.get(index, f"[PAD{index}]") for index in range(rows)]
+    kinds = [_kind(index, text, added, tokens, model.get("unk_token")) for index, text in enumerate(texts)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    keys: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
+    if model.get("byte_fallback"):
+        keys |= {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": _scores(texts, merges),
+            "tokenizer.ggml.add_space_prefix": _puts_space_first(stored),
+        }
+    else:
+        keys |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre or _rule_of(file, stored),
+            "tokenizer.ggml.merges": merges,
+        }
+    return keys | _special(path)
+
+
+def _kind(index: int, text: str, added: Mapping[int, Any], tokens: Mapping[int, str], unknown: str | None) -> int:
+    if index not in tokens:
+        return _UNUSED
+    if text == unknown:
+        return _UNKNOWN
+    if index in added:
+        return _CONTROL if added[index]["special"] else _USER_DEFINED
+    return _BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else _NORMAL
+
+
+def _scores(texts: Iterable[str], merges: Iterable[str]) -> list[float]:
+    """SentencePiece merges what scores highest, so a token scores by the first merge that makes it."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        rank.setdefault(left + right, number)
+    return [-float(rank[text]) if text in rank else -1e9 for text in texts]
+
+
+def _puts_space_first(stored: Mapping[str, Any]) -> bool:
+    parts = [*_parts(stored.get("normalizer"), "normalizers"), *_parts(stored.get("pre_tokenizer"), "pretokenizers")]
+    return any(
+        (part["type"] == "Prepend" and part["prepend"] == _SPACE)
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+        for part in parts
+    )
+
+
+def _rule_of(file: Path, stored: Mapping[str, Any]) -> str:
+    splits: list[str] = []
+    for part in _parts(stored.get("pre_tokenizer"), "pretokenizers"):
+        if part["type"] == "Split" and "Regex" in part["pattern"]:
+            splits.append(part["pattern"]["Regex"])
+        elif part["type"] == "Digits" and part["individual_digits"]:
+            splits.append(r"\p{N}")
+        elif part["type"] == "ByteLevel":
+            splits += [_GPT2] if part.get("use_regex", True) else []
+        else:
+            splits.append(json.dumps(part))  # which is in no rule
+    whole_words = bool(stored["model"].get("ignore_merges"))
+    # Another way with whole words is another set of tokens only where merges do not lead to all of them; whether the
+    # two are the same here is what the proof after writing shows.
+    for key in ((tuple(splits), whole_words), (tuple(splits), not whole_words)):
+        if key in RULES:
+            return RULES[key]
+    known = ", ".join(RULES.values())
+    raise GgufError(
+        f"{file} splits text by a rule that is none of those known by name in llama.cpp ({known}): "
+        f"{' then '.join(splits) or 'none at all'}. If llama.cpp has it, give its name with --pre; with a wrong one the "
+        "check after writing fails"
+    )
+
+
+def _parts(section: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    if section is None:
+        return []
+    return section[name] if section["type"] == "Sequence" else [section]
+
+
+def _special(path: Path) -> dict[str, Any]:
+    """Ids of the tokens with a role, whether text starts and ends with them, and the chat template."""
+    tokenizer = load_tokenizer(path)
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # llama.cpp's spelling
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
+    keys: dict[str, Any] = {
+        f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None
+    }
+    sample = tokenizer("a")["input_ids"]
+    keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and sample[0] == ids["bos"]
+    keys["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and sample[-1] == ids["eos"]
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return keys | ({"tokenizer.chat_template": template} if template else {})

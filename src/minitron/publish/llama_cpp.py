@@ -1,0 +1,231 @@
+"""llama.cpp in this process, by ctypes, out of a prebuilt wheel: its block quantizer, and its runtime for the proof.
+
+The functions are those of its C headers. Their structs of options change with the version, so they are taken as the
+library fills them in, in more room than any has; of their fields only those are set whose place is probed here.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from minitron.errors import GgufError
+
+LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
+_CONTEXT_DEFAULTS = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, at the start of the context's options
+
+
+class _Options(ctypes.Structure):
+    """A struct passed by value, of any size up to this one."""
+
+    _fields_ = (("words", c_uint32 * 256),)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    )
+
+
+# Function -> its result and its arguments.
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_quantize_init": (None, [c_int32]),
+    "ggml_quantize_requires_imatrix": (c_bool, [c_int32]),
+    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "llama_backend_init": (None, []),
+    "llama_log_set": (None, [c_void_p, c_void_p]),
+    "llama_model_default_params": (_Options, []),
+    "llama_context_default_params": (_Options, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, _Options]),
+    "llama_model_free": (None, [c_void_p]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_init_from_model": (c_void_p, [c_void_p, _Options]),
+    "llama_free": (None, [c_void_p]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_decode": (c_int32, [c_void_p, _Batch]),
+    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
+}
+_LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+
+
+class LlamaCpp:
+    """The library, with what it logged last."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.functions = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _FUNCTIONS.items():
+                function = getattr(self.functions, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise GgufError(f"{path} is no llama.cpp library that can be used: {error}") from None
+        self.log: list[str] = []
+        self._keep = _LOG(lambda level, text, _: self.log.append(text.decode(errors="replace")))
+        self.functions.llama_log_set(ctypes.cast(self._keep, c_void_p), None)
+        self.functions.llama_backend_init()
+        found = tuple(self.functions.llama_context_default_params().words[:4])
+        if found != _CONTEXT_DEFAULTS:
+            raise GgufError(
+                f"{path}: the options of this llama.cpp start with {found} instead of {_CONTEXT_DEFAULTS}: it is of "
+                "another time than this program; install the version of xllamacpp that minitron's gguf extra names"
+            )
+
+    def needs_importance(self, kind: int) -> bool:
+        return bool(self.functions.ggml_quantize_requires_imatrix(kind))
+
+    def quantize(
+        self,
+        kind: int,
+        rows: Float[Tensor, "rows columns"],
+        num_bytes: int,
+        importance: Float[Tensor, " columns"] | None,
+        threads: ThreadPoolExecutor,
+        num_threads: int,
+    ) -> UInt8[Tensor, " bytes"]:
+        """The bytes of some rows, each in blocks of its own, by ggml's own quantizer.
+
+        Args:
+            kind: ggml's number of the type.
+            num_bytes: that all rows take.
+            importance: of each column, as an importance matrix has it.
+        """
+        rows = rows.contiguous()
+        out = torch.empty(num_bytes, dtype=torch.uint8)
+        count, columns = rows.shape
+        per_row = num_bytes // count
+        weights = importance.contiguous() if importance is not None else None
+        self.functions.ggml_quantize_init(kind)
+
+        def part(start: int, stop: int) -> None:
+            made = self.functions.ggml_quantize_chunk(
+                kind,
+                rows.data_ptr() + 4 * start * columns,
+                out.data_ptr() + start * per_row,
+                0,
+                stop - start,
+                columns,
+                None if weights is None else weights.data_ptr(),
+            )
+            assert made == (stop - start) * per_row, (made, start, stop)
+
+        bounds = np.linspace(0, count, min(count, num_threads) + 1).astype(int).tolist()
+        list(threads.map(part, bounds[:-1], bounds[1:]))
+        return out
+
+
+@cache
+def llama_cpp() -> LlamaCpp:
+    """The library: the one that MINITRON_LLAMA_CPP names, or the one in the xllamacpp package.
+
+    Raises: GgufError if there is none, or it is of another time.
+    """
+    named = os.environ.get(LIBRARY)
+    if named:
+        return LlamaCpp(Path(named))
+    from importlib.util import find_spec
+
+    package = find_spec("xllamacpp")
+    files = [file for root in (package.submodule_search_locations or []) for file in Path(root).glob("xllamacpp*.so")]
+    if not package or not files:
+        raise GgufError("quantizing needs llama.cpp: pip install 'minitron[gguf]'")
+    return LlamaCpp(files[0])
+
+
+class Runtime:
+    """A GGUF file loaded in llama.cpp."""
+
+    def __init__(self, file: Path, *, context: int, threads: int):
+        """Raises: GgufError with llama.cpp's own words if it cannot load the file."""
+        self.library = llama_cpp()
+        call = self.library.functions
+        self.library.log.clear()
+        self.file, self.context_tokens = file, context
+        self.model = call.llama_model_load_from_file(str(file).encode(), call.llama_model_default_params())
+        if not self.model:
+            said = [line.strip() for line in self.library.log if "error" in line.lower() or "fail" in line.lower()]
+            raise GgufError(f"llama.cpp cannot load {file}: {' '.join(said[-3:]) or 'it does not say why'}")
+        options = call.llama_context_default_params()
+        options.words[:3] = [context, context, min(context, _CONTEXT_DEFAULTS[2])]
+        self.context = call.llama_init_from_model(self.model, options)
+        if not self.context:
+            call.llama_model_free(self.model)
+            raise GgufError(f"llama.cpp cannot run {file} with a context of {context} tokens: not enough memory?")
+        call.llama_set_n_threads(self.context, threads, threads)
+        self.vocab = call.llama_model_get_vocab(self.model)
+        self.vocab_size = call.llama_vocab_n_tokens(self.vocab)
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.library.functions.llama_free(self.context)
+        self.library.functions.llama_model_free(self.model)
+
+    def logits(self, tokens: Int[Tensor, " tokens"] | Sequence[int]) -> Float[Tensor, "tokens vocab"]:
+        """The logits behind each of the tokens, read from the first one on."""
+        self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
+        return self._decode([int(token) for token in tokens], 0, every=True)
+
+    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The likeliest token, `count` times."""
+        self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
+        made: list[int] = []
+        next_tokens, position = list(prompt), 0
+        for _ in range(count):
+            logits = self._decode(next_tokens, position, every=False)
+            position += len(next_tokens)
+            next_tokens = [int(logits[-1].argmax())]
+            made += next_tokens
+        return made
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with what the file says is put before and behind it if `special`."""
+        encoded = text.encode()
+        room = (c_int32 * (len(encoded) + 8))()
+        count = self.library.functions.llama_tokenize(
+            self.vocab, encoded, len(encoded), room, len(room), special, False
+        )
+        assert count >= 0, f"more than {len(room)} tokens"
+        return list(room[:count])
+
+    def _decode(self, tokens: list[int], position: int, *, every: bool) -> Float[Tensor, "tokens vocab"]:
+        call = self.library.functions
+        assert position + len(tokens) <= self.context_tokens, "more tokens than the context holds"
+        batch = call.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, position + index, 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = every or index == len(tokens) - 1
+            failed = call.llama_decode(self.context, batch)
+            if failed:
+                raise GgufError(f"llama.cpp failed to run {self.file}: llama_decode returned {failed}")
+            wanted = range(len(tokens)) if every else [len(tokens) - 1]
+            rows = [np.ctypeslib.as_array(call.llama_get_logits_ith(self.context, i), (self.vocab_size,)) for i in wanted]
+            return torch.from_numpy(np.stack(rows))
+        finally:
+            call.llama_batch_free(batch)
