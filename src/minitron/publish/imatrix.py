@@ -1,0 +1,202 @@
+"""The importance matrix of a model: how large the inputs of each matrix are, column by column, on a text.
+
+A quantizer spends its rounding errors where inputs are small. The sums are those that calibration collects anyway; they
+must be of the model that is quantized, not of the teacher that it came from. Read and written in llama.cpp's two formats.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitron.errors import GgufError
+from minitron.files import readable_os_errors
+from minitron.model.architecture import TensorSpec
+from minitron.model.checkpoint import Checkpoint
+from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """Sums over tokens.
+
+    sums: matrix's name in a GGUF file -> sum of each input column's squares, float32.
+    counts: likewise -> tokens summed over.
+    chunk_tokens: of each text that was read on its own. chunks: how many there were.
+    datasets: where the text is from, as the file says it.
+    """
+
+    sums: Mapping[str, Float[Tensor, " columns"]]
+    counts: Mapping[str, int]
+    chunks: int
+    chunk_tokens: int
+    datasets: tuple[str, ...]
+
+    def of(self, name: str) -> Float[Tensor, " columns"] | None:
+        """The mean squares of a matrix's input columns, or None where none were collected."""
+        if name not in self.sums:
+            return None
+        return self.sums[name] / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
+
+
+def importance_of(checkpoint: Checkpoint, statistics: Statistics, text: str) -> ImportanceMatrix:
+    """The importance matrix of the layers' matrices, as llama.cpp's own tool collects it.
+
+    Args:
+        statistics: of this model, on whole blocks.
+        text: where they are from.
+    """
+    squares = SEQUENCE_AGGREGATES.index("l2")
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    assert checkpoint.architecture.gguf is not None, "llama.cpp does not know the family"
+    names = gguf.get_tensor_name_map(known[checkpoint.architecture.gguf.name], checkpoint.shape.layers)
+    sums: dict[str, Tensor] = {}
+    for spec in checkpoint.specs():
+        if spec.layer is not None and len(spec.axes) == 2:
+            name = names.get_name(spec.name, try_suffixes=(".weight",))
+            assert name is not None
+            of_layer = statistics.sums[_site(spec)][spec.layer]
+            sums[name] = of_layer[squares, 1].float()  # the sum of squared norms is the sum of squares
+    return ImportanceMatrix(
+        sums=sums,
+        counts=dict.fromkeys(sums, statistics.tokens),
+        chunks=statistics.samples,
+        chunk_tokens=statistics.tokens // statistics.samples,
+        datasets=(text,),
+    )
+
+
+def write_importance(matrix: ImportanceMatrix, file: Path) -> None:
+    """Write llama.cpp's GGUF format, or for a name that ends in `.dat` the one before it.
+
+    Raises: RunError if the file cannot be written, with nothing left under its name.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with readable_os_errors(file):
+        try:
+            _write_legacy(matrix, partial) if file.suffix == ".dat" else _write_gguf(matrix, partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_importance(file: Path) -> ImportanceMatrix:
+    """Read either format, from this program or from llama.cpp's.
+
+    Raises: GgufError if it is neither.
+    """
+    try:
+        with file.open("rb") as data:
+            is_gguf = data.read(4) == b"GGUF"
+        return _read_gguf(file) if is_gguf else _read_legacy(file)
+    except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+        raise GgufError(
+            f"{file} is no importance matrix: {error}; make one with `minitron quantize --calibration TEXT`, "
+            "or with llama.cpp's llama-imatrix"
+        ) from None
+
+
+def require_importance_fits(matrix: ImportanceMatrix, columns: Mapping[str, int], where: str) -> None:
+    """Raises: GgufError if the matrix is of another model.
+
+    Args:
+        columns: matrix's name -> its input columns.
+    """
+    for name, count in columns.items():
+        vector = matrix.sums.get(name)
+        if vector is not None and len(vector) != count:
+            raise GgufError(
+                f"the importance matrix {where} has {len(vector)} columns for {name}, which has {count}: "
+                "it is of another model; collect it from this one"
+            )
+    if not any(name in matrix.sums for name in columns):
+        raise GgufError(f"the importance matrix {where} has none of this model's matrices: it is of another model")
+
+
+def _site(spec: TensorSpec) -> str:
+    """Where calibration sees a matrix's inputs."""
+    writes, reads = ({segment.unit for segment in axis} for axis in spec.axes)
+    of_mlp = "ffn" in writes | reads
+    return f"{'mlp' if of_mlp else 'attention'}_{'in' if reads == {'hidden'} else 'out'}"
+
+
+def _write_gguf(matrix: ImportanceMatrix, file: Path) -> None:
+    writer = gguf.GGUFWriter(file, "imatrix")
+    writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE)  # it is no model
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", list(matrix.datasets))
+    writer.add_uint32("imatrix.chunk_count", matrix.chunks)
+    writer.add_uint32("imatrix.chunk_size", matrix.chunk_tokens)
+    for name, sums in sorted(matrix.sums.items()):
+        writer.add_tensor(f"{name}{_SUMS}", sums[None].numpy())
+        writer.add_tensor(f"{name}{_COUNTS}", np.array([[matrix.counts[name]]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _read_gguf(file: Path) -> ImportanceMatrix:
+    reader = gguf.GGUFReader(file)
+
+    def said(key: str) -> object:
+        if key not in reader.fields:
+            raise ValueError(f"it does not say {key}")
+        return reader.fields[key].contents()
+
+    if said("general.type") != "imatrix":
+        raise ValueError(f"it is a GGUF file of type {said('general.type')!r}")
+    stored = {tensor.name: torch.from_numpy(np.array(tensor.data, dtype=np.float32)) for tensor in reader.tensors}
+    sums = {name.removesuffix(_SUMS): values.flatten() for name, values in stored.items() if name.endswith(_SUMS)}
+    counts = {name: round(stored[f"{name}{_COUNTS}"].sum().item()) for name in sums}
+    datasets = said("imatrix.datasets")
+    chunks, chunk_tokens = said("imatrix.chunk_count"), said("imatrix.chunk_size")
+    assert isinstance(datasets, list) and isinstance(chunks, int) and isinstance(chunk_tokens, int)
+    return ImportanceMatrix(sums, counts, chunks, chunk_tokens, tuple(datasets))
+
+
+def _write_legacy(matrix: ImportanceMatrix, file: Path) -> None:
+    with file.open("wb") as data:
+        data.write(struct.pack("<i", len(matrix.sums)))
+        for name, sums in sorted(matrix.sums.items()):
+            calls = -(-matrix.counts[name] // matrix.chunk_tokens)
+            values = (sums / matrix.counts[name] * calls).numpy().astype("<f4")
+            data.write(struct.pack("<i", len(name.encode())) + name.encode())
+            data.write(struct.pack("<ii", calls, len(values)) + values.tobytes())
+        text = "; ".join(matrix.datasets).encode()
+        data.write(struct.pack("<ii", matrix.chunks, len(text)) + text)
+
+
+def _read_legacy(file: Path) -> ImportanceMatrix:
+    data, at = file.read_bytes(), 0
+
+    def take(count: int) -> bytes:
+        nonlocal at
+        if count < 0 or at + count > len(data):
+            raise ValueError("it ends too early, or holds something else")
+        at += count
+        return data[at - count : at]
+
+    def number() -> int:
+        return struct.unpack("<i", take(4))[0]
+
+    means, calls = {}, {}
+    for _ in range(number()):
+        name = take(number()).decode()
+        calls[name], count = number(), number()
+        values = torch.from_numpy(np.frombuffer(take(4 * count), dtype="<f4").astype(np.float32))
+        means[name] = values / calls[name] if calls[name] else values
+    if not means:
+        raise ValueError("it has no entries")
+    chunks, dataset = (number(), take(number()).decode()) if at < len(data) else (max(calls.values()), "")
+    # It does not say how many tokens a call had; means are all that a quantizer takes.
+    sums = {name: mean * calls[name] for name, mean in means.items()}
+    return ImportanceMatrix(sums, calls, chunks, 1, (dataset,) if dataset else ())

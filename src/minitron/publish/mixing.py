@@ -1,0 +1,244 @@
+"""A mixture of our own: the type of every matrix, chosen to lose least under a size.
+
+What a type does to a matrix is the error of its outputs, weighted by the importance matrix; what that does to the model is
+measured: the KL divergence with this one matrix quantized. Small errors of several matrices add up, nearly, so the sum is
+minimised under the size, as a knapsack with one choice for each matrix (Lagrange: each takes the type that is best at one
+price of a byte, and the price is what makes the size fit).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as BlockType
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitron.errors import GgufError
+from minitron.model.checkpoint import load_model
+from minitron.model.logits import logit_transform
+from minitron.publish.formats import size
+from minitron.publish.gguf import GgufModel, GgufTensor, tensor_bytes
+from minitron.publish.imatrix import ImportanceMatrix
+from minitron.publish.llama_cpp import llama_cpp
+from minitron.publish.quantize import LADDER, Mixture, quantized_bytes
+
+# What a matrix may become; those with blocks of 32 also where 256 do not fit.
+CHOICES = (
+    BlockType.IQ2_XXS,
+    BlockType.IQ2_XS,
+    BlockType.Q2_K,
+    BlockType.IQ2_S,
+    BlockType.IQ3_XXS,
+    BlockType.Q3_K,
+    BlockType.IQ3_S,
+    BlockType.IQ4_XS,
+    BlockType.IQ4_NL,
+    BlockType.Q4_0,
+    BlockType.Q4_1,
+    BlockType.Q4_K,
+    BlockType.Q5_0,
+    BlockType.Q5_1,
+    BlockType.Q5_K,
+    BlockType.Q6_K,
+    BlockType.Q8_0,
+)
+ROWS = 256  # of each matrix, that its errors are measured on
+SAMPLE_BLOCKS = 8  # of text, that the effect of errors is measured on
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What each type would do to each matrix.
+
+    errors: matrix -> type -> weighted squared error of its outputs, as a share of the outputs' squares.
+    effect: matrix -> KL in nats a token for each unit of that error.
+    """
+
+    errors: Mapping[str, Mapping[BlockType, float]]
+    effect: Mapping[str, float]
+
+    def of(self, name: str, kind: BlockType) -> float:
+        return self.errors[name][kind] * self.effect[name]
+
+
+def measure_damage(
+    model: GgufModel,
+    importance: ImportanceMatrix,
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    near: BlockType,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Damage:
+    """Measure what quantizing does, matrix by matrix.
+
+    Args:
+        blocks: text to measure the effect on.
+        near: type about as small as most of the file will be, at which the effect is measured.
+    """
+    count = threads or os.cpu_count() or 1
+    matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
+    loaded = load_model(model.checkpoint.path, torch.float32)
+    wanted = [_log_probabilities(loaded, block) for block in blocks]
+    errors: dict[str, dict[BlockType, float]] = {}
+    effect: dict[str, float] = {}
+    with ThreadPoolExecutor(count) as pool:
+
+        def rounded(tensor: GgufTensor, rows: Float[Tensor, "rows columns"], kind: BlockType) -> Tensor:
+            stored = llama_cpp().quantize(
+                kind, rows, tensor_bytes(tuple(rows.shape), kind), importance.of(tensor.name), pool, count
+            )
+            return torch.from_numpy(gguf.quants.dequantize(stored.view(len(rows), -1).numpy(), kind))
+
+        for number, tensor in enumerate(matrices):
+            weights = importance.of(tensor.name)
+            weights = torch.ones(tensor.shape[1]) if weights is None else weights
+            every = max(1, tensor.shape[0] // ROWS)
+            whole = torch.cat(list(model.runs(tensor)))
+            rows = whole[::every].contiguous()
+            total = (rows.square() @ weights).sum()
+            errors[tensor.name] = {
+                kind: (((rounded(tensor, rows, kind) - rows).square() @ weights).sum() / total).item()
+                for kind in _choices(tensor, importance)
+            }
+            probe = _nearest(near, errors[tensor.name])
+            changed = rounded(tensor, whole, probe)
+            error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
+            with _replaced(loaded, model, tensor, changed):
+                kl = sum(_kl(p, _log_probabilities(loaded, block)) for p, block in zip(wanted, blocks, strict=True))
+            effect[tensor.name] = kl / len(blocks) / error
+            progress(number + 1, len(matrices))
+    return Damage(errors, effect)
+
+
+def best_mixture(model: GgufModel, damage: Damage, importance: ImportanceMatrix, most_bytes: int) -> Mixture:
+    """The types of least damage whose file has at most so many bytes.
+
+    Raises: GgufError if no types make so small a file.
+    """
+    matrices = {tensor.name: tensor for tensor in model.tensors if tensor.is_matrix}
+    options = {
+        name: _hull({kind: (tensor_bytes(tensor.shape, kind), damage.of(name, kind)) for kind in damage.errors[name]})
+        for name, tensor in matrices.items()
+    }
+    chosen = {name: steps[0] for name, steps in options.items()}
+
+    def made() -> Mixture:
+        types = {tensor.name: chosen.get(tensor.name, BlockType.F32) for tensor in model.tensors}
+        return Mixture(_label(types, matrices), types, {})
+
+    smallest = quantized_bytes(model, made(), importance)
+    if smallest > most_bytes:
+        raise GgufError(
+            f"no types make a file of {size(most_bytes)}; the smallest has {size(smallest)}: allow at least that"
+        )
+    # The steps up each matrix's hull, dearest gains first, as long as the next one fits.
+    room = most_bytes - smallest
+    steps = sorted(
+        (
+            (damage.of(name, low) - damage.of(name, high)) / (_bytes(matrices[name], high) - _bytes(matrices[name], low)),
+            name,
+            low,
+            high,
+        )
+        for name, hull in options.items()
+        for low, high in zip(hull, hull[1:], strict=False)
+    )
+    blocked = set()
+    for _, name, low, high in reversed(steps):
+        cost = _bytes(matrices[name], high) - _bytes(matrices[name], low)
+        if name in blocked or cost > room:
+            blocked.add(name)
+            continue
+        chosen[name], room = high, room - cost
+    return made()
+
+
+def _bytes(tensor: GgufTensor, kind: BlockType) -> int:
+    return tensor_bytes(tensor.shape, kind)
+
+
+def _hull(points: Mapping[BlockType, tuple[int, float]]) -> list[BlockType]:
+    """The types that are best at some price of a byte, by rising size."""
+    hull: list[BlockType] = []
+    for kind in sorted(points, key=lambda kind: points[kind]):
+        if hull and points[kind][1] >= points[hull[-1]][1]:
+            continue
+        while hull and points[hull[-1]][0] == points[kind][0]:
+            hull.pop()
+        while len(hull) > 1 and _slope(points, hull[-2], hull[-1]) <= _slope(points, hull[-1], kind):
+            hull.pop()
+        hull.append(kind)
+    return hull
+
+
+def _slope(points: Mapping[BlockType, tuple[int, float]], low: BlockType, high: BlockType) -> float:
+    """What a byte more saves, between two types."""
+    return (points[low][1] - points[high][1]) / (points[high][0] - points[low][0])
+
+
+def _choices(tensor: GgufTensor, importance: ImportanceMatrix) -> Iterator[BlockType]:
+    informed = tensor.name in importance.sums
+    for kind in CHOICES:
+        if tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            continue
+        if informed or not llama_cpp().needs_importance(kind):
+            yield kind
+
+
+def _nearest(kind: BlockType, choices: Mapping[BlockType, float]) -> BlockType:
+    """The choice nearest in bits per weight."""
+
+    def bits(one: BlockType) -> float:
+        block, count = gguf.GGML_QUANT_SIZES[one]
+        return 8 * count / block
+
+    return min(choices, key=lambda one: abs(bits(one) - bits(kind)))
+
+
+def _label(types: Mapping[str, BlockType], matrices: Mapping[str, GgufTensor]) -> str:
+    """The file type that a file says: the ladder's whose matrices have the type that most weights have here."""
+    weights: dict[BlockType, int] = {}
+    for name, tensor in matrices.items():
+        weights[types[name]] = weights.get(types[name], 0) + tensor.shape[0] * tensor.shape[1]
+    most = max(weights, key=lambda kind: weights[kind])
+    return next((name for name, kind in LADDER.items() if kind == most), "Q4_K_M")
+
+
+@contextmanager
+def _replaced(loaded: Any, model: GgufModel, tensor: GgufTensor, rows: Tensor) -> Iterator[None]:
+    """In the block, transformers' model has these rows for a matrix."""
+    assert tensor.source is not None
+    parameter = loaded.get_parameter(tensor.source.name)
+    before = parameter.detach().clone()
+    # What llama.cpp has in another order or size is set right by what makes it of the checkpoint's own.
+    theirs = torch.cat(list(model.runs(tensor)))
+    if model.in_heads(tensor):
+        back = rows - theirs
+        half = model.checkpoint.shape.head_dim // 2
+        change = back.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+    else:
+        change = rows - theirs
+    try:
+        with torch.no_grad():
+            parameter.add_(change)
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+@torch.no_grad()
+def _log_probabilities(loaded: Any, block: Tensor) -> Tensor:
+    hidden = loaded.base_model(input_ids=block[None].long(), use_cache=False).last_hidden_state[0]
+    return logit_transform(loaded)(hidden @ loaded.get_output_embeddings().weight.T).log_softmax(-1)
+
+
+def _kl(wanted: Tensor, found: Tensor) -> float:
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()

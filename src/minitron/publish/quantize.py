@@ -1,0 +1,331 @@
+"""The ladder of quantized files: which type each matrix gets, as llama.cpp mixes them, and the file itself.
+
+The blocks are made by ggml's own quantizer, so a file is the one that llama.cpp's tool would write, byte for byte.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+from gguf import GGMLQuantizationType as BlockType
+from gguf import LlamaFileType
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from minitron.errors import GgufError, did_you_mean
+from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
+from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits
+from minitron.publish.llama_cpp import llama_cpp
+
+# Name of a file's type -> the type of most of its matrices.
+LADDER: dict[str, BlockType] = {
+    "F32": BlockType.F32,
+    "F16": BlockType.F16,
+    "BF16": BlockType.BF16,
+    "Q8_0": BlockType.Q8_0,
+    "Q6_K": BlockType.Q6_K,
+    "Q5_K_M": BlockType.Q5_K,
+    "Q5_K_S": BlockType.Q5_K,
+    "Q5_1": BlockType.Q5_1,
+    "Q5_0": BlockType.Q5_0,
+    "Q4_K_M": BlockType.Q4_K,
+    "Q4_K_S": BlockType.Q4_K,
+    "IQ4_NL": BlockType.IQ4_NL,
+    "IQ4_XS": BlockType.IQ4_XS,
+    "Q4_1": BlockType.Q4_1,
+    "Q4_0": BlockType.Q4_0,
+    "Q3_K_L": BlockType.Q3_K,
+    "Q3_K_M": BlockType.Q3_K,
+    "Q3_K_S": BlockType.Q3_K,
+    "IQ3_M": BlockType.IQ3_S,
+    "IQ3_S": BlockType.IQ3_S,
+    "IQ3_XS": BlockType.IQ3_S,
+    "IQ3_XXS": BlockType.IQ3_XXS,
+    "Q2_K": BlockType.Q2_K,
+    "Q2_K_S": BlockType.Q2_K,
+    "IQ2_M": BlockType.IQ2_S,
+    "IQ2_S": BlockType.IQ2_XS,
+    "IQ2_XS": BlockType.IQ2_XS,
+    "IQ2_XXS": BlockType.IQ2_XXS,
+    "IQ1_M": BlockType.IQ1_M,
+    "IQ1_S": BlockType.IQ1_S,
+}
+_SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
+# Type whose blocks of 256 do not fit a matrix's columns -> one with blocks of 32.
+FALLBACK: dict[BlockType, BlockType] = {
+    BlockType.Q2_K: BlockType.Q4_0,
+    BlockType.Q3_K: BlockType.Q4_0,
+    BlockType.Q4_K: BlockType.Q5_0,
+    BlockType.Q5_K: BlockType.Q5_1,
+    BlockType.Q6_K: BlockType.Q8_0,
+    **dict.fromkeys(
+        (
+            BlockType.IQ1_S,
+            BlockType.IQ1_M,
+            BlockType.IQ2_XXS,
+            BlockType.IQ2_XS,
+            BlockType.IQ2_S,
+            BlockType.IQ3_XXS,
+            BlockType.IQ3_S,
+            BlockType.IQ4_XS,
+        ),
+        BlockType.IQ4_NL,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The type of every tensor of a file.
+
+    fallbacks: matrices whose columns did not fit the type that they were to have -> that type.
+    """
+
+    file_type: str
+    types: Mapping[str, BlockType]
+    fallbacks: Mapping[str, BlockType]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What llama.cpp's rules ask about a model."""
+
+    kind: str  # of the file
+    layers: int
+    group: int  # query heads to a key-value head
+    informed: bool  # by an importance matrix
+
+    def early(self, layer: int, share: int) -> bool:
+        return layer < self.layers // share
+
+    def more(self, layer: int) -> bool:
+        """The first and last eighth of the layers, and every third of those between."""
+        eighth = self.layers // 8
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+
+def require_file_type(name: str) -> str:
+    """The name as the ladder spells it.
+
+    Raises: GgufError for one that is not on it.
+    """
+    found = {known.lower(): known for known in LADDER}.get(name.lower())
+    if found is None:
+        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), LADDER)}")
+    return found
+
+
+def mixture(
+    model: GgufModel, file_type: str, *, informed: bool, overrides: Mapping[str, BlockType] | None = None
+) -> Mixture:
+    """The type of every tensor, by llama.cpp's rules.
+
+    Args:
+        informed: by an importance matrix.
+        overrides: regular expression found in a tensor's name -> its type, instead of the rules'.
+    """
+    base, shape = LADDER[file_type], model.checkpoint.shape
+    place = _Place(file_type, shape.layers, shape.group, informed)
+    tied = all(tensor.name != "output.weight" for tensor in model.tensors)
+    # Matrices of values are small where many query heads share one, and llama.cpp calls such models of 80 layers 70B.
+    of_70b = model.table.name in ("llama", "qwen2") and shape.layers == 80 and shape.group > 1
+    types, fallbacks = {}, {}
+    for tensor in model.tensors:
+        if not tensor.is_matrix:
+            types[tensor.name] = BlockType.F32
+            continue
+        wanted = base
+        if base not in PLAIN:
+            wanted = _by_rule(tensor, base, place, tied)
+            if of_70b and ".attn_v." in tensor.name and wanted in (BlockType.Q3_K, BlockType.Q4_K):
+                wanted = BlockType.Q5_K
+            for pattern, kind in (overrides or {}).items():
+                if re.search(pattern, tensor.name):
+                    wanted = kind
+                    break
+        types[tensor.name] = _fitting(tensor, wanted)
+        if types[tensor.name] != wanted:
+            fallbacks[tensor.name] = wanted
+    return Mixture(file_type, types, fallbacks)
+
+
+def require_importance(model: GgufModel, mixed: Mixture) -> None:
+    """Raises: GgufError, without an importance matrix, for types that need one."""
+    for tensor in model.tensors:
+        kind = mixed.types[tensor.name]
+        # ggml's own Q2_K can do without; at the least bits per weight llama.cpp's tool asks for one.
+        scarce = mixed.file_type == "Q2_K_S" and kind == BlockType.Q2_K
+        inside = tensor.source is not None and tensor.source.layer is not None
+        if inside and kind not in PLAIN and (scarce or llama_cpp().needs_importance(kind)):
+            raise GgufError(
+                f"{mixed.file_type} needs an importance matrix ({tensor.name} is to be {kind.name}): "
+                "give --calibration TEXT, or --imatrix FILE"
+            )
+
+
+def write_quantized(
+    model: GgufModel,
+    mixed: Mixture,
+    file: Path,
+    *,
+    importance: ImportanceMatrix | None = None,
+    importance_file: str = "",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Write a file of the mixture, which appears whole or not at all; returns its sha256.
+
+    Args:
+        importance_file: where the importance matrix lies, for the file to say.
+        threads: that quantize rows; default all cores.
+
+    Raises: GgufError if a type needs an importance matrix and there is none, or it is of another model.
+    """
+    if importance is None:
+        require_importance(model, mixed)
+    else:
+        columns = {tensor.name: tensor.shape[1] for tensor in model.tensors if tensor.is_matrix}
+        require_importance_fits(importance, columns, importance_file)
+    count = threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(count) as pool:
+
+        def encode(tensor: GgufTensor, rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, " bytes"]:
+            kind = mixed.types[tensor.name]
+            weights = None if importance is None else importance.of(tensor.name)
+            size = tensor_bytes(tuple(rows.shape), kind)
+            return llama_cpp().quantize(kind, rows, size, weights, pool, count)
+
+        keys = file_keys(mixed.file_type, importance, importance_file)
+        return write_gguf(model, file, mixed.types, keys=keys, encode=encode, progress=progress)
+
+
+def quantized_bytes(model: GgufModel, mixed: Mixture, importance: ImportanceMatrix | None, name: str = "") -> int:
+    """The exact size of the file that `write_quantized` would make."""
+    return file_bytes(model, mixed.types, file_keys(mixed.file_type, importance, name))
+
+
+def file_keys(file_type: str, importance: ImportanceMatrix | None, importance_file: str) -> Keys:
+    number = LlamaFileType["ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"]
+    keys: Keys = {"general.file_type": int(number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    if importance is not None:
+        keys |= {
+            "quantize.imatrix.file": importance_file,
+            "quantize.imatrix.dataset": "; ".join(importance.datasets),
+            "quantize.imatrix.entries_count": len(importance.sums),
+            "quantize.imatrix.chunks_count": importance.chunks,
+        }
+    return keys
+
+
+def _fitting(tensor: GgufTensor, kind: BlockType) -> BlockType:
+    """The type, or one whose blocks a row is made of."""
+    for candidate in (kind, FALLBACK.get(kind, kind)):
+        if tensor.shape[1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    return BlockType.F16
+
+
+def _by_rule(tensor: GgufTensor, base: BlockType, place: _Place, tied: bool) -> BlockType:
+    """llama.cpp's rules; a fused query-key-value matrix counts as one of values."""
+    name = tensor.name
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        return _output(tensor, base, place)
+    if name == "token_embd.weight":
+        return _embedding(base, place)
+    assert tensor.source is not None and tensor.source.layer is not None, name
+    layer, part = tensor.source.layer, name.split(".")[2]
+    if part in ("attn_v", "attn_qkv"):
+        return _values(layer, base, place)
+    if part in ("attn_q", "attn_k"):
+        return {"IQ3_XS": BlockType.IQ3_XXS, "IQ3_XXS": BlockType.IQ2_S}.get(place.kind, base)
+    if part == "attn_output":
+        return _attention_output(base, place)
+    if part == "ffn_down":
+        return _down(layer, base, place)
+    between = place.layers // 8 <= layer < 7 * place.layers // 8
+    return BlockType.IQ3_XXS if place.kind == "IQ3_XS" and between else base
+
+
+def _output(tensor: GgufTensor, base: BlockType, place: _Place) -> BlockType:
+    if base == BlockType.Q8_0 or tensor.shape[1] % gguf.GGML_QUANT_SIZES[base][0]:
+        return BlockType.Q8_0
+    return BlockType.Q5_K if place.kind in _SMALLEST | {"IQ3_XXS"} else BlockType.Q6_K
+
+
+def _embedding(base: BlockType, place: _Place) -> BlockType:
+    if place.kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"):
+        return BlockType.Q2_K
+    return BlockType.IQ3_S if place.kind in ("IQ2_S", "IQ2_M", "IQ3_XXS") else base
+
+
+def _values(layer: int, base: BlockType, place: _Place) -> BlockType:
+    shared = place.group >= 4
+    match place.kind:
+        case "IQ2_S" | "IQ2_M":
+            return BlockType.Q4_K if shared else BlockType.IQ3_S
+        case kind if kind in _SMALLEST:
+            return BlockType.Q4_K if shared else BlockType.Q2_K
+        case "Q2_K":
+            return BlockType.Q4_K if shared else BlockType.Q3_K
+        case "IQ3_XXS" if not shared:
+            return BlockType.IQ3_XXS if place.informed else BlockType.IQ3_S
+        case "Q2_K_S" | "IQ3_XXS" | "IQ3_XS" | "IQ3_S" if shared:
+            return BlockType.Q4_K
+        case "IQ3_M":
+            return BlockType.Q4_K
+        case "Q3_K_M":
+            return BlockType.Q5_K if layer < 2 else BlockType.Q4_K
+        case "Q3_K_L":
+            return BlockType.Q5_K
+        case "IQ4_NL" | "IQ4_XS" if shared:
+            return BlockType.Q5_K
+        case "Q4_K_M" | "Q5_K_M" if place.more(layer):
+            return BlockType.Q6_K
+        case "Q4_K_S" if layer < 4:
+            return BlockType.Q5_K
+    return base
+
+
+def _attention_output(base: BlockType, place: _Place) -> BlockType:
+    return {
+        "IQ1_S": BlockType.IQ2_XXS,
+        "IQ1_M": BlockType.IQ2_XXS,
+        "IQ2_S": BlockType.IQ3_S,
+        "IQ2_M": BlockType.IQ3_S,
+        "Q2_K": BlockType.Q3_K,
+        "IQ3_XXS": BlockType.IQ3_S,
+        "IQ3_M": BlockType.Q4_K,
+        "Q3_K_M": BlockType.Q4_K,
+        "Q3_K_L": BlockType.Q5_K,
+    }.get(place.kind, base)
+
+
+def _down(layer: int, base: BlockType, place: _Place) -> BlockType:
+    match place.kind:
+        case "IQ2_S" | "IQ2_M" if place.early(layer, 8):
+            return BlockType.IQ3_S
+        case kind if kind in _SMALLEST:
+            return BlockType.Q2_K if place.early(layer, 8) else base
+        case "Q2_K":
+            return BlockType.Q3_K
+        case "Q2_K_S" | "IQ3_M" if place.early(layer, 8):
+            return BlockType.Q4_K
+        case "IQ3_XXS" if not place.informed:
+            return BlockType.Q4_K if place.early(layer, 8) else BlockType.Q3_K
+        case "Q3_K_M":
+            return BlockType.Q5_K if place.early(layer, 16) else BlockType.Q4_K
+        case "Q3_K_L":
+            return BlockType.Q5_K
+        case "Q4_K_M" | "Q5_K_M" if place.more(layer):
+            return BlockType.Q6_K
+        case "Q4_K_S" if place.early(layer, 8):
+            return BlockType.Q5_K
+        case "IQ4_NL" | "IQ4_XS" if not place.informed and place.early(layer, 8):
+            return BlockType.Q5_K
+        case "Q4_0" | "Q5_0" if place.informed and place.early(layer, 8):
+            return BlockType.Q4_1 if place.kind == "Q4_0" else BlockType.Q5_1
+    return base
