@@ -25,6 +25,7 @@ EXAMPLES = {
     "distill": "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
     "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json",
     "generate": "minitron generate student --prompt 'Once upon a time'",
+    "quantize": "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf",
     "report": "minitron report runs/half",
     "card": "minitron card runs/half",
 }
@@ -39,6 +40,7 @@ HELP = {
     "distill": "train a student on a teacher's logits; the same command again resumes it",
     "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text",
     "generate": "continue a prompt",
+    "quantize": "write GGUF files for llama.cpp, run them, and print what each costs",
     "report": "write report.html of a finished run again",
     "card": "write the student's model card again",
 }
@@ -207,6 +209,43 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--new-tokens", type=_count, default=200)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     generate.add_argument("--seed", type=_seed, default=0)
+
+    quantize = add("quantize", _quantize)
+    quantize.add_argument("model", metavar="MODEL")
+    quantize.set_defaults(usage_error=quantize.error)
+    quantize.add_argument("--types", type=_names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files")
+    quantize.add_argument(
+        "--target-bpw",
+        type=_numbers,
+        default=[],
+        metavar="BITS",
+        help="also mixtures of minitron's own at so many bits per weight, such as 4.5,3.5",
+    )
+    quantize.add_argument(
+        "--target-size", type=_byte_counts, default=[], metavar="SIZE", help="the same, for files of so many bytes: 4.5GB"
+    )
+    _add_data(quantize, names=("--calibration", "--data"))
+    quantize.add_argument("--imatrix", type=Path, help="an importance matrix to use, of minitron's or llama.cpp's")
+    quantize.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="PATTERN=TYPE",
+        help="type of the tensors whose GGUF name has the pattern, such as output=Q8_0",
+    )
+    quantize.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, where it is not known")
+    quantize.add_argument("--samples", type=_count, default=256, help="calibration blocks")
+    quantize.add_argument("--blocks", type=_count, default=32, help="held-out blocks each file is measured on")
+    quantize.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 512")
+    quantize.add_argument("--threads", type=_count, help="default all cores")
+    quantize.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run each file in llama.cpp and hold it against the model; default yes",
+    )
+    quantize.add_argument("--dry-run", action="store_true", help="print the sizes, and write nothing")
+    quantize.add_argument("--out", type=Path, help="directory of the files; needed but with --dry-run")
 
     for name, verb in (("report", _report), ("card", _card)):
         add(name, verb).add_argument("run", type=Path, metavar="RUN")
@@ -435,6 +474,63 @@ def _generate(args: argparse.Namespace, console: Console) -> None:
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)
 
 
+def _quantize(args: argparse.Namespace, console: Console) -> None:
+    own = bool(args.target_bpw or args.target_size)
+    if not args.types and not own:
+        args.usage_error("one of the arguments --types --target-bpw --target-size is required")
+    if args.out is None and not args.dry_run:
+        args.usage_error("the following arguments are required: --out")
+    try:
+        from minitron.quantizing import QuantizeConfig
+    except ImportError as error:
+        raise MinitronError(f"writing GGUF files needs the package {error.name}: pip install 'minitron[gguf]'") from None
+    from minitron.rooms import plan_quantized, quantize_model
+
+    config = _section(
+        QuantizeConfig,
+        types=args.types,
+        bits_per_weight=args.target_bpw,
+        sizes=args.target_size,
+        tensor_types=dict(_pair("--tensor-type", text) for text in args.tensor_type),
+        samples=args.samples,
+        blocks=args.blocks,
+        verify=args.verify,
+        pre=args.pre,
+        threads=args.threads,
+    )
+    with_text = args.data is not None or args.verify or own
+    if args.dry_run:
+        planned = plan_quantized(args.model, config, informed=with_text or args.imatrix is not None)
+        return console.result(planned, "\n".join(_planned_lines(planned)))
+    data = _data_config(args, console) if with_text else None
+    table = quantize_model(args.model, config, data, importance_file=args.imatrix, out=args.out, listener=console)
+    console.result(table | {"out": str(args.out)}, "\n".join([*_ladder_lines(table), f"in {args.out}"]))
+
+
+def _planned_lines(planned: list[dict[str, Any]]) -> list[str]:
+    from minitron.publish.formats import size
+
+    cells = [["type", "size", "bits/weight", "falls back"]]
+    for row in planned:
+        kinds = [f"{was} -> {now}" for was, now in row["fallbacks"].values()]
+        fallen = ", ".join(f"{kinds.count(kind)} matrices {kind}" for kind in dict.fromkeys(kinds))
+        cells.append([row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", fallen or "-"])
+    return _aligned(cells)
+
+
+def _ladder_lines(table: dict[str, Any]) -> list[str]:
+    from minitron.publish.formats import percent, perplexity, size
+
+    cells = [["type", "size", "bits/weight", "imatrix", "perplexity", "KL", "top-1", "other way"]]
+    for row in table["files"]:
+        seen = row["measured"]
+        measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"])] if seen else ["-"] * 3
+        other = "-" if row["without"] is None else f"{row['without']:.5f}"
+        own = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
+        cells.append([*own, *measured, other])
+    return _aligned(cells)
+
+
 def _report(args: argparse.Namespace, console: Console) -> None:
     from minitron.publish.records import read_run
     from minitron.publish.report import write_report
@@ -530,11 +626,13 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
-def _add_data(parser: argparse.ArgumentParser, *, sampled: bool = True) -> None:
+def _add_data(
+    parser: argparse.ArgumentParser, *, sampled: bool = True, names: Sequence[str] = ("--data",)
+) -> None:
     """`sampled`: whether text can be sampled from the teacher, which is MODEL where nothing else is."""
-    names = "`teacher` (text sampled from it) or " if sampled else "or "
+    others = "`teacher` (text sampled from it) or " if sampled else "or "
     parser.add_argument(
-        "--data", help=f"file, directory, dataset id, {names}`builtin` (Python source text, the default)"
+        *names, dest="data", help=f"file, directory, dataset id, {others}`builtin` (Python source text, the default)"
     )
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
     parser.add_argument(
@@ -622,6 +720,25 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [_positive(number) for number in _names(text)]
+
+
+def _byte_counts(text: str) -> list[float]:
+    return [_size(number) for number in _names(text)]
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not name or not equals or not value:
+        raise MinitronError(f"{option} {text!r} is not PATTERN=TYPE, such as output=Q8_0")
+    return name, value
 
 
 def _seed(text: str) -> int:

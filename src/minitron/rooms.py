@@ -8,7 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from minitron import data, parallel
 from minitron.describe import describe
@@ -70,6 +72,9 @@ from minitron.run import (
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
 from minitron.student_shape import feasible_for, machine_for, ranked
+
+if TYPE_CHECKING:
+    from minitron.quantizing import QuantizeConfig
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -384,6 +389,48 @@ def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: floa
     path = open_checkpoint(resolve_model(model)).path
     loaded = load_model(path).to(pick_device())
     return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+
+
+def quantize_model(
+    model: str,
+    config: "QuantizeConfig",
+    data_config: data.DataConfig | None,
+    *,
+    importance_file: Path | None,
+    out: Path,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Write GGUF files of one model, with their table, and its importance matrix where there is one.
+
+    Args:
+        data_config: None for no calibration.
+    """
+    from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize, require_possible
+
+    checkpoint = open_checkpoint(resolve_model(model))
+    require_possible(checkpoint, config, informed=data_config is not None or importance_file is not None)
+    with ExitStack() as stack:
+        partial, text = stack.enter_context(atomic_directory(out)), None
+        if data_config is not None:
+            if data_config.block_tokens is None:
+                usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
+                data_config = data_config.model_copy(update={"block_tokens": usual})
+            corpus = stack.enter_context(_corpus(checkpoint, data_config, listener, config.samples))
+            tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), 0)
+            heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
+            text = Text(tokens, heldout, data_config.source)
+            _keep_sampled(corpus.path, partial)
+        name = checkpoint.path.resolve().name
+        return quantize(
+            checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
+        )
+
+
+def plan_quantized(model: str, config: "QuantizeConfig", *, informed: bool) -> list[dict[str, Any]]:
+    """What `quantize_model` would write; no weights are read."""
+    from minitron.quantizing import plan_files
+
+    return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)
 
 
 def _keep_sampled(corpus: Path, out: Path) -> None:

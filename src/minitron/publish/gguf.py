@@ -178,6 +178,16 @@ def file_bytes(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> 
     return len(_header(model, types, keys)) + sum(padded)
 
 
+def weights_bytes(model: GgufModel, types: Mapping[str, BlockType]) -> int:
+    """The part of a file that is its tensors."""
+    return sum(tensor_bytes(tensor.shape, types[tensor.name]) for tensor in model.tensors)
+
+
+def bits_per_weight(model: GgufModel, types: Mapping[str, BlockType]) -> float:
+    """Of the tensors alone, as llama.cpp counts them."""
+    return 8 * weights_bytes(model, types) / sum(math.prod(tensor.shape) for tensor in model.tensors)
+
+
 def tensor_bytes(shape: tuple[int, ...], kind: BlockType) -> int:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     assert shape[-1] % block == 0, f"rows of {shape[-1]} do not make whole blocks of {block}"

@@ -23,12 +23,12 @@ from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model
 from minitron.model.logits import logit_transform
 from minitron.publish.formats import size
-from minitron.publish.gguf import GgufModel, GgufTensor, tensor_bytes
+from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix
 from minitron.publish.llama_cpp import llama_cpp
-from minitron.publish.quantize import LADDER, Mixture, quantized_bytes
+from minitron.publish.quantize import LADDER, Mixture
 
-# What a matrix may become; those with blocks of 32 also where 256 do not fit.
+# What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
 CHOICES = (
     BlockType.IQ2_XXS,
     BlockType.IQ2_XS,
@@ -47,6 +47,7 @@ CHOICES = (
     BlockType.Q5_K,
     BlockType.Q6_K,
     BlockType.Q8_0,
+    BlockType.F16,
 )
 ROWS = 256  # of each matrix, that its errors are measured on
 SAMPLE_BLOCKS = 8  # of text, that the effect of errors is measured on
@@ -91,6 +92,8 @@ def measure_damage(
     with ThreadPoolExecutor(count) as pool:
 
         def rounded(tensor: GgufTensor, rows: Float[Tensor, "rows columns"], kind: BlockType) -> Tensor:
+            if kind in PLAIN:
+                return rows.to(PLAIN[kind]).float()
             stored = llama_cpp().quantize(
                 kind, rows, tensor_bytes(tuple(rows.shape), kind), importance.of(tensor.name), pool, count
             )
@@ -105,7 +108,7 @@ def measure_damage(
             total = (rows.square() @ weights).sum()
             errors[tensor.name] = {
                 kind: (((rounded(tensor, rows, kind) - rows).square() @ weights).sum() / total).item()
-                for kind in _choices(tensor, importance)
+                for kind in _choices(tensor, tensor.name in importance.sums)
             }
             probe = _nearest(near, errors[tensor.name])
             changed = rounded(tensor, whole, probe)
@@ -117,10 +120,20 @@ def measure_damage(
     return Damage(errors, effect)
 
 
-def best_mixture(model: GgufModel, damage: Damage, importance: ImportanceMatrix, most_bytes: int) -> Mixture:
-    """The types of least damage whose file has at most so many bytes.
+def smallest_mixture(model: GgufModel) -> Mixture:
+    """The smallest types that matrices can have, with an importance matrix of the layers' ones."""
+    types = {tensor.name: BlockType.F32 for tensor in model.tensors}
+    for tensor in model.tensors:
+        if tensor.is_matrix:
+            inside = tensor.source is not None and tensor.source.layer is not None
+            types[tensor.name] = min(_choices(tensor, inside), key=lambda kind: tensor_bytes(tensor.shape, kind))
+    return Mixture("", types, {})
 
-    Raises: GgufError if no types make so small a file.
+
+def best_mixture(model: GgufModel, damage: Damage, most_bytes: int) -> Mixture:
+    """The types of least damage whose tensors have at most so many bytes.
+
+    Raises: GgufError if no types make them so small.
     """
     matrices = {tensor.name: tensor for tensor in model.tensors if tensor.is_matrix}
     options = {
@@ -133,11 +146,9 @@ def best_mixture(model: GgufModel, damage: Damage, importance: ImportanceMatrix,
         types = {tensor.name: chosen.get(tensor.name, BlockType.F32) for tensor in model.tensors}
         return Mixture(_label(types, matrices), types, {})
 
-    smallest = quantized_bytes(model, made(), importance)
+    smallest = weights_bytes(model, made().types)
     if smallest > most_bytes:
-        raise GgufError(
-            f"no types make a file of {size(most_bytes)}; the smallest has {size(smallest)}: allow at least that"
-        )
+        raise GgufError(f"no types make tensors of {size(most_bytes)}; the smallest have {size(smallest)}")
     # The steps up each matrix's hull, dearest gains first, as long as the next one fits.
     room = most_bytes - smallest
     steps = sorted(
@@ -183,12 +194,11 @@ def _slope(points: Mapping[BlockType, tuple[int, float]], low: BlockType, high: 
     return (points[low][1] - points[high][1]) / (points[high][0] - points[low][0])
 
 
-def _choices(tensor: GgufTensor, importance: ImportanceMatrix) -> Iterator[BlockType]:
-    informed = tensor.name in importance.sums
+def _choices(tensor: GgufTensor, informed: bool) -> Iterator[BlockType]:
     for kind in CHOICES:
         if tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
             continue
-        if informed or not llama_cpp().needs_importance(kind):
+        if kind in PLAIN or informed or not llama_cpp().needs_importance(kind):
             yield kind
 
 

@@ -19,6 +19,7 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
 from torch import Tensor
+from transformers.utils import logging
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -94,7 +95,8 @@ class Prover:
 
     @staticmethod
     def _new_pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=spawn, initializer=logging.disable_progress_bar)
 
 
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:

@@ -1,0 +1,322 @@
+"""From a checkpoint to a proven ladder of GGUF files, as the command line and a run do it."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType as BlockType
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
+
+from minitron.config import Section
+from minitron.errors import GgufError, did_you_mean
+from minitron.model.checkpoint import Checkpoint
+from minitron.prune.calibrate import calibrate
+from minitron.publish.formats import size
+from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
+from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.publish.mixing import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
+from minitron.publish.quantize import (
+    LADDER,
+    Mixture,
+    mixture,
+    quantized_bytes,
+    require_file_type,
+    require_importance,
+    write_quantized,
+)
+from minitron.publish.verify import Measured, Prover
+from minitron.rundir import SILENT, Listener
+
+QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
+IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
+PLAIN_TYPES = ("F32", "F16", "BF16", "Q8_0")  # that an importance matrix changes nothing of
+
+
+class QuantizeConfig(Section):
+    types: list[str] = Field(default_factory=list)
+    """GGUF types to write, such as Q4_K_M and IQ4_XS; see `minitron quantize --help`."""
+    bits_per_weight: list[float] = Field(default_factory=list)
+    """Also mixtures of minitron's own: the types of all matrices are chosen to lose least at so many bits a weight, all
+    tensors counted."""
+    sizes: list[float] = Field(default_factory=list)
+    """The same, for files of at most so many bytes."""
+    tensor_types: dict[str, str] = Field(default_factory=dict)
+    """Regular expression found in a tensor's GGUF name -> its type, instead of the rules'; such as
+    `{"output": "Q8_0"}`."""
+    samples: int = Field(default=256, ge=1)
+    """Calibration blocks for the importance matrix."""
+    blocks: int = Field(default=32, ge=1)
+    """Held-out blocks that each file is measured on."""
+    verify: bool = True
+    """Run each file in llama.cpp and hold it against the unquantized model. A type that can do without an importance
+    matrix is then written with and without one, and the better file is kept."""
+    pre: str | None = None
+    """llama.cpp's name of the tokenizer's splitting rule, where tokenizer.json has one that is not known."""
+    threads: int | None = Field(default=None, ge=1)
+    """Cores that quantize and run files; default all."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text for calibration and for measuring, as blocks of token ids, and where it is from."""
+
+    calibration: Int[Tensor, "samples tokens"]
+    heldout: Int[Tensor, "blocks tokens"]
+    source: str
+
+
+@dataclass(frozen=True)
+class File:
+    """One row of the table.
+
+    informed: by the importance matrix. fallbacks: how many matrices do not have the type they were to have, since their
+    columns make no whole blocks of it. measured: None where it was not verified. without: the KL of the same type
+    without the importance matrix, where that was tried.
+    """
+
+    name: str
+    file: str
+    bytes: int
+    bits_per_weight: float
+    informed: bool
+    fallbacks: int
+    digest: str
+    measured: Measured | None
+    without: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        measured = {} if self.measured is None else self.measured.to_dict()
+        own = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "measured"}
+        return own | {"measured": measured or None}
+
+
+def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
+    """What `quantize` would write, by size; mixtures of one's own are chosen later, and left out.
+
+    Args:
+        informed: whether there will be an importance matrix.
+    """
+    model, overrides = require_possible(checkpoint, config, informed=informed)
+    rows = []
+    for name in map(require_file_type, config.types):
+        mixed = mixture(model, name, informed=informed, overrides=overrides)
+        count = quantized_bytes(model, mixed, None)
+        fallbacks = {tensor: [was.name, mixed.types[tensor].name] for tensor, was in mixed.fallbacks.items()}
+        bits = bits_per_weight(model, mixed.types)
+        rows.append({"name": name, "bytes": count, "bits_per_weight": bits, "fallbacks": fallbacks})
+    return rows
+
+
+def require_possible(
+    checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool, name: str | None = None
+) -> tuple[GgufModel, dict[str, BlockType]]:
+    """The model as a file describes it, and the config's types of single tensors.
+
+    Raises: GgufError for what can be known before any text is read.
+    """
+    kinds, overrides = [require_file_type(kind) for kind in config.types], _overrides(config)
+    model = describe(checkpoint, name=name, pre=config.pre)
+    if not informed:
+        for kind in kinds:
+            require_importance(model, mixture(model, kind, informed=False, overrides=overrides))
+    smallest = smallest_mixture(model).types
+    for bits in config.bits_per_weight:
+        if bits < bits_per_weight(model, smallest):
+            raise GgufError(
+                f"{bits:g} bits per weight are too few: this model's smallest types have "
+                f"{bits_per_weight(model, smallest):.2f}, as blocks of 256 weights do not fit rows that are no multiple "
+                "of it"
+            )
+    for most in config.sizes:
+        if most < file_bytes(model, smallest, {}):
+            raise GgufError(f"a file of {size(most)} is too small: the smallest has {size(file_bytes(model, smallest, {}))}")
+    return model, overrides
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    config: QuantizeConfig,
+    out: Path,
+    *,
+    text: Text | None,
+    importance_file: Path | None = None,
+    name: str | None = None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Write the files of the config into the existing directory `out`, with their table; returns the table.
+
+    Args:
+        text: None without calibration: then types that need an importance matrix take that of `importance_file`, and
+            nothing is verified.
+        name: of the model, in the files and in front of their names.
+
+    Raises: GgufError for a model, type or importance matrix that makes no such file, and for a file that llama.cpp
+        does not run like the model.
+    """
+    informed = text is not None or importance_file is not None
+    model, overrides = require_possible(checkpoint, config, informed=informed, name=name)
+    for note in model.notes:
+        listener.warn(note)
+    if config.verify and text is None:
+        raise GgufError("verifying needs text: give --calibration TEXT, or --no-verify")
+    if (config.bits_per_weight or config.sizes) and text is None:
+        raise GgufError("a mixture of minitron's own needs text to measure on: give --calibration TEXT")
+    importance = _importance(checkpoint, text, importance_file, out, listener)
+    work = _Work(model, config, out, importance, text, listener)
+    rows = []
+    with ExitStack() as stack:
+        prove = None
+        if config.verify:
+            assert text is not None
+            prove = stack.enter_context(
+                Prover(checkpoint.path, text.heldout[: config.blocks], threads=work.threads)
+            ).measure
+        for kind in map(require_file_type, config.types):
+            rows.append(work.rung(kind, overrides, prove))
+        for label, most in work.budgets():
+            rows.append(work.own(label, most, prove))
+    table = {"model": model.keys["general.name"], "notes": list(model.notes), "files": [row.to_dict() for row in rows]}
+    (out / TABLE).write_text(json.dumps(table, indent=2))
+    return table
+
+
+class _Work:
+    """Writes files of one model."""
+
+    def __init__(
+        self,
+        model: GgufModel,
+        config: QuantizeConfig,
+        out: Path,
+        importance: ImportanceMatrix | None,
+        text: Text | None,
+        listener: Listener,
+    ):
+        self.model, self.config, self.out, self.importance, self.text = model, config, out, importance, text
+        self.listener, self.threads = listener, config.threads or os.cpu_count() or 1
+        self._damage: Damage | None = None
+
+    def budgets(self) -> list[tuple[str, int]]:
+        """Of each mixture of one's own: its name, and the most bytes of its tensors."""
+        weights = sum(math.prod(tensor.shape) for tensor in self.model.tensors)
+        beside = file_bytes(self.model, smallest_mixture(self.model).types, {})
+        beside -= weights_bytes(self.model, smallest_mixture(self.model).types)
+        by_bits = [(f"{bits:g}bpw", int(bits * weights / 8)) for bits in self.config.bits_per_weight]
+        # What a file says of its importance matrix comes on top.
+        by_size = [(size(most).replace(" ", ""), int(most) - beside - 1024) for most in self.config.sizes]
+        return by_bits + by_size
+
+    def rung(
+        self, kind: str, overrides: dict[str, BlockType], prove: Callable[[Path], Measured] | None
+    ) -> File:
+        """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
+
+        def mixed(informed: bool) -> Mixture:
+            return mixture(self.model, kind, informed=informed, overrides=overrides)
+
+        with_it = self.importance is not None and kind not in PLAIN_TYPES
+        made = self._write(kind, kind, mixed(with_it), prove, informed=with_it)
+        if not with_it or prove is None or self._needs_importance(mixed(False)):
+            return made
+        assert made.measured is not None
+        other = self._write(kind, f"{kind}.plain", mixed(False), prove, informed=False)
+        assert other.measured is not None
+        if other.measured.kl < made.measured.kl:
+            (self.out / other.file).replace(self.out / made.file)
+            return replace(other, file=made.file, without=other.measured.kl)
+        (self.out / other.file).unlink()
+        return replace(made, without=other.measured.kl)
+
+    def damage(self, most: int) -> Damage:
+        """What types do, measured once, near the first of the sizes that are wanted."""
+        if self._damage is not None:
+            return self._damage
+        assert self.text is not None and self.importance is not None
+        self.listener.stage("damage", "running")
+        near = min(
+            (kind for kind in LADDER if kind not in PLAIN_TYPES),
+            key=lambda kind: abs(weights_bytes(self.model, mixture(self.model, kind, informed=True).types) - most),
+        )
+        self._damage = measure_damage(
+            self.model,
+            self.importance,
+            self.text.calibration[:SAMPLE_BLOCKS],
+            near=LADDER[near],
+            threads=self.threads,
+            progress=lambda done, total: self.listener.progress(done, total, "matrices"),
+        )
+        self.listener.stage("damage", "done")
+        return self._damage
+
+    def own(self, label: str, most: int, prove: Callable[[Path], Measured] | None) -> File:
+        mixed = best_mixture(self.model, self.damage(most), most)
+        return self._write(label, label, mixed, prove, informed=True)
+
+    def _write(
+        self, kind: str, label: str, mixed: Mixture, prove: Callable[[Path], Measured] | None, *, informed: bool
+    ) -> File:
+        file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
+        self.listener.stage(label, "running")
+        digest = write_quantized(
+            self.model,
+            mixed,
+            file,
+            importance=self.importance if informed else None,
+            importance_file=IMPORTANCE if informed else "",
+            threads=self.threads,
+            progress=lambda done, total: self.listener.progress(done, total, "tensors"),
+        )
+        measured = None if prove is None else prove(file)
+        self.listener.stage(label, "done")
+        bits = bits_per_weight(self.model, mixed.types)
+        fallbacks = len(mixed.fallbacks)
+        return File(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
+
+    def _needs_importance(self, mixed: Mixture) -> bool:
+        try:
+            require_importance(self.model, mixed)
+        except GgufError:
+            return True
+        return False
+
+
+def _importance(
+    checkpoint: Checkpoint, text: Text | None, file: Path | None, out: Path, listener: Listener
+) -> ImportanceMatrix | None:
+    """The importance matrix, which is in `out` after it."""
+    if file is not None:
+        found = read_importance(file)
+        shutil.copyfile(file, out / IMPORTANCE)
+        return found
+    if text is None:
+        return None
+    listener.stage("imatrix", "running")
+    statistics = calibrate(
+        checkpoint,
+        text.calibration,
+        dtype=torch.float32,
+        progress=lambda done, total: listener.progress(done, total, "layers"),
+    )
+    found = importance_of(checkpoint, statistics, text.source)
+    write_importance(found, out / IMPORTANCE)
+    listener.stage("imatrix", "done")
+    return found
+
+
+def _overrides(config: QuantizeConfig) -> dict[str, BlockType]:
+    known = {kind.name: kind for kind in set(LADDER.values())}
+    found = {}
+    for pattern, name in config.tensor_types.items():
+        if name.upper() not in known:
+            raise GgufError(f"unknown tensor type {name!r} for {pattern!r}{did_you_mean(name.upper(), known)}")
+        found[pattern] = known[name.upper()]
+    return found
