@@ -17,7 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("describe", "sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("rundir",),
-    ("student_shape",),
+    ("student_shape", "quantizing"),
     ("run",),
     ("rooms", "demo", "estimate"),
     ("console",),
@@ -31,6 +31,7 @@ STAGES = {
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
     "distill": ("losses", "optimizer", "state", "trackers", "settings", "train"),
+    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "mixing", "verify"),
     "model": ("architecture", "families", "weights", "checkpoint", "states", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

@@ -127,11 +127,11 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
     assert ["1", *sizes, *costs, "2.500", "1.250", "1.125"] in rows
     assert [row[-3:] for row in rows if row[0] == "4" and len(row) == 16] == [[MISSING] * 3]
     assert page.count("<figure>") == page.count('role="img" aria-label="') == 13
-    assert "Loss after 4 steps" in page and "Successive halving" in page
+    assert "Loss after 4 steps" in page and "Successive elimination" in page
     for losses, words in (({}, "predicted, not measured"), ({"0": 2.0}, "right after the cut")):
         found = [one | {"losses": losses} for one in SEARCH["candidates"]]
         section = search(dataclasses.replace(read_run(run), search=SEARCH | {"candidates": found}))
-        assert words in section and "Successive halving" not in section
+        assert words in section and "Successive elimination" not in section
 
 
 def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:

@@ -63,17 +63,17 @@ def test_the_best_predicted_are_measured_after_the_cut_and_the_best_of_these_win
     assert {one.step for one in found[5:]} == {-1}
 
 
-def test_halving_finds_the_best_where_the_order_never_changes_and_spends_what_the_rungs_say() -> None:
+def test_elimination_finds_the_best_where_the_order_never_changes_and_spends_what_the_rungs_say() -> None:
     truth = Truth(lambda each: each.costs.total)
     found = rank(candidates(), predicted, truth.loss_at, DISTILLED, steps=STEPS, drop=truth.drop)
     measured = sorted(candidates(), key=lambda each: predicted(each.shape))[:12]
     assert found[0].candidate == min(measured, key=lambda each: each.costs.total)
     asked = Counter(step for _, step in truth.asked)
-    assert asked == {0: 12, 4: 8, 8: 4, 16: 2}
-    assert distilled_steps(found) == 4 * 4 + 2 * 8 + 2 * 16
+    assert asked == {0: 12, 4: 8, 32: 2}
+    assert distilled_steps(found) == 6 * 4 + 2 * 32
     assert len(truth.dropped) == 11 and found[0].candidate.name not in truth.dropped
-    assert [one.step for one in found[:13]] == [16, 16, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, -1]
-    for step in (0, 4, 8, 16):
+    assert [one.step for one in found[:13]] == [32, 32, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, -1]
+    for step in (0, 4, 32):
         losses = [one.losses[step] for one in found if one.step == step]
         assert losses == sorted(losses)
 
@@ -81,14 +81,15 @@ def test_halving_finds_the_best_where_the_order_never_changes_and_spends_what_th
 @pytest.mark.parametrize(
     ("num_candidates", "steps", "first", "expected"),
     [
-        (8, 64, 1 / 16, [Rung(8, 4, 4), Rung(4, 8, 2), Rung(2, 16, 1)]),
-        (5, 100, 0.1, [Rung(5, 10, 3), Rung(3, 20, 2), Rung(2, 40, 1)]),
-        (8, 10, 0.5, [Rung(8, 5, 4), Rung(4, 10, 1)]),
-        (16, 3, 0.01, [Rung(16, 1, 8), Rung(8, 2, 4), Rung(4, 3, 1)]),
+        (16, 64, 1 / 16, [Rung(16, 4, 4), Rung(4, 32, 1)]),
+        (5, 100, 0.1, [Rung(5, 10, 2), Rung(2, 80, 1)]),
+        (8, 10, 0.5, [Rung(8, 5, 2), Rung(2, 10, 1)]),
+        (65, 100, 0.01, [Rung(65, 1, 17), Rung(17, 8, 5), Rung(5, 64, 2), Rung(2, 100, 1)]),
+        (4, 64, 0.25, [Rung(4, 16, 1)]),
         (1, 64, 0.5, []),
     ],
 )
-def test_rungs_halve_the_candidates_and_double_the_steps_within_the_training(
+def test_rungs_keep_a_quarter_and_train_it_eight_times_as_long_within_the_training(
     num_candidates: int, steps: int, first: float, expected: list[Rung]
 ) -> None:
     assert rungs(num_candidates, steps, first) == expected

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="also mixtures of minitron's own at so many bits per weight, such as 4.5,3.5",
     )
     quantize.add_argument(
-        "--target-size", type=_byte_counts, default=[], metavar="SIZE", help="the same, for files of so many bytes: 4.5GB"
+        "--target-size",
+        type=_byte_counts,
+        default=[],
+        metavar="SIZE",
+        help="the same, for files of so many bytes: 4.5GB",
     )
     _add_data(quantize, names=("--calibration", "--data"))
     quantize.add_argument("--imatrix", type=Path, help="an importance matrix to use, of minitron's or llama.cpp's")
@@ -480,12 +485,11 @@ def _quantize(args: argparse.Namespace, console: Console) -> None:
         args.usage_error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
         args.usage_error("the following arguments are required: --out")
-    try:
-        from minitron.quantizing import QuantizeConfig
-    except ImportError as error:
-        raise MinitronError(f"writing GGUF files needs the package {error.name}: pip install 'minitron[gguf]'") from None
+    from minitron.publish.ladder import QuantizeConfig
     from minitron.rooms import plan_quantized, quantize_model
 
+    if find_spec("gguf") is None:
+        raise MinitronError("writing GGUF files needs another package: pip install 'minitron[gguf]'")
     config = _section(
         QuantizeConfig,
         types=args.types,
@@ -626,9 +630,7 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
-def _add_data(
-    parser: argparse.ArgumentParser, *, sampled: bool = True, names: Sequence[str] = ("--data",)
-) -> None:
+def _add_data(parser: argparse.ArgumentParser, *, sampled: bool = True, names: Sequence[str] = ("--data",)) -> None:
     """`sampled`: whether text can be sampled from the teacher, which is MODEL where nothing else is."""
     others = "`teacher` (text sampled from it) or " if sampled else "or "
     parser.add_argument(

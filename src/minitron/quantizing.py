@@ -13,23 +13,20 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
-from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section
-from minitron.errors import GgufError, did_you_mean
+from minitron.errors import GgufError
 from minitron.model.checkpoint import Checkpoint
 from minitron.prune.calibrate import calibrate
 from minitron.publish.formats import size
 from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.publish.ladder import LADDER, UNINFORMED, QuantizeConfig
 from minitron.publish.mixing import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
 from minitron.publish.quantize import (
-    LADDER,
     Mixture,
     mixture,
     quantized_bytes,
-    require_file_type,
     require_importance,
     write_quantized,
 )
@@ -38,31 +35,6 @@ from minitron.rundir import SILENT, Listener
 
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
-PLAIN_TYPES = ("F32", "F16", "BF16", "Q8_0")  # that an importance matrix changes nothing of
-
-
-class QuantizeConfig(Section):
-    types: list[str] = Field(default_factory=list)
-    """GGUF types to write, such as Q4_K_M and IQ4_XS; see `minitron quantize --help`."""
-    bits_per_weight: list[float] = Field(default_factory=list)
-    """Also mixtures of minitron's own: the types of all matrices are chosen to lose least at so many bits a weight, all
-    tensors counted."""
-    sizes: list[float] = Field(default_factory=list)
-    """The same, for files of at most so many bytes."""
-    tensor_types: dict[str, str] = Field(default_factory=dict)
-    """Regular expression found in a tensor's GGUF name -> its type, instead of the rules'; such as
-    `{"output": "Q8_0"}`."""
-    samples: int = Field(default=256, ge=1)
-    """Calibration blocks for the importance matrix."""
-    blocks: int = Field(default=32, ge=1)
-    """Held-out blocks that each file is measured on."""
-    verify: bool = True
-    """Run each file in llama.cpp and hold it against the unquantized model. A type that can do without an importance
-    matrix is then written with and without one, and the better file is kept."""
-    pre: str | None = None
-    """llama.cpp's name of the tokenizer's splitting rule, where tokenizer.json has one that is not known."""
-    threads: int | None = Field(default=None, ge=1)
-    """Cores that quantize and run files; default all."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +79,7 @@ def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool
     """
     model, overrides = require_possible(checkpoint, config, informed=informed)
     rows = []
-    for name in map(require_file_type, config.types):
+    for name in config.types:
         mixed = mixture(model, name, informed=informed, overrides=overrides)
         count = quantized_bytes(model, mixed, None)
         fallbacks = {tensor: [was.name, mixed.types[tensor].name] for tensor, was in mixed.fallbacks.items()}
@@ -123,22 +95,23 @@ def require_possible(
 
     Raises: GgufError for what can be known before any text is read.
     """
-    kinds, overrides = [require_file_type(kind) for kind in config.types], _overrides(config)
+    overrides = {pattern: BlockType[name] for pattern, name in config.tensor_types.items()}
     model = describe(checkpoint, name=name, pre=config.pre)
     if not informed:
-        for kind in kinds:
+        for kind in config.types:
             require_importance(model, mixture(model, kind, informed=False, overrides=overrides))
     smallest = smallest_mixture(model).types
     for bits in config.bits_per_weight:
         if bits < bits_per_weight(model, smallest):
             raise GgufError(
                 f"{bits:g} bits per weight are too few: this model's smallest types have "
-                f"{bits_per_weight(model, smallest):.2f}, as blocks of 256 weights do not fit rows that are no multiple "
-                "of it"
+                f"{bits_per_weight(model, smallest):.2f}; rows that are no multiple of 256 make it more"
             )
     for most in config.sizes:
         if most < file_bytes(model, smallest, {}):
-            raise GgufError(f"a file of {size(most)} is too small: the smallest has {size(file_bytes(model, smallest, {}))}")
+            raise GgufError(
+                f"a file of {size(most)} is too small: the smallest has {size(file_bytes(model, smallest, {}))}"
+            )
     return model, overrides
 
 
@@ -180,7 +153,7 @@ def quantize(
             prove = stack.enter_context(
                 Prover(checkpoint.path, text.heldout[: config.blocks], threads=work.threads)
             ).measure
-        for kind in map(require_file_type, config.types):
+        for kind in config.types:
             rows.append(work.rung(kind, overrides, prove))
         for label, most in work.budgets():
             rows.append(work.own(label, most, prove))
@@ -215,15 +188,13 @@ class _Work:
         by_size = [(size(most).replace(" ", ""), int(most) - beside - 1024) for most in self.config.sizes]
         return by_bits + by_size
 
-    def rung(
-        self, kind: str, overrides: dict[str, BlockType], prove: Callable[[Path], Measured] | None
-    ) -> File:
+    def rung(self, kind: str, overrides: dict[str, BlockType], prove: Callable[[Path], Measured] | None) -> File:
         """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
 
         def mixed(informed: bool) -> Mixture:
             return mixture(self.model, kind, informed=informed, overrides=overrides)
 
-        with_it = self.importance is not None and kind not in PLAIN_TYPES
+        with_it = self.importance is not None and kind not in UNINFORMED
         made = self._write(kind, kind, mixed(with_it), prove, informed=with_it)
         if not with_it or prove is None or self._needs_importance(mixed(False)):
             return made
@@ -243,14 +214,14 @@ class _Work:
         assert self.text is not None and self.importance is not None
         self.listener.stage("damage", "running")
         near = min(
-            (kind for kind in LADDER if kind not in PLAIN_TYPES),
+            (kind for kind in LADDER if kind not in UNINFORMED),
             key=lambda kind: abs(weights_bytes(self.model, mixture(self.model, kind, informed=True).types) - most),
         )
         self._damage = measure_damage(
             self.model,
             self.importance,
             self.text.calibration[:SAMPLE_BLOCKS],
-            near=LADDER[near],
+            near=BlockType[LADDER[near]],
             threads=self.threads,
             progress=lambda done, total: self.listener.progress(done, total, "matrices"),
         )
@@ -306,17 +277,13 @@ def _importance(
         dtype=torch.float32,
         progress=lambda done, total: listener.progress(done, total, "layers"),
     )
-    found = importance_of(checkpoint, statistics, text.source)
+    found = importance_of(
+        checkpoint,
+        statistics.column_squares(),
+        samples=statistics.samples,
+        tokens=statistics.tokens,
+        source=text.source,
+    )
     write_importance(found, out / IMPORTANCE)
     listener.stage("imatrix", "done")
-    return found
-
-
-def _overrides(config: QuantizeConfig) -> dict[str, BlockType]:
-    known = {kind.name: kind for kind in set(LADDER.values())}
-    found = {}
-    for pattern, name in config.tensor_types.items():
-        if name.upper() not in known:
-            raise GgufError(f"unknown tensor type {name!r} for {pattern!r}{did_you_mean(name.upper(), known)}")
-        found[pattern] = known[name.upper()]
     return found

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -53,6 +53,7 @@ from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
+from minitron.publish.ladder import QuantizeConfig
 from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
@@ -72,9 +73,6 @@ from minitron.run import (
 )
 from minitron.rundir import SILENT, Listener, RunDirectory
 from minitron.student_shape import feasible_for, machine_for, ranked
-
-if TYPE_CHECKING:
-    from minitron.quantizing import QuantizeConfig
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -393,7 +391,7 @@ def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: floa
 
 def quantize_model(
     model: str,
-    config: "QuantizeConfig",
+    config: QuantizeConfig,
     data_config: data.DataConfig | None,
     *,
     importance_file: Path | None,
@@ -426,7 +424,7 @@ def quantize_model(
         )
 
 
-def plan_quantized(model: str, config: "QuantizeConfig", *, informed: bool) -> list[dict[str, Any]]:
+def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
     """What `quantize_model` would write; no weights are read."""
     from minitron.quantizing import plan_files
 

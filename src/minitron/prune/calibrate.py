@@ -95,6 +95,10 @@ class Statistics:
         facts = {"samples": self.samples, "tokens": self.tokens, "model": self.model}
         (path / "statistics.json").write_text(json.dumps(facts))
 
+    def column_squares(self) -> dict[str, Float[Tensor, "layers channels"]]:
+        """Site -> sum over all tokens of each channel's square."""
+        return {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in self.sums.items()}
+
     @staticmethod
     def load(path: Path) -> "Statistics":
         """Raises: RunError if the directory holds no statistics."""

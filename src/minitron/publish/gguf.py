@@ -211,9 +211,9 @@ def _require_runnable(checkpoint: Checkpoint) -> None:
     filling = shape.heads * shape.head_dim
     if table.heads_fill_hidden and shape.hidden != filling:
         raise GgufError(
-            f"llama.cpp makes the query and output projections of a {architecture.name} model hidden x hidden, but here "
-            f"hidden={shape.hidden} and heads*head_dim={shape.heads}*{shape.head_dim}={filling}: it would not load. "
-            f"Cut to hidden={filling}, or to another number of heads"
+            f"llama.cpp makes the query and output projections of a {architecture.name} model hidden x hidden, but "
+            f"here hidden={shape.hidden} and heads*head_dim={shape.heads}*{shape.head_dim}={filling}: it would not "
+            f"load. Cut to hidden={filling}, or to another number of heads"
         )
     if table.head == "embedding" and not architecture.tied(checkpoint.config):
         raise GgufError(

@@ -144,8 +144,8 @@ def _rule_of(file: Path, stored: Mapping[str, Any]) -> str:
     known = ", ".join(RULES.values())
     raise GgufError(
         f"{file} splits text by a rule that is none of those known by name in llama.cpp ({known}): "
-        f"{' then '.join(splits) or 'none at all'}. If llama.cpp has it, give its name with --pre; with a wrong one the "
-        "check after writing fails"
+        f"{' then '.join(splits) or 'none at all'}. If llama.cpp has it, give its name with --pre; with a wrong one "
+        "the check after writing fails"
     )
 
 

@@ -1,7 +1,8 @@
 """The importance matrix of a model: how large the inputs of each matrix are, column by column, on a text.
 
 A quantizer spends its rounding errors where inputs are small. The sums are those that calibration collects anyway; they
-must be of the model that is quantized, not of the teacher that it came from. Read and written in llama.cpp's two formats.
+must be of the model that is quantized, not of the teacher that it came from. Read and written in llama.cpp's two
+formats.
 """
 
 import struct
@@ -19,7 +20,6 @@ from minitron.errors import GgufError
 from minitron.files import readable_os_errors
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint
-from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -47,14 +47,21 @@ class ImportanceMatrix:
         return self.sums[name] / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
 
 
-def importance_of(checkpoint: Checkpoint, statistics: Statistics, text: str) -> ImportanceMatrix:
+def importance_of(
+    checkpoint: Checkpoint,
+    squares: Mapping[str, Float[Tensor, "layers columns"]],
+    *,
+    samples: int,
+    tokens: int,
+    source: str,
+) -> ImportanceMatrix:
     """The importance matrix of the layers' matrices, as llama.cpp's own tool collects it.
 
     Args:
-        statistics: of this model, on whole blocks.
-        text: where they are from.
+        squares: of this model's activations, at the calibration's sites, summed over `tokens` in blocks of one length.
+        samples: those blocks.
+        source: where they are from.
     """
-    squares = SEQUENCE_AGGREGATES.index("l2")
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     assert checkpoint.architecture.gguf is not None, "llama.cpp does not know the family"
     names = gguf.get_tensor_name_map(known[checkpoint.architecture.gguf.name], checkpoint.shape.layers)
@@ -63,14 +70,13 @@ def importance_of(checkpoint: Checkpoint, statistics: Statistics, text: str) -> 
         if spec.layer is not None and len(spec.axes) == 2:
             name = names.get_name(spec.name, try_suffixes=(".weight",))
             assert name is not None
-            of_layer = statistics.sums[_site(spec)][spec.layer]
-            sums[name] = of_layer[squares, 1].float()  # the sum of squared norms is the sum of squares
+            sums[name] = squares[_site(spec)][spec.layer].float()
     return ImportanceMatrix(
         sums=sums,
-        counts=dict.fromkeys(sums, statistics.tokens),
-        chunks=statistics.samples,
-        chunk_tokens=statistics.tokens // statistics.samples,
-        datasets=(text,),
+        counts=dict.fromkeys(sums, tokens),
+        chunks=samples,
+        chunk_tokens=tokens // samples,
+        datasets=(source,),
     )
 
 

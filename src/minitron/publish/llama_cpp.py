@@ -8,7 +8,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -148,8 +148,9 @@ def llama_cpp() -> LlamaCpp:
     from importlib.util import find_spec
 
     package = find_spec("xllamacpp")
-    files = [file for root in (package.submodule_search_locations or []) for file in Path(root).glob("xllamacpp*.so")]
-    if not package or not files:
+    roots = (package.submodule_search_locations or []) if package else []
+    files = [file for root in roots for file in Path(root).glob("xllamacpp*.so")]
+    if not files:
         raise GgufError("quantizing needs llama.cpp: pip install 'minitron[gguf]'")
     return LlamaCpp(files[0])
 
@@ -225,7 +226,9 @@ class Runtime:
             if failed:
                 raise GgufError(f"llama.cpp failed to run {self.file}: llama_decode returned {failed}")
             wanted = range(len(tokens)) if every else [len(tokens) - 1]
-            rows = [np.ctypeslib.as_array(call.llama_get_logits_ith(self.context, i), (self.vocab_size,)) for i in wanted]
+            rows = [
+                np.ctypeslib.as_array(call.llama_get_logits_ith(self.context, i), (self.vocab_size,)) for i in wanted
+            ]
             return torch.from_numpy(np.stack(rows))
         finally:
             call.llama_batch_free(batch)

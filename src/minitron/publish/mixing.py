@@ -1,9 +1,9 @@
 """A mixture of our own: the type of every matrix, chosen to lose least under a size.
 
-What a type does to a matrix is the error of its outputs, weighted by the importance matrix; what that does to the model is
-measured: the KL divergence with this one matrix quantized. Small errors of several matrices add up, nearly, so the sum is
-minimised under the size, as a knapsack with one choice for each matrix (Lagrange: each takes the type that is best at one
-price of a byte, and the price is what makes the size fit).
+What a type does to a matrix is the error of its outputs, weighted by the importance matrix; what that does to the model
+is measured: the KL divergence with this one matrix quantized. Small errors of several matrices add up, nearly, so the
+sum is minimised under the size: a knapsack with one choice for each matrix, filled in the order of what a byte more
+saves.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import gguf
@@ -25,8 +26,9 @@ from minitron.model.logits import logit_transform
 from minitron.publish.formats import size
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix
+from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
-from minitron.publish.quantize import LADDER, Mixture
+from minitron.publish.quantize import Mixture
 
 # What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
 CHOICES = (
@@ -151,28 +153,18 @@ def best_mixture(model: GgufModel, damage: Damage, most_bytes: int) -> Mixture:
         raise GgufError(f"no types make tensors of {size(most_bytes)}; the smallest have {size(smallest)}")
     # The steps up each matrix's hull, dearest gains first, as long as the next one fits.
     room = most_bytes - smallest
-    steps = sorted(
-        (
-            (damage.of(name, low) - damage.of(name, high)) / (_bytes(matrices[name], high) - _bytes(matrices[name], low)),
-            name,
-            low,
-            high,
-        )
-        for name, hull in options.items()
-        for low, high in zip(hull, hull[1:], strict=False)
-    )
-    blocked = set()
-    for _, name, low, high in reversed(steps):
-        cost = _bytes(matrices[name], high) - _bytes(matrices[name], low)
-        if name in blocked or cost > room:
-            blocked.add(name)
+    steps = []
+    for name, hull in options.items():
+        for low, high in pairwise(hull):
+            cost = tensor_bytes(matrices[name].shape, high) - tensor_bytes(matrices[name].shape, low)
+            steps.append(((damage.of(name, low) - damage.of(name, high)) / cost, name, high, cost))
+    full = set()
+    for _, name, high, cost in sorted(steps, reverse=True):
+        if name in full or cost > room:
+            full.add(name)
             continue
         chosen[name], room = high, room - cost
     return made()
-
-
-def _bytes(tensor: GgufTensor, kind: BlockType) -> int:
-    return tensor_bytes(tensor.shape, kind)
 
 
 def _hull(points: Mapping[BlockType, tuple[int, float]]) -> list[BlockType]:
@@ -218,7 +210,7 @@ def _label(types: Mapping[str, BlockType], matrices: Mapping[str, GgufTensor]) -
     for name, tensor in matrices.items():
         weights[types[name]] = weights.get(types[name], 0) + tensor.shape[0] * tensor.shape[1]
     most = max(weights, key=lambda kind: weights[kind])
-    return next((name for name, kind in LADDER.items() if kind == most), "Q4_K_M")
+    return next((name for name, kind in LADDER.items() if kind == most.name), "Q4_K_M")
 
 
 @contextmanager

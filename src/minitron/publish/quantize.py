@@ -16,44 +16,12 @@ from gguf import LlamaFileType
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitron.errors import GgufError, did_you_mean
+from minitron.errors import GgufError
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
 from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits
+from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
 
-# Name of a file's type -> the type of most of its matrices.
-LADDER: dict[str, BlockType] = {
-    "F32": BlockType.F32,
-    "F16": BlockType.F16,
-    "BF16": BlockType.BF16,
-    "Q8_0": BlockType.Q8_0,
-    "Q6_K": BlockType.Q6_K,
-    "Q5_K_M": BlockType.Q5_K,
-    "Q5_K_S": BlockType.Q5_K,
-    "Q5_1": BlockType.Q5_1,
-    "Q5_0": BlockType.Q5_0,
-    "Q4_K_M": BlockType.Q4_K,
-    "Q4_K_S": BlockType.Q4_K,
-    "IQ4_NL": BlockType.IQ4_NL,
-    "IQ4_XS": BlockType.IQ4_XS,
-    "Q4_1": BlockType.Q4_1,
-    "Q4_0": BlockType.Q4_0,
-    "Q3_K_L": BlockType.Q3_K,
-    "Q3_K_M": BlockType.Q3_K,
-    "Q3_K_S": BlockType.Q3_K,
-    "IQ3_M": BlockType.IQ3_S,
-    "IQ3_S": BlockType.IQ3_S,
-    "IQ3_XS": BlockType.IQ3_S,
-    "IQ3_XXS": BlockType.IQ3_XXS,
-    "Q2_K": BlockType.Q2_K,
-    "Q2_K_S": BlockType.Q2_K,
-    "IQ2_M": BlockType.IQ2_S,
-    "IQ2_S": BlockType.IQ2_XS,
-    "IQ2_XS": BlockType.IQ2_XS,
-    "IQ2_XXS": BlockType.IQ2_XXS,
-    "IQ1_M": BlockType.IQ1_M,
-    "IQ1_S": BlockType.IQ1_S,
-}
 _SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
 # Type whose blocks of 256 do not fit a matrix's columns -> one with blocks of 32.
 FALLBACK: dict[BlockType, BlockType] = {
@@ -108,17 +76,6 @@ class _Place:
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
 
-def require_file_type(name: str) -> str:
-    """The name as the ladder spells it.
-
-    Raises: GgufError for one that is not on it.
-    """
-    found = {known.lower(): known for known in LADDER}.get(name.lower())
-    if found is None:
-        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), LADDER)}")
-    return found
-
-
 def mixture(
     model: GgufModel, file_type: str, *, informed: bool, overrides: Mapping[str, BlockType] | None = None
 ) -> Mixture:
@@ -128,7 +85,7 @@ def mixture(
         informed: by an importance matrix.
         overrides: regular expression found in a tensor's name -> its type, instead of the rules'.
     """
-    base, shape = LADDER[file_type], model.checkpoint.shape
+    base, shape = BlockType[LADDER[file_type]], model.checkpoint.shape
     place = _Place(file_type, shape.layers, shape.group, informed)
     tied = all(tensor.name != "output.weight" for tensor in model.tensors)
     # Matrices of values are small where many query heads share one, and llama.cpp calls such models of 80 layers 70B.

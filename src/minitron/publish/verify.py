@@ -19,7 +19,6 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
 from torch import Tensor
-from transformers.utils import logging
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -40,12 +39,12 @@ ROWS = 32  # of each matrix that are read back
 class Measured:
     """One file against the unquantized model, over held-out text.
 
-    perplexity, kl, top1: of llama.cpp's logits; KL in nats a token from transformers' logits of the unquantized model in
-        float32, top1 the share of tokens on which both find the same one likeliest.
+    perplexity, kl, top1: of llama.cpp's logits; KL in nats a token from transformers' logits of the unquantized model
+        in float32, top1 the share of tokens on which both find the same one likeliest.
     reference_perplexity: of the unquantized model.
     tokens: measured on.
-    error: of the weights read back from the file, root mean square of the differences as a share of the weights', in the
-        worst matrix.
+    error: of the weights read back from the file, root mean square of the differences as a share of the weights', in
+        the worst matrix.
     tokenizes_alike: over held-out and hard text; None without a tokenizer.
     text: what llama.cpp writes after the first held-out tokens; the tokens' numbers without a tokenizer.
     """
@@ -96,7 +95,13 @@ class Prover:
     @staticmethod
     def _new_pool() -> ProcessPoolExecutor:
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=spawn, initializer=logging.disable_progress_bar)
+        return ProcessPoolExecutor(1, mp_context=spawn, initializer=_quiet)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:

@@ -147,8 +147,8 @@ def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if len(steps) > 1:
         curves = [{int(at): loss for at, loss in one["losses"].items()} for one in here]
-        caption = "Each rung keeps the better half; step 0 is right after the cut"
-        figures.append(page.figure(plots.rung_curves(curves, y), "Successive halving", caption))
+        caption = "Each rung keeps the best quarter; step 0 is right after the cut"
+        figures.append(page.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
     return figures
 
 

@@ -12,5 +12,10 @@ SMOLLM3 = replace(
     defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
     per_layer_keys=("layer_types", "no_rope_layers"),
     hidden_multiple_of_heads=False,
-    gguf=Gguf("smollm3", interleaved=True, no_rope_step=4, unknown=("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")),
+    gguf=Gguf(
+        "smollm3",
+        interleaved=True,
+        no_rope_step=4,
+        unknown=("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias"),
+    ),
 )
