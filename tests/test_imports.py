@@ -20,6 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("student_shape", "quantizing"),
     ("run",),
     ("rooms", "demo", "estimate"),
+    ("gguf_rooms",),
     ("console",),
     ("cli",),
     ("__main__",),
@@ -31,7 +32,7 @@ STAGES = {
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
     "distill": ("losses", "optimizer", "state", "trackers", "settings", "train"),
-    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "mixing", "verify"),
+    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
     "model": ("architecture", "families", "weights", "checkpoint", "states", "stream"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(demo)
 
     inspect = add("inspect", _inspect)
-    inspect.add_argument("model", metavar="MODEL")
+    inspect.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
     inspect.add_argument("--revision")
 
     smaller = add("compress", _compress)
@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--out", type=Path, required=True)
 
     evaluate = add("evaluate", _evaluate)
-    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
     evaluate.add_argument("--teacher")
     _add_data(evaluate, sampled=False)
     evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
@@ -205,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
 
     generate = add("generate", _generate)
-    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--new-tokens", type=_count, default=200)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -286,6 +286,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     from minitron.publish.formats import size
     from minitron.rooms import draft_model, inspect_model
 
+    if _is_gguf(args.model):
+        return _inspect_gguf(args, console)
     path = resolve_model(args.model, args.revision, config_only=True)
     try:
         facts = inspect_model(path)
@@ -461,7 +463,13 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from minitron.rooms import evaluate_model
 
     data = _data_config(args, console)
-    facts = evaluate_model(args.model, args.teacher, data, blocks=args.blocks, whole=args.whole, listener=console)
+    options: dict[str, Any] = {"blocks": args.blocks, "whole": args.whole, "listener": console}
+    if _is_gguf(args.model):
+        from minitron.gguf_rooms import evaluate_gguf
+
+        facts = evaluate_gguf(Path(args.model), args.teacher, data, **options)
+    else:
+        facts = evaluate_model(args.model, args.teacher, data, **options)
     shown = {name: value for name, value in facts.items() if value is not None}
     lines = [
         f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
@@ -473,10 +481,46 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
 def _generate(args: argparse.Namespace, console: Console) -> None:
     from minitron.rooms import generate_text
 
-    text = generate_text(
-        args.model, args.prompt, new_tokens=args.new_tokens, temperature=args.temperature, seed=args.seed
-    )
+    options = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
+    if _is_gguf(args.model):
+        from minitron.gguf_rooms import generate_gguf
+
+        text = generate_gguf(Path(args.model), args.prompt, **options)
+    else:
+        text = generate_text(args.model, args.prompt, **options)
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)
+
+
+def _is_gguf(model: str) -> bool:
+    """Whether MODEL is a GGUF file, for which the packages must be there."""
+    if not model.endswith(".gguf"):
+        return False
+    if not Path(model).is_file():
+        raise MinitronError(f"{model} does not exist")
+    _require_gguf()
+    return True
+
+
+def _require_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise MinitronError("GGUF files need other packages: pip install 'minitron[gguf]'")
+
+
+def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
+    from minitron.gguf_rooms import inspect_gguf
+    from minitron.publish.formats import share, size
+
+    facts = inspect_gguf(Path(args.model))
+    total = facts["parameters"]["total"]
+    lines = [
+        f"{args.model}: {facts['family']}, {size(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
+        "",
+        *(f"  {dim:<14}{number:>16,}" for dim, number in facts["shape"].items() if number is not None),
+        "",
+        f"  {'weights':<14}{total:>16,}",
+        *(f"  {kind:<14}{count:>16,}  {share(count / total)}" for kind, count in facts["types"].items()),
+    ]
+    console.result(facts, "\n".join(lines))
 
 
 def _quantize(args: argparse.Namespace, console: Console) -> None:
@@ -486,10 +530,10 @@ def _quantize(args: argparse.Namespace, console: Console) -> None:
     if args.out is None and not args.dry_run:
         args.usage_error("the following arguments are required: --out")
     from minitron.publish.ladder import QuantizeConfig
-    from minitron.rooms import plan_quantized, quantize_model
 
-    if find_spec("gguf") is None:
-        raise MinitronError("writing GGUF files needs another package: pip install 'minitron[gguf]'")
+    _require_gguf()
+    from minitron.gguf_rooms import plan_quantized, quantize_model
+
     config = _section(
         QuantizeConfig,
         types=args.types,

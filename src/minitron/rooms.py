@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron import data, parallel
 from minitron.describe import describe
 from minitron.device import pick_device
@@ -53,7 +51,6 @@ from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
-from minitron.publish.ladder import QuantizeConfig
 from minitron.recipe import Recipe
 from minitron.run import (
     block_length,
@@ -105,12 +102,12 @@ def calibrate_model(
             separator = data.separator(data_config, load_tokenizer(teacher.path))
             return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
         with atomic_directory(out) as partial:
-            with _corpus(teacher, data_config, listener, config.samples, seed) as corpus:
+            with corpus_for(teacher, data_config, listener, config.samples, seed) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
                 statistics = calibrate_tokens(
                     teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
                 )
-                _keep_sampled(corpus.path, partial)
+                keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
 
@@ -136,7 +133,7 @@ def search_model(
     with ExitStack() as stack:
         corpus = None
         if data_config is not None:
-            corpus = stack.enter_context(_corpus(teacher, data_config, listener, calibration.samples))
+            corpus = stack.enter_context(corpus_for(teacher, data_config, listener, calibration.samples))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
@@ -220,7 +217,7 @@ class _Known:
     @cached_property
     def scoring(self) -> Scoring:
         calibration, tokenizer = CalibrateConfig(second_moment="basis" in self.steps), load_tokenizer(self.teacher.path)
-        with _corpus(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
+        with corpus_for(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
             scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
         return replace(scoring, scratch=self.work)
 
@@ -309,7 +306,7 @@ def distill_models(
             if config.correction == "before":
                 (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
             trackers.keep(work / "distill", made)
-            _keep_sampled(corpus.path, made)
+            keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
             with readable_os_errors(out):
                 made.rename(out)
@@ -372,7 +369,7 @@ def evaluate_model(
         guide = load_model(reference.path).to(pick_device())
     if whole:
         data_config = data_config.model_copy(update={"heldout": data_config.source})
-    with _corpus(checkpoint, data_config, listener) as corpus:
+    with corpus_for(checkpoint, data_config, listener) as corpus:
         quality = evaluate(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
@@ -389,56 +386,14 @@ def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: floa
     return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
-def quantize_model(
-    model: str,
-    config: QuantizeConfig,
-    data_config: data.DataConfig | None,
-    *,
-    importance_file: Path | None,
-    out: Path,
-    listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Write GGUF files of one model, with their table, and its importance matrix where there is one.
-
-    Args:
-        data_config: None for no calibration.
-    """
-    from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize, require_possible
-
-    checkpoint = open_checkpoint(resolve_model(model))
-    require_possible(checkpoint, config, informed=data_config is not None or importance_file is not None)
-    with ExitStack() as stack:
-        partial, text = stack.enter_context(atomic_directory(out)), None
-        if data_config is not None:
-            if data_config.block_tokens is None:
-                usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
-                data_config = data_config.model_copy(update={"block_tokens": usual})
-            corpus = stack.enter_context(_corpus(checkpoint, data_config, listener, config.samples))
-            tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), 0)
-            heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-            text = Text(tokens, heldout, data_config.source)
-            _keep_sampled(corpus.path, partial)
-        name = checkpoint.path.resolve().name
-        return quantize(
-            checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
-        )
-
-
-def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize_model` would write; no weights are read."""
-    from minitron.quantizing import plan_files
-
-    return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)
-
-
-def _keep_sampled(corpus: Path, out: Path) -> None:
+def keep_sampled(corpus: Path, out: Path) -> None:
     """Text that was sampled took longest of all, and can be given to the next command."""
     if (corpus / data.SAMPLED).exists():
         shutil.copyfile(corpus / data.SAMPLED, out / data.SAMPLED)
 
 
 @contextmanager
-def _corpus(
+def corpus_for(
     checkpoint: Checkpoint, config: data.DataConfig, listener: Listener, samples: int | None = None, seed: int = 0
 ) -> Iterator[data.Corpus]:
     """A corpus that is gone after the block.

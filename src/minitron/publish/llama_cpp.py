@@ -46,7 +46,6 @@ class _Batch(ctypes.Structure):
 # Function -> its result and its arguments.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_quantize_init": (None, [c_int32]),
-    "ggml_quantize_requires_imatrix": (c_bool, [c_int32]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [c_void_p, c_void_p]),
@@ -65,6 +64,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (c_int32, [c_void_p, _Batch]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
 }
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -92,9 +93,6 @@ class LlamaCpp:
                 f"{path}: the options of this llama.cpp start with {found} instead of {_CONTEXT_DEFAULTS}: it is of "
                 "another time than this program; install the version of xllamacpp that minitron's gguf extra names"
             )
-
-    def needs_importance(self, kind: int) -> bool:
-        return bool(self.functions.ggml_quantize_requires_imatrix(kind))
 
     def quantize(
         self,
@@ -190,17 +188,35 @@ class Runtime:
         self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
         return self._decode([int(token) for token in tokens], 0, every=True)
 
-    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The likeliest token, `count` times."""
+    def generate(self, prompt: Sequence[int], count: int, *, temperature: float = 0.0, seed: int = 0) -> list[int]:
+        """Up to `count` tokens: the likeliest ones, or with a temperature drawn; fewer if one of them ends the text."""
         self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
         made: list[int] = []
+        generator = torch.Generator().manual_seed(seed)
         next_tokens, position = list(prompt), 0
         for _ in range(count):
             logits = self._decode(next_tokens, position, every=False)
             position += len(next_tokens)
-            next_tokens = [int(logits[-1].argmax())]
-            made += next_tokens
+            if temperature > 0:
+                chosen = int(torch.multinomial((logits[-1] / temperature).softmax(-1), 1, generator=generator))
+            else:
+                chosen = int(logits[-1].argmax())
+            if self.library.functions.llama_vocab_is_eog(self.vocab, chosen):
+                break
+            next_tokens = [chosen]
+            made.append(chosen)
         return made
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What the tokens say, without those that are no text."""
+        ids = (c_int32 * len(tokens))(*tokens)
+        room = ctypes.create_string_buffer(64 * len(tokens) + 64)
+        detokenize = self.library.functions.llama_detokenize
+        count = detokenize(self.vocab, ids, len(tokens), room, len(room), True, False)
+        if count < 0:
+            room = ctypes.create_string_buffer(-count)
+            count = detokenize(self.vocab, ids, len(tokens), room, len(room), True, False)
+        return room.raw[:count].decode(errors="replace")
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with what the file says is put before and behind it if `special`."""

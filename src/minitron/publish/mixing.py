@@ -22,13 +22,13 @@ from torch import Tensor
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model
-from minitron.model.logits import logit_transform
 from minitron.publish.formats import size
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix
 from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
-from minitron.publish.quantize import Mixture
+from minitron.publish.quantize import NEED_IMPORTANCE, Mixture
+from minitron.publish.verify import logits_of
 
 # What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
 CHOICES = (
@@ -88,7 +88,7 @@ def measure_damage(
     count = threads or os.cpu_count() or 1
     matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
     loaded = load_model(model.checkpoint.path, torch.float32)
-    wanted = [_log_probabilities(loaded, block) for block in blocks]
+    wanted = [logits_of(loaded, block).log_softmax(-1) for block in blocks]
     errors: dict[str, dict[BlockType, float]] = {}
     effect: dict[str, float] = {}
     with ThreadPoolExecutor(count) as pool:
@@ -116,7 +116,9 @@ def measure_damage(
             changed = rounded(tensor, whole, probe)
             error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
             with _replaced(loaded, model, tensor, changed):
-                kl = sum(_kl(p, _log_probabilities(loaded, block)) for p, block in zip(wanted, blocks, strict=True))
+                kl = sum(
+                    _kl(p, logits_of(loaded, block).log_softmax(-1)) for p, block in zip(wanted, blocks, strict=True)
+                )
             effect[tensor.name] = kl / len(blocks) / error
             progress(number + 1, len(matrices))
     return Damage(errors, effect)
@@ -190,7 +192,7 @@ def _choices(tensor: GgufTensor, informed: bool) -> Iterator[BlockType]:
     for kind in CHOICES:
         if tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
             continue
-        if kind in PLAIN or informed or not llama_cpp().needs_importance(kind):
+        if informed or kind not in NEED_IMPORTANCE:
             yield kind
 
 
@@ -234,12 +236,6 @@ def _replaced(loaded: Any, model: GgufModel, tensor: GgufTensor, rows: Tensor) -
     finally:
         with torch.no_grad():
             parameter.copy_(before)
-
-
-@torch.no_grad()
-def _log_probabilities(loaded: Any, block: Tensor) -> Tensor:
-    hidden = loaded.base_model(input_ids=block[None].long(), use_cache=False).last_hidden_state[0]
-    return logit_transform(loaded)(hidden @ loaded.get_output_embeddings().weight.T).log_softmax(-1)
 
 
 def _kl(wanted: Tensor, found: Tensor) -> float:

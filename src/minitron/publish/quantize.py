@@ -23,6 +23,15 @@ from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
 
 _SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
+# Types too coarse for the layers' matrices without an importance matrix, by llama.cpp's tool.
+NEED_IMPORTANCE = {
+    BlockType.IQ1_S,
+    BlockType.IQ1_M,
+    BlockType.IQ2_XXS,
+    BlockType.IQ2_XS,
+    BlockType.IQ2_S,
+    BlockType.IQ3_XXS,
+}
 # Type whose blocks of 256 do not fit a matrix's columns -> one with blocks of 32.
 FALLBACK: dict[BlockType, BlockType] = {
     BlockType.Q2_K: BlockType.Q4_0,
@@ -114,10 +123,9 @@ def require_importance(model: GgufModel, mixed: Mixture) -> None:
     """Raises: GgufError, without an importance matrix, for types that need one."""
     for tensor in model.tensors:
         kind = mixed.types[tensor.name]
-        # ggml's own Q2_K can do without; at the least bits per weight llama.cpp's tool asks for one.
         scarce = mixed.file_type == "Q2_K_S" and kind == BlockType.Q2_K
         inside = tensor.source is not None and tensor.source.layer is not None
-        if inside and kind not in PLAIN and (scarce or llama_cpp().needs_importance(kind)):
+        if inside and (scarce or kind in NEED_IMPORTANCE):
             raise GgufError(
                 f"{mixed.file_type} needs an importance matrix ({tensor.name} is to be {kind.name}): "
                 "give --calibration TEXT, or --imatrix FILE"

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as BlockType
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.errors import GgufError
@@ -60,6 +60,49 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Comparison:
+    """Sums over predicted tokens of what one model finds, held against another."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of the other, KL, agreeing tokens
+        self.tokens = 0
+
+    def add(
+        self, wanted: Float[Tensor, "tokens vocab"], found: Float[Tensor, "tokens vocab"], block: Int[Tensor, " tokens"]
+    ) -> None:
+        """The logits of both behind each token of a block."""
+        ours, other = found[:-1, : wanted.shape[1]].log_softmax(-1), wanted[:-1].log_softmax(-1)
+        targets = block[1:, None]
+        self._sums += torch.stack(
+            [
+                -ours.gather(1, targets).sum(),
+                -other.gather(1, targets).sum(),
+                (other.exp() * (other - ours)).sum(),
+                (other.argmax(-1) == ours.argmax(-1)).sum(),
+            ]
+        ).double()
+        self.tokens += len(targets)
+
+    @property
+    def nats(self) -> float:
+        return self._mean(0)
+
+    @property
+    def nats_of_other(self) -> float:
+        return self._mean(1)
+
+    @property
+    def kl(self) -> float:
+        return self._mean(2)
+
+    @property
+    def top1(self) -> float:
+        return self._mean(3)
+
+    def _mean(self, index: int) -> float:
+        return (self._sums[index] / self.tokens).item()
 
 
 class Prover:
@@ -107,29 +150,18 @@ def _quiet() -> None:
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:
     reference, tokenizer = _reference(model)
     error = _read_back(file, model)
-    sums = torch.zeros(4, dtype=torch.float64)  # nats of the file, of the reference, KL, agreeing tokens
+    seen = Comparison()
     with Runtime(file, context=blocks.shape[1], threads=threads) as runtime:
         alike = None if tokenizer is None else _tokenizes_alike(runtime, tokenizer, blocks, file)
         for block in torch.from_numpy(blocks).long():
-            wanted = _logits(reference, block).log_softmax(-1)[:-1]
-            found = runtime.logits(block)[:, : wanted.shape[1]].log_softmax(-1)[:-1]
-            targets = block[1:, None]
-            sums += torch.stack(
-                [
-                    -found.gather(1, targets).sum(),
-                    -wanted.gather(1, targets).sum(),
-                    (wanted.exp() * (wanted - found)).sum(),
-                    (wanted.argmax(-1) == found.argmax(-1)).sum(),
-                ]
-            ).double()
+            seen.add(logits_of(reference, block), runtime.logits(block), block)
         prompt = blocks[0, :PROMPT_TOKENS].tolist()
         made = runtime.generate(prompt, min(GENERATED_TOKENS, blocks.shape[1] - PROMPT_TOKENS))
-    count = blocks.shape[0] * (blocks.shape[1] - 1)
-    nats, of_reference, kl, agreeing = (sums / count).tolist()
-    if not math.isfinite(nats):
+    if not math.isfinite(seen.nats):
         raise GgufError(f"{file}: llama.cpp's logits are not finite: the file is damaged, or its types are too small")
     text = " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
-    return Measured(math.exp(nats), kl, agreeing, math.exp(of_reference), count, error, alike, text)
+    perplexities = math.exp(seen.nats), math.exp(seen.nats_of_other)
+    return Measured(perplexities[0], seen.kl, seen.top1, perplexities[1], seen.tokens, error, alike, text)
 
 
 @lru_cache(1)
@@ -139,9 +171,10 @@ def _reference(path: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _logits(model: Any, block: Tensor) -> Tensor:
+def logits_of(model: Any, block: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocab"]:
+    """Of a loaded transformers model, in its own dtype up to the float32 logits."""
     hidden = model.base_model(input_ids=block[None], use_cache=False).last_hidden_state[0]
-    return logit_transform(model)(hidden @ model.get_output_embeddings().weight.T)
+    return logit_transform(model)(hidden.float() @ model.get_output_embeddings().weight.float().T)
 
 
 def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file: Path) -> bool:
