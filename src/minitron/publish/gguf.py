@@ -45,6 +45,11 @@ class GgufTensor:
     value: Float[Tensor, " _"] | None = None
 
     @property
+    def layer(self) -> int:
+        """-1 outside the layers."""
+        return -1 if self.source is None or self.source.layer is None else self.source.layer
+
+    @property
     def is_matrix(self) -> bool:
         return len(self.shape) == 2
 
@@ -141,7 +146,9 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
         **{f"{table.name}.{key}": value for key, value in own.items()},
         **tokenizer_keys(checkpoint.path, shape.vocab, pre),
     }
-    return GgufModel(checkpoint, keys, (*rope_tensors, *_tensors(checkpoint)), tuple(notes))
+    # In the order of llama.cpp's own tool, so that files can be the same to the byte.
+    tensors = sorted([*rope_tensors, *_tensors(checkpoint)], key=lambda tensor: (tensor.layer, tensor.name))
+    return GgufModel(checkpoint, keys, tuple(tensors), tuple(notes))
 
 
 def write_gguf(

@@ -175,7 +175,7 @@ def quantized_bytes(model: GgufModel, mixed: Mixture, importance: ImportanceMatr
 
 def file_keys(file_type: str, importance: ImportanceMatrix | None, importance_file: str) -> Keys:
     number = LlamaFileType["ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"]
-    keys: Keys = {"general.file_type": int(number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    keys: Keys = {"general.quantization_version": gguf.GGML_QUANT_VERSION, "general.file_type": int(number)}
     if importance is not None:
         keys |= {
             "quantize.imatrix.file": importance_file,
