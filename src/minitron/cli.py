@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -495,15 +494,12 @@ def _is_gguf(model: str) -> bool:
     """Whether MODEL is a GGUF file, for which the packages must be there."""
     if not model.endswith(".gguf"):
         return False
+    from minitron.publish.ladder import require_installed
+
     if not Path(model).is_file():
         raise MinitronError(f"{model} does not exist")
-    _require_gguf()
+    require_installed()
     return True
-
-
-def _require_gguf() -> None:
-    if find_spec("gguf") is None:
-        raise MinitronError("GGUF files need other packages: pip install 'minitron[gguf]'")
 
 
 def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
@@ -529,9 +525,9 @@ def _quantize(args: argparse.Namespace, console: Console) -> None:
         args.usage_error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
         args.usage_error("the following arguments are required: --out")
-    from minitron.publish.ladder import QuantizeConfig
+    from minitron.publish.ladder import QuantizeConfig, require_installed
 
-    _require_gguf()
+    require_installed()
     from minitron.gguf_rooms import plan_quantized, quantize_model
 
     config = _section(

@@ -58,9 +58,12 @@ def quantize_model(
             text = Text(tokens, heldout, data_config.source)
             keep_sampled(corpus.path, partial)
         name = checkpoint.path.resolve().name
-        return quantize(
+        listener.stage("quantize", "running")
+        table = quantize(
             checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
         )
+    listener.stage("quantize", "done")
+    return table
 
 
 def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:

@@ -212,7 +212,6 @@ class _Work:
         if self._damage is not None:
             return self._damage
         assert self.text is not None and self.importance is not None
-        self.listener.stage("damage", "running")
         near = min(
             (kind for kind in LADDER if kind not in UNINFORMED),
             key=lambda kind: abs(weights_bytes(self.model, mixture(self.model, kind, informed=True).types) - most),
@@ -223,9 +222,8 @@ class _Work:
             self.text.calibration[:SAMPLE_BLOCKS],
             near=BlockType[LADDER[near]],
             threads=self.threads,
-            progress=lambda done, total: self.listener.progress(done, total, "matrices"),
+            progress=lambda done, total: self.listener.progress(done, total, "matrices tried"),
         )
-        self.listener.stage("damage", "done")
         return self._damage
 
     def own(self, label: str, most: int, prove: Callable[[Path], Measured] | None) -> File:
@@ -236,7 +234,6 @@ class _Work:
         self, kind: str, label: str, mixed: Mixture, prove: Callable[[Path], Measured] | None, *, informed: bool
     ) -> File:
         file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
-        self.listener.stage(label, "running")
         digest = write_quantized(
             self.model,
             mixed,
@@ -244,10 +241,9 @@ class _Work:
             importance=self.importance if informed else None,
             importance_file=IMPORTANCE if informed else "",
             threads=self.threads,
-            progress=lambda done, total: self.listener.progress(done, total, "tensors"),
+            progress=lambda done, total: self.listener.progress(done, total, f"tensors of {label}"),
         )
         measured = None if prove is None else prove(file)
-        self.listener.stage(label, "done")
         bits = bits_per_weight(self.model, mixed.types)
         fallbacks = len(mixed.fallbacks)
         return File(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
@@ -270,12 +266,11 @@ def _importance(
         return found
     if text is None:
         return None
-    listener.stage("imatrix", "running")
     statistics = calibrate(
         checkpoint,
         text.calibration,
         dtype=torch.float32,
-        progress=lambda done, total: listener.progress(done, total, "layers"),
+        progress=lambda done, total: listener.progress(done, total, "layers of the importance matrix"),
     )
     found = importance_of(
         checkpoint,
@@ -285,5 +280,4 @@ def _importance(
         source=text.source,
     )
     write_importance(found, out / IMPORTANCE)
-    listener.stage("imatrix", "done")
     return found

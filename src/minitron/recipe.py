@@ -18,6 +18,7 @@ from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
+from minitron.publish.ladder import QuantizeConfig
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -39,6 +40,7 @@ class Recipe(Section):
     repair: RepairConfig = RepairConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gguf: QuantizeConfig = QuantizeConfig()
 
 
 Kind = TypeVar("Kind", bound=Section)

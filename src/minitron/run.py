@@ -14,11 +14,10 @@ from minitron import data
 from minitron.config import Section
 from minitron.describe import describe
 from minitron.device import compute_dtype, pick_device, settle_precision
-from minitron.distill import settings, train
+from minitron.distill import settings, trackers, train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
-from minitron.distill.trackers import require_installed
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
@@ -44,6 +43,7 @@ from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import needs_machine
+from minitron.publish import ladder
 from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
@@ -66,7 +66,9 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
-    require_installed(recipe.distill.log_to)
+    trackers.require_installed(recipe.distill.log_to)
+    if recipe.gguf.wanted:
+        ladder.require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
@@ -110,6 +112,8 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         if recipe.scratch_baseline:
             models["scratch"] = teach(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
         measure(stages, recipe.evaluate, models, corpus, tokenizer)
+        if recipe.gguf.wanted:
+            ship(stages, recipe, student, corpus)
     return publish(out)
 
 
@@ -571,6 +575,24 @@ def measure(
 
     inputs = {name: stages.digest(model_files(path)) for name, path in models.items()}
     stages.do("evaluations", work, inputs=inputs | {"data": corpus.digest}, config={"evaluate": config})
+
+
+def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: data.Corpus) -> None:
+    """GGUF files of the student."""
+    from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize
+
+    config, seed = recipe.gguf, recipe.seed
+    name = f"{Path(recipe.model).name}-{recipe.prune.target or 'small'}".replace("%", "pct")
+
+    def work(out: Path) -> dict[str, Any]:
+        tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), seed)
+        heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
+        source = recipe.data.source
+        text = Text(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
+        return quantize(open_checkpoint(student), config, out, text=text, name=name, listener=stages.listener)
+
+    inputs = {"student": stages.digest(model_files(student)), "data": corpus.digest}
+    stages.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
 
 
 def publish(out: Path) -> RunRecords:

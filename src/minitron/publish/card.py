@@ -11,15 +11,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from minitron.data import BUILTIN, TEACHER
 from minitron.files import readable_os_errors
 from minitron.publish.formats import (
+    MISSING,
     RESULT_COLUMNS,
     count,
     duration,
     environments,
     hub_id,
     nats,
+    percent,
     result_cells,
     share,
     short_count,
+    size,
     source_name,
 )
 from minitron.publish.records import (
@@ -168,7 +171,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_spec
 ```
 
 With vLLM (not tested by this run): `vllm serve PATH`.
-
+{_gguf(records)}
 ## Limits
 
 - Measured on held-out text of {_measured_on(records)} only. What the parent could do beyond such text, in other
@@ -180,6 +183,32 @@ With vLLM (not tested by this run): `vllm serve PATH`.
 ## Provenance
 
 {_provenance(records)}
+"""
+
+
+def _gguf(records: RunRecords) -> str:
+    """The GGUF files and how they are run; nothing where there are none."""
+    files = records.ladder.get("files", [])
+    if not files:
+        return ""
+    rows = []
+    for row in files:
+        seen = row["measured"]
+        cells = [row["file"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
+        rows.append([*cells, *([f"{seen['kl']:.5f}", percent(seen["top1"])] if seen else [MISSING] * 2)])
+    tested = "Each was run in llama.cpp and held against this model." if files[0]["measured"] else "None was tested."
+    notes = "".join(f"\n\nNote: {note}." for note in records.ladder["notes"])
+    table = _table(["file", "size", "bits/weight", "importance matrix", "KL to this model", "top-1 agreement"], rows)
+    return f"""
+## GGUF files
+
+{tested}{notes}
+
+{table}
+
+With llama.cpp: `llama-cli -m {files[0]["file"]} -p {_prompt(records)!r}`. With Ollama:
+
+{_fenced(f"FROM ./{files[0]['file']}", "Modelfile")}
 """
 
 

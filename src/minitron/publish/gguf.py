@@ -22,7 +22,7 @@ from minitron.files import readable_os_errors
 from minitron.large_files import CHUNK_BYTES, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
-from minitron.publish.gguf_tokenizer import tokenizer_keys
+from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 
 Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
 ALIGNMENT = 32  # of each tensor in the file; the format's default
@@ -146,6 +146,7 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
         **{f"{table.name}.{key}": value for key, value in own.items()},
         **tokenizer_keys(checkpoint.path, shape.vocab, pre),
     }
+    notes += tokenizer_notes(keys)
     # In the order of llama.cpp's own tool, so that files can be the same to the byte.
     tensors = sorted([*rope_tensors, *_tensors(checkpoint)], key=lambda tensor: (tensor.layer, tensor.name))
     return GgufModel(checkpoint, keys, tuple(tensors), tuple(notes))

@@ -96,6 +96,18 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
     return keys | _special(path)
 
 
+def tokenizer_notes(keys: Mapping[str, Any]) -> list[str]:
+    """What llama.cpp does otherwise with such a tokenizer."""
+    if keys["tokenizer.ggml.model"] == "no_vocab":
+        return ["this model has no tokenizer: llama.cpp runs the file on token ids alone"]
+    if keys["tokenizer.ggml.model"] == "llama" and _BYTE not in keys["tokenizer.ggml.token_type"]:
+        return [
+            "this tokenizer has no tokens for single bytes: llama.cpp ends its process on text with a letter that is "
+            "none of its tokens"
+        ]
+    return []
+
+
 def _kind(index: int, text: str, added: Mapping[int, Any], tokens: Mapping[int, str], unknown: str | None) -> int:
     if index not in tokens:
         return _UNUSED

@@ -1,5 +1,7 @@
 """The ladder of quantized files: the names of its types, and what a run writes of it."""
 
+from importlib.util import find_spec
+
 from pydantic import Field, field_validator
 
 from minitron.config import Section
@@ -42,6 +44,12 @@ LADDER: dict[str, str] = {
 UNINFORMED = ("F32", "BF16", "F16", "Q8_0")
 
 
+def require_installed() -> None:
+    """Raises: GgufError if the packages of the gguf extra are not there."""
+    if find_spec("gguf") is None:
+        raise GgufError("GGUF files need other packages: pip install 'minitron[gguf]'")
+
+
 def require_file_type(name: str) -> str:
     """The name as the ladder spells it.
 
@@ -82,6 +90,11 @@ class QuantizeConfig(Section):
     """llama.cpp's name of the tokenizer's splitting rule, where tokenizer.json has one that is not known."""
     threads: int | None = Field(default=None, ge=1)
     """Cores that quantize and run files; default all."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any file is."""
+        return bool(self.types or self.bits_per_weight or self.sizes)
 
     @field_validator("types")
     @classmethod

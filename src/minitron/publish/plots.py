@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron.publish.formats import Number
+from minitron.publish.formats import Number, size
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
 MOST_POINTS = 400  # of a curve, and columns of a heat map
@@ -128,6 +128,28 @@ def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callab
         axes.xaxis.set_major_formatter(lambda value, _: form(value))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
+    return drawn[0]
+
+
+def ladder(points: Mapping[str, tuple[Number, Number]]) -> str:
+    """Files by size and KL, each with its name; KL on a logarithmic scale."""
+    label = "Scatter plot of KL against file size: " + ", ".join(f"{name} {kl:.5f}" for name, (_, kl) in points.items())
+    with _canvas(2.8, label) as (figure, drawn):
+        axes = figure.subplots()
+        own = {name: name.endswith(("bpw", "B")) for name in points}
+        for kind, color, text in ((False, "teacher", "llama.cpp's mixtures"), (True, "student", "our own")):
+            some = [points[name] for name in points if own[name] == kind]
+            if some:
+                axes.scatter(*zip(*some, strict=True), s=22, color=COLORS[color], linewidths=0, label=text)
+        for name, point in points.items():
+            axes.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set_yscale("log")
+        axes.legend(loc="best")
+        axes.margins(x=0.14, y=0.14)
+        axes.xaxis.set_major_formatter(lambda value, _: size(value))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel("file")
+        axes.set_ylabel("KL, nats/token")
     return drawn[0]
 
 

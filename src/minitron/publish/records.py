@@ -16,7 +16,7 @@ from minitron.errors import RunError
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
 STAGES = (
     *("data", "corrected", "statistics", "lessons", "search", "scores", "plan"),
-    *("pruned", "student", "scratch", "evaluations"),
+    *("pruned", "student", "scratch", "evaluations", "gguf"),
 )
 
 LOSS_NAMES = {
@@ -38,6 +38,7 @@ class RunRecords:
     metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
     search: search/candidates.json, or nothing where the shape was not searched for.
+    ladder: gguf/quantization.json, or nothing where no GGUF files were written.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class RunRecords:
     plan: dict[str, Any]
     cut: dict[str, Any]
     search: dict[str, Any]
+    ladder: dict[str, Any]
 
 
 def read_run(path: Path) -> RunRecords:
@@ -75,6 +77,7 @@ def read_run(path: Path) -> RunRecords:
         plan=plan,
         cut=_json(path / "pruned" / "plan.json") or plan,
         search=_json(path / "search" / "candidates.json") or {},
+        ladder=_json(path / "gguf" / "quantization.json") or {},
     )
 
 

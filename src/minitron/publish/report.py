@@ -20,6 +20,8 @@ from minitron.publish.formats import (
     duration,
     environments,
     nats,
+    percent,
+    perplexity,
     ratio,
     result_cells,
     share,
@@ -52,7 +54,7 @@ def write_report(records: RunRecords) -> Path:
 
 
 def render(records: RunRecords) -> str:
-    sections = (results, shapes, why, speeds, training, texts, provenance)
+    sections = (results, shapes, why, speeds, quantized, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -209,6 +211,48 @@ def speeds(records: RunRecords) -> str:
         note += f" The ranges of {' and '.join(overlapping)} overlap: weak evidence of a difference there."
     head: list[page.Heading] = ["Model", ("Weights", "all tensors"), ("Prefill", "tokens/s"), ("Decode", "tokens/s")]
     return page.section("Size and speed", page.table("Size and speed", head, rows), page.note(note))
+
+
+def quantized(records: RunRecords) -> str:
+    """The ladder of GGUF files."""
+    files = records.ladder.get("files", [])
+    if not files:
+        return ""
+    rows, points = [], {}
+    for row in files:
+        seen = row["measured"]
+        cells = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
+        measured = [MISSING] * 4
+        if seen:
+            other = MISSING if row["without"] is None else f"{row['without']:.5f}"
+            measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"]), other]
+            points[row["name"]] = (row["bytes"], seen["kl"])
+        rows.append([*cells, *measured])
+    head: list[page.Heading] = [
+        "Type",
+        "File",
+        ("Bits", "per weight"),
+        ("Importance", "matrix"),
+        ("Perplexity", "in llama.cpp"),
+        ("KL to student", "nats/token"),
+        ("Top-1", "agreement"),
+        ("KL of the other", "nats/token"),
+    ]
+    parts = [page.table("GGUF files", head, rows)]
+    first = next((row["measured"] for row in files if row["measured"]), None)
+    if first:
+        note = (
+            f"Each file was run in llama.cpp over {count(first['tokens'])} tokens of held-out text, against the "
+            f"student as it is, whose perplexity on them is {perplexity(first['reference_perplexity'])}. A type that "
+            "can do without an importance matrix was written with and without one, and the better file kept; the last "
+            "column is the other. A name with bpw is a mixture of minitron's own."
+        )
+        parts.append(page.note(note))
+    parts += [page.note(note) for note in records.ladder["notes"]]
+    if len(points) > 1:
+        figure = page.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
+        parts.append(page.figures([figure]))
+    return page.section("GGUF files", *parts)
 
 
 def _spread(median: float, slowest: float, fastest: float) -> str:
