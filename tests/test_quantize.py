@@ -129,8 +129,12 @@ def test_tensors_are_those_of_llama_cpps_own_tool_byte_for_byte(golden: dict[str
     model, file = golden_models.model("small", tmp_path), tmp_path / "x.gguf"
     importance = golden_models.importance(model)
     assert len({label.partition(" ")[0] for label in golden["small"]}) == len(LADDER) - 1
+    # Without importance only where blocks are made otherwise: the others have the same code with weights of one.
+    plain = {"Q4_0", "Q5_1", "Q2_K", "Q4_K_M", "IQ4_XS", "IQ3_S"}
     for label, theirs in golden["small"].items():
         file_type, _, informed = label.partition(" ")
+        if not informed and file_type not in plain:
+            continue
         mixed, used = mixture(model, file_type, informed=bool(informed)), importance if informed else None
         write_quantized(model, mixed, file, importance=used, importance_file="imatrix.gguf", threads=2)
         assert file.stat().st_size == quantized_bytes(model, mixed, used, "imatrix.gguf"), label
