@@ -134,6 +134,25 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
         assert words in section and "Successive elimination" not in section
 
 
+def test_gguf_files_are_shown_by_what_they_cost(run: Path) -> None:
+    measured = {"perplexity": 44.0, "kl": 0.0123, "top1": 0.951, "tokens": 510, "reference_perplexity": 43.5}
+    row = {"name": "Q4_K_M", "bytes": 2_500_000, "bits_per_weight": 4.8512, "informed": True, "without": 0.02}
+    files = [
+        row | {"measured": measured},
+        row | {"name": "4.5bpw", "measured": measured | {"kl": 0.01}, "without": None},
+    ]
+    ladder = {"model": "x", "notes": ["it is <small>"], "files": files}
+    page = render(dataclasses.replace(read_run(run), ladder=ladder))
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", unescape(page))]
+    assert ["Q4_K_M", "2.50 MB", "4.85", "yes", "44.00", "0.01230", "95.1%", "0.02000"] in rows
+    assert ["4.5bpw", "2.50 MB", "4.85", "yes", "44.00", "0.01000", "95.1%", MISSING] in rows
+    assert (
+        "it is &lt;small&gt;" in page and "510 tokens of held-out text" in page and "What a smaller file costs" in page
+    )
+    assert page.count("<figure>") == page.count('role="img" aria-label="') == 10
+    assert "GGUF" not in render(read_run(run)).replace("gguf", "")
+
+
 def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:
     records = read_run(run)
     sizes = "layers 4 → 3 (75%), hidden 8 → 6 (75%), ffn 12 → 8 (67%), heads 4 → 2 (50%)"

@@ -25,10 +25,12 @@ from minitron.packing import Batch
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig
+from minitron.publish.gguf import describe
+from minitron.publish.quantize import mixture, write_quantized
 from minitron.recipe import build_recipe, load_recipe
 from minitron.run import calibration_tokens, run
 
-STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations")
+STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations", "gguf")
 FILES = (
     "recipe.yaml",
     "data/corpus.json",
@@ -91,6 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path = tmp_path_factory.mktemp(variant)
         raw = raw_recipe(path, variant, scratch_baseline=True)
         raw["evaluate"]["speed"] = True
+        raw["gguf"] = {"types": ["Q8_0"], "verify": False, "samples": 4}
         run(build_recipe(raw), path / "out")
         outs[variant] = path / "out"
     return outs
@@ -99,6 +102,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(params=VARIANTS)
 def finished(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
     return runs[request.param]
+
+
+def test_a_run_writes_gguf_files_of_its_student(finished: Path) -> None:
+    """Those that the student's directory alone makes."""
+    table = json.loads((finished / "gguf" / "quantization.json").read_text())
+    (row,) = table["files"]
+    assert (row["name"], row["measured"]) == ("Q8_0", None) and row["file"] == f"{table['model']}-Q8_0.gguf"
+    model = describe(open_checkpoint(finished / "student"), name=table["model"])
+    write_quantized(model, mixture(model, "Q8_0", informed=True), finished.parent / "again.gguf")
+    assert (finished.parent / "again.gguf").read_bytes() == (finished / "gguf" / row["file"]).read_bytes()
+    card = (finished / "student" / "README.md").read_text()
+    assert f"llama-cli -m {row['file']}" in card and f"FROM ./{row['file']}" in card and "None was tested" in card
 
 
 def stamps(path: Path) -> dict[str, int]:
@@ -334,7 +349,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_student_of_a_search_is_that_of_its_shape_given_at_the_start(searched: Path, tmp_path: Path) -> None:
     """The winner's short runs are the first steps of the final distillation: no bit differs from one without search."""
     found = json.loads((searched / "search" / "candidates.json").read_text())["candidates"]
-    assert [len(one["losses"]) for one in found[:5]] == [3, 3, 2, 1, 0]
+    assert [len(one["losses"]) for one in found[:5]] == [2, 2, 2, 1, 0]
     recipe = load_recipe(searched.parent / "recipe.yaml")
     prune = recipe.prune.model_copy(update={"target": None, "shape": {dim: found[0]["shape"][dim] for dim in PRUNABLE}})
     run(recipe.model_copy(update={"prune": prune, "search": SearchConfig()}), tmp_path / "undisturbed")
