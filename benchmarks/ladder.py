@@ -66,7 +66,7 @@ def report(
 ) -> str:
     rows = []
     for name, row in files.items():
-        seen, other = row["measured"], row["without"]
+        seen, other = row["measured"], row["kl_of_other"]
         kls = {row["informed"]: seen["kl"]} | ({not row["informed"]: other} if other is not None else {})
         kls = {key: f"{kl:.5f}" for key, kl in kls.items()}
         cells = [name, f"{row['bytes']:,}", f"{row['bits_per_weight']:.2f}", kls.get(True, ""), kls.get(False, "")]

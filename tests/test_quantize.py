@@ -279,13 +279,13 @@ def test_the_ladder_is_written_run_and_tabled(shipped: Path) -> None:
     assert exact["perplexity"] == pytest.approx(exact["reference_perplexity"], rel=1e-3)
     for name, row in rows.items():
         assert row["bytes"] == (shipped / row["file"]).stat().st_size
-        assert (row["without"] is None) == (name != "Q4_K_M") and row["informed"] in (
+        assert (row["kl_of_other"] is None) == (name != "Q4_K_M") and row["informed"] in (
             True,
             name == "Q4_K_M",
             name != "F32",
         )
     kept = rows["Q4_K_M"]
-    assert kept["measured"]["kl"] <= kept["without"] and exact["kl"] < rows["5bpw"]["measured"]["kl"]
+    assert kept["measured"]["kl"] <= kept["kl_of_other"] and exact["kl"] < rows["5bpw"]["measured"]["kl"]
     assert rows["5bpw"]["bits_per_weight"] <= 5.0 and rows["IQ2_XS"]["measured"]["kl"] > kept["measured"]["kl"]
 
 

@@ -136,10 +136,10 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
 
 def test_gguf_files_are_shown_by_what_they_cost(run: Path) -> None:
     measured = {"perplexity": 44.0, "kl": 0.0123, "top1": 0.951, "tokens": 510, "reference_perplexity": 43.5}
-    row = {"name": "Q4_K_M", "bytes": 2_500_000, "bits_per_weight": 4.8512, "informed": True, "without": 0.02}
+    row = {"name": "Q4_K_M", "bytes": 2_500_000, "bits_per_weight": 4.8512, "informed": True, "kl_of_other": 0.02}
     files = [
         row | {"measured": measured},
-        row | {"name": "4.5bpw", "measured": measured | {"kl": 0.01}, "without": None},
+        row | {"name": "4.5bpw", "measured": measured | {"kl": 0.01}, "kl_of_other": None},
     ]
     ladder = {"model": "x", "notes": ["it is <small>"], "files": files}
     page = render(dataclasses.replace(read_run(run), ladder=ladder))

@@ -569,7 +569,7 @@ def _ladder_lines(table: dict[str, Any]) -> list[str]:
     for row in table["files"]:
         seen = row["measured"]
         measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"])] if seen else ["-"] * 3
-        other = "-" if row["without"] is None else f"{row['without']:.5f}"
+        other = "-" if row["kl_of_other"] is None else f"{row['kl_of_other']:.5f}"
         own = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
         cells.append([*own, *measured, other])
     return _aligned(cells)

@@ -51,8 +51,8 @@ class File:
     """One row of the table.
 
     informed: by the importance matrix. fallbacks: how many matrices do not have the type they were to have, since their
-    columns make no whole blocks of it. measured: None where it was not verified. without: the KL of the same type
-    without the importance matrix, where that was tried.
+    columns make no whole blocks of it. measured: None where it was not verified. kl_of_other: where the same type was
+    tried with and without the importance matrix, the KL of the file that was not kept.
     """
 
     name: str
@@ -63,7 +63,7 @@ class File:
     fallbacks: int
     digest: str
     measured: Measured | None
-    without: float | None = None
+    kl_of_other: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         measured = {} if self.measured is None else self.measured.to_dict()
@@ -95,7 +95,7 @@ def require_possible(
 
     Raises: GgufError for what can be known before any text is read.
     """
-    overrides = {pattern: BlockType[name] for pattern, name in config.tensor_types.items()}
+    overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
     model = describe(checkpoint, name=name, pre=config.pre)
     if not informed:
         for kind in config.types:
@@ -108,10 +108,9 @@ def require_possible(
                 f"{bits_per_weight(model, smallest):.2f}; rows that are no multiple of 256 make it more"
             )
     for most in config.sizes:
-        if most < file_bytes(model, smallest, {}):
-            raise GgufError(
-                f"a file of {size(most)} is too small: the smallest has {size(file_bytes(model, smallest, {}))}"
-            )
+        least = file_bytes(model, smallest, {})
+        if most < least:
+            raise GgufError(f"a file of {size(most)} is too small: the smallest has {size(least)}")
     return model, overrides
 
 
@@ -203,9 +202,9 @@ class _Work:
         assert other.measured is not None
         if other.measured.kl < made.measured.kl:
             (self.out / other.file).replace(self.out / made.file)
-            return replace(other, file=made.file, without=other.measured.kl)
+            return replace(other, file=made.file, kl_of_other=made.measured.kl)
         (self.out / other.file).unlink()
-        return replace(made, without=other.measured.kl)
+        return replace(made, kl_of_other=other.measured.kl)
 
     def damage(self, most: int) -> Damage:
         """What types do, measured once, near the first of the sizes that are wanted."""

@@ -224,7 +224,7 @@ def quantized(records: RunRecords) -> str:
         cells = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
         measured = [MISSING] * 4
         if seen:
-            other = MISSING if row["without"] is None else f"{row['without']:.5f}"
+            other = MISSING if row["kl_of_other"] is None else f"{row['kl_of_other']:.5f}"
             measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"]), other]
             points[row["name"]] = (row["bytes"], seen["kl"])
         rows.append([*cells, *measured])
