@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen. Only this module, student_shape.py and rooms.py compose the rooms."""
+"""The whole pipeline on one screen. Only this module and those beside it in docs/design.md compose the rooms."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,8 @@ STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
-    """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> report, resuming what is done.
+    """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> GGUF files -> report; resuming what
+    is done.
 
     A teacher that is corrected before stands for the teacher everywhere but in the evaluations: those are held against
     the one that the recipe names.
