@@ -57,8 +57,9 @@ STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
-    """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> GGUF files -> report; resuming what
-    is done.
+    """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> GGUF files -> report.
+
+    What is done is not done again.
 
     A teacher that is corrected before stands for the teacher everywhere but in the evaluations: those are held against
     the one that the recipe names.

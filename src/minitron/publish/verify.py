@@ -5,10 +5,13 @@ llama.cpp runs in a process of its own, since it answers what it cannot bear by 
 
 import math
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -138,13 +141,22 @@ class Prover:
     @staticmethod
     def _new_pool() -> ProcessPoolExecutor:
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=spawn, initializer=_quiet)
+        return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
 
 
-def _quiet() -> None:
+def _begin() -> None:
+    """What the process does first: it draws no progress, and ends when its parent does, even if that is killed."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:
