@@ -5,6 +5,7 @@ MinitronError
 │   └── UnsupportedArchitecture  a model type that no family table describes
 ├── DataError                    text that cannot be read, split or tokenized
 ├── PlanError                    a shape or target that cannot be cut from the model
+├── GgufError                    a GGUF file that cannot be made, read or run
 ├── RecipeError                  a recipe that does not validate
 └── RunError                     a run directory that is locked, stale, or cannot be written
     └── Interrupted              a signal arrived; the state is saved (exit code 130)
