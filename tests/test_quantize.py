@@ -201,6 +201,8 @@ def test_names_of_types_are_the_ladders() -> None:
         QuantizeConfig(types=["Q4_KM"])
     with pytest.raises(GgufError, match=r"unknown tensor type 'Q4_K_M'; did you mean 'Q4_K'\?"):
         QuantizeConfig(tensor_types={"output": "Q4_K_M"})
+    with pytest.raises(GgufError, match=r"tensor pattern '\(' is no regular expression: missing \)"):
+        QuantizeConfig(tensor_types={"(": "Q4_K"})
 
 
 def test_a_full_disk_leaves_nothing(wide: GgufModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -108,6 +108,26 @@ def test_the_default_space_holds_valid_shapes_within_the_window(name: str) -> No
     assert [one.costs.total for one in found] == sorted((one.costs.total for one in found), reverse=True)
 
 
+@pytest.mark.parametrize(("name", "block"), [("llama-3.1-8b", 256), ("nemotron-4-15b", 256), ("mistral-nemo-12b", 32)])
+def test_shapes_for_gguf_are_those_that_llama_cpp_loads_in_whole_blocks(name: str, block: int) -> None:
+    family, teacher, tied = REAL[name]
+    free = [one.shape for one in search("60%", family, teacher, tied)]
+    fills = family == "nemotron"
+    clean = {
+        shape
+        for shape in free
+        if not any(size % block for size in (shape.hidden, shape.ffn, shape.heads * shape.head_dim))
+        and (not fills or shape.hidden == shape.heads * shape.head_dim)
+    }
+    assert {one.shape for one in search("60%", family, teacher, tied, gguf_block=block)} == clean
+    assert clean and (len(clean) < len(free)) == fills
+
+
+def test_no_shape_for_gguf_says_the_rules() -> None:
+    with pytest.raises(PlanError, match=r"gguf_block=256 asks for \(hidden, ffn and heads \* head_dim in multiples of"):
+        search("60%", dims={"hidden": "16-32/8"}, gguf_block=256)
+
+
 def test_the_shape_of_the_default_rule_is_among_the_candidates() -> None:
     for name in ("llama-3.1-8b", "nemotron-4-15b", "mistral-nemo-12b"):
         family, teacher, tied = REAL[name]

@@ -154,6 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--dims", nargs="+", default=[], metavar="DIM=SIZES", help="such as layers=29-32 heads=32,48 ffn=2.5x,3x"
     )
+    search.add_argument(
+        "--gguf-block", type=int, choices=(32, 256), help="only shapes that llama.cpp loads, in multiples of so many"
+    )
     search.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     _add_data(search)
     search.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
@@ -380,6 +383,7 @@ def _search(args: argparse.Namespace, console: Console) -> None:
         bytes_per_second=args.bytes_per_second,
         flops_per_second=args.flops_per_second,
         dims={dim: sizes for dim, _, sizes in pairs},
+        gguf_block=args.gguf_block,
         cut_candidates=args.cut or 1,
     )
     facts = search_model(

@@ -62,6 +62,9 @@ class SearchConfig(Section):
     """The space: sizes per dim, such as {layers: 29-32, hidden: 4096-6144/512, ffn: '2.5x,3x', heads: '32,48'}; Nx is a
     multiple of hidden. Default: half of the layers and more, half of the hidden size, a quarter of ffn, query heads
     halved while they can be, all kv heads."""
+    gguf_block: Literal[32, 256] | None = None
+    """Only shapes that llama.cpp loads, with hidden, ffn and heads * head_dim in multiples of so many: 256 fits all of
+    its quantized types, 32 those with blocks of 32 weights."""
     cut_candidates: int = Field(default=16, ge=1)
     """Candidates that the prediction leaves for the measurement after the cut."""
     distill_candidates: int = Field(default=16, ge=2)
@@ -220,7 +223,36 @@ def space(
     if not any(len(block["layers"]) for block in blocks):
         wanted = ", ".join(f"{dim}={text}" for dim, text in search.dims.items()) or "the default space"
         raise PlanError(f"no {architecture.name} model has a shape of search.dims {wanted}: give other sizes")
-    return {dim: np.concatenate([block[dim] for block in blocks]) for dim in DIMS}
+    found = {dim: np.concatenate([block[dim] for block in blocks]) for dim in DIMS}
+    if search.gguf_block is None:
+        return found
+    clean = _gguf_clean(architecture, teacher, found, search.gguf_block)
+    return {dim: sizes[clean] for dim, sizes in found.items()}
+
+
+def _gguf_clean(architecture: Architecture, teacher: Shape, sizes: Mapping[str, np.ndarray], block: int) -> np.ndarray:
+    """Which of the shapes llama.cpp loads, with rows of whole blocks [shapes].
+
+    Raises: PlanError if it is none of them.
+    """
+    table = architecture.gguf
+    if table is None:
+        raise PlanError(f"search.gguf_block: llama.cpp does not know the {architecture.name} family; leave it out")
+    filling = sizes["heads"] * sizes["head_dim"]
+    clean = (sizes["hidden"] % block == 0) & (sizes["ffn"] % block == 0) & (filling % block == 0)
+    if table.heads_fill_hidden:
+        clean &= sizes["hidden"] == filling
+    if table.no_rope_step:  # it takes layers without rotary positions by their number, and a cut renumbers them
+        clean &= sizes["layers"] == teacher.layers
+    if not clean.any():
+        rules = f"hidden, ffn and heads * head_dim in multiples of {block}"
+        rules += ", hidden = heads * head_dim" if table.heads_fill_hidden else ""
+        rules += ", all layers" if table.no_rope_step else ""
+        raise PlanError(
+            f"no shape of the search space has what search.gguf_block={block} asks for ({rules}): "
+            f"widen search.dims{', or ask for 32' if block == 256 else ''}"
+        )
+    return clean
 
 
 @dataclass(frozen=True)

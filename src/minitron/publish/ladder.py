@@ -1,5 +1,6 @@
 """The ladder of quantized files: the names of its types, and what a run writes of it."""
 
+import re
 from importlib.util import find_spec
 
 from pydantic import Field, field_validator
@@ -104,4 +105,9 @@ class QuantizeConfig(Section):
     @field_validator("tensor_types")
     @classmethod
     def _of_tensors(cls, types: dict[str, str]) -> dict[str, str]:
+        for pattern in types:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise GgufError(f"tensor pattern {pattern!r} is no regular expression: {error}") from None
         return {pattern: require_tensor_type(name) for pattern, name in types.items()}
