@@ -6,6 +6,7 @@ wrongly, is refused here first.
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from minitron.errors import GgufError
 from minitron.files import readable_os_errors
-from minitron.large_files import CHUNK_BYTES, write_file
+from minitron.large_files import CHUNK_BYTES, ahead, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
@@ -71,18 +72,21 @@ class GgufModel:
         return _table(self.checkpoint)
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
-        """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
+        """Rows [start, stop) as llama.cpp wants them, in the stored dtype or, where numbers change, in float32.
+
+        Of queries and keys, whole heads only.
+        """
         if tensor.source is None:
             assert tensor.value is not None
             return tensor.value[start:stop]
         checkpoint = self.checkpoint
-        values = checkpoint.read_rows(tensor.source.name, start, stop).float()
+        values = checkpoint.read_rows(tensor.source.name, start, stop)
         if self.in_heads(tensor):
             values = values.unflatten(0, (-1, 2, checkpoint.shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         if tensor.source.name.endswith("norm.weight"):
-            values = values + checkpoint.architecture.norm_gain_offset
+            values = values.float() + checkpoint.architecture.norm_gain_offset
         factor = _query_factor(checkpoint) if tensor.name in self._queries(tensor) else 1.0
-        return values if factor == 1 else values * factor
+        return values if factor == 1 else values.float() * factor
 
     def in_heads(self, tensor: GgufTensor) -> bool:
         """Whether rows are in another order than in the checkpoint, within each head."""
@@ -97,7 +101,7 @@ class GgufModel:
         return (norm,) if has_norm else (f"{block}.attn_q.weight", f"{block}.attn_q.bias")
 
     def runs(self, tensor: GgufTensor) -> Iterator[Float[Tensor, "rows ..."]]:
-        """All rows in float32, some at a time."""
+        """All rows, as `rows` gives them, some at a time."""
         per_row = 4 * math.prod(tensor.shape[1:])
         step = max(1, CHUNK_BYTES // per_row)
         if self.in_heads(tensor):
@@ -346,20 +350,30 @@ def _bytes_of(
     progress: Callable[[int, int], None],
 ) -> Generator[UInt8[Tensor, " _"], None, None]:
     yield torch.frombuffer(bytearray(_header(model, types, keys)), dtype=torch.uint8)
-    for number, tensor in enumerate(model.tensors):
-        kind, written = types[tensor.name], 0
-        for rows in model.runs(tensor):
+    done = written = 0
+    # Rows are read while those before them are encoded.
+    with closing(ahead(_all_runs(model))) as runs:
+        for tensor, rows in runs:
+            kind = types[tensor.name]
             if kind in PLAIN:
                 part = _plain(tensor, rows, PLAIN[kind])
             else:
                 assert encode is not None, f"{tensor.name} is to be {kind.name}"
-                part = encode(tensor, rows)
+                part = encode(tensor, rows.float())
             written += len(part)
             yield part
-        assert written == tensor_bytes(tensor.shape, kind), tensor.name
-        if _padded(written) > written:
-            yield torch.zeros(_padded(written) - written, dtype=torch.uint8)
-        progress(number + 1, len(model.tensors))
+            if written == tensor_bytes(tensor.shape, kind):
+                if _padded(written) > written:
+                    yield torch.zeros(_padded(written) - written, dtype=torch.uint8)
+                done, written = done + 1, 0
+                progress(done, len(model.tensors))
+    assert done == len(model.tensors)
+
+
+def _all_runs(model: GgufModel) -> Generator[tuple[GgufTensor, Float[Tensor, "rows ..."]], None, None]:
+    for tensor in model.tensors:
+        for rows in model.runs(tensor):
+            yield tensor, rows
 
 
 def _plain(tensor: GgufTensor, rows: Float[Tensor, "rows ..."], dtype: torch.dtype) -> UInt8[Tensor, " bytes"]:
