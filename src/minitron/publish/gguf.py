@@ -6,7 +6,6 @@ wrongly, is refused here first.
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from minitron.errors import GgufError
 from minitron.files import readable_os_errors
-from minitron.large_files import CHUNK_BYTES, ahead, write_file
+from minitron.large_files import CHUNK_BYTES, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
@@ -350,11 +349,9 @@ def _bytes_of(
     progress: Callable[[int, int], None],
 ) -> Generator[UInt8[Tensor, " _"], None, None]:
     yield torch.frombuffer(bytearray(_header(model, types, keys)), dtype=torch.uint8)
-    done = written = 0
-    # Rows are read while those before them are encoded.
-    with closing(ahead(_all_runs(model))) as runs:
-        for tensor, rows in runs:
-            kind = types[tensor.name]
+    for number, tensor in enumerate(model.tensors):
+        kind, written = types[tensor.name], 0
+        for rows in model.runs(tensor):
             if kind in PLAIN:
                 part = _plain(tensor, rows, PLAIN[kind])
             else:
@@ -362,18 +359,10 @@ def _bytes_of(
                 part = encode(tensor, rows.float())
             written += len(part)
             yield part
-            if written == tensor_bytes(tensor.shape, kind):
-                if _padded(written) > written:
-                    yield torch.zeros(_padded(written) - written, dtype=torch.uint8)
-                done, written = done + 1, 0
-                progress(done, len(model.tensors))
-    assert done == len(model.tensors)
-
-
-def _all_runs(model: GgufModel) -> Generator[tuple[GgufTensor, Float[Tensor, "rows ..."]], None, None]:
-    for tensor in model.tensors:
-        for rows in model.runs(tensor):
-            yield tensor, rows
+        assert written == tensor_bytes(tensor.shape, kind), tensor.name
+        if _padded(written) > written:
+            yield torch.zeros(_padded(written) - written, dtype=torch.uint8)
+        progress(number + 1, len(model.tensors))
 
 
 def _plain(tensor: GgufTensor, rows: Float[Tensor, "rows ..."], dtype: torch.dtype) -> UInt8[Tensor, " bytes"]:
