@@ -71,21 +71,18 @@ class GgufModel:
         return _table(self.checkpoint)
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
-        """Rows [start, stop) as llama.cpp wants them, in the stored dtype or, where numbers change, in float32.
-
-        Of queries and keys, whole heads only.
-        """
+        """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
         if tensor.source is None:
             assert tensor.value is not None
             return tensor.value[start:stop]
         checkpoint = self.checkpoint
-        values = checkpoint.read_rows(tensor.source.name, start, stop)
+        values = checkpoint.read_rows(tensor.source.name, start, stop).float()
         if self.in_heads(tensor):
             values = values.unflatten(0, (-1, 2, checkpoint.shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         if tensor.source.name.endswith("norm.weight"):
-            values = values.float() + checkpoint.architecture.norm_gain_offset
+            values = values + checkpoint.architecture.norm_gain_offset
         factor = _query_factor(checkpoint) if tensor.name in self._queries(tensor) else 1.0
-        return values if factor == 1 else values.float() * factor
+        return values if factor == 1 else values * factor
 
     def in_heads(self, tensor: GgufTensor) -> bool:
         """Whether rows are in another order than in the checkpoint, within each head."""
@@ -100,7 +97,7 @@ class GgufModel:
         return (norm,) if has_norm else (f"{block}.attn_q.weight", f"{block}.attn_q.bias")
 
     def runs(self, tensor: GgufTensor) -> Iterator[Float[Tensor, "rows ..."]]:
-        """All rows, as `rows` gives them, some at a time."""
+        """All rows in float32, some at a time."""
         per_row = 4 * math.prod(tensor.shape[1:])
         step = max(1, CHUNK_BYTES // per_row)
         if self.in_heads(tensor):
@@ -356,7 +353,7 @@ def _bytes_of(
                 part = _plain(tensor, rows, PLAIN[kind])
             else:
                 assert encode is not None, f"{tensor.name} is to be {kind.name}"
-                part = encode(tensor, rows.float())
+                part = encode(tensor, rows)
             written += len(part)
             yield part
         assert written == tensor_bytes(tensor.shape, kind), tensor.name

@@ -105,7 +105,7 @@ def measure_damage(
             weights = importance.of(tensor.name)
             weights = torch.ones(tensor.shape[1]) if weights is None else weights
             every = max(1, tensor.shape[0] // ROWS)
-            whole = torch.cat(list(model.runs(tensor))).float()
+            whole = torch.cat(list(model.runs(tensor)))
             rows = whole[::every].contiguous()
             total = (rows.square() @ weights).sum()
             errors[tensor.name] = {
@@ -222,7 +222,7 @@ def _replaced(loaded: Any, model: GgufModel, tensor: GgufTensor, rows: Tensor) -
     parameter = loaded.get_parameter(tensor.source.name)
     before = parameter.detach().clone()
     # What llama.cpp has in another order or size is set right by what makes it of the checkpoint's own.
-    theirs = torch.cat(list(model.runs(tensor))).float()
+    theirs = torch.cat(list(model.runs(tensor)))
     if model.in_heads(tensor):
         back = rows - theirs
         half = model.checkpoint.shape.head_dim // 2

@@ -222,7 +222,7 @@ def _read_back(file: Path, path: Path) -> float:
             continue
         unit = model.checkpoint.shape.head_dim if model.in_heads(tensor) else 1
         count = min(tensor.shape[0], -(-ROWS // unit) * unit)
-        wanted = model.rows(tensor, 0, count).float()
+        wanted = model.rows(tensor, 0, count)
         got = torch.from_numpy(gguf.quants.dequantize(np.array(found.data[:count]), BlockType(found.tensor_type)))
         difference = (got - wanted).square().mean() / wanted.square().mean()
         worst = max(worst, difference.sqrt().item())
