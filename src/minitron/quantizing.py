@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,7 @@ class File:
     kl_of_other: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        measured = {} if self.measured is None else self.measured.to_dict()
-        own = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "measured"}
-        return own | {"measured": measured or None}
+        return asdict(self)
 
 
 def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
@@ -180,8 +178,8 @@ class _Work:
     def budgets(self) -> list[tuple[str, int]]:
         """Of each mixture of one's own: its name, and the most bytes of its tensors."""
         weights = sum(math.prod(tensor.shape) for tensor in self.model.tensors)
-        beside = file_bytes(self.model, smallest_mixture(self.model).types, {})
-        beside -= weights_bytes(self.model, smallest_mixture(self.model).types)
+        types = smallest_mixture(self.model).types
+        beside = file_bytes(self.model, types, {}) - weights_bytes(self.model, types)
         by_bits = [(f"{bits:g}bpw", int(bits * weights / 8)) for bits in self.config.bits_per_weight]
         # What a file says of its importance matrix comes on top.
         by_size = [(size(most).replace(" ", ""), int(most) - beside - 1024) for most in self.config.sizes]

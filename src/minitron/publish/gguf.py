@@ -326,13 +326,19 @@ def _query_factor(checkpoint: Checkpoint) -> float:
     return math.sqrt(its / wanted)
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[GgufTensor]:
-    table = _table(checkpoint)
+def names_of(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, str]]:
+    """Every tensor of a checkpoint, with llama.cpp's name of it."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[table.name], checkpoint.shape.layers)
+    names = gguf.get_tensor_name_map(known[_table(checkpoint).name], checkpoint.shape.layers)
     for spec in checkpoint.specs():
         name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"the gguf package has no name for {spec.name}"
+        yield spec, name
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[GgufTensor]:
+    table = _table(checkpoint)
+    for spec, name in names_of(checkpoint):
         yield GgufTensor(name, spec.shape(checkpoint.shape), spec)
         if name == "token_embd.weight" and table.head == "own" and checkpoint.head == spec.name:
             yield GgufTensor("output.weight", spec.shape(checkpoint.shape), spec)

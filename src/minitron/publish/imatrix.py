@@ -20,6 +20,7 @@ from minitron.errors import GgufError
 from minitron.files import readable_os_errors
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint
+from minitron.publish.gguf import names_of
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -62,14 +63,9 @@ def importance_of(
         samples: those blocks.
         source: where they are from.
     """
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    assert checkpoint.architecture.gguf is not None, "llama.cpp does not know the family"
-    names = gguf.get_tensor_name_map(known[checkpoint.architecture.gguf.name], checkpoint.shape.layers)
     sums: dict[str, Tensor] = {}
-    for spec in checkpoint.specs():
+    for spec, name in names_of(checkpoint):
         if spec.layer is not None and len(spec.axes) == 2:
-            name = names.get_name(spec.name, try_suffixes=(".weight",))
-            assert name is not None
             sums[name] = squares[_site(spec)][spec.layer].float()
     return ImportanceMatrix(
         sums=sums,

@@ -115,7 +115,7 @@ def measure_damage(
             probe = _nearest(near, errors[tensor.name])
             changed = rounded(tensor, whole, probe)
             error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
-            with _replaced(loaded, model, tensor, changed):
+            with _changed(loaded, model, tensor, changed - whole):
                 kl = sum(
                     _kl(p, logits_of(loaded, block).log_softmax(-1)) for p, block in zip(wanted, blocks, strict=True)
                 )
@@ -129,8 +129,9 @@ def smallest_mixture(model: GgufModel) -> Mixture:
     types = {tensor.name: BlockType.F32 for tensor in model.tensors}
     for tensor in model.tensors:
         if tensor.is_matrix:
-            inside = tensor.source is not None and tensor.source.layer is not None
-            types[tensor.name] = min(_choices(tensor, inside), key=lambda kind: tensor_bytes(tensor.shape, kind))
+            types[tensor.name] = min(
+                _choices(tensor, tensor.layer >= 0), key=lambda kind: tensor_bytes(tensor.shape, kind)
+            )
     return Mixture("", types, {})
 
 
@@ -216,19 +217,14 @@ def _label(types: Mapping[str, BlockType], matrices: Mapping[str, GgufTensor]) -
 
 
 @contextmanager
-def _replaced(loaded: Any, model: GgufModel, tensor: GgufTensor, rows: Tensor) -> Iterator[None]:
-    """In the block, transformers' model has these rows for a matrix."""
+def _changed(loaded: Any, model: GgufModel, tensor: GgufTensor, change: Tensor) -> Iterator[None]:
+    """In the block, a matrix of transformers' model has its rows changed by as much as the file's are."""
     assert tensor.source is not None
     parameter = loaded.get_parameter(tensor.source.name)
     before = parameter.detach().clone()
-    # What llama.cpp has in another order or size is set right by what makes it of the checkpoint's own.
-    theirs = torch.cat(list(model.runs(tensor)))
     if model.in_heads(tensor):
-        back = rows - theirs
         half = model.checkpoint.shape.head_dim // 2
-        change = back.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
-    else:
-        change = rows - theirs
+        change = change.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
     try:
         with torch.no_grad():
             parameter.add_(change)

@@ -124,8 +124,7 @@ def require_importance(model: GgufModel, mixed: Mixture) -> None:
     for tensor in model.tensors:
         kind = mixed.types[tensor.name]
         scarce = mixed.file_type == "Q2_K_S" and kind == BlockType.Q2_K
-        inside = tensor.source is not None and tensor.source.layer is not None
-        if inside and (scarce or kind in NEED_IMPORTANCE):
+        if tensor.layer >= 0 and (scarce or kind in NEED_IMPORTANCE):
             raise GgufError(
                 f"{mixed.file_type} needs an importance matrix ({tensor.name} is to be {kind.name}): "
                 "give --calibration TEXT, or --imatrix FILE"
@@ -201,8 +200,7 @@ def _by_rule(tensor: GgufTensor, base: BlockType, place: _Place, tied: bool) -> 
         return _output(tensor, base, place)
     if name == "token_embd.weight":
         return _embedding(base, place)
-    assert tensor.source is not None and tensor.source.layer is not None, name
-    layer, part = tensor.source.layer, name.split(".")[2]
+    layer, part = tensor.layer, name.split(".")[2]
     if part in ("attn_v", "attn_qkv"):
         return _values(layer, base, place)
     if part in ("attn_q", "attn_k"):

@@ -9,7 +9,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import connection
 from pathlib import Path
@@ -60,9 +60,6 @@ class Measured:
     error: float
     tokenizes_alike: bool | None
     text: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Comparison:
