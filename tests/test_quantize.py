@@ -23,7 +23,15 @@ from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_impor
 from minitron.publish.ladder import LADDER, QuantizeConfig, require_file_type
 from minitron.publish.llama_cpp import Runtime, llama_cpp
 from minitron.publish.mixing import Damage, best_mixture, measure_damage, smallest_mixture
-from minitron.publish.quantize import FALLBACK, Mixture, mixture, quantized_bytes, require_importance, write_quantized
+from minitron.publish.quantize import (
+    FALLBACK,
+    Mixture,
+    fixed_types,
+    mixture,
+    quantized_bytes,
+    require_importance,
+    write_quantized,
+)
 from minitron.quantizing import IMPORTANCE, TABLE, Text, quantize
 
 TEXT = tiny.tokens(2, 24, seed=1)
@@ -234,14 +242,26 @@ def test_our_own_mixture_loses_less_than_any_of_one_type_and_keeps_within_the_si
     """Held against every file of one type for all matrices, by the damage that was measured."""
     for kind in (BlockType.Q3_K, BlockType.IQ4_XS, BlockType.Q4_K, BlockType.Q5_K):
         same = {tensor.name: kind if tensor.is_matrix else BlockType.F32 for tensor in wide.tensors}
-        own = best_mixture(wide, damage, weights_bytes(wide, same))
+        own = best_mixture(wide, damage, weights_bytes(wide, same), {})
         assert weights_bytes(wide, own.types) <= weights_bytes(wide, same)
         lost = [sum(damage.of(name, types[name]) for name in damage.errors) for types in (own.types, same)]
         assert lost[0] < lost[1]
-    least = weights_bytes(wide, smallest_mixture(wide).types)
-    assert weights_bytes(wide, best_mixture(wide, damage, least + 10_000).types) <= least + 10_000
+    least = weights_bytes(wide, smallest_mixture(wide, {}).types)
+    assert weights_bytes(wide, best_mixture(wide, damage, least + 10_000, {}).types) <= least + 10_000
     with pytest.raises(GgufError, match="no types make tensors of"):
-        best_mixture(wide, damage, least // 2)
+        best_mixture(wide, damage, least // 2, {})
+
+
+def test_types_of_single_tensors_hold_in_our_own_mixtures_too(wide: GgufModel, damage: Damage) -> None:
+    fixed = fixed_types(wide, {"ffn_up": BlockType.F32, "blk.0": BlockType.Q8_0})
+    assert fixed["blk.0.ffn_up.weight"] == BlockType.F32 and fixed["blk.0.attn_q.weight"] == BlockType.Q8_0
+    least = weights_bytes(wide, smallest_mixture(wide, fixed).types)
+    own = best_mixture(wide, damage, least + 10_000, fixed).types
+    ruled = mixture(wide, "Q4_K_M", informed=True, overrides={"ffn_up": BlockType.F32}).types
+    assert all(own[name] == kind for name, kind in fixed.items()) and weights_bytes(wide, own) <= least + 10_000
+    assert ruled["blk.1.ffn_up.weight"] == BlockType.F32 and ruled["blk.1.attn_q.weight"] == BlockType.Q4_K
+    with pytest.raises(GgufError, match=r"no matrix's name has the pattern 'experts'; there are .*attn_k.weight"):
+        fixed_types(wide, {"experts": BlockType.Q8_0})
 
 
 @pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "blk.0.ffn_down.weight"])

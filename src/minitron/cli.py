@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="the same, for files of so many bytes: 4.5GB",
     )
-    _add_data(quantize, names=("--calibration", "--data"))
+    _add_data(quantize, separable=False, names=("--calibration", "--data"))
     quantize.add_argument("--imatrix", type=Path, help="an importance matrix to use, of minitron's or llama.cpp's")
     quantize.add_argument(
         "--tensor-type",
@@ -674,16 +674,29 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilisation", type=_positive, default=0.4, help="share of the peak reached; an assumption")
 
 
-def _add_data(parser: argparse.ArgumentParser, *, sampled: bool = True, names: Sequence[str] = ("--data",)) -> None:
-    """`sampled`: whether text can be sampled from the teacher, which is MODEL where nothing else is."""
+def _add_data(
+    parser: argparse.ArgumentParser,
+    *,
+    sampled: bool = True,
+    separable: bool = True,
+    names: Sequence[str] = ("--data",),
+) -> None:
+    """What text to read.
+
+    Args:
+        sampled: whether it can be sampled from the teacher, which is MODEL where nothing else is.
+        separable: whether documents can be kept apart.
+    """
     others = "`teacher` (text sampled from it) or " if sampled else "or "
     parser.add_argument(
         *names, dest="data", help=f"file, directory, dataset id, {others}`builtin` (Python source text, the default)"
     )
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
-    parser.add_argument(
-        "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
-    )
+    parser.set_defaults(separate_documents=False)
+    if separable:
+        parser.add_argument(
+            "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
+        )
 
 
 def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and digests of what is in them."""
+"""Directories and files that appear whole or not at all, and digests of what is in them."""
 
 import errno
 import hashlib
@@ -62,6 +62,21 @@ def atomic_directory(path: Path, *, replace: bool = False, way_out: str = ROOM) 
 
 
 @contextmanager
+def atomic_file(path: Path, *, way_out: str = ROOM) -> Iterator[Path]:
+    """A name to write a file under, renamed to `path` when the block ends well and removed when it does not.
+
+    Raises: RunError if `path` cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with readable_os_errors(path, way_out=way_out):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def readable_os_errors(path: Path, *, way_out: str = ROOM) -> Iterator[None]:
     """Turn a full disk, a missing permission and their like into one clear error about `path`."""
     try:
@@ -84,17 +99,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str, *, way_out: str = ROOM) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.partial")
-    with readable_os_errors(path, way_out=way_out):
-        try:
-            with partial.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    with atomic_file(path, way_out=way_out) as partial, partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:

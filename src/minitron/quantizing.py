@@ -25,6 +25,7 @@ from minitron.publish.ladder import LADDER, UNINFORMED, QuantizeConfig
 from minitron.publish.mixing import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
 from minitron.publish.quantize import (
     Mixture,
+    fixed_types,
     mixture,
     quantized_bytes,
     require_importance,
@@ -95,15 +96,17 @@ def require_possible(
     """
     overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
     model = describe(checkpoint, name=name, pre=config.pre)
+    fixed = fixed_types(model, overrides)
     if not informed:
         for kind in config.types:
             require_importance(model, mixture(model, kind, informed=False, overrides=overrides))
-    smallest = smallest_mixture(model).types
+    smallest = smallest_mixture(model, fixed).types
     for bits in config.bits_per_weight:
         if bits < bits_per_weight(model, smallest):
             raise GgufError(
                 f"{bits:g} bits per weight are too few: this model's smallest types have "
-                f"{bits_per_weight(model, smallest):.2f}; rows that are no multiple of 256 make it more"
+                f"{bits_per_weight(model, smallest):.2f}; rows that are no multiple of 256, and types given to single "
+                "tensors, make it more"
             )
     for most in config.sizes:
         least = file_bytes(model, smallest, {})
@@ -141,7 +144,7 @@ def quantize(
     if (config.bits_per_weight or config.sizes) and text is None:
         raise GgufError("a mixture of minitron's own needs text to measure on: give --calibration TEXT")
     importance = _importance(checkpoint, text, importance_file, out, listener)
-    work = _Work(model, config, out, importance, text, listener)
+    work = _Work(model, overrides, config, out, importance, text, listener)
     rows = []
     with ExitStack() as stack:
         prove = None
@@ -151,7 +154,7 @@ def quantize(
                 Prover(checkpoint.path, text.heldout[: config.blocks], threads=work.threads)
             ).measure
         for kind in config.types:
-            rows.append(work.rung(kind, overrides, prove))
+            rows.append(work.rung(kind, prove))
         for label, most in work.budgets():
             rows.append(work.own(label, most, prove))
     table = {"model": model.keys["general.name"], "notes": list(model.notes), "files": [row.to_dict() for row in rows]}
@@ -165,6 +168,7 @@ class _Work:
     def __init__(
         self,
         model: GgufModel,
+        overrides: dict[str, BlockType],
         config: QuantizeConfig,
         out: Path,
         importance: ImportanceMatrix | None,
@@ -173,23 +177,24 @@ class _Work:
     ):
         self.model, self.config, self.out, self.importance, self.text = model, config, out, importance, text
         self.listener, self.threads = listener, config.threads or os.cpu_count() or 1
+        self.overrides, self.fixed = overrides, fixed_types(model, overrides)
         self._damage: Damage | None = None
 
     def budgets(self) -> list[tuple[str, int]]:
         """Of each mixture of one's own: its name, and the most bytes of its tensors."""
         weights = sum(math.prod(tensor.shape) for tensor in self.model.tensors)
-        types = smallest_mixture(self.model).types
+        types = smallest_mixture(self.model, self.fixed).types
         beside = file_bytes(self.model, types, {}) - weights_bytes(self.model, types)
         by_bits = [(f"{bits:g}bpw", int(bits * weights / 8)) for bits in self.config.bits_per_weight]
         # What a file says of its importance matrix comes on top.
         by_size = [(size(most).replace(" ", ""), int(most) - beside - 1024) for most in self.config.sizes]
         return by_bits + by_size
 
-    def rung(self, kind: str, overrides: dict[str, BlockType], prove: Callable[[Path], Measured] | None) -> File:
+    def rung(self, kind: str, prove: Callable[[Path], Measured] | None) -> File:
         """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
 
         def mixed(informed: bool) -> Mixture:
-            return mixture(self.model, kind, informed=informed, overrides=overrides)
+            return mixture(self.model, kind, informed=informed, overrides=self.overrides)
 
         with_it = self.importance is not None and kind not in UNINFORMED
         made = self._write(kind, kind, mixed(with_it), prove, informed=with_it)
@@ -224,7 +229,7 @@ class _Work:
         return self._damage
 
     def own(self, label: str, most: int, prove: Callable[[Path], Measured] | None) -> File:
-        mixed = best_mixture(self.model, self.damage(most), most)
+        mixed = best_mixture(self.model, self.damage(most), most, self.fixed)
         return self._write(label, label, mixed, prove, informed=True)
 
     def _write(

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitron.errors import GgufError
-from minitron.files import readable_os_errors
+from minitron.files import atomic_file
 from minitron.large_files import CHUNK_BYTES, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
@@ -170,14 +170,8 @@ def write_gguf(
 
     Raises: GgufError if a weight cannot be held in 16 bits; RunError if the file cannot be written.
     """
-    partial = file.with_name(f"{file.name}.partial")
-    with readable_os_errors(file):
-        try:
-            digest = write_file(partial, _bytes_of(model, types, keys, encode, progress))
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-    return digest
+    with atomic_file(file) as partial:
+        return write_file(partial, _bytes_of(model, types, keys, encode, progress))
 
 
 def file_bytes(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> int:

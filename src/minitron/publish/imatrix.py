@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.errors import GgufError
-from minitron.files import readable_os_errors
+from minitron.files import atomic_file
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.publish.gguf import names_of
@@ -81,13 +81,8 @@ def write_importance(matrix: ImportanceMatrix, file: Path) -> None:
 
     Raises: RunError if the file cannot be written, with nothing left under its name.
     """
-    partial = file.with_name(f"{file.name}.partial")
-    with readable_os_errors(file):
-        try:
-            _write_legacy(matrix, partial) if file.suffix == ".dat" else _write_gguf(matrix, partial)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+    with atomic_file(file) as partial:
+        _write_legacy(matrix, partial) if file.suffix == ".dat" else _write_gguf(matrix, partial)
 
 
 def read_importance(file: Path) -> ImportanceMatrix:

@@ -78,8 +78,8 @@ class QuantizeConfig(Section):
     sizes: list[float] = Field(default_factory=list)
     """The same, for files of at most so many bytes."""
     tensor_types: dict[str, str] = Field(default_factory=dict)
-    """Regular expression found in a tensor's GGUF name -> its type, instead of that of llama.cpp's rules; such as
-    `{output: Q8_0}`. Mixtures of minitron's own choose by themselves."""
+    """Regular expression found in a tensor's GGUF name -> its type, instead of that of llama.cpp's rules, or what a
+    mixture of minitron's own would choose; such as `{output: Q8_0}`."""
     samples: int = Field(default=256, ge=1)
     """Calibration blocks for the importance matrix."""
     blocks: int = Field(default=32, ge=1)

@@ -22,7 +22,17 @@ from torch import Tensor
 from minitron.errors import GgufError
 
 LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
-_CONTEXT_DEFAULTS = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, at the start of the context's options
+# Of the context's options: place of a word -> what it is by default.
+_CONTEXT_DEFAULTS = {
+    0: 512,  # n_ctx
+    1: 2048,  # n_batch
+    2: 512,  # n_ubatch
+    3: 1,  # n_seq_max
+    13: 2**32 - 1,  # flash_attn_type: where it is faster
+    26: 1,  # type_k: F16
+    27: 1,  # type_v: F16
+}
+_CONTEXT_EXACT = {13: 0, 26: 0, 27: 0}  # no flash attention, which rounds to F16 inside, and a key-value cache in F32
 
 
 class _Options(ctypes.Structure):
@@ -87,11 +97,12 @@ class LlamaCpp:
         self._keep = _LOG(lambda level, text, _: self.log.append(text.decode(errors="replace")))
         self.functions.llama_log_set(ctypes.cast(self._keep, c_void_p), None)
         self.functions.llama_backend_init()
-        found = tuple(self.functions.llama_context_default_params().words[:4])
+        words = self.functions.llama_context_default_params().words
+        found = {place: words[place] for place in _CONTEXT_DEFAULTS}
         if found != _CONTEXT_DEFAULTS:
             raise GgufError(
-                f"{path}: the options of this llama.cpp start with {found} instead of {_CONTEXT_DEFAULTS}: it is of "
-                "another time than this program; install the version of xllamacpp that minitron's gguf extra names"
+                f"{path}: the options of this llama.cpp are {found} by default instead of {_CONTEXT_DEFAULTS}: it is "
+                "of another time than this program; install the version of xllamacpp that minitron's gguf extra names"
             )
 
     def quantize(
@@ -156,8 +167,14 @@ def llama_cpp() -> LlamaCpp:
 class Runtime:
     """A GGUF file loaded in llama.cpp."""
 
-    def __init__(self, file: Path, *, context: int, threads: int):
-        """Raises: GgufError with llama.cpp's own words if it cannot load the file."""
+    def __init__(self, file: Path, *, context: int, threads: int, exact: bool = False):
+        """
+        Args:
+            context: the most tokens that it can hold.
+            exact: everything that is computed is in float32, which is slower, instead of llama.cpp's defaults.
+
+        Raises: GgufError with llama.cpp's own words if it cannot load the file.
+        """
         self.library = llama_cpp()
         call = self.library.functions
         self.library.log.clear()
@@ -167,7 +184,9 @@ class Runtime:
             said = [line.strip() for line in self.library.log if "error" in line.lower() or "fail" in line.lower()]
             raise GgufError(f"llama.cpp cannot load {file}: {' '.join(said[-3:]) or 'it does not say why'}")
         options = call.llama_context_default_params()
-        options.words[:3] = [context, context, min(context, _CONTEXT_DEFAULTS[2])]
+        chosen = {0: context, 1: context, 2: min(context, _CONTEXT_DEFAULTS[2])} | (_CONTEXT_EXACT if exact else {})
+        for place, value in chosen.items():
+            options.words[place] = value
         self.context = call.llama_init_from_model(self.model, options)
         if not self.context:
             call.llama_model_free(self.model)

@@ -124,26 +124,34 @@ def measure_damage(
     return Damage(errors, effect)
 
 
-def smallest_mixture(model: GgufModel) -> Mixture:
-    """The smallest types that matrices can have, with an importance matrix of the layers' ones."""
+def smallest_mixture(model: GgufModel, fixed: Mapping[str, BlockType]) -> Mixture:
+    """The smallest types that matrices can have, with an importance matrix of the layers' ones.
+
+    Args:
+        fixed: of matrices whose type is no choice.
+    """
     types = {tensor.name: BlockType.F32 for tensor in model.tensors}
     for tensor in model.tensors:
-        if tensor.is_matrix:
+        if tensor.is_matrix and tensor.name not in fixed:
             types[tensor.name] = min(
                 _choices(tensor, tensor.layer >= 0), key=lambda kind: tensor_bytes(tensor.shape, kind)
             )
-    return Mixture("", types, {})
+    return Mixture("", {**types, **fixed}, {})
 
 
-def best_mixture(model: GgufModel, damage: Damage, most_bytes: int) -> Mixture:
+def best_mixture(model: GgufModel, damage: Damage, most_bytes: int, fixed: Mapping[str, BlockType]) -> Mixture:
     """The types of least damage whose tensors have at most so many bytes.
+
+    Args:
+        fixed: of matrices whose type is no choice.
 
     Raises: GgufError if no types make them so small.
     """
     matrices = {tensor.name: tensor for tensor in model.tensors if tensor.is_matrix}
-    options = {
+    options = {name: [kind] for name, kind in fixed.items()} | {
         name: _hull({kind: (tensor_bytes(tensor.shape, kind), damage.of(name, kind)) for kind in damage.errors[name]})
         for name, tensor in matrices.items()
+        if name not in fixed
     }
     chosen = {name: steps[0] for name, steps in options.items()}
 

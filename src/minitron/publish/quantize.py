@@ -109,14 +109,28 @@ def mixture(
             wanted = _by_rule(tensor, base, place, tied)
             if of_70b and ".attn_v." in tensor.name and wanted in (BlockType.Q3_K, BlockType.Q4_K):
                 wanted = BlockType.Q5_K
-            for pattern, kind in (overrides or {}).items():
-                if re.search(pattern, tensor.name):
-                    wanted = kind
-                    break
+        overridden = _override(tensor, overrides or {})
+        wanted = wanted if overridden is None else overridden
         types[tensor.name] = _fitting(tensor, wanted)
         if types[tensor.name] != wanted:
             fallbacks[tensor.name] = wanted
     return Mixture(file_type, types, fallbacks)
+
+
+def fixed_types(model: GgufModel, overrides: Mapping[str, BlockType]) -> dict[str, BlockType]:
+    """The types of the matrices that `overrides` names, as in `mixture`, or what they fall back to.
+
+    Raises: GgufError for a pattern that no matrix's name has.
+    """
+    names = [tensor.name for tensor in model.tensors if tensor.is_matrix]
+    for pattern in overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise GgufError(f"no matrix's name has the pattern {pattern!r}; there are {', '.join(names[:10])}, ...")
+    return {
+        tensor.name: _fitting(tensor, kind)
+        for tensor in model.tensors
+        if tensor.is_matrix and (kind := _override(tensor, overrides)) is not None
+    }
 
 
 def require_importance(model: GgufModel, mixed: Mixture) -> None:
@@ -183,6 +197,10 @@ def file_keys(file_type: str, importance: ImportanceMatrix | None, importance_fi
             "quantize.imatrix.chunks_count": importance.chunks,
         }
     return keys
+
+
+def _override(tensor: GgufTensor, overrides: Mapping[str, BlockType]) -> BlockType | None:
+    return next((kind for pattern, kind in overrides.items() if re.search(pattern, tensor.name)), None)
 
 
 def _fitting(tensor: GgufTensor, kind: BlockType) -> BlockType:
