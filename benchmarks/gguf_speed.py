@@ -22,6 +22,7 @@ from typing import Any
 from full_size import CASES, copy_seconds, drop_caches, sync, write_model
 from measure import PeakMemory, header, in_fresh_process, publish, table
 
+from minitron.cli import keep_freed_memory
 from minitron.model.checkpoint import open_checkpoint
 from minitron.publish.gguf import describe
 from minitron.publish.quantize import mixture, write_quantized
@@ -76,6 +77,7 @@ def main() -> None:
 
 
 def write(model: str, file: str, kind: str, threads: int) -> dict[str, Any]:
+    keep_freed_memory()  # as every command does
     described = describe(open_checkpoint(Path(model)))
     start = time.monotonic()
     with PeakMemory() as memory:

@@ -228,7 +228,7 @@ def test_a_full_disk_while_cutting_is_one_clear_error(
 
 
 CUT_SLOWLY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from minitron.files import atomic_directory
 from minitron.model.checkpoint import open_checkpoint
@@ -240,6 +240,7 @@ def slow(rows):
     time.sleep(0.2)
     return rows
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in its background
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 names = checkpoint.stored
 with atomic_directory(Path(sys.argv[2])) as out:
