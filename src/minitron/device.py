@@ -71,6 +71,20 @@ def helper_thread() -> Iterator[ThreadPoolExecutor]:
         yield helper
 
 
+@contextmanager
+def one_core_each() -> Iterator[None]:
+    """A block with threads of its own, whose tensor operations each stay in their thread.
+
+    OpenMP's threads wait awake after every operation, and so take the cores that other threads could use.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _stay_alone() -> None:
     torch.get_num_threads()  # the first call sets a thread's number to that of all
     torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minitron.device import one_core_each
 from minitron.errors import GgufError
 from minitron.files import atomic_file
 from minitron.large_files import CHUNK_BYTES, write_file
@@ -170,7 +171,7 @@ def write_gguf(
 
     Raises: GgufError if a weight cannot be held in 16 bits; RunError if the file cannot be written.
     """
-    with atomic_file(file) as partial:
+    with atomic_file(file) as partial, one_core_each():
         return write_file(partial, _bytes_of(model, types, keys, encode, progress))
 
 
