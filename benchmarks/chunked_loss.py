@@ -21,7 +21,7 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.losses import Objective, chunked_loss
+from minitron.distill.losses import TEMPORARIES, Objective, chunked_loss
 from minitron.model.logits import CHUNK_BYTES, LazyLogits, chunk_tokens, float32_logits, project
 
 HIDDEN, TEACHER_HIDDEN = 512, 768
@@ -99,7 +99,7 @@ def measure(vocab: int, dtype: str, budget_mib: int | None, tokens: int) -> dict
             with float32_logits(precision):
                 problem.gradients(problem.plain)
         else:
-            chunk = chunk_tokens(vocab, budget_mib * MIB)
+            chunk = chunk_tokens(vocab, TEMPORARIES[True], budget_bytes=budget_mib * MIB)
             problem.gradients(lambda: problem.chunked(precision, chunk))
 
     with PeakMemory() as memory:

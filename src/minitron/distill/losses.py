@@ -5,7 +5,7 @@ a row of the tests.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,11 @@ LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine"
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.
 LEAST_TAIL = -80.0
+# Logit-sized float32 tensors alive at once in a chunk. On a CPU (True): both models' logits, the gradient in bfloat16, and
+# what products convert. Elsewhere also both log-probabilities and two in between.
+TEMPORARIES = {True: 4, False: 7}
+HEAD_PART_BYTES = 32 << 20
+PART_BYTES = 512 << 10  # of one core's logits that are worked on together: a few such fit its cache
 
 
 def forward_kl(
@@ -198,10 +203,25 @@ def chunked_loss(
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `chunk_tokens`.
     """
-    chunk = chunk or chunk_tokens(len(student.head))
+    chunk = chunk or chunk_tokens(len(student.head), TEMPORARIES[student.hidden.is_cpu])
     return _ChunkedLoss.apply(
         objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
     )
+
+
+def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
+    """Rows that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
+    tokens, vocab = logits.shape
+    step = tokens
+    if logits.device.type == "cpu":
+        step = torch.get_num_threads() * max(1, PART_BYTES // (vocab * logits.itemsize))
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def _vocab_parts(head: Float[Tensor, "vocab hidden"]) -> Iterator[slice]:
+    """Rows of a head whose gradients make one tensor beside all of it."""
+    step = max(1, HEAD_PART_BYTES // (head.shape[1] * head.itemsize))
+    return (slice(start, start + step) for start in range(0, len(head), step))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -221,21 +241,32 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
         head_32 = head.detach().float()
+        # Gradients may be rounded where logits may not: products of bfloat16 with results of bfloat16 are the fastest.
+        head_low, hidden_low = head_32.to(dtype), hidden.detach().to(dtype)
         if isinstance(teacher, LazyLogits):
             # The head in float32 once, not once a chunk.
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
         with float32_logits(dtype):
             for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
-                piece = hidden[rows].detach().float()
+                logits = project(hidden[rows].detach(), head_32)
                 reference = None if teacher is None else teacher.rows(rows)
-                value, slope = objective.with_slope(project(piece, head_32), reference, targets[rows], transform)
-                total += value
-                grad_hidden[rows] = slope @ head_32
-                grad_head.addmm_(slope.T, piece)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_head.to(head.dtype))
+                for part in _parts(logits):
+                    of_teacher = (
+                        reference[part] if isinstance(reference, Tensor) else reference and reference.rows(part)
+                    )
+                    value, slope = objective.with_slope(logits[part], of_teacher, targets[rows][part], transform)
+                    total += value
+                    logits[part] = slope
+                slopes = logits.to(dtype)
+                grad_hidden[rows] = slopes @ head_low
+                for tokens_of in _vocab_parts(grad_head):
+                    grad_head[tokens_of] += slopes[:, tokens_of].T @ hidden_low[rows]
+        # Not saved by autograd, so that backward can scale them where they lie: a head's gradient is large.
+        ctx.gradients = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return None, grad_hidden * scale, grad_head * scale, None, None, None, None, None
+        assert ctx.gradients, "the gradients of a chunked loss are there for one backward pass"
+        (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
+        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from minitron.model.families import FAMILIES
 
-# Logit-sized float32 temporaries alive at once inside one chunk of training: both models' logits, both
-# log-probabilities, and three in backward.
-_TEMPORARIES = 7
 CHUNK_BYTES = 256 << 20
 
 
-def chunk_tokens(vocab: int, budget_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens whose float32 logit temporaries fit the budget. GPU-sized constants are wrong on a CPU, so: a budget."""
-    return max(16, budget_bytes // (vocab * 4 * _TEMPORARIES))
+def chunk_tokens(vocab: int, temporaries: int = 7, *, budget_bytes: int = CHUNK_BYTES) -> int:
+    """Tokens of which so many float32 tensors of logits fit the budget."""
+    return max(16, budget_bytes // (vocab * 4 * temporaries))
 
 
 @contextmanager
