@@ -33,7 +33,7 @@ STAGES = {
     ),
     "distill": ("losses", "optimizer", "state", "trackers", "settings", "train"),
     "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
-    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream"),
+    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream", "likelihood"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
 
@@ -75,7 +75,7 @@ def test_a_stage_imports_only_stages_before_it(room: str, stages: tuple[str, ...
             assert seen <= set(stages[: stages.index(stage) + 1])
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "datasets", "pyarrow", "matplotlib"])
+@pytest.mark.parametrize("heavy", ["transformers", "datasets", "pyarrow", "matplotlib", "lm_eval"])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: ".".join(parts(file)))
 def test_heavy_libraries_are_imported_where_they_are_used(file: Path, heavy: str) -> None:
     top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
