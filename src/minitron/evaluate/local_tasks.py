@@ -203,7 +203,9 @@ def _rows(file: Path, data: bytes) -> dict[int, Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise TaskError(f"{file}, line {number}: not JSON ({error}); one JSON object per line is expected") from None
+            raise TaskError(
+                f"{file}, line {number}: not JSON ({error}); one JSON object per line is expected"
+            ) from None
         if not isinstance(row, dict):
             raise TaskError(f"{file}, line {number}: a JSON object is expected, and this is {type(row).__name__}")
         rows[number] = row
