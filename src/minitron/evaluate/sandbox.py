@@ -109,14 +109,16 @@ def _watched(process: subprocess.Popen[bytes], job: bytes, token: bytes, limits:
     said = b"".join(_said(source, len(token) + 1, limits.wall_seconds))
     if said == token:
         return Outcome(True, "passed")
+    if said:
+        return Outcome(False, "it wrote where only the sandbox may")
+    return Outcome(False, _why_silent(process))
+
+
+def _why_silent(process: subprocess.Popen[bytes]) -> str:
     try:
-        code = process.wait(timeout=0 if said else 0.5)
+        code = process.wait(timeout=0.5)  # it may just be ending
     except subprocess.TimeoutExpired:
-        return Outcome(False, "it wrote where only the sandbox may" if said else "time limit")
-    return Outcome(False, _reason(code))
-
-
-def _reason(code: int) -> str:
+        return "time limit"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "time limit"
     return "killed" if code < 0 else "it did not come to its end"
