@@ -32,6 +32,7 @@ SHARE_OF_MEMORY = 0.25
 MOST_ON_CPU_BYTES = 1 << 30  # larger batches are no faster there
 MOST_ROWS = 64
 LOGIT_COPIES = 3  # logits, their log-probabilities, and one more in between, in float32
+ALL_AT_ONCE = 1 << 40  # rows: windows of a text are put into batches here
 BATCHES_AT_ONCE = 8  # handed to the harness's class, between two looks at memory
 # Streamed rows are padded to the longest of a pass, and each pass reads the model once.
 LONGEST_OF_SHORTEST = 1.3
@@ -49,7 +50,11 @@ class _Model(HFLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        self.batch_size_per_gpu = ALL_AT_ONCE
+        # Windows of the same tokens but for the last, of which other parts are scored, are mixed up by that cache.
+        self.logits_cache = False
         found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        self.logits_cache = True
         return found
 
     def _require_room(self, requests: Sequence[Request]) -> None:
@@ -70,7 +75,7 @@ class InMemory(_Model):
         self._most = MOST_ROWS
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self._require_room(requests)
 
@@ -165,9 +170,9 @@ class Streamed(_Model):
         warn: Warn,
         scratch: Path | None = None,
     ):
-        # The harness reads the config of what it is given, and no more; windows of a rolling likelihood come at once.
+        # The harness reads the config of what it is given, and no more.
         empty = skeleton(checkpoint, checkpoint.dtype)
-        super().__init__(pretrained=empty, tokenizer=tokenizer, batch_size=1 << 40)
+        super().__init__(pretrained=empty, tokenizer=tokenizer, batch_size=ALL_AT_ONCE)
         self.checkpoint, self.progress, self.warn = checkpoint, progress, warn
         self._rows_of_batch, self._scratch = batch, scratch
 
@@ -178,7 +183,7 @@ class Streamed(_Model):
         )
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self._require_room(requests)
         # Row of tokens -> the requests that read it. What follows a context in one token is read once for all answers.

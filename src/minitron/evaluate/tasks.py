@@ -15,7 +15,7 @@ from minitron.device import free_bytes, pick_device
 from minitron.errors import TaskError
 from minitron.evaluate import definitions, harness
 from minitron.evaluate.benchmarks import SUITES, Benchmark, TaskResult, chosen
-from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task
+from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task, task_of
 from minitron.evaluate.sandbox import require_sandbox
 from minitron.files import digest_files, write_json
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
@@ -83,6 +83,7 @@ def plan_tasks(
     harness.require_installed()
     options = options or TaskOptions()
     folders = find_folders(directory) if directory is not None else {}
+    tasks = [task_of(name) if task_of(name) in folders else name for name in tasks]
     if directory is not None:
         members = {name for suite in tasks if suite in SUITES for name in SUITES[suite]}
         if left_out := sorted(members - folders.keys()):
