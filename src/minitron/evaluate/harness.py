@@ -68,12 +68,15 @@ def load_task(benchmark: Benchmark, local: LocalTask | None) -> Task:
                 loaded = TaskManager(include_path=near, include_defaults=False).load([spec])
             except KeyError:  # a group of members from all over
                 loaded = TaskManager().load([spec])
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise TaskError(
                 f"task {benchmark.task!r} cannot be loaded: {reason}. Where the hub is out of reach, give its rows "
                 "with --tasks-dir"
             ) from None
+    if len(loaded["tasks"]) > 1 and benchmark.task not in loaded["groups"]:
+        members = ",".join(loaded["tasks"])
+        raise TaskError(f"{benchmark.task!r} stands for several tasks without a value of their own: --tasks {members}")
     task = Task(benchmark, loaded)
     for member in task.members:
         if benchmark.shots is not None:

@@ -141,7 +141,7 @@ def _task_result(row: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=DATASETS.get(row["task"], "custom"),
+        dataset_type=DATASETS.get(row["task"], row["task"]),  # of its own: equal types are merged
         dataset_name=row["title"],
         metric_type=student["metric"],
         metric_name=f"{student['metric']} ({student['shots']}-shot)",
