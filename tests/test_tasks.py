@@ -394,3 +394,8 @@ def test_kept_quality_is_the_share_of_the_teachers_value() -> None:
     assert kept(one, two) == pytest.approx(0.5) and kept(one, none) is None
     assert kept(one, TaskResult("t", value=0.6, higher_is_better=False, **base)) is None
     assert TaskResult.from_dict("t", json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_names_of_several_tasks_are_known_too() -> None:
+    """A tag may be one of a list in the files that have it."""
+    assert definitions._all_files().keys() >= {"ai2_arc", "mmlu", "mmlu_stem", "lambada", "truthfulqa_mc1"}

@@ -33,6 +33,7 @@ SUBJECTS = "mmlu/default/mmlu_{subject}.yaml"
 RUN_BY_CODE_EVAL = ("humaneval", "humaneval_infilling", "mbpp")
 RUN_BY_THEMSELVES = ("cruxeval", "longproc")
 NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
+TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 # The harness has no XL-Sum. Of its test set every fifth article, 20%, as the papers take.
 XLSUM: dict[str, Any] = {
@@ -244,7 +245,9 @@ def _all_files() -> dict[str, Path]:
     """Name of each task, group and tag -> the file that names it first. Faster than the harness's own index."""
     found: dict[str, Path] = {}
     for file in sorted(_root().rglob("*.yaml")):
-        for name in NAME.findall(file.read_text(encoding="utf-8", errors="replace")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        listed = [name for block in TAGS.findall(text) for name in re.findall(r"-[ \t]*(\S+)", block)]
+        for name in [*NAME.findall(text), *listed]:
             found.setdefault(name, file)
     return found
 
