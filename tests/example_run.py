@@ -1,6 +1,7 @@
 """A finished run directory written by hand: small, complete, with plausible numbers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ QUALITY = {  # loss, bits per byte, KL, agreement
     "student": (3.8028, 1.4328, 2.2334, 0.3547),
     "scratch": (4.9001, 1.846, 3.3012, 0.2119),
 }
+TITLES = {"winogrande": "Winogrande", "mmlu": "MMLU"}
 HOSTILE = "<script>alert(1)</script>\n    return x  # <b>&amp;"
 
 
@@ -22,7 +24,14 @@ REPAIRS = ["basis", "ffn_obs", "heads_obs"]
 
 
 def write(
-    path: Path, *, teacher: str = "acme/parent-3M", scratch: bool = True, speed: bool = True, repaired: bool = True
+    path: Path,
+    *,
+    teacher: str = "acme/parent-3M",
+    scratch: bool = True,
+    speed: bool = True,
+    repaired: bool = True,
+    tasks: Sequence[str] = (),
+    chosen_by: Sequence[str] = (),
 ) -> Path:
     """Write the run into `path`.
 
@@ -30,6 +39,7 @@ def write(
         scratch: whether a model was also trained from scratch.
         speed: whether speed was measured.
         repaired: whether the records say how the cut was repaired; those of older runs do not.
+        tasks: benchmarks that were measured, of which those of `chosen_by` had a say in the choice of layers.
     """
     models = ("teacher", "pruned", "student", *(["scratch"] if scratch else []))
     path.mkdir()
@@ -53,6 +63,11 @@ def write(
     _dump(path / "evaluations" / "generations.json", [texts])
     if speed:
         _dump(path / "evaluations" / "speed.json", {"teacher": _speed(1000.0), "student": _speed(1900.0)})
+    if tasks:
+        of_models = {
+            name: {task: _task(task, value) for task in tasks} for name, value in (("teacher", 0.8), ("student", 0.6))
+        }
+        _dump(path / "evaluations" / "tasks.json", {"tasks": of_models, "chosen_by": list(chosen_by)})
     _dump(path / "scores" / "scores.json", _scores())
     _dump(path / "plan" / "plan.json", _plan())
     if repaired:
@@ -95,6 +110,11 @@ def _evaluation(name: str) -> dict[str, Any]:
         "top1_agreement": agreement,
         "tokens": 8160,
     }
+
+
+def _task(task: str, value: float) -> dict[str, Any]:
+    facts = {"title": TITLES.get(task, task), "metric": "acc", "value": value, "stderr": 0.0123, "n": 1234, "shots": 5}
+    return facts | {"version": "1.0", "higher_is_better": True, "filter": None, "others": {}}
 
 
 def _record(name: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -87,3 +87,15 @@ def test_card_says_which_layers_were_given_by_number(tmp_path: Path) -> None:
 
 def test_card_works_without_scratch_and_without_speed(tmp_path: Path) -> None:
     assert "| scratch |" not in card_of(example_run.write(tmp_path / "run", scratch=False, speed=False)).text
+
+
+def test_benchmarks_are_in_the_card_and_its_model_index(tmp_path: Path) -> None:
+    run = example_run.write(tmp_path / "run", tasks=("winogrande", "mmlu", "stories"), chosen_by=("mmlu",))
+    card = card_of(run)
+    assert "| Winogrande | acc | 5 | 1,234 | 80.0 ± 1.2 | 60.0 ± 1.2 |" in card.text
+    found = {result.dataset_name: result for result in card.data.eval_results if result.metric_type == "acc"}
+    assert found.keys() == {"Winogrande", "stories"} and "| MMLU |" not in card.text  # which chose the layers
+    one = found["Winogrande"]
+    assert (one.dataset_type, one.metric_value, one.metric_name) == ("allenai/winogrande", 0.6, "acc (5-shot)")
+    assert one.metric_args == {"shots": 5, "items": 1234, "stderr": 0.0123}
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench
 import published
 import pytest
 import small
@@ -690,3 +691,31 @@ def test_a_full_disk_is_one_line_and_only_stages_that_are_done_are_left(
     assert f"cannot write {full_disk}/out" in line and "No space left on device" in line
     for stage in ("data", "statistics", "scores", "plan", "pruned", "student"):
         assert all((made / "record.json").is_file() for made in full_disk.rglob(stage))
+
+
+def test_benchmarks_of_a_model_and_its_teacher(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_CACHE", str(desk.path / "cache"))
+    rows = bench.write(desk.path / "bench", ("piqa", "stories", "humaneval"))
+    student = desk.path / "student"
+    desk.json("prune", desk.teacher, "--layers", "drop=1", "--out", student)
+    command = ("evaluate", student, "--teacher", desk.teacher, "--tasks", "piqa,stories", "--tasks-dir", rows)
+    facts = desk.json(*command)
+    assert facts.keys() == {"tasks", "teacher_tasks", "kept"} and facts["tasks"].keys() == {"piqa", "stories"}
+    one, whole = facts["tasks"]["piqa"], facts["teacher_tasks"]["piqa"]
+    assert (one["metric"], one["n"], one["shots"], one["version"]) == ("acc_norm", 6, 0, "1.0")
+    assert 0 <= one["value"] <= 1 and one["stderr"] is not None
+    assert facts["kept"]["piqa"] == (one["value"] / whole["value"] if whole["value"] else None)
+    assert desk.json(*command) == desk.json(*command, "--no-cache", "--streamed") == facts
+    text = desk.run(*command)[1]
+    assert "stories" in text and f"{100 * one['value']:.1f} ± {100 * one['stderr']:.1f}" in text
+    both = desk.json(*command, "--limit", 2, "--data", desk.text, "--block-tokens", 16)
+    assert both["tasks"]["piqa"]["n"] == 2 and both["kl_to_teacher"] > 0
+
+    def refused(*options: Any, model: Path = student) -> str:
+        return desk.refuses("evaluate", model, *options, keeps="cache")
+
+    assert "did you mean 'piqa'" in refused("--tasks", "piqqa")
+    assert "allow it with --allow-code" in refused("--tasks-dir", rows)
+    assert "has no chat template" in refused("--tasks", "piqa", "--tasks-dir", rows, "--chat")
+    assert "--limit is of benchmarks, and none is named" in refused("--limit", 3)
+    assert "model.gguf: benchmarks are measured on checkpoints" in refused("--tasks", "piqa", model=Path("model.gguf"))

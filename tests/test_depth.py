@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron.errors import CheckpointError, DataError, PlanError
+from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.packing import Batch, Separator
 from minitron.prune import depth
@@ -74,7 +75,7 @@ def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(
     whole = by_loss(checkpoint, tokens, dtype=torch.float32)(VARIANTS)
     monkeypatch.setattr(depth, "STATES_BYTES", 0)
     monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 4 * 32 * 13)
-    monkeypatch.setattr(depth, "chunk_tokens", lambda vocab: 5)
+    monkeypatch.setattr(likelihood, "chunk_tokens", lambda vocab: 5)
     monkeypatch.setattr("minitron.model.stream.STATES_IN_MEMORY_BYTES", 0)
     done: list[tuple[int, int]] = []
     measure = by_loss(

@@ -10,6 +10,7 @@ import example_run
 import numpy as np
 import pytest
 
+from minitron.evaluate.benchmarks import SUITE
 from minitron.prune import repair
 from minitron.prune.plan import PruneConfig
 from minitron.publish.formats import (
@@ -24,6 +25,7 @@ from minitron.publish.formats import (
     source_name,
 )
 from minitron.publish.plots import pareto_front
+from minitron.publish.published import DATASETS, PUBLISHED
 from minitron.publish.records import read_run, result_table
 from minitron.publish.report import headline, render, write_report
 from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
@@ -320,3 +322,27 @@ def test_a_run_of_two_machines_names_the_stages_of_each() -> None:
     assert list(environments(stages)) == ["Hardware", "Software"]
     stages["student"] = {"hardware": here | {"device": "B"}, "versions": {"torch": "2"}}
     assert list(environments(stages))[::2] == ["Hardware (data)", "Hardware (student)"]
+
+
+def test_benchmarks_stand_beside_the_published_ones(tmp_path: Path) -> None:
+    page = unescape(render(read_run(example_run.write(tmp_path / "run", tasks=("winogrande", "mmlu", "stories")))))
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert ["Winogrande", "acc", "5", "1,234", "80.0 ± 1.2", "60.0 ± 1.2", "75.0%"] in rows
+    assert ["stories", "acc", "5", "1,234", "80.0 ± 1.2", "60.0 ± 1.2", "75.0%"] in rows
+    assert ["Model", "Winogrande", "MMLU"] in rows and ["Minitron-8B", "79.0", "63.8"] in rows
+    assert "used to choose" not in page
+    assert "Benchmarks" not in render(read_run(example_run.write(tmp_path / "other")))
+
+
+def test_a_benchmark_that_chose_the_layers_is_marked(tmp_path: Path) -> None:
+    run = example_run.write(tmp_path / "run", tasks=("winogrande", "mmlu"), chosen_by=("winogrande",))
+    page = unescape(render(read_run(run)))
+    assert "Winogrande (used to choose)" in page and "MMLU (used to choose)" not in page
+    assert "its value is no result of the student" in page
+
+
+def test_published_values_are_those_of_the_papers() -> None:
+    assert len(PUBLISHED) == 8 and PUBLISHED["Minitron-4B"]["gsm8k"] == 24.1
+    assert PUBLISHED["Mistral-NeMo-Minitron-8B"]["humaneval"] == 36.2
+    assert "humaneval" not in PUBLISHED["Llama-3.1-Minitron-4B-Width"]
+    assert {task for row in PUBLISHED.values() for task in row} == set(SUITE) == set(DATASETS)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench
 import pytest
 import small
 import tiny
@@ -17,8 +18,9 @@ import yaml
 
 from minitron import cli
 from minitron.data import open_corpus
-from minitron.errors import MinitronError, RunError
+from minitron.errors import MinitronError, RunError, TaskError
 from minitron.evaluate.quality import evaluate
+from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.packing import Batch
@@ -478,3 +480,32 @@ def python(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> None:
+    rows = bench.write(tmp_path / "bench", ("piqa", "stories"))
+    raw = raw_recipe(tmp_path, "llama")
+    raw["prune"] |= {"layer_criterion": "task", "layer_task": str(rows / "stories" / "dev.jsonl")}
+    raw["evaluate"] |= {"tasks_dir": str(rows), "limit": 4}
+    records = run(build_recipe(raw), tmp_path / "out")
+    tasks = records.tasks["tasks"]
+    expected = measure_tasks(
+        {"teacher": Path(raw["model"]), "student": tmp_path / "out" / "student"},
+        plan_tasks([], rows, TaskOptions(limit=4)),
+    )
+    assert tasks == {name: {task: one.to_dict() for task, one in of.items()} for name, of in expected.items()}
+    assert records.tasks["chosen_by"] == ["stories"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "stories (used to choose)" in page and "Only the first 4 items" in page
+    assert run(build_recipe(raw), tmp_path / "out").tasks == records.tasks
+    bench.dump(rows / "piqa" / "dev.jsonl", bench.rows("piqa", 5))
+    with pytest.raises(RunError, match="evaluations was made from other inputs; changed: tasks"):
+        run(build_recipe(raw), tmp_path / "out")
+
+
+def test_benchmarks_that_cannot_be_measured_are_refused_before_the_work(tmp_path: Path) -> None:
+    raw = raw_recipe(tmp_path, "llama")
+    raw["evaluate"] |= {"tasks": ["humaneval"]}
+    with pytest.raises(TaskError, match="allow it with --allow-code"):
+        run(build_recipe(raw), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

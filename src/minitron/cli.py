@@ -38,7 +38,7 @@ HELP = {
     "search": "every shape within the budgets, ranked",
     "prune": "cut a model to a shape, a plan or a parameter target, and repair the cut",
     "distill": "train a student on a teacher's logits; the same command again resumes it",
-    "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text",
+    "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text; or benchmarks",
     "generate": "continue a prompt",
     "quantize": "write GGUF files for llama.cpp, run them, and print what each costs",
     "report": "write report.html of a finished run again",
@@ -205,6 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
     evaluate.add_argument("--blocks", type=_count, default=512, help="blocks to measure on, at most")
     evaluate.add_argument("--block-tokens", type=_count, help="tokens per block; default the context, at most 2048")
+    _add_tasks(evaluate)
 
     generate = add("generate", _generate)
     generate.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
@@ -463,6 +464,23 @@ def _distill(args: argparse.Namespace, console: Console) -> None:
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
+    with_tasks = bool(args.tasks or args.suite or args.tasks_dir)
+    facts: dict[str, Any] = {}
+    if not with_tasks and (option := _stray_option(args)):
+        raise MinitronError(f"{option} is of benchmarks, and none is named: give --tasks, --suite or --tasks-dir")
+    if with_tasks:
+        facts = _benchmarks(args, console)
+    if not with_tasks or args.data is not None:
+        facts = _quality(args, console) | facts
+    lines = [
+        f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
+        for name, value in facts.items()
+        if isinstance(value, float | int)
+    ]
+    console.result(facts, "\n".join(lines + (_benchmark_lines(facts) if with_tasks else [])))
+
+
+def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from minitron.rooms import evaluate_model
 
     data = _data_config(args, console)
@@ -470,15 +488,45 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
     if _is_gguf(args.model):
         from minitron.gguf_rooms import evaluate_gguf
 
-        facts = evaluate_gguf(Path(args.model), args.teacher, data, **options)
-    else:
-        facts = evaluate_model(args.model, args.teacher, data, **options)
-    shown = {name: value for name, value in facts.items() if value is not None}
-    lines = [
-        f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
-        for name, value in shown.items()
-    ]
-    console.result(facts, "\n".join(lines))
+        return evaluate_gguf(Path(args.model), args.teacher, data, **options)
+    return evaluate_model(args.model, args.teacher, data, **options)
+
+
+def _stray_option(args: argparse.Namespace) -> str | None:
+    """An option of benchmarks that has been given."""
+    given = {name: getattr(args, name) for name in ("limit", "shots", "allow_code", "chat", "streamed", "batch")}
+    found = next((name for name, value in given.items() if value not in (None, False)), None)
+    return found and f"--{found.replace('_', '-')}"
+
+
+def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from minitron.evaluate.tasks import TaskOptions, cache_directory
+    from minitron.rooms import benchmark_models
+
+    for model in (args.model, args.teacher):
+        if model is not None and model.endswith(".gguf"):
+            raise MinitronError(
+                f"{model}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
+                "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
+            )
+    names = ("limit", "shots", "allow_code", "chat", "streamed", "batch")
+    options = TaskOptions(**{name: getattr(args, name) for name in names})
+    cache = cache_directory() if args.cache else None
+    tasks = [*([args.suite] if args.suite else []), *args.tasks]
+    return benchmark_models(args.model, args.teacher, tasks, args.tasks_dir, options, cache=cache, listener=console)
+
+
+def _benchmark_lines(facts: dict[str, Any]) -> list[str]:
+    from minitron.publish.formats import BENCHMARK_NOTE, percent, score, shown
+
+    teacher = facts.get("teacher_tasks", {})
+    cells = [["benchmark", "metric", "shots", "items", *(["teacher"] if teacher else []), "model"]]
+    cells[0] += ["kept"] if teacher else []
+    for name, row in facts["tasks"].items():
+        own = [name, row["metric"], str(row["shots"]), f"{row['n']:,}"]
+        pair = [score(teacher[name])] if teacher else []
+        cells.append([*own, *pair, score(row), *([shown(facts["kept"][name], percent)] if teacher else [])])
+    return [*_aligned(cells), "", BENCHMARK_NOTE]
 
 
 def _generate(args: argparse.Namespace, console: Console) -> None:
@@ -697,6 +745,34 @@ def _add_data(
         parser.add_argument(
             "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
         )
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmarks, through lm-evaluation-harness (without --data, instead of text)")
+    group.add_argument("--suite", choices=["minitron"], help="the nine benchmarks of the papers, with their shots")
+    group.add_argument(
+        "--tasks", type=_names, default=[], metavar="T1,T2", help="tasks of the harness or of --tasks-dir"
+    )
+    group.add_argument(
+        "--tasks-dir", type=Path, metavar="DIR", help="local rows, one folder per task; alone, all of its tasks"
+    )
+    group.add_argument("--limit", type=_count, metavar="N", help="the first N items of each task")
+    group.add_argument("--shots", type=_seed, metavar="N", help="examples in the prompt, instead of each task's own")
+    group.add_argument("--allow-code", action="store_true", help="run code that the model writes, in a sandbox")
+    group.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
+    group.add_argument(
+        "--streamed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one layer in memory at a time; default where the model does not fit",
+    )
+    group.add_argument("--batch", type=_count, metavar="N", help="rows per forward call; default what memory takes")
+    group.add_argument(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep results, and take those that are known; default yes",
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:

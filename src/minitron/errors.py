@@ -6,6 +6,7 @@ MinitronError
 ├── DataError                    text that cannot be read, split or tokenized
 ├── PlanError                    a shape or target that cannot be cut from the model
 ├── GgufError                    a GGUF file that cannot be made, read or run
+├── TaskError                    a benchmark that is not there, or cannot be run with this model or on this machine
 ├── RecipeError                  a recipe that does not validate
 └── RunError                     a run directory that is locked, stale, or cannot be written
     └── Interrupted              a signal arrived; the state is saved (exit code 130)
@@ -41,6 +42,10 @@ class RecipeError(MinitronError):
 
 
 class GgufError(MinitronError):
+    pass
+
+
+class TaskError(MinitronError):
     pass
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +17,10 @@ from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
+from minitron.evaluate.benchmarks import kept
 from minitron.evaluate.generate import generate
 from minitron.evaluate.quality import evaluate
+from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.files import atomic_directory, readable_os_errors
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import (
@@ -377,6 +379,32 @@ def evaluate_model(
             progress=lambda done, total: listener.progress(done, total, "blocks"),
         )
     return quality.to_dict()
+
+
+def benchmark_models(
+    model: str,
+    teacher: str | None,
+    tasks: Sequence[str],
+    directory: Path | None,
+    options: TaskOptions,
+    *,
+    cache: Path | None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Measure one model in benchmarks, and its teacher on the same items.
+
+    Keys: tasks, of the model, and with a teacher also teacher_tasks, and kept: the model's value over the teacher's.
+    """
+    plan = plan_tasks(tasks, directory, options, warn=listener.warn)
+    paths = {"model": resolve_model(model)} | ({"teacher": resolve_model(teacher)} if teacher else {})
+    listener.stage("benchmarks", "running")
+    results = measure_tasks(paths, plan, cache=cache, progress=listener.progress, warn=listener.warn)
+    listener.stage("benchmarks", "done")
+    facts: dict[str, Any] = {"tasks": {name: one.to_dict() for name, one in results["model"].items()}}
+    if teacher:
+        facts["teacher_tasks"] = {name: one.to_dict() for name, one in results["teacher"].items()}
+        facts["kept"] = {name: kept(one, results["teacher"][name]) for name, one in results["model"].items()}
+    return facts
 
 
 def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:

@@ -21,8 +21,11 @@ from minitron.distill.state import forget_states
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
+from minitron.evaluate.local_tasks import task_of
 from minitron.evaluate.quality import EvaluateConfig, evaluate
 from minitron.evaluate.speed import measure_speed
+from minitron.evaluate.tasks import Plan as TaskPlan
+from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.files import write_json
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
@@ -74,6 +77,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
+    benchmarks = plan_benchmarks(recipe.evaluate, listener)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
         models = {"teacher": teacher.path}
@@ -113,7 +117,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         models |= {"pruned": pruned, "student": student}
         if recipe.scratch_baseline:
             models["scratch"] = teach(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
-        measure(stages, recipe.evaluate, models, corpus, tokenizer)
+        measure(stages, recipe, models, corpus, tokenizer, benchmarks)
         if recipe.gguf.wanted:
             ship(stages, recipe, student, corpus)
     return publish(out)
@@ -146,6 +150,9 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
                 update={"layer_task": recipe.prune.layer_task and _whole_path(recipe.prune.layer_task)}
             ),
             "repair": repair,
+            "evaluate": recipe.evaluate.model_copy(
+                update={"tasks_dir": recipe.evaluate.tasks_dir and _whole_path(recipe.evaluate.tasks_dir)}
+            ),
             "calibrate": recipe.calibrate.model_copy(
                 update={
                     "precision": settle_precision(recipe.calibrate.precision),
@@ -545,9 +552,34 @@ def teach(
     return made
 
 
+def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | None:
+    """What the evaluations measure besides text; asked before the work begins, so that it does not end in an error."""
+    if not config.benchmarks:
+        return None
+    directory = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
+    options = TaskOptions(limit=config.limit, allow_code=config.allow_code)
+    return plan_tasks(config.tasks, directory, options, warn=listener.warn)
+
+
+def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
+    """Tasks of which questions decided what layers stay: what they say of the student is no result."""
+    if config.layer_criterion != "task" or config.layer_task is None:
+        return []
+    file = Path(config.layer_task)
+    names = {task_of(name) for name in (config.layer_task, file.stem, file.parent.name)}
+    return [task for task in tasks if task in names]
+
+
 def measure(
-    stages: RunDirectory, config: EvaluateConfig, models: Mapping[str, Path], corpus: data.Corpus, tokenizer: Any
+    stages: RunDirectory,
+    recipe: Recipe,
+    models: Mapping[str, Path],
+    corpus: data.Corpus,
+    tokenizer: Any,
+    benchmarks: TaskPlan | None,
 ) -> None:
+    config = recipe.evaluate
+
     def work(out: Path) -> dict[str, Any]:
         device = pick_device()
         guides = {name: load_model(path).to(device) for name, path in models.items() if name in ("teacher", CORRECTED)}
@@ -573,10 +605,26 @@ def measure(
             pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
             speeds = measure_speed(pair, prompt_tokens=min(256, corpus.block_tokens))
             write_json(out / "speed.json", {name: speed.to_dict() for name, speed in speeds.items()})
+            del pair
+        if benchmarks is not None:
+            del model
+            guides.clear()  # the harness loads one model after the other
+            results = measure_tasks(
+                {name: models[name] for name in ("teacher", "student")},
+                benchmarks,
+                progress=stages.listener.progress,
+                warn=stages.listener.warn,
+            )
+            of_models = {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()}
+            write_json(
+                out / "tasks.json",
+                {"tasks": of_models, "chosen_by": chosen_by(recipe.prune, list(results["student"]))},
+            )
         return {"models": list(models)}
 
-    inputs = {name: stages.digest(model_files(path)) for name, path in models.items()}
-    stages.do("evaluations", work, inputs=inputs | {"data": corpus.digest}, config={"evaluate": config})
+    inputs = {name: stages.digest(model_files(path)) for name, path in models.items()} | {"data": corpus.digest}
+    inputs |= {"tasks": benchmarks.digest} if benchmarks is not None else {}
+    stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.of_record})
 
 
 def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: data.Corpus) -> None:

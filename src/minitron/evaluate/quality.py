@@ -29,6 +29,27 @@ class EvaluateConfig(Section):
     """Tokens generated for each prompt."""
     speed: bool = True
     """Whether to measure prefill and decode speed of teacher and student."""
+    tasks: list[str] = Field(default=[])
+    """Benchmarks of teacher and student: tasks of lm-evaluation-harness, folders of `tasks_dir`, or `minitron`, the
+    nine of the papers. See docs/evaluation.md."""
+    tasks_dir: str | None = None
+    """Directory of local rows, one folder per task; without `tasks`, all of its tasks are measured."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items of each task to measure on, at most; null for all."""
+    allow_code: bool = False
+    """Whether tasks may run code that the models write, in a sandbox."""
+
+    @property
+    def of_record(self) -> dict[str, Any]:
+        """What evaluations are; those of runs without benchmarks do not name them."""
+        return self.model_dump(mode="json", exclude=None if self.benchmarks else set(_OF_TASKS))
+
+    @property
+    def benchmarks(self) -> bool:
+        return bool(self.tasks or self.tasks_dir)
+
+
+_OF_TASKS = ("tasks", "tasks_dir", "limit", "allow_code")
 
 
 @dataclass(frozen=True)

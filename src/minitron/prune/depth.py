@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron.device import pick_device
 from minitron.errors import CheckpointError, PlanError
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.stream import Stream, default_batch
 from minitron.packing import Batch, Separator
 from minitron.prune.questions import Question, encode
@@ -145,7 +145,7 @@ def likelihoods(
         branches: dict[Variant, Tensor] = {}
         for layer, branches in enumerate(_after_layers(stream, variants), start=1):  # noqa: B007
             progress(before + layer, len(parts) * shape.layers)
-        sums = _score(stream, list(branches.values()), scored[start : start + len(part)])
+        sums = _of_samples(stream, list(branches.values()), scored[start : start + len(part)])
         order = [list(branches).index(variant) for variant in variants]
         found.append(Likelihoods(sums.nats[order], sums.greedy[order]))
         start += len(part)
@@ -175,46 +175,10 @@ def _after_layers(stream: Stream, variants: Sequence[Variant]) -> Iterator[dict[
         yield branches
 
 
-@torch.no_grad()
-def _score(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "samples tokens"]) -> Likelihoods:
-    """Likelihoods from the states after the last layer, which become those after the final norm.
-
-    The output projection is read a run of rows at a time: logits of a part of the vocabulary are folded into each
-    token's running logsumexp, so neither the projection nor a whole row of logits is ever in memory.
-    """
-    with stream.final_norm() as norm:
-        for states in branches:
-            for rows, before in stream.batches(states):
-                states[rows] = norm(before)
-    targets = stream.tokens[:, 1:][scored[:, 1:]].to(stream.device)
-    running = torch.full((3, len(branches), len(targets)), -torch.inf, device=stream.device)
-    sums, best, own = running
-    transform = logit_transform(stream.model)
-    for first, piece in stream.head_pieces():
-        chunk = chunk_tokens(len(piece))
-        with float32_logits(stream.dtype):
-            for branch, states in enumerate(branches):
-                for places, hidden in _scored_states(stream, states, scored, chunk):
-                    logits = transform(project(hidden, piece))
-                    sums[branch, places] = torch.logaddexp(sums[branch, places], logits.logsumexp(-1))
-                    best[branch, places] = torch.maximum(best[branch, places], logits.amax(-1))
-                    column = targets[places] - first
-                    here = (column >= 0) & (column < len(piece))
-                    mine = logits.gather(1, column.clamp(0, len(piece) - 1)[:, None])[:, 0]
-                    own[branch, places] = torch.where(here, mine, own[branch, places])
-    sample = scored[:, 1:].nonzero()[:, 0]
-    nats = torch.zeros(len(branches), len(scored), dtype=torch.float64)
-    nats.index_add_(1, sample, (own - sums).cpu().double())
-    missed = torch.zeros(len(branches), len(scored)).index_add_(1, sample, (own < best).cpu().float())
-    return Likelihoods(nats, missed == 0)
-
-
-def _scored_states(
-    stream: Stream, states: Tensor, scored: Bool[Tensor, "samples tokens"], chunk: int
-) -> Iterator[tuple[slice, Float[Tensor, "chunk hidden"]]]:
-    """The states that the scored tokens are predicted from, in chunks, each with its place among all of them."""
-    start = 0
-    for rows, batch in stream.batches(states):
-        for piece in batch[:, :-1][scored[rows, 1:].to(batch.device)].split(chunk):
-            yield slice(start, start + len(piece)), piece
-            start += len(piece)
+def _of_samples(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "samples tokens"]) -> Likelihoods:
+    """Likelihoods from the states after the last layer, which are used up."""
+    sample, place = scored[:, 1:].nonzero(as_tuple=True)
+    nats, greedy = score_tokens(stream, branches, Scored(sample, place, stream.tokens[:, 1:][scored[:, 1:]]))
+    sums = torch.zeros(len(branches), len(scored), dtype=torch.float64).index_add_(1, sample, nats)
+    missed = torch.zeros(len(branches), len(scored)).index_add_(1, sample, (~greedy).float())
+    return Likelihoods(sums, missed == 0)

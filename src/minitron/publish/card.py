@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from minitron.data import BUILTIN, TEACHER
 from minitron.files import readable_os_errors
 from minitron.publish.formats import (
+    BENCHMARK_NOTE,
     MISSING,
     RESULT_COLUMNS,
     count,
@@ -20,13 +22,16 @@ from minitron.publish.formats import (
     nats,
     percent,
     result_cells,
+    score,
     share,
     short_count,
     size,
     source_name,
 )
+from minitron.publish.published import DATASETS
 from minitron.publish.records import (
     RunRecords,
+    benchmarks,
     correction,
     heldout_source,
     layer_criterion,
@@ -95,7 +100,10 @@ def public_recipe(records: RunRecords) -> dict[str, Any]:
     data = dict(records.recipe["data"])
     for key in ("source", "heldout"):
         data[key] = source_name(data[key]) if data[key] else data[key]
-    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data}
+    evaluate = dict(records.recipe["evaluate"])
+    if evaluate.get("tasks_dir"):
+        evaluate["tasks_dir"] = source_name(evaluate["tasks_dir"])
+    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data, "evaluate": evaluate}
 
 
 def parent_licence(records: RunRecords) -> dict[str, Any]:
@@ -125,7 +133,23 @@ def _eval_results(records: RunRecords) -> list[EvalResult]:
         )
         for key, (metric, name) in METRICS.items()
         if student[key] is not None and math.isfinite(student[key])
-    ]
+    ] + [_task_result(row) for row in benchmarks(records) if not row["chosen_by"]]
+
+
+def _task_result(row: Mapping[str, Any]) -> EvalResult:
+    student = row["student"]
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type=DATASETS.get(row["task"], row["task"]),  # of its own: equal types are merged
+        dataset_name=row["title"],
+        metric_type=student["metric"],
+        metric_name=f"{student['metric']} ({student['shots']}-shot)",
+        metric_value=student["value"],
+        metric_args={"shots": student["shots"], "items": student["n"], "stderr": student["stderr"]},
+        source_name="lm-evaluation-harness",
+        source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+    )
 
 
 def _text(records: RunRecords) -> str:
@@ -145,7 +169,7 @@ implementation of `minitron` {records.stages["student"]["versions"]["minitron"]}
 
 Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of held-out text. `teacher` is the parent,
 `pruned` the model before distillation, `student` this model{_others(records)}. KL is KL(teacher ‖ model).
-
+{_benchmarks(records)}
 ## Shape
 
 {_shape(records)}
@@ -229,6 +253,19 @@ def _others(records: RunRecords) -> str:
         return scratch
     kl = nats(records.evaluations["student"]["kl_to_corrected"])
     return f"{scratch},\n`corrected` the parent {how} (this model's KL to that one is {kl})"
+
+
+def _benchmarks(records: RunRecords) -> str:
+    rows = [row for row in benchmarks(records) if not row["chosen_by"]]
+    if not rows:
+        return ""
+    head = ["benchmark", "metric", "shots", "items", "parent", "this model"]
+    cells = []
+    for row in rows:
+        student = row["student"]
+        numbers = [str(student["shots"]), count(student["n"]), score(row["teacher"]), score(student)]
+        cells.append([row["title"], student["metric"], *numbers])
+    return f"\n{_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
 
 
 def _shape(records: RunRecords) -> str:

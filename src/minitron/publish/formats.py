@@ -74,6 +74,18 @@ def shown(value: Number | None, form: Callable[[Number], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else MISSING
 
 
+# Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
+_SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
+BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
+
+
+def score(row: Mapping[str, Any]) -> str:
+    """A benchmark's value with its standard error, from the keys of TaskResult."""
+    scale = 100 if row["metric"].startswith(_SHARES) else 1
+    value = shown(row["value"], lambda number: f"{scale * number:,.1f}")
+    return value if row["stderr"] is None else f"{value} ± {shown(row['stderr'], lambda n: f'{scale * n:,.1f}')}"
+
+
 @dataclass(frozen=True)
 class Column:
     key: str

@@ -39,6 +39,7 @@ class RunRecords:
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
     search: search/candidates.json, or nothing where the shape was not searched for.
     ladder: gguf/quantization.json, or nothing where no GGUF files were written.
+    tasks: evaluations/tasks.json: {"tasks": {model: {task: result}}, "chosen_by": [task, ...]}, or nothing.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class RunRecords:
     cut: dict[str, Any]
     search: dict[str, Any]
     ladder: dict[str, Any]
+    tasks: dict[str, Any]
 
 
 def read_run(path: Path) -> RunRecords:
@@ -78,6 +80,7 @@ def read_run(path: Path) -> RunRecords:
         cut=_json(path / "pruned" / "plan.json") or plan,
         search=_json(path / "search" / "candidates.json") or {},
         ladder=_json(path / "gguf" / "quantization.json") or {},
+        tasks=_json(path / "evaluations" / "tasks.json") or {},
     )
 
 
@@ -99,6 +102,31 @@ def result_table(records: RunRecords) -> list[dict[str, Any]]:
         | {key: row[key] for key in quality}
         for name, row in records.evaluations.items()
     ]
+
+
+def benchmarks(records: RunRecords) -> list[dict[str, Any]]:
+    """One row per task, in the order they were measured. Keys: task, title, teacher and student (results), kept (the
+    student's share of the teacher's value, or None), chosen_by (whether it had a say in the choice of layers)."""
+    if not records.tasks:
+        return []
+    teacher, student = (records.tasks["tasks"][name] for name in ("teacher", "student"))
+    by_number = layers_by_number(records)  # then no task had a say
+    return [
+        {
+            "task": task,
+            "title": row["title"],
+            "teacher": teacher[task],
+            "student": row,
+            "kept": _kept(row, teacher[task]),
+            "chosen_by": task in records.tasks["chosen_by"] and not by_number,
+        }
+        for task, row in student.items()
+    ]
+
+
+def _kept(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
+    share: float = student["value"] / teacher["value"] if teacher["value"] else 0.0
+    return share if teacher["value"] > 0 and teacher["higher_is_better"] else None
 
 
 def layer_criterion(records: RunRecords) -> str:

@@ -14,6 +14,7 @@ from minitron.data import TEACHER
 from minitron.files import readable_os_errors
 from minitron.publish import page, plots
 from minitron.publish.formats import (
+    BENCHMARK_NOTE,
     MISSING,
     RESULT_COLUMNS,
     count,
@@ -24,15 +25,18 @@ from minitron.publish.formats import (
     perplexity,
     ratio,
     result_cells,
+    score,
     share,
     short_count,
     shown,
     size,
     source_name,
 )
+from minitron.publish.published import PUBLISHED
 from minitron.publish.records import (
     MODELS,
     RunRecords,
+    benchmarks,
     correction,
     heldout_source,
     loss_name,
@@ -54,7 +58,7 @@ def write_report(records: RunRecords) -> Path:
 
 
 def render(records: RunRecords) -> str:
-    sections = (results, shapes, why, speeds, quantized, training, texts, provenance)
+    sections = (results, measured_tasks, shapes, why, speeds, quantized, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -156,6 +160,54 @@ def results(records: RunRecords) -> str:
             "nothing of text by others."
         )
     return page.section("Results", table, page.note(note), page.figures(figures))
+
+
+def measured_tasks(records: RunRecords) -> str:
+    """Benchmarks of teacher and student, beside what the papers report."""
+    rows = benchmarks(records)
+    if not rows:
+        return ""
+    head: list[page.Heading] = [
+        "Benchmark",
+        "Metric",
+        "Shots",
+        "Items",
+        "Teacher",
+        "Student",
+        ("Kept", "of the teacher"),
+    ]
+    cells = [
+        [
+            row["title"] + CHOSEN * row["chosen_by"],
+            row["student"]["metric"],
+            str(row["student"]["shots"]),
+            count(row["student"]["n"]),
+            score(row["teacher"]),
+            score(row["student"]),
+            shown(row["kept"], percent),
+        ]
+        for row in rows
+    ]
+    note = f"{BENCHMARK_NOTE} Measured by lm-evaluation-harness, both models on the same items with the same prompts."
+    if any(row["chosen_by"] for row in rows):
+        note += f" {CHOSEN.strip()}: its questions decided which layers stay, so its value is no result of the student."
+    limit = records.recipe["evaluate"].get("limit")
+    note += f" Only the first {count(limit)} items of each task were asked." if limit else ""
+    parts = [page.table("Benchmarks", head, cells), page.note(note)]
+    own = [row for row in rows if any(row["task"] in published for published in PUBLISHED.values())]
+    if own:
+        names: list[page.Heading] = ["Model", *(row["title"] for row in own)]
+        published = [
+            [model, *(f"{values[row['task']]:.1f}" if row["task"] in values else MISSING for row in own)]
+            for model, values in PUBLISHED.items()
+        ]
+        table = page.table("Published values", names, published)
+        text = "As the papers report them, in per cent, with the shots of their suite; for orientation, not run here."
+        parts.append(page.details("The published models", f"{table}\n{page.note(text)}"))
+    return page.section("Benchmarks", *parts)
+
+
+CHOSEN = " (used to choose)"
 
 
 def shapes(records: RunRecords) -> str:

@@ -1,0 +1,240 @@
+"""Models as lm-evaluation-harness asks them: in memory, or one layer in memory at a time.
+
+Both are the harness's own class for Hugging Face models, which says how text becomes tokens and where prompts are cut.
+In memory, it computes too, in batches of a size found here. Streamed, the requests of a task go through the layers
+together, and the model itself is never loaded.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from minitron.device import free_bytes, pick_device
+from minitron.errors import TaskError
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.likelihood import Scored, score_tokens
+from minitron.model.stream import Stream, default_batch, skeleton
+
+Progress = Callable[[int, int], None]
+Warn = Callable[[str], None]
+# A request as the harness hands it on: its two texts, and the tokens of each.
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+# Of free memory, for activations and logits of one forward call.
+SHARE_OF_DEVICE = 0.5
+SHARE_OF_MEMORY = 0.25
+MOST_ON_CPU_BYTES = 1 << 30  # larger batches are no faster there
+MOST_ROWS = 64
+LOGIT_COPIES = 3  # logits, their log-probabilities, and one more in between, in float32
+ALL_AT_ONCE = 1 << 40  # rows: windows of a text are put into batches here
+BATCHES_AT_ONCE = 8  # handed to the harness's class, between two looks at memory
+# Streamed rows are padded to the longest of a pass, and each pass reads the model once.
+LONGEST_OF_SHORTEST = 1.3
+STATES_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
+
+
+class _Model(HFLM):
+    """What both have in common: quiet, and with errors that say what to do."""
+
+    progress: Progress
+    warn: Warn
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        self.batch_size_per_gpu = ALL_AT_ONCE
+        # Windows of the same tokens but for the last, of which other parts are scored, are mixed up by that cache.
+        self.logits_cache = False
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        self.logits_cache = True
+        return found
+
+    def _require_room(self, requests: Sequence[Request]) -> None:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise TaskError(
+                f"an answer of {longest} tokens is longer than the model's context of {self.max_length} tokens: "
+                "this task cannot be measured with this model"
+            )
+
+
+class InMemory(_Model):
+    """A loaded model. Batches begin at what memory is estimated to take, and are halved where that was too much."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None, progress: Progress, warn: Warn):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or 1, softmax_dtype="float32")
+        self.progress, self.warn, self._given = progress, warn, batch
+        self._most = MOST_ROWS
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._require_room(requests)
+
+        def in_turn(index: int) -> tuple[int, list[int]]:
+            _, context, continuation = requests[index]
+            tokens = context + continuation
+            return -len(tokens), tokens  # of one context beside each other: the harness computes those once
+
+        def compute(part: list[int]) -> list[tuple[float, bool]]:
+            return HFLM._loglikelihood_tokens(self, [requests[i] for i in part], disable_tqdm=True)
+
+        order = sorted(range(len(requests)), key=in_turn)
+        lengths = [min(self.max_length, -in_turn(index)[0]) for index in order]
+        return self._in_batches(order, lengths, compute)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        requests = [self._shortened(request) for request in requests]
+
+        def compute(part: list[int]) -> list[str]:
+            return HFLM.generate_until(self, [requests[i] for i in part], disable_tqdm=True)
+
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
+        return self._in_batches(order, [self.max_length] * len(order), compute)
+
+    def _in_batches(self, order: list[int], lengths: list[int], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """Results of all requests in their own order.
+
+        Args:
+            order: of computing, longest first; `lengths` are their tokens.
+        """
+        results: list[Any] = [None] * len(order)
+        start = 0
+        while start < len(order):
+            self.batch_size_per_gpu = self._rows(lengths[start])
+            part = order[start : start + BATCHES_AT_ONCE * self.batch_size_per_gpu]
+            try:
+                found = compute(part)
+            except torch.OutOfMemoryError:
+                if self.batch_size_per_gpu == 1:
+                    raise TaskError(
+                        "the device has no memory for a batch of one row; measure likelihood tasks with --streamed"
+                    ) from None
+                self._most = self._given = self.batch_size_per_gpu // 2
+                torch.cuda.empty_cache()
+                continue
+            for index, result in zip(part, found, strict=True):
+                results[index] = result
+            start += len(part)
+            self.progress(start, len(order))
+        return results
+
+    def _rows(self, num_tokens: int) -> int:
+        """Rows of so many tokens in a batch."""
+        if self._given:
+            return self._given
+        config, device = self.model.config, self.device
+        if device.type == "cpu":
+            budget = min(MOST_ON_CPU_BYTES, SHARE_OF_MEMORY * free_bytes(device))
+        else:
+            budget = SHARE_OF_DEVICE * free_bytes(device)
+        of_layer = 3 * config.intermediate_size + 8 * config.hidden_size
+        cache = 2 * config.num_hidden_layers * config.hidden_size
+        of_token = 4 * LOGIT_COPIES * config.vocab_size + self.model.dtype.itemsize * (of_layer + cache)
+        return max(1, min(self._most, int(budget / (num_tokens * of_token))))
+
+    def _shortened(self, request: Any) -> Any:
+        """The request, with room for a prompt: no more new tokens than half of the context."""
+        context, options = request.args
+        wanted = options.get("max_gen_toks", self.max_gen_toks)
+        if wanted < self.max_length:
+            return request
+        most = self.max_length // 2
+        self.warn(
+            f"task {request.task_name} wants up to {wanted} new tokens, and the model's context has {self.max_length}: "
+            f"at most {most} are generated"
+        )
+        shorter = copy.copy(request)
+        shorter.arguments = (context, options | {"max_gen_toks": most})
+        return shorter
+
+
+class Streamed(_Model):
+    """A checkpoint of any size: requests of a task go through its layers together, one layer in memory at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        *,
+        batch: int | None,
+        progress: Progress,
+        warn: Warn,
+        scratch: Path | None = None,
+    ):
+        # The harness reads the config of what it is given, and no more.
+        empty = skeleton(checkpoint, checkpoint.dtype)
+        super().__init__(pretrained=empty, tokenizer=tokenizer, batch_size=ALL_AT_ONCE)
+        self.checkpoint, self.progress, self.warn = checkpoint, progress, warn
+        self._rows_of_batch, self._scratch = batch, scratch
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        raise TaskError(
+            f"task {requests[0].task_name} generates text, and a streamed model would be read whole for each token: "
+            "leave this task out, or measure it where the model fits into memory"
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._require_room(requests)
+        # Row of tokens -> the requests that read it. What follows a context in one token is read once for all answers.
+        readers: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            row = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            readers.setdefault(row, []).append(index)
+        results: list[Any] = [None] * len(requests)
+        passes = self._passes(sorted(readers, key=len))
+        for number, rows in enumerate(passes):
+            asked = [(index, number_of_row) for number_of_row, row in enumerate(rows) for index in readers[row]]
+            found = self._likelihoods(rows, [(requests[index][2], row) for index, row in asked], number, len(passes))
+            for (index, _), result in zip(asked, found, strict=True):
+                results[index] = result
+        return results
+
+    def _passes(self, rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Rows in order of length, in groups that are padded little and whose states have room."""
+        passes: list[list[tuple[int, ...]]] = []
+        of_token = self.checkpoint.shape.hidden * self.checkpoint.dtype.itemsize
+        for row in rows:
+            fits = bool(passes) and len(row) <= LONGEST_OF_SHORTEST * len(passes[-1][0]) + 8
+            if fits and (len(passes[-1]) + 1) * len(row) * of_token <= STATES_BYTES:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def _likelihoods(
+        self, rows: Sequence[tuple[int, ...]], asked: Sequence[tuple[list[int], int]], number: int, num_passes: int
+    ) -> list[tuple[float, bool]]:
+        """What `asked`, continuations and the row that each ends, gets in one pass. Rows are in ascending order."""
+        tokens = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+        shape, dtype = self.checkpoint.shape, self.checkpoint.dtype
+        batch = self._rows_of_batch or default_batch(shape, tokens.shape[1], dtype)
+        device = pick_device()
+        stream = Stream(self.checkpoint, tokens, dtype=dtype, batch=batch, device=device, scratch=self._scratch)
+        stream.embed()
+        for layer, module in stream.layers():
+            for _ in stream.run(layer, module):
+                pass
+            self.progress(number * shape.layers + layer + 1, num_passes * shape.layers)
+        places = [(row, len(rows[row]) - len(ids) + i, token) for ids, row in asked for i, token in enumerate(ids)]
+        nats, greedy = score_tokens(stream, [stream.states], Scored(*torch.tensor(places).T.contiguous()))
+        return _of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])
+
+
+def _of_requests(
+    nats: Float[Tensor, " scored"], greedy: Bool[Tensor, " scored"], lengths: Sequence[int]
+) -> list[tuple[float, bool]]:
+    parts = zip(nats.split(list(lengths)), greedy.split(list(lengths)), strict=True)
+    return [(part.sum().item(), bool(likeliest.all())) for part, likeliest in parts]

@@ -1,0 +1,240 @@
+"""Benchmarks from local files: one folder per task, with rows as the task's own dataset has them.
+
+    bench/
+      hellaswag/dev.jsonl                     any file of a folder that is not its few-shot set is test set
+      gsm8k/test.jsonl, gsm8k/fewshot.jsonl   examples for the prompt
+      mmlu/dev/anatomy.jsonl, mmlu/fewshot/anatomy.jsonl   MMLU: a file per subject, or a key `subject`
+      my_choices/rows.jsonl                   any name: ctx, endings, label, or ctx, target
+
+Rows are read and checked here, so that nothing is asked of a network or written to a cache. A layout says what the
+harness's own prompt of the task reads.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import TaskError, did_you_mean
+
+Row = dict[str, Any]
+FEWSHOT = "fewshot"
+CHOICE, LAST_WORD = "choice", "last word"  # what a folder of any name may hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field must be: in words, and as a test of its value beside the others of its row."""
+
+    words: str
+    fits: Callable[[Any, Row], bool]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A folder, read and checked.
+
+    task: the harness's name of it, or the folder's own where its rows are of a general kind.
+    parts: subject -> rows of the test set, of tasks that have subjects; else one part named "".
+    fewshot: likewise; empty where the folder has none.
+    """
+
+    folder: Path
+    task: str
+    kind: str | None
+    parts: Mapping[str, list[Row]]
+    fewshot: Mapping[str, list[Row]]
+    digest: str
+
+
+def _is_index(value: Any, most: int) -> bool:
+    """Of an answer, from 0; some datasets write it as text."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < most
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) and text for text in value)
+
+
+def _has_answers(value: Any, row: Row) -> bool:
+    return (
+        isinstance(value, dict)
+        and _are_texts(value.get("text"))
+        and _are_texts(value.get("label"))
+        and len(value["text"]) == len(value["label"])
+    )
+
+
+def _has_truths(value: Any, row: Row) -> bool:
+    if not isinstance(value, dict) or not _are_texts(value.get("choices")):
+        return False
+    labels = value.get("labels")
+    return isinstance(labels, list) and len(labels) == len(value["choices"]) and {*labels} == {0, 1}
+
+
+def _choices_of(row: Row, key: str) -> int:
+    return len(row[key]) if _are_texts(row.get(key)) else 0
+
+
+TEXT = Kind("text that is not empty", lambda value, row: isinstance(value, str) and value.strip() != "")
+ANY_TEXT = Kind("text", lambda value, row: isinstance(value, str))
+TEXTS = Kind("a list of texts", lambda value, row: _are_texts(value))
+BLANK = Kind("text with the blank _ in it", lambda value, row: isinstance(value, str) and "_" in value)
+OPTION = Kind('"1" or "2"', lambda value, row: value in ("1", "2"))
+LABEL_OF_ENDINGS = Kind(
+    "the number of the right one of the endings, from 0",
+    lambda value, row: _is_index(value, _choices_of(row, "endings")),
+)
+LABEL_OF_TWO = Kind("0 or 1", lambda value, row: _is_index(value, 2) and not isinstance(value, str))
+ANSWER_OF_FOUR = Kind(
+    "the number of the right choice, from 0 to 3", lambda value, row: _is_index(value, 4) and not isinstance(value, str)
+)
+FOUR_TEXTS = Kind("a list of four texts", lambda value, row: _are_texts(value) and len(value) == 4)
+ANSWERS = Kind('{"text": [...], "label": [...]}, as many labels as texts', _has_answers)
+ANSWER_KEY = Kind(
+    "one of the labels of the choices",
+    lambda value, row: _has_answers(row.get("choices"), row) and value in row["choices"]["label"],
+)
+TRUTHS = Kind('{"choices": [...], "labels": [...]}, with a label 1 or 0 for each choice and both of them', _has_truths)
+THREE_TESTS = Kind("a list of at least three texts", lambda value, row: _are_texts(value) and len(value) >= 3)
+FINAL_ANSWER = Kind("text with the answer behind ####", lambda value, row: isinstance(value, str) and "#### " in value)
+WORDS = Kind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
+
+_ARC = {"question": TEXT, "choices": ANSWERS, "answerKey": ANSWER_KEY}
+# Task of the harness -> what its prompt reads of a row.
+LAYOUTS: dict[str, dict[str, Kind]] = {
+    "winogrande": {"sentence": BLANK, "option1": TEXT, "option2": TEXT, "answer": OPTION},
+    "arc_challenge": _ARC,
+    "arc_easy": _ARC,
+    "hellaswag": {
+        "activity_label": TEXT,
+        "ctx_a": TEXT,
+        "ctx_b": ANY_TEXT,
+        "endings": TEXTS,
+        "label": LABEL_OF_ENDINGS,
+    },
+    "mmlu": {"question": TEXT, "choices": FOUR_TEXTS, "answer": ANSWER_OF_FOUR},
+    "gsm8k": {"question": TEXT, "answer": FINAL_ANSWER},
+    "truthfulqa_mc2": {"question": TEXT, "mc2_targets": TRUTHS},
+    "xlsum_english": {"text": TEXT, "summary": TEXT},
+    "mbpp": {"text": TEXT, "code": ANY_TEXT, "test_list": THREE_TESTS},
+    "humaneval": {"prompt": TEXT, "test": TEXT, "entry_point": TEXT},
+    "piqa": {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": LABEL_OF_TWO},
+    "lambada_openai": {"text": WORDS},
+}
+GENERAL: dict[str, dict[str, Kind]] = {
+    CHOICE: {"ctx": TEXT, "endings": TEXTS, "label": LABEL_OF_ENDINGS},
+    LAST_WORD: {"ctx": TEXT, "target": TEXT},
+}
+# Other names that a folder may have.
+ALIASES = {
+    "truthfulqa_mc": "truthfulqa_mc2",
+    "truthfulqa": "truthfulqa_mc2",
+    "arc": "arc_challenge",
+    "lambada": "lambada_openai",
+    "xlsum": "xlsum_english",
+}
+
+
+def task_of(folder: str) -> str:
+    return ALIASES.get(folder, folder)
+
+
+def find_folders(directory: Path) -> dict[str, Path]:
+    """Task -> its folder, of all folders that hold rows.
+
+    Raises: TaskError if the directory has none, or two for one task.
+    """
+    if not directory.is_dir():
+        raise TaskError(f"--tasks-dir {directory} is not a directory")
+    found: dict[str, Path] = {}
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if any(folder.rglob("*.jsonl")):
+            other = found.setdefault(task_of(folder.name), folder)
+            if other != folder:
+                raise TaskError(f"{other} and {folder} both hold the task {task_of(folder.name)}: keep one of them")
+    if not found:
+        raise TaskError(f"{directory} has no folders with .jsonl files: one folder per task is expected")
+    return found
+
+
+def read_task(folder: Path) -> LocalTask:
+    """The rows of a folder.
+
+    Raises: TaskError naming file, line, key and what is expected there.
+    """
+    task = task_of(folder.name)
+    files = sorted(folder.rglob("*.jsonl"))
+    sides: dict[bool, dict[str, list[Row]]] = {True: {}, False: {}}
+    digest, layout, kind = hashlib.sha256(), LAYOUTS.get(task), None
+    for file in files:
+        is_fewshot = FEWSHOT in file.relative_to(folder).with_suffix("").parts
+        data = _bytes(file)
+        digest.update(f"{is_fewshot} {file.stem} {len(data)}\n".encode() + data)
+        rows = _rows(file, data)
+        if layout is None:
+            kind = _kind_of(file, next(iter(rows.values())), task)
+            layout = GENERAL[kind]
+        for number, row in rows.items():
+            _check(file, number, row, layout)
+            subject = str(row.get("subject", file.stem)) if task == "mmlu" else ""
+            sides[is_fewshot].setdefault(subject, []).append(row)
+    if not sides[False]:
+        raise TaskError(f"{folder} has a few-shot set and no test set: add a .jsonl file of another name")
+    return LocalTask(folder, task, kind, sides[False], sides[True], digest.hexdigest())
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise TaskError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _rows(file: Path, data: bytes) -> dict[int, Row]:
+    """Line -> row."""
+    rows: dict[int, Row] = {}
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TaskError(
+                f"{file}, line {number}: not JSON ({error}); one JSON object per line is expected"
+            ) from None
+        if not isinstance(row, dict):
+            raise TaskError(f"{file}, line {number}: a JSON object is expected, and this is {type(row).__name__}")
+        rows[number] = row
+    if not rows:
+        raise TaskError(f"{file} has no rows")
+    return rows
+
+
+def _kind_of(file: Path, row: Row, task: str) -> str:
+    """What a folder holds whose name tells nothing."""
+    for kind, layout in GENERAL.items():
+        if row.keys() >= layout.keys():
+            return kind
+    general = " or ".join(", ".join(layout) for layout in GENERAL.values())
+    known = did_you_mean(task, [*LAYOUTS, *ALIASES])
+    raise TaskError(
+        f"{file.parent.name} is no task whose rows are known{known}. A folder of another name needs rows with the keys "
+        f"{general}, and those of {file} have {', '.join(row) or 'none'}"
+    )
+
+
+def _check(file: Path, number: int, row: Row, layout: Mapping[str, Kind]) -> None:
+    for key, kind in layout.items():
+        if key not in row:
+            raise TaskError(
+                f"{file}, line {number}: key {key!r} is missing; {kind.words} is expected there "
+                f"(a row needs {', '.join(layout)})"
+            )
+        if not kind.fits(row[key], row):
+            shown = json.dumps(row[key], ensure_ascii=False)
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            raise TaskError(f"{file}, line {number}: key {key!r} is {shown}; {kind.words} is expected there")

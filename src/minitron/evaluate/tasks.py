@@ -1,0 +1,237 @@
+"""Benchmarks of models on disk: what is asked is checked first, what is known is not measured again, and models are
+measured one after the other on the same items with the same prompts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.device import free_bytes, pick_device
+from minitron.errors import TaskError
+from minitron.evaluate import definitions, harness
+from minitron.evaluate.benchmarks import SUITES, Benchmark, TaskResult, chosen
+from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task, task_of
+from minitron.evaluate.sandbox import require_sandbox
+from minitron.files import digest_files, write_json
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
+
+CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
+KEY_FORMAT = 1  # another one makes all results be measured again
+# A model is streamed where its weights are more than this share of free memory: activations need some too.
+SHARE_FOR_WEIGHTS = 0.8
+
+Progress = Callable[[int, int, str], None]
+Warn = Callable[[str], None]
+Results = dict[str, dict[str, TaskResult]]  # model -> task -> what it reached
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How benchmarks are measured.
+
+    limit: items of each task (of each subject of MMLU); None for all.
+    shots: examples in the prompt, instead of each task's own number.
+    allow_code: whether code that the model writes may run, in the sandbox.
+    chat: whether prompts go through the model's chat template.
+    streamed: one layer in memory at a time; None where the model does not fit.
+    batch: rows per forward call; None for what memory takes.
+    """
+
+    limit: int | None = None
+    shots: int | None = None
+    allow_code: bool = False
+    chat: bool = False
+    streamed: bool | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Benchmarks that can be measured, each with its local rows where there are some."""
+
+    benchmarks: tuple[Benchmark, ...]
+    local: Mapping[str, LocalTask]
+    options: TaskOptions
+
+    @property
+    def digest(self) -> str:
+        """Of the local rows."""
+        parts = [f"{name} {task.digest}\n" for name, task in sorted(self.local.items())]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def plan_tasks(
+    tasks: Sequence[str], directory: Path | None = None, options: TaskOptions | None = None, *, warn: Warn = _silent
+) -> Plan:
+    """What `measure_tasks` does; all that can be wrong with tasks and files is found here, before a model is loaded.
+
+    Args:
+        tasks: names of tasks and suites; none for all that the directory holds.
+        directory: local rows, one folder per task. Of a suite, tasks without a folder are then left out.
+
+    Raises: TaskError.
+    """
+    harness.require_installed()
+    options = options or TaskOptions()
+    folders = find_folders(directory) if directory is not None else {}
+    tasks = [task_of(name) if task_of(name) in folders else name for name in tasks]
+    if directory is not None:
+        members = {name for suite in tasks if suite in SUITES for name in SUITES[suite]}
+        if left_out := sorted(members - folders.keys()):
+            warn(f"left out, for {directory} has no folder for them: {', '.join(left_out)}")
+        tasks = [name for task in tasks for name in SUITES.get(task, [task]) if name not in left_out] or [*folders]
+    benchmarks = chosen(tasks, options.shots)
+    if not benchmarks:
+        raise TaskError("no task is named: give --tasks, --suite or --tasks-dir")
+    local = {one.task: read_task(folders[one.task]) for one in benchmarks if one.task in folders}
+    for one in benchmarks:
+        definitions.require_known(one, local.get(one.task), allow_code=options.allow_code)
+    if any(_runs_code(one, local.get(one.task)) for one in benchmarks):
+        require_sandbox()
+    return Plan(tuple(benchmarks), local, options)
+
+
+def _runs_code(benchmark: Benchmark, local: LocalTask | None) -> bool:
+    return (local is None or local.kind is None) and definitions.runs_code(benchmark.task)
+
+
+def measure_tasks(
+    models: Mapping[str, Path],
+    plan: Plan,
+    *,
+    cache: Path | None = None,
+    progress: Progress = _silent,
+    warn: Warn = _silent,
+) -> Results:
+    """Results of each model in each task, in the order of both.
+
+    Args:
+        models: name -> directory of the checkpoint.
+        cache: directory of results; None to measure all, and keep nothing.
+        progress: called with (done, total, what).
+
+    Raises: TaskError, CheckpointError.
+    """
+    opened = {name: open_checkpoint(path) for name, path in models.items()}
+    if plan.options.chat:
+        for name, checkpoint in opened.items():
+            _require_chat_template(name, checkpoint)
+    ready: dict[str, harness.Task] = {}
+    results: Results = {}
+    for name, checkpoint in opened.items():
+        keys = {one.task: _key(one, plan, checkpoint, cache) for one in plan.benchmarks} if cache else {}
+        known = {task: _known(cache, key) for task, key in keys.items()} if cache else {}
+        found = {task: result for task, result in known.items() if result is not None}
+        missing = [one for one in plan.benchmarks if one.task not in found]
+        for one in missing:
+            ready.setdefault(one.task, harness.load_task(one, plan.local.get(one.task)))
+        if missing:
+            model = _open_model(name, checkpoint, [ready[one.task] for one in missing], plan.options, warn)
+            for one in missing:
+                model.progress = lambda done, total, what=f"{one.task}, {name}": progress(done, total, what)
+                found[one.task], _ = harness.run_task(
+                    ready[one.task], model, limit=plan.options.limit, chat=plan.options.chat
+                )
+                if cache:
+                    _keep(cache, keys[one.task], found[one.task])
+            del model  # before the next one is loaded
+        results[name] = {one.task: found[one.task] for one in plan.benchmarks}
+    return results
+
+
+def _require_chat_template(name: str, checkpoint: Checkpoint) -> None:
+    if not load_tokenizer(checkpoint.path).chat_template:
+        raise TaskError(
+            f"{name} in {checkpoint.path} has no chat template: its prompts cannot be a chat; leave --chat out, or put "
+            "a chat_template.jinja beside its tokenizer"
+        )
+
+
+def _open_model(
+    name: str, checkpoint: Checkpoint, tasks: Sequence[harness.Task], options: TaskOptions, warn: Warn
+) -> Any:
+    from minitron.evaluate.harness_models import InMemory, Streamed
+
+    device, tokenizer = pick_device(), load_tokenizer(checkpoint.path)
+    common: dict[str, Any] = {"batch": options.batch, "progress": _silent, "warn": warn}
+    streamed = options.streamed
+    if streamed is None:
+        room = SHARE_FOR_WEIGHTS * free_bytes(device)
+        streamed = checkpoint.weight_bytes > room
+        if streamed:
+            warn(
+                f"{name}: {checkpoint.weight_bytes / 1e9:.1f} GB of weights do not fit into {room / 1e9:.1f} GB of "
+                "free memory; they are streamed, one layer at a time"
+            )
+    with harness.quietly():
+        if not streamed:
+            return InMemory(load_model(checkpoint.path).to(device), tokenizer, **common)
+        if writing := [task.benchmark.task for task in tasks if task.generates]:
+            raise TaskError(
+                f"{', '.join(writing)}: the answer is generated text, which a streamed model cannot give, for each "
+                "token would read all of it: leave these tasks out, or measure them where the model fits into memory"
+            )
+        return Streamed(checkpoint, tokenizer, **common)
+
+
+def cache_directory() -> Path:
+    """Where the command line keeps results."""
+    named = os.environ.get(CACHE)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron"
+    return (Path(named).expanduser() if named else base) / "tasks"
+
+
+def _key(benchmark: Benchmark, plan: Plan, checkpoint: Checkpoint, cache: Path) -> dict[str, Any]:
+    """All that a result depends on. The harness's version stands for the task's, and for that of its dataset."""
+    local = plan.local.get(benchmark.task)
+    return {
+        "format": KEY_FORMAT,
+        "harness": definitions.version(),
+        "model": _model_digest(checkpoint, cache),
+        "dtype": str(checkpoint.dtype),
+        "benchmark": asdict(benchmark),
+        "rows": local.digest if local else "hub",
+        "limit": plan.options.limit,
+        "chat": plan.options.chat,
+    }
+
+
+def _model_digest(checkpoint: Checkpoint, cache: Path) -> str:
+    """Of its files, each read only if it has changed since it was last digested."""
+    file = cache / "digests.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+    before = dict(known)
+    digest = digest_files([path.resolve() for path in model_files(checkpoint.path)], known)
+    if known != before:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    return digest
+
+
+def _file_of(cache: Path, key: Mapping[str, Any]) -> Path:
+    return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def _known(cache: Path, key: Mapping[str, Any]) -> TaskResult | None:
+    """A file that is damaged, or of another key, is as none: the result is measured again and the file replaced."""
+    try:
+        raw = json.loads(_file_of(cache, key).read_text())
+        return TaskResult.from_dict(key["benchmark"]["task"], raw["result"]) if raw["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(cache: Path, key: Mapping[str, Any], result: TaskResult) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    write_json(_file_of(cache, key), {"key": dict(key), "result": result.to_dict()})
