@@ -19,8 +19,8 @@ LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine"
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.
 LEAST_TAIL = -80.0
-# Logit-sized float32 tensors alive at once in a chunk. On a CPU (True): both models' logits, the gradient in bfloat16, and
-# what products convert. Elsewhere also both log-probabilities and two in between.
+# Logit-sized float32 tensors alive at once in a chunk. On a CPU (True): both models' logits, the gradient in bfloat16,
+# and what products convert. Elsewhere also both log-probabilities and two in between.
 TEMPORARIES = {True: 4, False: 7}
 HEAD_PART_BYTES = 32 << 20
 PART_BYTES = 512 << 10  # of one core's logits that are worked on together: a few such fit its cache
@@ -251,10 +251,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = project(hidden[rows].detach(), head_32)
                 reference = None if teacher is None else teacher.rows(rows)
                 for part in _parts(logits):
-                    of_teacher = (
-                        reference[part] if isinstance(reference, Tensor) else reference and reference.rows(part)
-                    )
-                    value, slope = objective.with_slope(logits[part], of_teacher, targets[rows][part], transform)
+                    known = reference.rows(part) if isinstance(reference, TopK) else reference
+                    known = known[part] if isinstance(known, Tensor) else known
+                    value, slope = objective.with_slope(logits[part], known, targets[rows][part], transform)
                     total += value
                     logits[part] = slope
                 slopes = logits.to(dtype)
