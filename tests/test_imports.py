@@ -12,7 +12,7 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
-    ("config", "files", "device", "parallel", "packing"),
+    ("config", "files", "device", "parallel", "packing", "child"),
     ("model", "data"),
     ("describe", "sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("rooms", "demo", "estimate"),
     ("gguf_rooms",),
+    ("speed_room",),
     ("console",),
     ("cli",),
     ("__main__",),

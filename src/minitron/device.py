@@ -2,10 +2,11 @@
 
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,21 @@ def free_bytes(device: torch.device) -> int:
         (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) << 10
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def forget_peak_memory() -> None:
+    """Start the kernel's high-water mark anew, where it lets us; else the record holds the process's peak so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most resident memory of this process, in bytes, since it was last forgotten."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sums_device(device: torch.device) -> torch.device:

@@ -6,7 +6,7 @@ Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def duration(seconds: Number) -> str:
 
 def shown(value: Number | None, form: Callable[[Number], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else MISSING
+
+
+def with_range(middle: Number, ends: Sequence[Number], form: Callable[[Number], str]) -> str:
+    low, high = ends
+    return shown(middle, lambda value: f"{form(value)} ({form(low)}–{form(high)})")  # noqa: RUF001
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class RunRecords:
     generations: one row per prompt: {"prompt": ..., model: continuation}.
     metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
+    speed: evaluations/speed.json: teacher, student, and `ratio`, the median of the rounds' ratios, if the run has it.
     search: search/candidates.json, or nothing where the shape was not searched for.
     ladder: gguf/quantization.json, or nothing where no GGUF files were written.
     """
@@ -99,6 +100,18 @@ def result_table(records: RunRecords) -> list[dict[str, Any]]:
         | {key: row[key] for key in quality}
         for name, row in records.evaluations.items()
     ]
+
+
+def speed_ratios(records: RunRecords) -> dict[str, float]:
+    """Student to teacher, of prefill and decode; nothing where speed was not measured.
+
+    Older runs do not have the ratios of the rounds; theirs is of the medians.
+    """
+    if not records.speed:
+        return {}
+    teacher, student = records.speed["teacher"], records.speed["student"]
+    found = records.speed.get("ratio", {})
+    return {kind: found.get(kind, student[kind] / teacher[kind]) for kind in ("prefill", "decode")}
 
 
 def layer_criterion(records: RunRecords) -> str:

@@ -29,6 +29,7 @@ from minitron.publish.formats import (
     shown,
     size,
     source_name,
+    with_range,
 )
 from minitron.publish.records import (
     MODELS,
@@ -38,6 +39,7 @@ from minitron.publish.records import (
     loss_name,
     result_table,
     sampling,
+    speed_ratios,
 )
 from minitron.publish.why import why
 
@@ -188,12 +190,13 @@ def speeds(records: RunRecords) -> str:
     if not records.speed:
         return ""
     rows = []
-    for name, speed in records.speed.items():
-        spreads = [_spread(speed[kind], *speed[f"{kind}_range"]) for kind in ("prefill", "decode")]
+    for name in ("teacher", "student"):
+        speed = records.speed[name]
+        spreads = [with_range(speed[kind], speed[f"{kind}_range"], count) for kind in ("prefill", "decode")]
         rows.append([name, size(records.evaluations[name]["weight_bytes"]), *spreads])
     teacher, student = records.speed["teacher"], records.speed["student"]
     weights = [records.evaluations[name]["weight_bytes"] for name in ("student", "teacher")]
-    ratios = [shown(student[kind] / teacher[kind], ratio) for kind in ("prefill", "decode")]
+    ratios = [shown(value, ratio) for value in speed_ratios(records).values()]
     rows.append(["student / teacher", ratio(weights[0] / weights[1]), *ratios])
     overlapping = [
         kind
@@ -253,10 +256,6 @@ def quantized(records: RunRecords) -> str:
         figure = page.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
         parts.append(page.figures([figure]))
     return page.section("GGUF files", *parts)
-
-
-def _spread(median: float, slowest: float, fastest: float) -> str:
-    return shown(median, lambda value: f"{count(value)} ({count(slowest)}–{count(fastest)})")  # noqa: RUF001
 
 
 def training(records: RunRecords) -> str:
