@@ -29,6 +29,7 @@ EXAMPLES = {
     "speed": "minitron speed runs/half/student --teacher ./my-model --batch 1,8 --context 128,1024",
     "report": "minitron report runs/half",
     "card": "minitron card runs/half",
+    "push": "minitron push runs/half me/my-model-4b --private --dry-run",
 }
 HELP = {
     "demo": "the whole pipeline on the small teacher that ships with minitron, in minutes on two CPU cores",
@@ -45,6 +46,7 @@ HELP = {
     "speed": "prefill and decode tokens per second and peak memory, teacher and student in turn",
     "report": "write report.html of a finished run again",
     "card": "write the student's model card again",
+    "push": "upload the student, its card and its GGUF files to the Hugging Face hub",
 }
 
 
@@ -273,6 +275,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, verb in (("report", _report), ("card", _card)):
         add(name, verb).add_argument("run", type=Path, metavar="RUN")
+
+    push = add("push", _push)
+    push.add_argument("run", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there")
+    push.add_argument("--private", action="store_true", help="seen by nobody else, where REPO is made")
+    push.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
     return parser
 
 
@@ -649,6 +657,26 @@ def _card(args: argparse.Namespace, console: Console) -> None:
 
     path = write_card(read_run(args.run))
     console.result({"card": str(path)}, str(path))
+
+
+def _push(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.formats import size
+    from minitron.publish.push import planned_uploads, push, require_repo_id
+    from minitron.publish.records import read_run
+
+    require_repo_id(args.repo)
+    records = read_run(args.run)
+    files: list[dict[str, Any]] = [
+        {"file": str(upload.file), "bytes": upload.file.stat().st_size, "to": f"{args.repo}/{upload.destination}"}
+        for upload in planned_uploads(records)
+    ]
+    total = sum(row["bytes"] for row in files)
+    facts = {"repo": args.repo, "private": args.private, "bytes": total, "files": files}
+    if not args.dry_run:
+        url = push(records, args.repo, private=args.private)
+        return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
+    lines = _aligned([["size", "to"], *([size(row["bytes"]), row["to"]] for row in files)])
+    console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))
 
 
 def _show_run(records: Any, console: Console) -> None:
