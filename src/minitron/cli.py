@@ -27,7 +27,7 @@ EXAMPLES = {
     "generate": "minitron generate student --prompt 'Once upon a time'",
     "quantize": "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf",
     "speed": "minitron speed runs/half/student --teacher ./my-model --batch 1,8 --context 128,1024",
-    "report": "minitron report runs/half",
+    "report": "minitron report runs/half runs/third --out comparison.html",
     "card": "minitron card runs/half",
     "push": "minitron push runs/half me/my-model-4b --private --dry-run",
 }
@@ -44,7 +44,7 @@ HELP = {
     "generate": "continue a prompt",
     "quantize": "write GGUF files for llama.cpp, run them, and print what each costs",
     "speed": "prefill and decode tokens per second and peak memory, teacher and student in turn",
-    "report": "write report.html of a finished run again",
+    "report": "write report.html of a finished run again, or one page that compares several runs",
     "card": "write the student's model card again",
     "push": "upload the student, its card and its GGUF files to the Hugging Face hub",
 }
@@ -273,8 +273,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speed.add_argument("--threads", type=_count, help="of the CPU; default as many as torch takes")
 
-    for name, verb in (("report", _report), ("card", _card)):
-        add(name, verb).add_argument("run", type=Path, metavar="RUN")
+    report = add("report", _report)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="several: one page that compares them")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default report.html in RUN; of several, comparison.html here"
+    )
+    add("card", _card).add_argument("run", type=Path, metavar="RUN")
 
     push = add("push", _push)
     push.add_argument("run", type=Path, metavar="RUN")
@@ -644,10 +648,15 @@ def _speed_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _report(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.comparison import write_comparison
     from minitron.publish.records import read_run
     from minitron.publish.report import write_report
 
-    path = write_report(read_run(args.run))
+    runs = [read_run(path) for path in args.runs]
+    if len(runs) == 1:
+        path = write_report(runs[0], args.out)
+    else:
+        path = write_comparison(runs, args.out or Path("comparison.html"))
     console.result({"report": str(path)}, str(path))
 
 

@@ -54,6 +54,28 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class EnergyCounter:
+    """Joules that the processor packages of this machine take from now on, whoever makes them work (Linux powercap).
+
+    Most systems let root alone read the counters. GPUs are not among them.
+    """
+
+    def __init__(self, root: Path = Path("/sys/class/powercap")):
+        packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        self._start: dict[Path, int] = {}
+        with suppress(OSError, ValueError):
+            self._start = {zone: int((zone / "energy_uj").read_text()) for zone in packages}
+
+    def joules(self) -> float | None:
+        """None where the machine does not tell."""
+        total = 0
+        for zone, start in self._start.items():
+            used = int((zone / "energy_uj").read_text()) - start
+            # The counter starts again from zero at its end, on a busy server in an hour or less.
+            total += used if used >= 0 else used + int((zone / "max_energy_range_uj").read_text())
+        return total / 1e6 if self._start else None
+
+
 def sums_device(device: torch.device) -> torch.device:
     """Where float64 sums of what `device` computes are kept: Apple's GPUs have no float64."""
     return torch.device("cpu") if device.type == "mps" else device

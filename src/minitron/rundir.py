@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from minitron.config import Section
-from minitron.device import forget_peak_memory, peak_memory, versions
+from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
 from minitron.recipe import Recipe, dump_recipe
@@ -132,7 +132,7 @@ class RunDirectory:
         if state is not None:
             _require_same_start(state, {"inputs": dict(inputs), "config": plain})
         self.listener.stage(name, "running")
-        started, clock = time.time(), time.monotonic()
+        started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
         forget_peak_memory()
         with atomic_directory(path) as partial:
             result = work(partial)
@@ -146,6 +146,7 @@ class RunDirectory:
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "seconds": round(time.monotonic() - clock, 3),
                     "peak_memory_bytes": peak_memory(),
+                    "energy_joules": energy.joules(),
                     "versions": versions(),
                     "hardware": hardware(),
                 },

@@ -32,6 +32,7 @@ from minitron.publish.records import (
     layer_criterion,
     layers_by_number,
     loss_name,
+    public_recipe,
     repairs,
     result_table,
     sampling,
@@ -91,14 +92,6 @@ def metadata(records: RunRecords) -> ModelCardData:
 def model_name(records: RunRecords) -> str:
     teacher = source_name(records.recipe["model"]).rpartition("/")[2]
     return f"{teacher}-minitron-{short_count(records.evaluations['student']['parameters']['total'])}"
-
-
-def public_recipe(records: RunRecords) -> dict[str, Any]:
-    """The recipe as it may be published: whose machine it was, and how its directories are called, is nobody's."""
-    data = dict(records.recipe["data"])
-    for key in ("source", "heldout"):
-        data[key] = source_name(data[key]) if data[key] else data[key]
-    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data}
 
 
 def parent_card(records: RunRecords) -> dict[str, Any]:
