@@ -23,7 +23,7 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 from minitron.prune.importance import even_scores
 from minitron.prune.plan import choose, with_sizes
-from minitron.publish.formats import count, short_count, shown, size, with_range
+from minitron.publish.formats import rate, short_count, shown, size, with_range
 from minitron.publish.ladder import QuantizeConfig
 from minitron.speed_room import measure_models
 
@@ -105,7 +105,7 @@ def section(title: str, pair: tuple[Path, Path], published: float | None, option
     rows = []
     for row in facts["rows"]:
         for name in ("teacher", "student", "ratio"):
-            form = "{:.2f}".format if name == "ratio" else count
+            form = "{:.2f}".format if name == "ratio" else rate
             rates = [with_range(row[name][kind], row[name][f"{kind}_range"], form) for kind in ("prefill", "decode")]
             memory = shown(row[name].get("peak_memory_bytes"), size)
             rows.append([f"{row['batch']} x {row['context']}", name, *rates, memory])

@@ -627,13 +627,13 @@ def _speed(args: argparse.Namespace, console: Console) -> None:
 
 
 def _speed_lines(facts: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import count, shown, size, with_range
+    from minitron.publish.formats import rate, shown, size, with_range
 
     names = [*facts["models"], *(["ratio"] if "ratio" in facts["rows"][0] else [])]
     cells = [["batch", "context", "", "prefill, tokens/s", "decode, tokens/s", "peak memory"]]
     for row in facts["rows"]:
         for name in names:
-            form, speed = ("{:.2f}".format if name == "ratio" else count), row[name]
+            form, speed = ("{:.2f}".format if name == "ratio" else rate), row[name]
             rates = [with_range(speed[kind], speed[f"{kind}_range"], form) for kind in ("prefill", "decode")]
             memory = shown(speed.get("peak_memory_bytes"), size)
             cells.append([str(row["batch"]), str(row["context"]), name, *rates, memory])

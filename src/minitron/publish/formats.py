@@ -74,6 +74,11 @@ def shown(value: Number | None, form: Callable[[Number], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else MISSING
 
 
+def rate(per_second: Number) -> str:
+    """Three digits, and all of those before the point."""
+    return count(per_second) if per_second >= 100 else f"{per_second:.3g}"
+
+
 def with_range(middle: Number, ends: Sequence[Number], form: Callable[[Number], str]) -> str:
     low, high = ends
     return shown(middle, lambda value: f"{form(value)} ({form(low)}–{form(high)})")  # noqa: RUF001

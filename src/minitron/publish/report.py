@@ -19,6 +19,7 @@ from minitron.publish.formats import (
     nats,
     percent,
     perplexity,
+    rate,
     ratio,
     result_cells,
     share,
@@ -172,7 +173,7 @@ def speeds(records: RunRecords) -> str:
     rows = []
     for name in ("teacher", "student"):
         speed = records.speed[name]
-        spreads = [with_range(speed[kind], speed[f"{kind}_range"], count) for kind in ("prefill", "decode")]
+        spreads = [with_range(speed[kind], speed[f"{kind}_range"], rate) for kind in ("prefill", "decode")]
         rows.append([name, size(records.evaluations[name]["weight_bytes"]), *spreads])
     teacher, student = records.speed["teacher"], records.speed["student"]
     weights = [records.evaluations[name]["weight_bytes"] for name in ("student", "teacher")]
