@@ -684,7 +684,7 @@ def _push(args: argparse.Namespace, console: Console) -> None:
     if not args.dry_run:
         url = push(records, args.repo, private=args.private)
         return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
-    lines = _aligned([["size", "to"], *([size(row["bytes"]), row["to"]] for row in files)])
+    lines = [f"{size(row['bytes']):>10}  {row['to']}" for row in files]
     console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))
 
 

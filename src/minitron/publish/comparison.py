@@ -258,7 +258,9 @@ def recipes(named: Mapping[str, RunRecords]) -> str:
         )
     if not rows:
         return page.section("What differs", page.note("The recipes are the same, key by key."))
-    return page.section("What differs", page.table("Keys of the recipes that differ", ["Key", *flat], rows))
+    unknown = any(cell == MISSING for row in rows for cell in row)
+    note = page.note(f"{MISSING}: the run's version of minitron had no such key.") if unknown else ""
+    return page.section("What differs", page.table("Keys of the recipes that differ", ["Key", *flat], rows), note)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
