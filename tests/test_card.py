@@ -4,7 +4,7 @@ from pathlib import Path
 import example_run
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from minitron.publish.card import write_card
 from minitron.publish.formats import result_cells
@@ -21,7 +21,7 @@ def test_metadata_round_trips_and_has_the_measured_values(tmp_path: Path) -> Non
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert {"minitron", "pruning", "distillation"} <= set(card.data.tags)
-    assert "base_model_relation" not in card.data.to_dict()
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     loss, bits, kl, agreement = example_run.QUALITY["student"]
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -46,7 +46,7 @@ def test_card_has_the_result_table(tmp_path: Path) -> None:
 
 def test_a_local_teacher_is_named_but_is_no_base_model(tmp_path: Path) -> None:
     card = card_of(example_run.write(tmp_path / "run", teacher="/models/parent-3M"))
-    assert card.data.base_model is None
+    assert card.data.base_model is None and "base_model_relation" not in card.data.to_dict()
     assert "A smaller `parent-3M`" in card.text
 
 
@@ -57,6 +57,32 @@ def test_licence_is_the_parents_where_its_card_states_one(tmp_path: Path) -> Non
     card = card_of(example_run.write(tmp_path / "run", teacher=str(teacher)))
     assert (card.data.license, card.data.license_name) == ("other", "house-licence")
     assert "house-licence" in card.text
+
+
+def test_the_chain_of_licences_goes_back_to_the_parents_parent(tmp_path: Path) -> None:
+    teacher = tmp_path / "parent"
+    teacher.mkdir()
+    (teacher / "README.md").write_text("---\nlicense: llama3.1\nbase_model: [acme/first, acme/second]\n---\n")
+    run = example_run.write(tmp_path / "run", teacher=str(teacher))
+    for name in ("LICENSE", "NOTICE", "USE_POLICY.md"):
+        (run / "student" / name).write_text("terms")
+    card = card_of(run)
+    assert card.data.license == "llama3.1" and card.data.base_model is None
+    assert "names `acme/first`, `acme/second` as what it was made from in turn" in card.text
+    assert "The parent's terms are in `LICENSE`, `NOTICE`, `USE_POLICY.md`." in card.text
+
+
+def test_the_licence_of_a_downloaded_parent_is_that_of_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--acme--parent-3M" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    refs = tmp_path / "models--acme--parent-3M" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert card_of(example_run.write(tmp_path / "run")).data.license == "mit"
 
 
 @pytest.mark.parametrize("readme", [None, "# No metadata", "---\n: [broken\n---\n", "---\n- a list\n---\n"])

@@ -17,6 +17,7 @@ from minitron.publish.formats import (
     MISSING,
     duration,
     environments,
+    flops,
     hub_id,
     result_cells,
     share,
@@ -26,7 +27,7 @@ from minitron.publish.formats import (
 )
 from minitron.publish.plots import pareto_front
 from minitron.publish.published import DATASETS, PUBLISHED
-from minitron.publish.records import read_run, result_table
+from minitron.publish.records import read_run, result_table, stage_flops
 from minitron.publish.report import headline, render, write_report
 from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
 
@@ -86,6 +87,23 @@ def test_report_works_without_scores_and_metrics(run: Path) -> None:
 def test_unmeasured_speed_is_a_dash(page: str) -> None:
     assert not re.search(r"\bnan\b", page)
     assert "<td>1.90 ×</td><td>–</td>" in page  # noqa: RUF001
+
+
+def test_the_ratio_of_speeds_is_that_of_the_rounds_where_the_run_has_it(run: Path) -> None:
+    records = read_run(run)
+    speed = records.speed | {"ratio": {"prefill": 1.5, "decode": 0.75}}
+    page = render(dataclasses.replace(records, speed=speed))
+    assert "<td>1.50 ×</td><td>0.75 ×</td>" in page  # noqa: RUF001
+
+
+def test_the_report_says_what_the_run_cost(run: Path, page: str) -> None:
+    # 2,560 tokens for the student and for the one from scratch; eight stages of 12.5 seconds.
+    operations = flops(sum(stage_flops(read_run(run)).values()))
+    said = f"5,120 tokens trained on, {operations} in calibration and training, 0.03 hours"
+    assert f"<dt>Cost</dt><dd>{said}</dd>" in page
+    records = read_run(run)
+    stages = {name: stage | {"energy_joules": 4e5} for name, stage in records.stages.items()}
+    assert f"{said}, 0.889 kWh by the" in render(dataclasses.replace(records, stages=stages))
 
 
 def test_equal_records_give_equal_bytes(run: Path, page: str) -> None:

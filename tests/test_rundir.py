@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from minitron.device import EnergyCounter
 from minitron.errors import RunError
 from minitron.recipe import Recipe, build_recipe, load_recipe
 from minitron.rundir import RunDirectory
 
 RECORD = {
-    "stage", "inputs", "config", "result", "started", "seconds", "peak_memory_bytes", "versions", "hardware",
+    "stage", "inputs", "config", "result", "started", "seconds", "peak_memory_bytes", "energy_joules", "versions",
+    "hardware",
 }  # fmt: skip
 INPUTS = {"model": "abc", "data": "def"}
 
@@ -169,3 +171,16 @@ def test_digests_are_of_content_and_survive_the_process(tmp_path: Path) -> None:
         assert stages.digest([one, two]) == digest
         two.write_text("3")
         assert stages.digest([one, two]) != digest
+
+
+def test_energy_is_that_of_the_packages_since_the_start_also_when_their_counters_begin_again(tmp_path: Path) -> None:
+    counters = {"intel-rapl:0": 900, "intel-rapl:1": 100, "intel-rapl:0:0": 5}  # microjoules; the last is a part
+    for name, value in counters.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("1000\n")
+    counter = EnergyCounter(tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("200")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("150")
+    assert counter.joules() == pytest.approx((300 + 50) / 1e6)
+    assert EnergyCounter(tmp_path / "nowhere").joules() is None

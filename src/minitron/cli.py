@@ -26,8 +26,10 @@ EXAMPLES = {
     "evaluate": "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json",
     "generate": "minitron generate student --prompt 'Once upon a time'",
     "quantize": "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf",
-    "report": "minitron report runs/half",
+    "speed": "minitron speed runs/half/student --teacher ./my-model --batch 1,8 --context 128,1024",
+    "report": "minitron report runs/half runs/third --out comparison.html",
     "card": "minitron card runs/half",
+    "push": "minitron push runs/half me/my-model-4b --private --dry-run",
 }
 HELP = {
     "demo": "the whole pipeline on the small teacher that ships with minitron, in minutes on two CPU cores",
@@ -41,8 +43,10 @@ HELP = {
     "evaluate": "loss, perplexity, bits per byte, KL to a teacher on held-out text; or benchmarks",
     "generate": "continue a prompt",
     "quantize": "write GGUF files for llama.cpp, run them, and print what each costs",
-    "report": "write report.html of a finished run again",
+    "speed": "prefill and decode tokens per second and peak memory, teacher and student in turn",
+    "report": "write report.html of a finished run again, or one page that compares several runs",
     "card": "write the student's model card again",
+    "push": "upload the student, its card and its GGUF files to the Hugging Face hub",
 }
 
 
@@ -255,8 +259,33 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--dry-run", action="store_true", help="print the sizes, and write nothing")
     quantize.add_argument("--out", type=Path, help="directory of the files; needed but with --dry-run")
 
-    for name, verb in (("report", _report), ("card", _card)):
-        add(name, verb).add_argument("run", type=Path, metavar="RUN")
+    speed = add("speed", _speed)
+    speed.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
+    speed.add_argument("--teacher", help="measured in turn with MODEL: of the same kind")
+    speed.add_argument(
+        "--engine", choices=("transformers", "llama.cpp", "vllm"), help="default llama.cpp for GGUF, else transformers"
+    )
+    speed.add_argument("--batch", type=_counts, default=[1, 8], metavar="N,N", help="sequences at a time; default 1,8")
+    speed.add_argument("--context", type=_counts, metavar="N,N", help="tokens read; default those of 128,1024 that fit")
+    speed.add_argument("--new-tokens", type=_count, default=32, help="tokens decoded after them")
+    speed.add_argument("--rounds", type=_count, default=5, help="each visits every model; one more warms up")
+    speed.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the weights; default as stored"
+    )
+    speed.add_argument("--threads", type=_count, help="of the CPU; default as many as torch takes")
+
+    report = add("report", _report)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="several: one page that compares them")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default report.html in RUN; of several, comparison.html here"
+    )
+    add("card", _card).add_argument("run", type=Path, metavar="RUN")
+
+    push = add("push", _push)
+    push.add_argument("run", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there")
+    push.add_argument("--private", action="store_true", help="seen by nobody else, where REPO is made")
+    push.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
     return parser
 
 
@@ -627,11 +656,55 @@ def _ladder_lines(table: dict[str, Any]) -> list[str]:
     return _aligned(cells)
 
 
+def _speed(args: argparse.Namespace, console: Console) -> None:
+    from minitron.speed_room import measure_models
+
+    facts = measure_models(
+        args.model,
+        args.teacher,
+        engine=args.engine,
+        batches=args.batch,
+        contexts=args.context,
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        dtype=args.dtype,
+        threads=args.threads,
+        listener=console,
+    )
+    console.result(facts, "\n".join(_speed_lines(facts)))
+
+
+def _speed_lines(facts: dict[str, Any]) -> list[str]:
+    from minitron.publish.formats import rate, shown, size, with_range
+
+    names = [*facts["models"], *(["ratio"] if "ratio" in facts["rows"][0] else [])]
+    cells = [["batch", "context", "", "prefill, tokens/s", "decode, tokens/s", "peak memory"]]
+    for row in facts["rows"]:
+        for name in names:
+            form, speed = ("{:.2f}".format if name == "ratio" else rate), row[name]
+            rates = [with_range(speed[kind], speed[f"{kind}_range"], form) for kind in ("prefill", "decode")]
+            memory = shown(speed.get("peak_memory_bytes"), size)
+            cells.append([str(row["batch"]), str(row["context"]), name, *rates, memory])
+    busiest = max(facts["load_average"])
+    busy = f"; the load average was up to {busiest:.1f}: other work had its share" * (busiest > facts["threads"] + 0.5)
+    return [
+        *_aligned(cells),
+        "",
+        f"{facts['engine']} on {facts['device']}, CPU threads: {facts['threads']}; median of {facts['rounds']} rounds, "
+        f"slowest to fastest in brackets; {facts['new_tokens']} new tokens{busy}",
+    ]
+
+
 def _report(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.comparison import write_comparison
     from minitron.publish.records import read_run
     from minitron.publish.report import write_report
 
-    path = write_report(read_run(args.run))
+    runs = [read_run(path) for path in args.runs]
+    if len(runs) == 1:
+        path = write_report(runs[0], args.out)
+    else:
+        path = write_comparison(runs, args.out or Path("comparison.html"))
     console.result({"report": str(path)}, str(path))
 
 
@@ -641,6 +714,26 @@ def _card(args: argparse.Namespace, console: Console) -> None:
 
     path = write_card(read_run(args.run))
     console.result({"card": str(path)}, str(path))
+
+
+def _push(args: argparse.Namespace, console: Console) -> None:
+    from minitron.publish.formats import size
+    from minitron.publish.push import planned_uploads, push, require_repo_id
+    from minitron.publish.records import read_run
+
+    require_repo_id(args.repo)
+    records = read_run(args.run)
+    files: list[dict[str, Any]] = [
+        {"file": str(upload.file), "bytes": upload.file.stat().st_size, "to": f"{args.repo}/{upload.destination}"}
+        for upload in planned_uploads(records)
+    ]
+    total = sum(row["bytes"] for row in files)
+    facts = {"repo": args.repo, "private": args.private, "bytes": total, "files": files}
+    if not args.dry_run:
+        url = push(records, args.repo, private=args.private)
+        return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
+    lines = [f"{size(row['bytes']):>10}  {row['to']}" for row in files]
+    console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))
 
 
 def _show_run(records: Any, console: Console) -> None:
@@ -863,6 +956,10 @@ def _names(text: str) -> list[str]:
 
 def _numbers(text: str) -> list[float]:
     return [_positive(number) for number in _names(text)]
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(number) for number in _names(text)]
 
 
 def _byte_counts(text: str) -> list[float]:

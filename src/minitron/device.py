@@ -2,10 +2,11 @@
 
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,43 @@ def free_bytes(device: torch.device) -> int:
         (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) << 10
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def forget_peak_memory() -> None:
+    """Start the kernel's high-water mark anew, where it lets us; else the record holds the process's peak so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most resident memory of this process, in bytes, since it was last forgotten."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class EnergyCounter:
+    """Joules that the processor packages of this machine take from now on, whoever makes them work (Linux powercap).
+
+    Most systems let root alone read the counters. GPUs are not among them.
+    """
+
+    def __init__(self, root: Path = Path("/sys/class/powercap")):
+        packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        self._start: dict[Path, int] = {}
+        with suppress(OSError, ValueError):
+            self._start = {zone: int((zone / "energy_uj").read_text()) for zone in packages}
+
+    def joules(self) -> float | None:
+        """None where the machine does not tell."""
+        total = 0
+        for zone, start in self._start.items():
+            used = int((zone / "energy_uj").read_text()) - start
+            # The counter starts again from zero at its end, on a busy server in an hour or less.
+            total += used if used >= 0 else used + int((zone / "max_energy_range_uj").read_text())
+        return total / 1e6 if self._start else None
 
 
 def sums_device(device: torch.device) -> torch.device:

@@ -23,7 +23,7 @@ from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import generate
 from minitron.evaluate.local_tasks import task_of
 from minitron.evaluate.quality import EvaluateConfig, evaluate
-from minitron.evaluate.speed import measure_speed
+from minitron.evaluate.speed import RATIO, Load, measure_speed, transformers_timer
 from minitron.evaluate.tasks import Plan as TaskPlan
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.files import write_json
@@ -56,6 +56,7 @@ from minitron.sampling import sample_text
 from minitron.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
 
 LARGEST_DEFAULT_BLOCK = 2048
+SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
 STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
@@ -603,8 +604,9 @@ def measure(
         write_json(out / "generations.json", list(texts.values()))
         if config.speed:
             pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
-            speeds = measure_speed(pair, prompt_tokens=min(256, corpus.block_tokens))
-            write_json(out / "speed.json", {name: speed.to_dict() for name, speed in speeds.items()})
+            load = Load(1, min(256, corpus.block_tokens), SPEED_TOKENS)
+            (row,) = measure_speed({name: transformers_timer(model) for name, model in pair.items()}, [load])
+            write_json(out / "speed.json", {name: row[name] for name in (*pair, RATIO)})
             del pair
         if benchmarks is not None:
             del model

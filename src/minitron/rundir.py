@@ -8,12 +8,10 @@ import fcntl
 import json
 import os
 import platform
-import resource
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from minitron.config import Section
-from minitron.device import versions
+from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
 from minitron.recipe import Recipe, dump_recipe
@@ -134,8 +132,8 @@ class RunDirectory:
         if state is not None:
             _require_same_start(state, {"inputs": dict(inputs), "config": plain})
         self.listener.stage(name, "running")
-        started, clock = time.time(), time.monotonic()
-        _forget_peak_memory()
+        started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
+        forget_peak_memory()
         with atomic_directory(path) as partial:
             result = work(partial)
             write_json(
@@ -147,7 +145,8 @@ class RunDirectory:
                     "result": result,
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "seconds": round(time.monotonic() - clock, 3),
-                    "peak_memory_bytes": _peak_memory(),
+                    "peak_memory_bytes": peak_memory(),
+                    "energy_joules": energy.joules(),
                     "versions": versions(),
                     "hardware": hardware(),
                 },
@@ -179,20 +178,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _forget_peak_memory() -> None:
-    """Start the kernel's high-water mark anew, where it lets us; else the record holds the process's peak so far."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _plain(value: Any) -> Any:

@@ -131,7 +131,7 @@ def resolve_model(model: str, revision: str | None = None, *, config_only: bool 
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", *CARRIED]
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "README.md", *CARRIED]
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:

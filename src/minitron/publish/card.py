@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from minitron.data import BUILTIN, TEACHER
 from minitron.files import readable_os_errors
@@ -37,6 +37,7 @@ from minitron.publish.records import (
     layer_criterion,
     layers_by_number,
     loss_name,
+    public_recipe,
     repairs,
     result_table,
     sampling,
@@ -53,6 +54,7 @@ METRICS = {
 # Text that is neither a file nor a dataset.
 KNOWN_TEXT = {BUILTIN: "the source text of Python's standard library", TEACHER: "text sampled from the parent itself"}
 KNOWN_DATASETS = {BUILTIN: "Python standard library", TEACHER: "Text sampled from the parent, held-out part"}
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # carried along from the parent
 SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 
 
@@ -74,12 +76,14 @@ def make_card(records: RunRecords) -> ModelCard:
 def metadata(records: RunRecords) -> ModelCardData:
     """What the hub reads.
 
-    There is no base_model_relation: the hub knows adapter, finetune, merge and quantized, and a cut and distilled model
-    is none of them. The tags say what it is. base_model must be a hub id, so a local teacher is named in the text only.
+    Of the relations that the hub knows (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's
+    weights, trained further. The tags say what else it is. Left out, the hub guesses, and takes a repository with GGUF
+    files for a quantization. base_model must be a hub id, so a local teacher is named in the text only.
     """
-    data_id = hub_id(records.recipe["data"]["source"])
+    data_id, parent = hub_id(records.recipe["data"]["source"]), hub_id(records.recipe["model"])
     return ModelCardData(
-        base_model=hub_id(records.recipe["model"]),
+        base_model=parent,
+        base_model_relation="finetune" if parent else None,
         datasets=[data_id] if data_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -95,26 +99,24 @@ def model_name(records: RunRecords) -> str:
     return f"{teacher}-minitron-{short_count(records.evaluations['student']['parameters']['total'])}"
 
 
-def public_recipe(records: RunRecords) -> dict[str, Any]:
-    """The recipe as it may be published: whose machine it was, and how its directories are called, is nobody's."""
-    data = dict(records.recipe["data"])
-    for key in ("source", "heldout"):
-        data[key] = source_name(data[key]) if data[key] else data[key]
-    evaluate = dict(records.recipe["evaluate"])
-    if evaluate.get("tasks_dir"):
-        evaluate["tasks_dir"] = source_name(evaluate["tasks_dir"])
-    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data, "evaluate": evaluate}
+def parent_card(records: RunRecords) -> dict[str, Any]:
+    """The metadata of the parent's own card: of a local directory, or of a hub model that was downloaded."""
+    model, revision = records.recipe["model"], records.recipe["revision"]
+    readme = Path(model).expanduser() / "README.md"
+    if not readme.is_file():
+        known = try_to_load_from_cache(model, "README.md", revision=revision) if hub_id(model) else None
+        if not isinstance(known, str):
+            return {}
+        readme = Path(known)
+    try:
+        return metadata_load(readme) or {}
+    except (yaml.YAMLError, ValueError):  # not a card: then it states nothing that the hub could read either
+        return {}
 
 
 def parent_licence(records: RunRecords) -> dict[str, Any]:
-    """license, license_name and license_link of a local teacher's own card, as far as it states them."""
-    readme = Path(records.recipe["model"]).expanduser() / "README.md"
-    if not readme.is_file():
-        return {}
-    try:
-        stated = metadata_load(readme) or {}
-    except (yaml.YAMLError, ValueError):  # not a card: then it states no licence that the hub could read either
-        return {}
+    """license, license_name and license_link, as far as the parent's own card states them."""
+    stated = parent_card(records)
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
 
 
@@ -313,10 +315,18 @@ def _sampling(records: RunRecords) -> str:
 
 
 def _licence_text(records: RunRecords) -> str:
-    stated = parent_licence(records)
+    """The parent's licence, the models that it goes back to in turn, and the files with the terms."""
+    stated, before = parent_licence(records), parent_card(records).get("base_model")
+    text = "Licence: the parent's applies; this card does not state it because the run did not know it."
     if stated:
-        return f"Licence: {stated.get('license_name', stated.get('license'))}, the parent's, which applies to it."
-    return "Licence: the parent's applies; this card does not state it because the run did not know it."
+        text = f"Licence: {stated.get('license_name', stated.get('license'))}, the parent's, which applies to it."
+    if before:
+        names = ", ".join(f"`{name}`" for name in ([before] if isinstance(before, str) else before))
+        text += f" The parent names {names} as what it was made from in turn, whose terms may apply too."
+    terms = [file.name for pattern in TERMS for file in sorted((records.path / "student").glob(pattern))]
+    if terms:
+        text += f" The parent's terms are in {', '.join(f'`{name}`' for name in terms)}."
+    return text
 
 
 def _prompt(records: RunRecords) -> str:

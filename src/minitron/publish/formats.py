@@ -6,7 +6,7 @@ Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,16 @@ def score(row: Mapping[str, Any]) -> str:
     scale = 100 if row["metric"].startswith(_SHARES) else 1
     value = shown(row["value"], lambda number: f"{scale * number:,.1f}")
     return value if row["stderr"] is None else f"{value} ± {shown(row['stderr'], lambda n: f'{scale * n:,.1f}')}"
+
+
+def rate(per_second: Number) -> str:
+    """Three digits, and all of those before the point."""
+    return count(per_second) if per_second >= 100 else f"{per_second:.3g}"
+
+
+def with_range(middle: Number, ends: Sequence[Number], form: Callable[[Number], str]) -> str:
+    low, high = ends
+    return shown(middle, lambda value: f"{form(value)} ({form(low)}–{form(high)})")  # noqa: RUF001
 
 
 @dataclass(frozen=True)

@@ -167,54 +167,81 @@ def llama_cpp() -> LlamaCpp:
 class Runtime:
     """A GGUF file loaded in llama.cpp."""
 
-    def __init__(self, file: Path, *, context: int, threads: int, exact: bool = False):
+    def __init__(self, file: Path, *, context: int, threads: int, sequences: int = 1, exact: bool = False):
         """
         Args:
-            context: the most tokens that it can hold.
+            context: tokens of each sequence.
+            sequences: read side by side, at most.
             exact: everything that is computed is in float32, which is slower, instead of llama.cpp's defaults.
 
         Raises: GgufError with llama.cpp's own words if it cannot load the file.
         """
-        self.library = llama_cpp()
+        self.library, self.file, self.threads, self.exact = llama_cpp(), file, threads, exact
         call = self.library.functions
         self.library.log.clear()
-        self.file, self.context_tokens = file, context
+        self.context, self.context_tokens, self.sequences = None, context, sequences
         self.model = call.llama_model_load_from_file(str(file).encode(), call.llama_model_default_params())
         if not self.model:
             said = [line.strip() for line in self.library.log if "error" in line.lower() or "fail" in line.lower()]
             raise GgufError(f"llama.cpp cannot load {file}: {' '.join(said[-3:]) or 'it does not say why'}")
+        self.vocab = call.llama_model_get_vocab(self.model)
+        self.vocab_size = call.llama_vocab_n_tokens(self.vocab)
+        try:
+            self.make_room(context, sequences)
+        except GgufError:
+            call.llama_model_free(self.model)
+            raise
+
+    def make_room(self, context: int, sequences: int = 1) -> None:
+        """Take memory for so many tokens of so many sequences, and give back what was taken before.
+
+        Raises: GgufError if there is not enough.
+        """
+        call, tokens = self.library.functions, context * sequences
+        if self.context:
+            call.llama_free(self.context)
         options = call.llama_context_default_params()
-        chosen = {0: context, 1: context, 2: min(context, _CONTEXT_DEFAULTS[2])} | (_CONTEXT_EXACT if exact else {})
-        for place, value in chosen.items():
+        chosen = {0: tokens, 1: tokens, 2: min(tokens, _CONTEXT_DEFAULTS[2]), 3: sequences}
+        for place, value in (chosen | (_CONTEXT_EXACT if self.exact else {})).items():
             options.words[place] = value
         self.context = call.llama_init_from_model(self.model, options)
         if not self.context:
-            call.llama_model_free(self.model)
-            raise GgufError(f"llama.cpp cannot run {file} with a context of {context} tokens: not enough memory?")
-        call.llama_set_n_threads(self.context, threads, threads)
-        self.vocab = call.llama_model_get_vocab(self.model)
-        self.vocab_size = call.llama_vocab_n_tokens(self.vocab)
+            raise GgufError(
+                f"llama.cpp cannot run {self.file} with {sequences} x {context:,} tokens: not enough memory?"
+            )
+        call.llama_set_n_threads(self.context, self.threads, self.threads)
+        self.context_tokens, self.sequences = context, sequences
 
     def __enter__(self) -> "Runtime":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.library.functions.llama_free(self.context)
+        if self.context:
+            self.library.functions.llama_free(self.context)
         self.library.functions.llama_model_free(self.model)
+
+    def forget(self) -> None:
+        """Whatever was read comes no longer before what is read next."""
+        call = self.library.functions
+        call.llama_memory_clear(call.llama_get_memory(self.context), True)
 
     def logits(self, tokens: Int[Tensor, " tokens"] | Sequence[int]) -> Float[Tensor, "tokens vocab"]:
         """The logits behind each of the tokens, read from the first one on."""
-        self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
-        return self._decode([int(token) for token in tokens], 0, every=True)
+        self.forget()
+        return self._decode([[int(token) for token in tokens]], 0, every=True)
+
+    def read(self, rows: Sequence[Sequence[int]], position: int) -> list[int]:
+        """Read on in each sequence, where `position` tokens were read of each, and say what is likeliest next."""
+        return self._decode(rows, position, every=False).argmax(-1).tolist()
 
     def generate(self, prompt: Sequence[int], count: int, *, temperature: float = 0.0, seed: int = 0) -> list[int]:
         """Up to `count` tokens: the likeliest ones, or with a temperature drawn; fewer if one of them ends the text."""
-        self.library.functions.llama_memory_clear(self.library.functions.llama_get_memory(self.context), True)
+        self.forget()
         made: list[int] = []
         generator = torch.Generator().manual_seed(seed)
         next_tokens, position = list(prompt), 0
         for _ in range(count):
-            logits = self._decode(next_tokens, position, every=False)
+            logits = self._decode([next_tokens], position, every=False)
             position += len(next_tokens)
             if temperature > 0:
                 chosen = int(torch.multinomial((logits[-1] / temperature).softmax(-1), 1, generator=generator))
@@ -247,23 +274,26 @@ class Runtime:
         assert count >= 0, f"more than {len(room)} tokens"
         return list(room[:count])
 
-    def _decode(self, tokens: list[int], position: int, *, every: bool) -> Float[Tensor, "tokens vocab"]:
+    def _decode(self, rows: Sequence[Sequence[int]], position: int, *, every: bool) -> Float[Tensor, "tokens vocab"]:
+        """Logits behind every token, or behind the last one of each row. Each row is a sequence of its own."""
         call = self.library.functions
-        assert position + len(tokens) <= self.context_tokens, "more tokens than the context holds"
-        batch = call.llama_batch_init(len(tokens), 0, 1)
+        assert len(rows) <= self.sequences, "more sequences than there is room for"
+        assert position + max(map(len, rows)) <= self.context_tokens, "more tokens than the context holds"
+        places = [(number, place) for number, row in enumerate(rows) for place in range(len(row))]
+        batch = call.llama_batch_init(len(places), 0, 1)
         try:
-            batch.n_tokens = len(tokens)
-            for index, token in enumerate(tokens):
-                batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, position + index, 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = every or index == len(tokens) - 1
+            batch.n_tokens = len(places)
+            for index, (number, place) in enumerate(places):
+                batch.token[index], batch.pos[index] = rows[number][place], position + place
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, number
+                batch.logits[index] = every or place == len(rows[number]) - 1
             failed = call.llama_decode(self.context, batch)
             if failed:
                 raise GgufError(f"llama.cpp failed to run {self.file}: llama_decode returned {failed}")
-            wanted = range(len(tokens)) if every else [len(tokens) - 1]
-            rows = [
+            wanted = [index for index in range(len(places)) if batch.logits[index]]
+            found = [
                 np.ctypeslib.as_array(call.llama_get_logits_ith(self.context, i), (self.vocab_size,)) for i in wanted
             ]
-            return torch.from_numpy(np.stack(rows))
+            return torch.from_numpy(np.stack(found))
         finally:
             call.llama_batch_free(batch)

@@ -1,9 +1,38 @@
-"""The report's HTML: sections, tables and figures. All text is escaped here; SVG goes in as it is."""
+"""The report's HTML: sections, tables and figures. All text is escaped here; SVG goes in as it is.
+
+A page loads nothing: its style sheet and figures are inline, it has no scripts, and its content security policy
+forbids both.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 Heading = str | tuple[str, str]  # a name, or a name and its unit
+
+
+def document(title: str, header: str, body: str) -> str:
+    """The whole page; header and body are HTML."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{header}
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
 
 
 def section(title: str, *parts: str) -> str:

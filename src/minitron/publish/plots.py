@@ -5,14 +5,14 @@ Colours are CSS variables of report.css, so that one file reads well on a light 
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from minitron.publish.formats import Number, size
+from minitron.publish.formats import Number, short_count, size
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
 MOST_POINTS = 400  # of a curve, and columns of a heat map
@@ -27,7 +27,9 @@ COLORS = {
     "kept": "#070707",
     "removed": "#080808",
     "corrected": "#090909",
+    **{f"run{number}": f"#0a0a{number:02x}" for number in range(8)},
 }
+RUN_COLORS, RUN_LINES = [COLORS[f"run{number}"] for number in range(8)], ("-", "--", ":")
 # A heat map's pixels cannot be CSS variables: mid-tones whose opacity is the score read well on both pages.
 KEPT_RGB, REMOVED_RGB = (0.25, 0.50, 0.91), (0.88, 0.49, 0.13)
 STYLE: Any = {  # matplotlib types its keys as literals
@@ -151,6 +153,61 @@ def ladder(points: Mapping[str, tuple[Number, Number]]) -> str:
         axes.set_xlabel("file")
         axes.set_ylabel("KL, nats/token")
     return drawn[0]
+
+
+def named_points(points: Mapping[str, tuple[Number, Number]], x: str, y: str, form: Callable[[Number], str]) -> str:
+    """A point for each run, told apart by its colour."""
+    label = f"Scatter plot, {y} against {x}: " + ", ".join(f"{name} {value:.3f}" for name, (_, value) in points.items())
+    with _canvas(2.6 + _legend_inches(points), label) as (figure, drawn):
+        axes = figure.subplots()
+        for number, (name, point) in enumerate(points.items()):
+            color, marker = RUN_COLORS[number % len(RUN_COLORS)], "osD^"[number // len(RUN_COLORS) % 4]
+            axes.scatter(*point, s=34, color=color, marker=marker, linewidths=0, label=name)
+        _legend_above(figure)
+        axes.margins(x=0.14, y=0.14)
+        axes.xaxis.set_major_formatter(lambda value, _: form(value))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    return drawn[0]
+
+
+def overlaid(curves: Mapping[str, Sequence[tuple[Number, Number]]], x: str, y: str, *, marked: bool) -> str:
+    """A curve for each run, in the colours of `named_points`. Runs without points keep theirs and have no curve."""
+    last = ", ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in curves.items() if points)
+    with _canvas(2.6 + _legend_inches(curves), f"Line chart of {len(curves)} runs, {y} by {x}: {last}") as (
+        figure,
+        drawn,
+    ):
+        axes = figure.subplots()
+        for number, (name, points) in enumerate(curves.items()):
+            if not points:
+                continue
+            style = RUN_LINES[number // len(RUN_COLORS) % len(RUN_LINES)]
+            axes.plot(
+                *(_thin(values) for values in zip(*points, strict=True)),
+                color=RUN_COLORS[number % len(RUN_COLORS)],
+                linestyle=style,
+                marker="o" if marked else None,
+                markersize=3.5,
+                linewidth=1.3,
+                label=name,
+            )
+        _legend_above(figure)
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    return drawn[0]
+
+
+def _legend_inches(names: Iterable[str]) -> float:
+    return 0.19 * sum(1 for _ in names)
+
+
+def _legend_above(figure: Any) -> None:
+    """Outside the axes, one name a line: names of runs are long, and no place inside is free for sure."""
+    figure.legend(loc="outside upper left", ncols=1, fontsize=8.5, borderpad=0, labelspacing=0.3)
 
 
 def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:

@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minitron.data import TEACHER
+from minitron.describe import forward_flops
 from minitron.errors import RunError
+from minitron.model.architecture import Parameters, Shape
+from minitron.publish.formats import source_name
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
@@ -37,6 +40,7 @@ class RunRecords:
     generations: one row per prompt: {"prompt": ..., model: continuation}.
     metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
+    speed: evaluations/speed.json: teacher, student, and `ratio`, the median of the rounds' ratios, if the run has it.
     search: search/candidates.json, or nothing where the shape was not searched for.
     ladder: gguf/quantization.json, or nothing where no GGUF files were written.
     tasks: evaluations/tasks.json: {"tasks": {model: {task: result}}, "chosen_by": [task, ...]}, or nothing.
@@ -127,6 +131,49 @@ def benchmarks(records: RunRecords) -> list[dict[str, Any]]:
 def _kept(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
     share: float = student["value"] / teacher["value"] if teacher["value"] else 0.0
     return share if teacher["value"] > 0 and teacher["higher_is_better"] else None
+
+
+def speed_ratios(records: RunRecords) -> dict[str, float]:
+    """Student to teacher, of prefill and decode; nothing where speed was not measured.
+
+    Older runs do not have the ratios of the rounds; theirs is of the medians.
+    """
+    if not records.speed:
+        return {}
+    teacher, student = records.speed["teacher"], records.speed["student"]
+    found = records.speed.get("ratio", {})
+    return {kind: found.get(kind, student[kind] / teacher[kind]) for kind in ("prefill", "decode")}
+
+
+def stage_flops(records: RunRecords) -> dict[str, int]:
+    """Floating-point operations of calibration and trainings, counted as `minitron run --dry-run` does: a training step
+    takes three forward passes, and the teacher's one where it is there. What other stages take is not counted."""
+    context, recipe = records.recipe["data"]["block_tokens"], records.recipe["distill"]
+
+    def forward(name: str) -> int:
+        row = records.evaluations[name]
+        parameters = Parameters(**{part.name: row["parameters"][part.name] for part in fields(Parameters)})
+        return forward_flops(Shape(**row["shape"]), parameters, context)
+
+    teacher, student = forward("teacher"), forward("student")
+    beside = 0 if recipe.get("teacher") == "recorded" else 3 if recipe.get("correction") == "parallel" else 1
+    steps = {"corrected": 3 * teacher, "student": 3 * student + beside * teacher, "scratch": 3 * student}
+    found = {"statistics": records.stages["statistics"]["result"]["tokens"] * teacher}
+    for name, step in steps.items():
+        if name in records.stages:
+            found[name] = records.stages[name]["result"]["training"]["tokens"] * step
+    return found
+
+
+def public_recipe(records: RunRecords) -> dict[str, Any]:
+    """The recipe as it may be published: whose machine it was, and how its directories are called, is nobody's."""
+    data = dict(records.recipe["data"])
+    for key in ("source", "heldout"):
+        data[key] = source_name(data[key]) if data[key] else data[key]
+    evaluate = dict(records.recipe["evaluate"])
+    if evaluate.get("tasks_dir"):
+        evaluate["tasks_dir"] = source_name(evaluate["tasks_dir"])
+    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data, "evaluate": evaluate}
 
 
 def layer_criterion(records: RunRecords) -> str:

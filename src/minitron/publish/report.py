@@ -1,8 +1,4 @@
-"""report.html: one self-contained page about a finished run, made from its records only.
-
-The page loads nothing: its style sheet and figures are inline, it has no scripts, and its content security policy
-forbids both.
-"""
+"""report.html: one self-contained page about a finished run, made from its records only."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -20,9 +16,11 @@ from minitron.publish.formats import (
     count,
     duration,
     environments,
+    flops,
     nats,
     percent,
     perplexity,
+    rate,
     ratio,
     result_cells,
     score,
@@ -31,6 +29,7 @@ from minitron.publish.formats import (
     shown,
     size,
     source_name,
+    with_range,
 )
 from minitron.publish.published import PUBLISHED
 from minitron.publish.records import (
@@ -42,17 +41,20 @@ from minitron.publish.records import (
     loss_name,
     result_table,
     sampling,
+    speed_ratios,
+    stage_flops,
 )
 from minitron.publish.why import why
 
 
-def write_report(records: RunRecords) -> Path:
-    """Write report.html into the run directory; the same records give the same bytes.
+def write_report(records: RunRecords, out: Path | None = None) -> Path:
+    """Write report.html, into the run directory unless told otherwise; the same records give the same bytes.
 
     Raises: RunError if the file cannot be written.
     """
-    path = records.path / "report.html"
+    path = out or records.path / "report.html"
     with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(render(records), encoding="utf-8")
     return path
 
@@ -60,26 +62,7 @@ def write_report(records: RunRecords) -> Path:
 def render(records: RunRecords) -> str:
     sections = (results, measured_tasks, shapes, why, speeds, quantized, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(_title(records))}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{_header(records)}
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    return page.document(_title(records), _header(records), body)
 
 
 def _title(records: RunRecords) -> str:
@@ -240,12 +223,13 @@ def speeds(records: RunRecords) -> str:
     if not records.speed:
         return ""
     rows = []
-    for name, speed in records.speed.items():
-        spreads = [_spread(speed[kind], *speed[f"{kind}_range"]) for kind in ("prefill", "decode")]
+    for name in ("teacher", "student"):
+        speed = records.speed[name]
+        spreads = [with_range(speed[kind], speed[f"{kind}_range"], rate) for kind in ("prefill", "decode")]
         rows.append([name, size(records.evaluations[name]["weight_bytes"]), *spreads])
     teacher, student = records.speed["teacher"], records.speed["student"]
     weights = [records.evaluations[name]["weight_bytes"] for name in ("student", "teacher")]
-    ratios = [shown(student[kind] / teacher[kind], ratio) for kind in ("prefill", "decode")]
+    ratios = [shown(value, ratio) for value in speed_ratios(records).values()]
     rows.append(["student / teacher", ratio(weights[0] / weights[1]), *ratios])
     overlapping = [
         kind
@@ -307,10 +291,6 @@ def quantized(records: RunRecords) -> str:
     return page.section("GGUF files", *parts)
 
 
-def _spread(median: float, slowest: float, fastest: float) -> str:
-    return shown(median, lambda value: f"{count(value)} ({count(slowest)}–{count(fastest)})")  # noqa: RUF001
-
-
 def training(records: RunRecords) -> str:
     steps = [row for row in records.metrics if "loss" in row]
     if not steps:
@@ -361,15 +341,18 @@ def provenance(records: RunRecords) -> str:
         ("Started", "UTC"),
         ("Time", "wall clock"),
         "Tokens",
+        ("Compute", "counted"),
         ("Peak memory", "host, whole process"),
         ("Inputs", "sha256, first 12 digits"),
     ]
+    counted = stage_flops(records)
     rows = [
         [
             name,
             stage["started"].replace("T", " ").removesuffix("Z"),
             duration(stage["seconds"]),
             shown(_stage_tokens(records, name), count),
+            shown(counted.get(name), flops),
             size(stage["peak_memory_bytes"]),
             ", ".join(f"{key}\N{NO-BREAK SPACE}{digest[:12]}" for key, digest in stage["inputs"].items()),
         ]
@@ -380,6 +363,7 @@ def provenance(records: RunRecords) -> str:
         + (f" at {records.recipe['revision']}" if records.recipe["revision"] else ""),
         "Data": f"sampled from the teacher, {how}" if (how := sampling(records)) else records.recipe["data"]["source"],
         "Seed": str(records.recipe["seed"]),
+        "Cost": _cost(records, sum(counted.values())),
     }
     recipe = yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True)
     return page.section(
@@ -387,6 +371,21 @@ def provenance(records: RunRecords) -> str:
         page.facts(facts | environments(records.stages)),
         page.table("Stages", head, rows),
         page.details("Full recipe", f"<pre><code>{escape(recipe)}</code></pre>"),
+    )
+
+
+def _cost(records: RunRecords, operations: int) -> str:
+    """Tokens, operations, hours, and energy where every stage knows its own."""
+    seconds = sum(stage["seconds"] for stage in records.stages.values())
+    trained = sum(
+        stage["result"]["training"]["tokens"] for stage in records.stages.values() if "training" in stage["result"]
+    )
+    joules = [stage.get("energy_joules") for stage in records.stages.values()]
+    known = [one for one in joules if one is not None]
+    energy = f", {sum(known) / 3.6e6:,.3g} kWh by the processors' own counters" if len(known) == len(joules) else ""
+    return (
+        f"{count(trained)} tokens trained on, {flops(operations)} in calibration and training, "
+        f"{seconds / 3600:,.2f} hours{energy}"
     )
 
 

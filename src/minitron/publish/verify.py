@@ -4,14 +4,8 @@ llama.cpp runs in a process of its own, since it answers what it cannot bear by 
 """
 
 import math
-import multiprocessing
-import os
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +17,7 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.child import Child, ChildEnded
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
@@ -115,45 +110,23 @@ class Prover:
             blocks: held-out text.
         """
         self.model, self.blocks, self.threads = model, blocks.numpy(), threads
-        self._pool = self._new_pool()
+        self._child = Child()
 
     def __enter__(self) -> "Prover":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pool.shutdown()
+        self._child.__exit__(kind, error, at)
 
     def measure(self, file: Path) -> Measured:
         """Raises: GgufError if llama.cpp cannot run the file, or reads text otherwise than the tokenizer."""
         try:
-            return self._pool.submit(_measure, file, self.model, self.blocks, self.threads).result()
-        except BrokenProcessPool:
-            self._pool.shutdown()
-            self._pool = self._new_pool()
+            return self._child.call(_measure, file, self.model, self.blocks, self.threads)
+        except ChildEnded:
             raise GgufError(
                 f"llama.cpp ended its process when it ran {file}; it does so on text that its tokenizer has no tokens "
                 "for, and where memory is short"
             ) from None
-
-    @staticmethod
-    def _new_pool() -> ProcessPoolExecutor:
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
-
-
-def _begin() -> None:
-    """What the process does first: it draws no progress, and ends when its parent does, even if that is killed."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:

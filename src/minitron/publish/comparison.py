@@ -1,0 +1,270 @@
+"""One page about several finished runs, made from their records, in the look of the report of one."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import RunError
+from minitron.files import readable_os_errors
+from minitron.publish import page, plots
+from minitron.publish.formats import (
+    MISSING,
+    count,
+    duration,
+    flops,
+    nats,
+    percent,
+    perplexity,
+    ratio,
+    share,
+    short_count,
+    shown,
+    size,
+    source_name,
+)
+from minitron.publish.records import (
+    RunRecords,
+    correction,
+    loss_name,
+    public_recipe,
+    repairs,
+    result_table,
+    speed_ratios,
+    stage_flops,
+)
+
+SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
+
+
+def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
+    """Write the page; the same records give the same bytes.
+
+    Raises: RunError if the file cannot be written, or a run is given twice.
+    """
+    with readable_os_errors(out, way_out="choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render_comparison(runs), encoding="utf-8")
+    return out
+
+
+def render_comparison(runs: Sequence[RunRecords]) -> str:
+    named = name_runs(runs)
+    students = {
+        name: row for name, records in named.items() for row in result_table(records) if row["model"] == "student"
+    }
+    sections = (results(named, students), curves(named), shapes(named), recipes(named))
+    title = f"{len(named)} runs compared"
+    header = f"""<header>
+<h1>{escape(title)}</h1>
+<p class="lead">{escape(headline(students))}</p>
+<p class="run">{escape(", ".join(named))}</p>
+</header>"""
+    return page.document(title, header, "\n".join(part for part in sections if part))
+
+
+def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
+    """Each run under the part of its path that tells it from the others.
+
+    Raises: RunError if one is given twice.
+    """
+    paths = [records.path.resolve() for records in runs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise RunError(f"{path} is given twice; name each run once")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path.relative_to(commonpath(paths))) for path in paths]
+    return dict(zip(names, runs, strict=True))
+
+
+def headline(students: Mapping[str, Mapping[str, Any]]) -> str:
+    known = {
+        name: row["kl_to_teacher"] for name, row in students.items() if shown(row["kl_to_teacher"], nats) != MISSING
+    }
+    if not known:
+        return "No run knows how far its student is from its teacher."
+    best, smallest = min(known, key=lambda name: known[name]), min(students, key=lambda name: students[name]["total"])
+    return (
+        f"{best} is nearest to its teacher, with a KL divergence of {nats(known[best])} nats per token; "
+        f"{smallest if smallest != best else 'it'} is the smallest, with {short_count(students[smallest]['total'])} "
+        "parameters."
+    )
+
+
+def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str, Any]]) -> str:
+    quality: list[page.Heading] = [
+        "Student of",
+        ("Parameters", "total"),
+        ("Parameters", "non-embedding"),
+        ("Share", "non-embedding"),
+        ("LM loss", "nats/token"),
+        ("Perplexity", "per token"),
+        ("KL to teacher", "nats/token"),
+        ("Top-1", "agreement"),
+        ("KL after cut", "nats/token"),
+    ]
+    costs: list[page.Heading] = [
+        "Student of",
+        ("Distilled", "tokens"),
+        ("Compute", "of all stages"),
+        ("Time", "of all stages"),
+        ("Weights", "all tensors"),
+        ("Prefill", "of teacher's"),
+        ("Decode", "of teacher's"),
+    ]
+    kept, spent = [], []
+    for name, records in named.items():
+        row, ratios = students[name], speed_ratios(records)
+        kept.append(
+            [
+                name,
+                count(row["total"]),
+                count(row["non_embedding"]),
+                share(row["non_embedding_share"]),
+                shown(row["lm_loss"], nats),
+                shown(row["perplexity"], perplexity),
+                shown(row["kl_to_teacher"], nats),
+                shown(row["top1_agreement"], percent),
+                shown(records.evaluations["pruned"]["kl_to_teacher"], nats),
+            ]
+        )
+        spent.append(
+            [
+                name,
+                count(records.stages["student"]["result"]["training"]["tokens"]),
+                flops(sum(stage_flops(records).values())),
+                duration(sum(stage["seconds"] for stage in records.stages.values())),
+                size(row["weight_bytes"]),
+                *(shown(ratios.get(kind), ratio) for kind in ("prefill", "decode")),
+            ]
+        )
+    figures = []
+    for key, title, unit in (
+        ("kl_to_teacher", "KL divergence against size", "KL to teacher, nats/token"),
+        ("lm_loss", "Held-out loss against size", "loss, nats/token"),
+    ):
+        points = {
+            name: (row["non_embedding"], row[key]) for name, row in students.items() if shown(row[key], nats) != MISSING
+        }
+        if points:
+            drawn = plots.named_points(points, "non-embedding parameters", unit, short_count)
+            figures.append(page.figure(drawn, title, "Lower and further left is better"))
+    return page.section(
+        "Results",
+        page.table("What each student kept", quality, kept),
+        page.table("What each student cost, and how fast it is", costs, spent),
+        *(page.note(text) for text in cautions(named)),
+        page.figures(figures),
+    )
+
+
+def cautions(named: Mapping[str, RunRecords]) -> list[str]:
+    """What keeps the numbers of two runs from being held against each other."""
+
+    def differ(values: Sequence[Any]) -> bool:
+        return len(set(map(str, values))) > 1
+
+    runs, notes = list(named.values()), []
+    teachers = [records.stages["evaluations"]["inputs"].get("teacher", records.recipe["model"]) for records in runs]
+    if differ(teachers):
+        names = ", ".join(f"{name}: {source_name(records.recipe['model'])}" for name, records in named.items())
+        notes.append(
+            f"The runs have different teachers ({names}): KL, agreement, share and speed are to each one's own."
+        )
+    texts = [
+        (records.stages["evaluations"]["inputs"].get("data"), records.evaluations["student"]["tokens"])
+        for records in runs
+    ]
+    if differ(texts):
+        notes.append(
+            "They were not measured on the same tokens of held-out text: a difference of losses or KL may be "
+            "one of the texts."
+        )
+    machines = [records.stages["evaluations"]["hardware"] for records in runs]
+    if differ([(machine["device"], machine["threads"]) for machine in machines]):
+        notes.append("They ran on different hardware or numbers of threads: times and speeds cannot be compared.")
+    corrected = [name for name, records in named.items() if correction(records)]
+    if corrected:
+        notes.append(
+            f"Of {', '.join(corrected)} the teacher was corrected; KL is to the teacher as it was given, and what it "
+            "has learnt counts as distance."
+        )
+    return notes
+
+
+def curves(named: Mapping[str, RunRecords]) -> str:
+    """The distillations over each other, by tokens: held-out points, and the smoothed loss of the batches."""
+    heldout = {
+        name: [(row["tokens"], row["heldout_loss"]) for row in records.metrics if "heldout_loss" in row]
+        for name, records in named.items()
+    }
+    batches = {
+        name: [(row["tokens"], row["loss"]) for row in records.metrics if "loss" in row]
+        for name, records in named.items()
+    }
+    losses = {name: loss_name(records.recipe["distill"]) for name, records in named.items()}
+    figures = [
+        page.figure(plots.overlaid(some, "tokens", "nats per token", marked=marked), title, caption)
+        for some, title, caption, marked in (
+            (heldout, "Held-out distillation loss", "On each run's own held-out text", True),
+            (batches, "Distillation loss of the batches", "Each point is a mean of neighbouring steps", False),
+        )
+        if any(some.values())
+    ]
+    if not figures:
+        return ""
+    same = len(set(losses.values())) == 1
+    note = (
+        f"The loss is {next(iter(losses.values()))}."
+        if same
+        else "The runs were trained for different losses: "
+        + (
+            "; ".join(f"{name}: {loss}" for name, loss in losses.items())
+            + ". Their curves cannot be held against each other."
+        )
+    )
+    return page.section("Distillation", page.note(note), page.figures(figures))
+
+
+def shapes(named: Mapping[str, RunRecords]) -> str:
+    rows = [_shape_row(name, records.evaluations["student"]) for name, records in named.items()]
+    teachers = {}
+    for records in named.values():
+        teachers[source_name(records.recipe["model"])] = records.evaluations["teacher"]
+    before = [_shape_row(f"teacher {name}", row) for name, row in teachers.items()]
+    head: list[page.Heading] = ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")]
+    return page.section("Shapes", page.table("Shapes of all students", head, [*before, *rows]))
+
+
+def _shape_row(name: str, row: Mapping[str, Any]) -> list[str]:
+    return [name, *(count(row["shape"][dim]) for dim in SHAPE_DIMS), count(row["kv_cache_bytes_per_token"])]
+
+
+def recipes(named: Mapping[str, RunRecords]) -> str:
+    """The recipe's keys in which the runs differ."""
+    flat = {name: _flat(public_recipe(records)) for name, records in named.items()}
+    keys = dict.fromkeys(key for recipe in flat.values() for key in recipe)
+    rows = [
+        [key, *(recipe.get(key, MISSING) for recipe in flat.values())]
+        for key in keys
+        if len({recipe.get(key, MISSING) for recipe in flat.values()}) > 1
+    ]
+    steps = {name: repairs(records) for name, records in named.items()}
+    if len({str(some) for some in steps.values()}) > 1:
+        rows.append(
+            ["repaired by", *(MISSING if some is None else ", ".join(some) or "nothing" for some in steps.values())]
+        )
+    if not rows:
+        return page.section("What differs", page.note("The recipes are the same, key by key."))
+    unknown = any(cell == MISSING for row in rows for cell in row)
+    note = page.note(f"{MISSING}: the run's version of minitron had no such key.") if unknown else ""
+    return page.section("What differs", page.table("Keys of the recipes that differ", ["Key", *flat], rows), note)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+    return flat

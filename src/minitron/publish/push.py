@@ -1,0 +1,89 @@
+"""Uploading what a run made: the student, its card and licence files, and its GGUF files, in one commit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from minitron.errors import MinitronError, RunError
+from minitron.model.checkpoint import model_files
+from minitron.publish.records import RunRecords
+
+CARD, IMATRIX = "README.md", "imatrix.gguf"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file and its place in the repository, whose root is the model's directory."""
+
+    file: Path
+    destination: str
+
+
+def planned_uploads(records: RunRecords) -> list[Upload]:
+    """What goes to the hub: nothing that a training needs to go on, no text, no statistics.
+
+    Raises: RunError if the run has not made all of it yet.
+    """
+    student, gguf = records.path / "student", records.path / "gguf"
+    if "student" not in records.stages or not (student / CARD).is_file():
+        raise RunError(
+            f"the run in {records.path} has no student with a card yet; the same command that started it goes on"
+        )
+    wanted = records.recipe.get("gguf") or {}
+    if (wanted.get("types") or wanted.get("bits_per_weight") or wanted.get("sizes")) and "gguf" not in records.stages:
+        raise RunError(
+            f"the GGUF files that the recipe of {records.path} asks for are not there yet; the same command that "
+            "started it goes on with it"
+        )
+    names = [row["file"] for row in records.ladder.get("files", [])]
+    files = [student / CARD, *model_files(student), *(gguf / name for name in names)]
+    if names and (gguf / IMATRIX).is_file():
+        files.append(gguf / IMATRIX)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise RunError(f"{missing[0]} is not there: the run in {records.path} was changed after it ended")
+    return [Upload(file, file.name) for file in files]
+
+
+def require_repo_id(repo: str) -> None:
+    """Raises: MinitronError."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise MinitronError(f"REPO {repo!r} is no name on the hub, such as me/my-model-4b: {_line(error)}") from None
+
+
+def push(records: RunRecords, repo: str, *, private: bool, api: HfApi | None = None) -> str:
+    """Create the repository if it is not there, and upload; returns the commit's address.
+
+    Raises: MinitronError where the hub cannot be reached, or refuses.
+    """
+    require_repo_id(repo)
+    uploads = planned_uploads(records)
+    api = api or HfApi()
+    if not (api.token or _stored_token()):
+        raise MinitronError("not logged in to the hub: run `hf auth login`, or set HF_TOKEN; --dry-run needs neither")
+    try:
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.model_info(repo).private:
+            raise MinitronError(
+                f"{repo} is there already and is public, which --private does not change: make it private on its page, "
+                "choose another REPO, or leave --private out"
+            )
+        added = [CommitOperationAdd(upload.destination, upload.file) for upload in uploads]
+        return str(api.create_commit(repo, added, commit_message="Upload with minitron").commit_url)
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # ValueError: the hub does not accept the card
+        raise MinitronError(f"cannot push to {repo}: {_line(error)}") from None
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

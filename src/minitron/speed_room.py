@@ -1,0 +1,277 @@
+"""The verb `speed`: teacher and student in turn, in transformers, in llama.cpp or in vLLM.
+
+Each model lives in a process of its own: its memory can be told apart, and llama.cpp can end its process.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from minitron.child import Child, ChildEnded
+from minitron.describe import describe
+from minitron.device import Precision, forget_peak_memory, peak_memory, pick_device
+from minitron.errors import MinitronError
+from minitron.evaluate.speed import (
+    DEFAULT_ROUNDS,
+    STUDENT,
+    TEACHER,
+    Load,
+    Timer,
+    Timing,
+    measure_speed,
+    transformers_timer,
+    with_cuda_memory,
+    with_resident_memory,
+)
+from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.publish.ladder import require_installed
+from minitron.rundir import SILENT, Listener, hardware
+
+Engine = Literal["transformers", "llama.cpp", "vllm"]
+DEFAULT_CONTEXTS = (128, 1024)
+MODEL = "model"  # where there is no teacher
+VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's own default for one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured: what it is, and how its process loads it."""
+
+    path: Path
+    engine: Engine
+    dtype: torch.dtype | None  # None: as stored
+    threads: int
+    context_tokens: int  # of the largest load, new tokens included
+    batch: int  # of the largest load
+    gpu_share: float
+
+
+def measure_models(
+    model: str,
+    teacher: str | None,
+    *,
+    engine: Engine | None = None,
+    batches: Sequence[int] = (1, 8),
+    contexts: Sequence[int] | None = None,
+    new_tokens: int = 32,
+    rounds: int = DEFAULT_ROUNDS,
+    dtype: Precision = "auto",
+    threads: int | None = None,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Speed and memory of a model over a grid of batch and context, and of a teacher in turn with it.
+
+    Args:
+        engine: None for llama.cpp with GGUF files and transformers with others.
+        contexts: None for those of DEFAULT_CONTEXTS that the models have, or else the longest that they have.
+        dtype: of the weights; `auto` as they are stored.
+        threads: of a CPU; None for as many as torch uses here.
+
+    Returns engine, device, threads, rounds, the load average before and after, what each model is, and rows as
+    `measure_speed` gives them.
+    """
+    named = {MODEL: model} if teacher is None else {TEACHER: teacher, STUDENT: model}
+    engine = engine or ("llama.cpp" if model.endswith(".gguf") else "transformers")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise MinitronError(
+            "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine whose "
+            "GPU it supports, or take --engine transformers"
+        )
+    if engine == "llama.cpp" and dtype != "auto":
+        raise MinitronError(f"--dtype {dtype}: the types in a GGUF file are its own; leave --dtype out")
+    facts = {name: _describe(source, engine) for name, source in named.items()}
+    limit = min((fact["context"] for fact in facts.values() if fact["context"]), default=None)
+    contexts = _contexts(contexts, limit, new_tokens)
+    loads = [Load(batch, context, new_tokens) for batch in batches for context in contexts]
+    threads = threads or torch.get_num_threads()
+    own_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    room = max(contexts) + new_tokens + 1
+    share = VLLM_SHARE / len(named)
+    load_average = [os.getloadavg()[0]]
+    listener.stage("speed", "running")
+    with ExitStack() as stack:
+        timers: dict[str, Timer] = {}
+        for name, fact in facts.items():
+            subject = Subject(fact["path"], engine, own_dtype, threads, room, max(batches), share)
+            timers[name] = partial(_ask, stack.enter_context(Child()), subject)
+        rows = measure_speed(
+            timers, loads, rounds=rounds, progress=lambda done, total: listener.progress(done, total, "measurements")
+        )
+    listener.stage("speed", "done")
+    return {
+        "engine": engine,
+        "device": hardware()["device"],
+        "threads": threads,
+        "rounds": rounds,
+        "new_tokens": new_tokens,
+        "load_average": [*load_average, os.getloadavg()[0]],
+        "models": {name: fact | {"path": str(fact["path"])} for name, fact in facts.items()},
+        "rows": rows,
+    }
+
+
+def _describe(source: str, engine: Engine) -> dict[str, Any]:
+    """Path, parameters, bytes, and the longest context that the model has, or None."""
+    is_gguf = source.endswith(".gguf")
+    if is_gguf != (engine == "llama.cpp"):
+        raise MinitronError(
+            f"{source} is a GGUF file, which {engine} does not run here: give the model's directory or a hub id, or "
+            "take --engine llama.cpp"
+            if is_gguf
+            else f"llama.cpp runs GGUF files, and {source} is none: "
+            f"`minitron quantize {source} --types BF16 --no-verify --out gguf` makes one of it"
+        )
+    if is_gguf:
+        require_installed()
+        from minitron.gguf_rooms import inspect_gguf
+
+        path = Path(source)
+        if not path.is_file():
+            raise MinitronError(f"{source} does not exist")
+        said = inspect_gguf(path)
+        kinds = ", ".join(said["types"])
+        total, size, context = said["parameters"]["total"], said["bytes"], said["shape"]["context"]
+        return {"path": path, "parameters": total, "weight_bytes": size, "stored": kinds, "context": context}
+    checkpoint = open_checkpoint(resolve_model(source))
+    said = describe(checkpoint)
+    return {
+        "path": checkpoint.path,
+        "parameters": said["parameters"]["total"],
+        "weight_bytes": said["weight_bytes"],
+        "stored": said["dtype"],
+        "context": checkpoint.config.get("max_position_embeddings"),
+    }
+
+
+def _contexts(asked: Sequence[int] | None, limit: int | None, new_tokens: int) -> Sequence[int]:
+    """Raises: MinitronError for one that is longer than the models' own."""
+    room = None if limit is None else limit - new_tokens - 1
+    if room is not None and room < 1:
+        raise MinitronError(f"--new-tokens {new_tokens} is too many for a context of {limit:,} tokens: ask for fewer")
+    if asked is None:
+        return [context for context in DEFAULT_CONTEXTS if room is None or context <= room] or [room or 1]
+    for context in asked:
+        if room is not None and context > room:
+            raise MinitronError(
+                f"--context {context}: with the {1 + new_tokens} tokens that follow it is longer than the {limit:,} "
+                f"tokens of context that the model has: at most {room:,}"
+            )
+    return asked
+
+
+def _ask(child: Child, subject: Subject, load: Load) -> Timing:
+    try:
+        return child.call(_answer, subject, load)
+    except ChildEnded:
+        raise MinitronError(
+            f"the process that ran {subject.path} in {subject.engine} ended at --batch {load.batch} --context "
+            f"{load.context}, as processes do that ask for more memory than there is: give smaller ones"
+        ) from None
+
+
+def _answer(subject: Subject, load: Load) -> Timing:
+    """In the process of the model, which stays loaded from one load to the next."""
+    try:
+        timing = _loaded(subject)(load)
+    except torch.OutOfMemoryError:
+        raise MinitronError(
+            f"--batch {load.batch} --context {load.context}: {subject.path} does not fit into the GPU's memory with "
+            "it; give smaller ones"
+        ) from None
+    assert [len(row) for row in timing.made] == [1 + load.new_tokens] * load.batch, "not the tokens asked for"
+    return timing
+
+
+@lru_cache(1)
+def _loaded(subject: Subject) -> Timer:
+    torch.set_num_threads(subject.threads)
+    return ENGINES[subject.engine](subject)
+
+
+def _in_transformers(subject: Subject) -> Timer:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # the code's own memory, which is more than a small model's, is not the model's
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(subject.path, local_files_only=True))
+    device, before = pick_device(), _resident_memory()
+    timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
+    return with_cuda_memory(timer, device) if device.type == "cuda" else with_resident_memory(timer, before)
+
+
+def _in_llama_cpp(subject: Subject) -> Timer:
+    """Memory is the host's: a library that computes on a GPU keeps its own there."""
+    from minitron.publish.llama_cpp import Runtime, llama_cpp
+
+    llama_cpp()
+    before = _resident_memory()
+    runtime = Runtime(subject.path, context=subject.context_tokens, threads=subject.threads)
+    return with_resident_memory(partial(_time_llama_cpp, runtime), before)
+
+
+def _resident_memory() -> int:
+    forget_peak_memory()
+    return peak_memory()
+
+
+def _time_llama_cpp(runtime: Any, load: Load) -> Timing:
+    from time import perf_counter
+
+    room = (load.context + load.new_tokens, load.batch)
+    if room != (runtime.context_tokens, runtime.sequences):
+        runtime.make_room(*room)
+    runtime.forget()
+    prompts = [[token % runtime.vocab_size for token in prompt] for prompt in load.prompts]
+    start = perf_counter()
+    made = [runtime.read(prompts, 0)]
+    middle = perf_counter()
+    for step in range(load.new_tokens):
+        made.append(runtime.read([[token] for token in made[-1]], load.context + step))
+    end = perf_counter()
+    return Timing(middle - start, end - middle, [list(row) for row in zip(*made, strict=True)])
+
+
+def _in_vllm(subject: Subject) -> Timer:
+    """Decoding is told by the difference of two calls. No memory: vLLM takes all that it may, whatever it needs."""
+    from time import perf_counter
+
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=str(subject.path),
+        dtype="auto" if subject.dtype is None else str(subject.dtype).removeprefix("torch."),
+        skip_tokenizer_init=True,
+        max_model_len=subject.context_tokens,
+        max_num_seqs=subject.batch,
+        gpu_memory_utilization=subject.gpu_share,
+        enable_prefix_caching=False,  # every round reads the same prompts
+        seed=0,
+    )
+    vocab = open_checkpoint(subject.path).shape.vocab
+
+    def timed(load: Load, count: int) -> tuple[float, list[list[int]]]:
+        prompts = [{"prompt_token_ids": [token % vocab for token in prompt]} for prompt in load.prompts]
+        options = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        start = perf_counter()
+        answers = engine.generate(prompts, options, use_tqdm=False)
+        return perf_counter() - start, [list(answer.outputs[0].token_ids) for answer in answers]
+
+    def timer(load: Load) -> Timing:
+        first, _ = timed(load, 1)
+        both, made = timed(load, 1 + load.new_tokens)
+        return Timing(first, both - first, made)
+
+    return timer
+
+
+ENGINES: dict[str, Callable[[Subject], Timer]] = {
+    "transformers": _in_transformers,
+    "llama.cpp": _in_llama_cpp,
+    "vllm": _in_vllm,
+}
