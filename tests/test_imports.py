@@ -24,6 +24,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("gguf_rooms",),
     ("speed_room",),
     ("console",),
+    ("arguments", "result_text"),
+    ("verbs",),
     ("cli",),
     ("__main__",),
 )
