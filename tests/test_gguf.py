@@ -178,6 +178,17 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(
         assert runtime.tokenize(HARD_TEXT) == fast(HARD_TEXT)["input_ids"]
 
 
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    trained(core, tmp_path, ["</s>"])
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(GgufError, match=r"tokenizer.json: llama.cpp loads no tokenizer that .* merges none of them"):
+        describe(open_checkpoint(tmp_path))
+
+
 def test_digits_and_byte_level_splits_are_told_by_their_own_names(tmp_path: Path) -> None:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])

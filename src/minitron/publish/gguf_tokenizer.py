@@ -87,6 +87,8 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
             "tokenizer.ggml.scores": _scores(texts, merges),
             "tokenizer.ggml.add_space_prefix": _puts_space_first(stored),
         }
+    elif not merges:
+        raise GgufError(f"{file}: llama.cpp loads no tokenizer that splits text into bytes and merges none of them")
     else:
         keys |= {
             "tokenizer.ggml.model": "gpt2",
