@@ -69,12 +69,14 @@ def in_fresh_process(script: str, **arguments: Any) -> dict[str, Any]:
 
 
 def save_byte_tokenizer(path: Path) -> None:
-    """A tokenizer whose tokens are bytes, for random models."""
+    """A tokenizer for random models, whose tokens are bytes and, since llama.cpp wants a merge, two spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    byte_tokens = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=byte_tokens | {"</s>": len(byte_tokens)}, merges=[]))
+    space = "Ġ"
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>", space + space]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[(space, space)]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
 
