@@ -11,7 +11,7 @@ import small
 import tiny
 import torch
 
-from minitron import cli, speed_room
+from minitron import cli, result_text, speed_room
 from minitron.child import Child, ChildEnded
 from minitron.errors import MinitronError
 from minitron.evaluate.speed import Load, Timing, measure_speed, transformers_timer
@@ -124,7 +124,7 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
                 assert 0 < low <= row[name][kind] <= high
         assert 1 < row["teacher"]["peak_memory_bytes"] / facts["models"]["teacher"]["weight_bytes"] < 2
         assert row["student"]["peak_memory_bytes"] < row["teacher"]["peak_memory_bytes"]
-    lines = cli._speed_lines(facts | {"load_average": [0.0, 9.25]})
+    lines = result_text.speed_lines(facts | {"load_average": [0.0, 9.25]})
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["1", "8", "teacher"],
         ["1", "8", "student"],
