@@ -172,6 +172,7 @@ def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
     assert_same_training(lesson_desk, "one", "two")
 
 
+@pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
 def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Path) -> None:
     for processes, steps in ((2, 3), (1, 6), (2, 0)):
         made = start(*TORCHRUN, processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)

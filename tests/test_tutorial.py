@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 4, 3_000, 2"
+SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 4, 2_000, 2"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def test_the_notebook_is_the_tutorial(maker: ModuleType) -> None:
 def test_every_block_of_code_runs(maker: ModuleType, tmp_path: Path) -> None:
     blocks = maker.code_blocks(TUTORIAL)
     code, changed = SETTINGS.subn(SMALL, "\n".join(blocks))
-    assert changed == 1
+    assert changed == 1 and "rounds=3" in code
+    code = code.replace("rounds=3", "rounds=1")
     # As a notebook has it, `__main__` has no file: processes that are started do not run it again.
     done = subprocess.run(
         [sys.executable, "-c", code],

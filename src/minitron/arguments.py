@@ -199,4 +199,4 @@ def layers(text: str) -> dict[str, str]:
     kind, _, listed = text.partition("=")
     if kind.strip() not in ("drop", "keep") or not listed:
         raise argparse.ArgumentTypeError(f"{text!r} is neither drop=15-30 nor keep=0-14,31 or the like")
-    return {f"{kind.strip()}layers": listed}
+    return {f"{kind.strip()}_layers": listed}
