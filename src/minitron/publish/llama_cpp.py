@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minitron.errors import GgufError
 
+PARTS = 4  # of rows that are quantized together, for each thread
 LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
 # Of the context's options: place of a word -> what it is by default.
 _CONTEXT_DEFAULTS = {
@@ -140,7 +141,8 @@ class LlamaCpp:
             )
             assert made == (stop - start) * per_row, (made, start, stop)
 
-        bounds = np.linspace(0, count, min(count, num_threads) + 1).astype(int).tolist()
+        # In more parts than threads, so that none waits long for another.
+        bounds = np.linspace(0, count, min(count, PARTS * num_threads) + 1).astype(int).tolist()
         list(threads.map(part, bounds[:-1], bounds[1:]))
         return out
 
