@@ -6,6 +6,7 @@ wrongly, is refused here first.
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from minitron.device import one_core_each
 from minitron.errors import GgufError
 from minitron.files import atomic_file
-from minitron.large_files import CHUNK_BYTES, write_file
+from minitron.large_files import CHUNK_BYTES, ahead, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
@@ -103,8 +104,10 @@ class GgufModel:
         step = max(1, CHUNK_BYTES // per_row)
         if self.in_heads(tensor):
             step = max(1, step // self.checkpoint.shape.head_dim) * self.checkpoint.shape.head_dim
-        for start in range(0, tensor.shape[0], step):
-            yield self.rows(tensor, start, min(tensor.shape[0], start + step))
+        spans = ((start, min(tensor.shape[0], start + step)) for start in range(0, tensor.shape[0], step))
+        # The next rows are read while the caller is busy with these.
+        with closing(ahead(self.rows(tensor, *span) for span in spans)) as runs:
+            yield from runs
 
 
 # How a tensor's rows are stored: their type, and the bytes of some of them.
