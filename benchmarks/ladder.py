@@ -1,7 +1,7 @@
 """What does each GGUF type cost a model, with and without an importance matrix, and do mixtures of our own cost less?
 
     python benchmarks/ladder.py --model DIR --name NAME [--data D] [--types ...] [--against Q4_K_M,IQ4_XS,Q3_K_M]
-        [--out FILE]
+        [--threads N] [--out FILE]
 
 Every file is run in llama.cpp over held-out text and held against transformers' logits of the unquantized model in
 float32. Mixtures of our own get the bits per weight of the types in --against.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--against", default=AGAINST)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="default all cores")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, against = describe(open_checkpoint(args.model)), args.against.split(",")
@@ -48,6 +49,7 @@ def main() -> None:
         bits_per_weight=sorted(set(floors.values()), reverse=True),
         samples=args.samples,
         blocks=args.blocks,
+        threads=args.threads,
     )
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "files"
