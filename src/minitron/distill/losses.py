@@ -212,16 +212,18 @@ def chunked_loss(
 def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
     """Rows that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
     tokens, vocab = logits.shape
-    step = tokens
-    if logits.device.type == "cpu":
-        step = torch.get_num_threads() * max(1, PART_BYTES // (vocab * logits.itemsize))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+    if not logits.is_cpu:
+        return _slices(tokens, tokens)
+    return _slices(tokens, torch.get_num_threads() * max(1, PART_BYTES // (vocab * logits.itemsize)))
 
 
 def _vocab_parts(head: Float[Tensor, "vocab hidden"]) -> Iterator[slice]:
     """Rows of a head whose gradients make one tensor beside all of it."""
-    step = max(1, HEAD_PART_BYTES // (head.shape[1] * head.itemsize))
-    return (slice(start, start + step) for start in range(0, len(head), step))
+    return _slices(len(head), max(1, HEAD_PART_BYTES // (head.shape[1] * head.itemsize)))
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -247,7 +249,7 @@ class _ChunkedLoss(torch.autograd.Function):
             # The head in float32 once, not once a chunk.
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
         with float32_logits(dtype):
-            for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
+            for rows in _slices(len(hidden), chunk):
                 logits = project(hidden[rows].detach(), head_32)
                 reference = None if teacher is None else teacher.rows(rows)
                 for part in _parts(logits):
