@@ -21,7 +21,7 @@ import pytest
 import tiny
 
 # The files that take longest: begun first, so that two workers end at about the same time.
-LONGEST = ("test_parallel", "test_train", "test_run", "test_cli", "test_correction", "test_repair", "test_data")
+LONGEST = ("test_run", "test_parallel", "test_tutorial", "test_cli", "test_train", "test_calibrate", "test_quantize")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import small
 import tiny
 import torch
+from processes import forked
 
 from minitron import cli
 from minitron.model.checkpoint import open_checkpoint
@@ -97,7 +98,7 @@ def start(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def calibration(data: str, samples: int, out: str) -> list[object]:
     options = ["--samples", samples, "--block-tokens", 16, "--second-moment", "--out", out]
     options += ["--separate-documents"] * (samples == 20)
-    return ["-m", "minitron", "calibrate", "teacher", "--data", data, *options]
+    return ["minitron", "calibrate", "teacher", "--data", data, *options]
 
 
 @pytest.mark.parametrize("samples", [20, 4])  # three batches, and fewer batches than processes
@@ -105,8 +106,8 @@ def test_statistics_of_two_processes_are_those_of_one(
     desk: Path, samples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(desk)
-    assert cli.main([str(word) for word in calibration("text.jsonl", samples, f"one{samples}")[2:]]) == 0
-    together = start(*TORCHRUN, 2, *calibration("text.jsonl", samples, f"two{samples}"), cwd=desk)
+    assert cli.main([str(word) for word in calibration("text.jsonl", samples, f"one{samples}")[1:]]) == 0
+    together = forked(2, *calibration("text.jsonl", samples, f"two{samples}"), cwd=desk)
     assert together.returncode == 0, together.stderr
     assert together.stdout == capsys.readouterr().out.replace("one", "two")  # one of them speaks
     one, two = (Statistics.load(desk / f"{name}{samples}") for name in ("one", "two"))
@@ -116,7 +117,7 @@ def test_statistics_of_two_processes_are_those_of_one(
 
 
 def test_an_error_of_the_first_process_ends_both_with_one_message(desk: Path) -> None:
-    ended = start(*TORCHRUN, 2, *calibration("missing.jsonl", 4, "none"), cwd=desk)
+    ended = start(*TORCHRUN, 2, "-m", *calibration("missing.jsonl", 4, "none"), cwd=desk)
     assert ended.returncode == 1
     assert [line for line in ended.stderr.splitlines() if line.startswith(("error", "interrupted"))] == [
         "error: data source 'missing.jsonl' does not exist; give a file, a directory, a dataset id or 'builtin'"
@@ -146,7 +147,7 @@ def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24, layers=3), path / "student")
     small.corpus(path / "data", teacher.path, 16)
     (path / "some_steps.py").write_text(f"CORRECTION = {LESSON_DESKS[request.param]}\n{SOME_STEPS}")
-    alone = start(sys.executable, "some_steps.py", "one", 0, FLOAT32, cwd=path)
+    alone = forked(1, "some_steps.py", "one", 0, FLOAT32, cwd=path)
     assert alone.returncode == 0, alone.stderr
     return path
 
@@ -167,7 +168,7 @@ def assert_same_training(desk: Path, one: str, other: str) -> None:
 
 
 def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
-    together = start(*TORCHRUN, 2, "some_steps.py", "two", 0, FLOAT32, cwd=lesson_desk)
+    together = forked(2, "some_steps.py", "two", 0, FLOAT32, cwd=lesson_desk)
     assert together.returncode == 0, together.stderr
     assert_same_training(lesson_desk, "one", "two")
 
@@ -175,14 +176,14 @@ def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
 @pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
 def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Path) -> None:
     for processes, steps in ((2, 3), (1, 6), (2, 0)):
-        made = start(*TORCHRUN, processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)
+        made = forked(processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)
         assert made.returncode == 0, made.stderr
     assert_same_training(lesson_desk, "one", "mixed")
 
 
 @pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
 def test_bfloat16_weights_can_be_divided(lesson_desk: Path) -> None:
-    made = start(*TORCHRUN, 2, "some_steps.py", "low", 0, STOCHASTIC, cwd=lesson_desk)
+    made = forked(2, "some_steps.py", "low", 0, STOCHASTIC, cwd=lesson_desk)
     assert made.returncode == 0, made.stderr
     exact, low = (
         [json.loads(line) for line in (lesson_desk / name / "metrics.jsonl").read_text().splitlines()]
@@ -197,8 +198,10 @@ def test_the_command_is_shared_by_processes(desk: Path) -> None:
     words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
     words += ["--tokens", 3 * 4 * 16, "--set", "distill.batch_blocks=4", "--set", "distill.precision=float32"]
     words += ["--set", "distill.correction=before", "--set", "distill.correction_learning_rate=1e-3"]
-    for name, starter in (("alone", [sys.executable]), ("shared", [*TORCHRUN, 2])):
-        made = start(*starter, "-m", "minitron", *words, "--out", name, cwd=desk)
+    for name, made in (
+        ("alone", forked(1, "minitron", *words, "--out", "alone", cwd=desk)),
+        ("shared", start(*TORCHRUN, 2, "-m", "minitron", *words, "--out", "shared", cwd=desk)),
+    ):
         assert made.returncode == 0, made.stderr
         assert made.stdout.count(f"student after 192 tokens: {name}") == 1
         assert not (desk / f"{name}.work").exists()
@@ -210,7 +213,7 @@ def test_the_command_is_shared_by_processes(desk: Path) -> None:
 def test_a_batch_that_cannot_be_divided_is_an_error_that_says_so(desk: Path) -> None:
     words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
     words += ["--tokens", 3 * 3 * 16, "--set", "distill.batch_blocks=3", "--out", "uneven"]
-    made = start(*TORCHRUN, 2, "-m", "minitron", *words, cwd=desk)
+    made = forked(2, "minitron", *words, cwd=desk)
     assert made.returncode != 0
     assert made.stderr.count("distill.batch_blocks=3 cannot be divided among 2 processes: choose a multiple") == 1
 

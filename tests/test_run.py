@@ -1,7 +1,6 @@
 """The whole pipeline: its files, its resume after anything, and that the stored recipe makes the same student again."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import small
 import tiny
 import torch
 import yaml
+from processes import begun, forked
 
 from minitron import cli
 from minitron.data import open_corpus
@@ -445,7 +445,9 @@ def test_what_a_run_makes_generates_the_same_text_without_minitron(
     for path in paths:
         assert cli.main(["generate", path, "--prompt", PROMPT, "--new-tokens", "20", "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
-    assert json.loads(python("-c", GENERATE, *paths, PROMPT)) == texts
+    done = subprocess.run([sys.executable, "-c", GENERATE, *paths, PROMPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == texts
 
 
 MOMENTS = ("statistics/record.json", "distill/state-*", "evaluations.partial")
@@ -456,30 +458,22 @@ def test_a_run_that_was_killed_three_times_ends_with_the_same_student(tmp_path: 
     raw["distill"]["tokens"] *= 4
     run(build_recipe(raw), tmp_path / "undisturbed")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    command = ("-m", "minitron", "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--json")
+    command = ("minitron", "run", "recipe.yaml", "--out", "out", "--json")
     for moment in MOMENTS:
-        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, env=ENV)
-        while process.poll() is None and not any((tmp_path / "out").glob(moment)):
+        (process,) = begun(1, *command, cwd=tmp_path)
+        while process.is_alive() and not any((tmp_path / "out").glob(moment)):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, f"the run ended before {moment} was seen"
-    facts = json.loads(python(*command))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"the run ended before {moment} was seen"
+    done = forked(1, *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
     assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]
     assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
     metrics = [(tmp_path / out / "distill" / "metrics.jsonl").read_text() for out in ("out", "undisturbed")]
     assert metrics[0] == metrics[1]
     assert not list((tmp_path / "out").glob("**/*.partial"))
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-
-
-def python(*arguments: str) -> str:
-    """What a process of its own prints, with as many threads as this one."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> None:

@@ -147,17 +147,17 @@ def test_learning_rate_is_that_of_torchs_schedulers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "tokens", "block", "rate", "batch", "warmup"),
+    ("hidden", "tokens", "block", "rate", "batch", "warmup", "evaluate"),
     [
-        (48, 1_500_000, 256, 8.3e-3, 8, 14),
-        (40, 20_000, 64, 3.1e-3, 3, 10),
-        (4096, 600_000_000, 2048, 9.8e-5, 29, 202),
-        (4096, 94_000_000_000, 4096, 9.8e-5, 261, 1758),
-        (4096, 10**13, 4096, 9.8e-5, 2295, 21275),
+        (48, 1_500_000, 256, 8.3e-3, 8, 14, 73),
+        (40, 20_000, 64, 3.1e-3, 3, 10, 22),
+        (4096, 600_000_000, 2048, 9.8e-5, 29, 202, 1010),
+        (4096, 94_000_000_000, 4096, 9.8e-5, 261, 1758, 8792),
+        (4096, 10**13, 4096, 9.8e-5, 2295, 21275, 106379),
     ],
 )
 def test_resolve_fills_every_default_by_its_rule(
-    bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int
+    bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int, evaluate: int
 ) -> None:
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
     config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
@@ -167,7 +167,8 @@ def test_resolve_fills_every_default_by_its_rule(
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
-    assert config.checkpoint_steps == config.evaluate_steps == num_steps(tokens, batch, block) // 10
+    assert config.evaluate_steps == evaluate
+    assert config.checkpoint_steps == num_steps(tokens, batch, block) // 10
     assert resolve(config, shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
 
 

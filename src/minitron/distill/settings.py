@@ -86,7 +86,8 @@ class DistillConfig(Section):
     precision: Precision = "auto"
     """Matrix products; logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
-    """Steps between held-out evaluations. Default: a tenth of the steps."""
+    """Steps between held-out evaluations. Default: a tenth of the steps, or as many as read evaluate_blocks blocks,
+    where these are more."""
     evaluate_blocks: int = Field(default=64, ge=1)
     """Held-out blocks of the periodic evaluation."""
     stop_at_loss: float | None = Field(default=None, gt=0)
@@ -185,7 +186,7 @@ def resolve_without_student(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
-            "evaluate_steps": config.evaluate_steps or max(1, steps // 10),
+            "evaluate_steps": config.evaluate_steps or max(1, steps // 10, -(-config.evaluate_blocks // batch)),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
         }
