@@ -21,34 +21,37 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.losses import TEMPORARIES, Objective, chunked_loss
-from minitron.model.logits import CHUNK_BYTES, LazyLogits, chunk_tokens, float32_logits, project
+from minitron.distill.losses import CPU_TEMPORARIES, Objective, chunked_loss, usual_chunk
+from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, project
 
-HIDDEN, TEACHER_HIDDEN = 512, 768
-VOCABS = (32_000, 128_256)
 DTYPES = ("float32", "bfloat16")
-BUDGETS_MIB = (64, 256, 1024)
+PLAIN, USUAL = -1, 0  # in place of a budget: the plain way, and the default
 STEPS = 1  # timed in each process, after one that is measured for memory
 MIB = 1 << 20
-DEFAULT_MIB = CHUNK_BYTES // MIB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--teacher-hidden", type=int, default=768)
+    parser.add_argument("--vocabs", type=int, nargs="+", default=[32_000, 128_256])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256, 1024], help="of chunks, in MiB")
     parser.add_argument("--rounds", type=int, default=3, help=f"processes per variant, each timing {STEPS} step")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(**args.child)))
         return
-    cases = list(product(VOCABS, DTYPES))
-    variants: list[int | None] = [None, *sorted({*BUDGETS_MIB, DEFAULT_MIB})]  # None is the plain way
-    results: dict[tuple[int, str, int | None], list[dict[str, Any]]] = {}
+    cases = list(product(args.vocabs, args.dtypes))
+    variants = [PLAIN, *sorted({*args.budgets, USUAL})]
+    results: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
+    sizes = {"tokens": args.tokens, "hidden": args.hidden, "teacher_hidden": args.teacher_hidden}
     for _ in range(args.rounds):
         for (vocab, dtype), budget in product(cases, variants):
-            one = in_fresh_process(__file__, vocab=vocab, dtype=dtype, budget_mib=budget, tokens=args.tokens)
+            one = in_fresh_process(__file__, vocab=vocab, dtype=dtype, budget_mib=budget, **sizes)
             results.setdefault((vocab, dtype, budget), []).append(one)
             print(vocab, dtype, budget, one, file=sys.stderr)
     publish(report(args, cases, results), args.out)
@@ -57,7 +60,7 @@ def main() -> None:
 class Problem:
     """Hidden states and heads whose distributions over the vocabulary differ by a KL of about 0.03 nats."""
 
-    def __init__(self, vocab: int, tokens: int, kl: float = 0.03):
+    def __init__(self, vocab: int, tokens: int, hidden: int, teacher_hidden: int, kl: float = 0.03):
         generator = torch.Generator().manual_seed(0)
 
         def draw(*size: int) -> Tensor:
@@ -65,16 +68,16 @@ class Problem:
 
         # The teacher sees the student's features and some of its own; those alone make the logits differ, by a
         # variance of twice the KL.
-        own = TEACHER_HIDDEN - HIDDEN
-        self.hidden = draw(tokens, HIDDEN)
-        self.head = 2 * draw(vocab, HIDDEN) / HIDDEN**0.5
+        own = teacher_hidden - hidden
+        self.hidden = draw(tokens, hidden)
+        self.head = 2 * draw(vocab, hidden) / hidden**0.5
         self.teacher_hidden = torch.cat([self.hidden, draw(tokens, own)], 1)
         self.teacher_head = torch.cat([self.head, (2 * kl / own) ** 0.5 * draw(vocab, own)], 1)
         self.targets = torch.randint(0, vocab, (tokens,), generator=generator)
         self.hidden.requires_grad_()
         self.head.requires_grad_()
 
-    def chunked(self, dtype: torch.dtype, chunk: int) -> Tensor:
+    def chunked(self, dtype: torch.dtype, chunk: int | None) -> Tensor:
         student, teacher = LazyLogits(self.hidden, self.head), LazyLogits(self.teacher_hidden, self.teacher_head)
         return chunked_loss(Objective(), student, teacher, self.targets, dtype=dtype, chunk=chunk)
 
@@ -89,17 +92,18 @@ class Problem:
         return self.hidden.grad, self.head.grad
 
 
-def measure(vocab: int, dtype: str, budget_mib: int | None, tokens: int) -> dict[str, Any]:
+def measure(vocab: int, dtype: str, budget_mib: int, **sizes: int) -> dict[str, Any]:
     """Peak memory of a first step and seconds of the following ones."""
     keep_freed_memory()
-    problem, precision = Problem(vocab, tokens), getattr(torch, dtype)
+    problem, precision = Problem(vocab, **sizes), getattr(torch, dtype)
 
     def step() -> None:
-        if budget_mib is None:
+        if budget_mib == PLAIN:
             with float32_logits(precision):
                 problem.gradients(problem.plain)
         else:
-            chunk = chunk_tokens(vocab, TEMPORARIES[True], budget_bytes=budget_mib * MIB)
+            given = chunk_tokens(vocab, CPU_TEMPORARIES, budget_bytes=budget_mib * MIB)
+            chunk = usual_chunk(problem.head) if budget_mib == USUAL else given
             problem.gradients(lambda: problem.chunked(precision, chunk))
 
     with PeakMemory() as memory:
@@ -113,9 +117,9 @@ def measure(vocab: int, dtype: str, budget_mib: int | None, tokens: int) -> dict
     return {"bytes": memory.peak.anonymous, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def gradient_errors(vocab: int, tokens: int = 256) -> tuple[float, list[list[str]]]:
+def gradient_errors(vocab: int, hidden: int, teacher_hidden: int) -> tuple[float, list[list[str]]]:
     """The KL per token, and for each way the error of the gradients, relative to float64, in per cent."""
-    problem = Problem(vocab, tokens)
+    problem = Problem(vocab, 256, hidden, teacher_hidden)
     student = problem.hidden.detach().double(), problem.head.detach().double()
     log_p = (problem.teacher_hidden.double() @ problem.teacher_head.double().T).log_softmax(-1)
     log_q = (student[0] @ student[1].T).log_softmax(-1)
@@ -146,7 +150,7 @@ def gradient_errors(vocab: int, tokens: int = 256) -> tuple[float, list[list[str
 def report(
     args: argparse.Namespace,
     cases: list[tuple[int, str]],
-    results: dict[tuple[int, str, int | None], list[dict[str, Any]]],
+    results: dict[tuple[int, str, int], list[dict[str, Any]]],
 ) -> str:
     def peak(*key: Any) -> float:
         return max(one["bytes"] for one in results[key]) / MIB
@@ -160,30 +164,29 @@ def report(
     main_rows = [
         [
             f"{vocab:,} {dtype}",
-            f"{peak(vocab, dtype, None):,.0f}",
-            f"{peak(vocab, dtype, DEFAULT_MIB):,.0f}",
-            f"{peak(vocab, dtype, None) / peak(vocab, dtype, DEFAULT_MIB):.1f}",
-            spread(vocab, dtype, None),
-            spread(vocab, dtype, DEFAULT_MIB),
-            f"{median(seconds(vocab, dtype, None)) / median(seconds(vocab, dtype, DEFAULT_MIB)):.2f}",
+            f"{peak(vocab, dtype, PLAIN):,.0f}",
+            f"{peak(vocab, dtype, USUAL):,.0f}",
+            f"{peak(vocab, dtype, PLAIN) / peak(vocab, dtype, USUAL):.1f}",
+            spread(vocab, dtype, PLAIN),
+            spread(vocab, dtype, USUAL),
+            f"{median(seconds(vocab, dtype, PLAIN)) / median(seconds(vocab, dtype, USUAL)):.2f}",
         ]
         for vocab, dtype in cases
     ]
-    budgets = sorted({budget for _, _, budget in results if budget is not None})
     budget_rows = [
         [
             f"{vocab:,} {dtype}",
-            *(f"{median(seconds(vocab, dtype, b)):.2f} s, {peak(vocab, dtype, b):,.0f}" for b in budgets),
+            *(f"{median(seconds(vocab, dtype, b)):.2f} s, {peak(vocab, dtype, b):,.0f}" for b in args.budgets),
         ]
         for vocab, dtype in cases
     ]
-    kl, errors = gradient_errors(VOCABS[0])
+    kl, errors = gradient_errors(args.vocabs[0], args.hidden, args.teacher_hidden)
     return "\n".join(
         [
             header("Chunked head + loss against full logits"),
-            f"{args.tokens} tokens, hidden {HIDDEN} (teacher {TEACHER_HIDDEN}), forward and backward. Weights, logits "
-            "and gradients are float32; bfloat16 means that products may round their inputs to it, in both ways. "
-            "`keep_freed_memory` is on in both, as in the command line. Peak: anonymous memory in MiB beyond the "
+            f"{args.tokens} tokens, hidden {args.hidden} (teacher {args.teacher_hidden}), forward and backward. "
+            "Weights, logits and gradients are float32; bfloat16 means that products may round their inputs to it, in "
+            "both ways. `keep_freed_memory` is on in both, as in the command line. Peak: anonymous memory in MiB beyond the "
             f"inputs, gradients included. Time: median of {args.rounds} processes, taken in turn, of their second "
             "step, with the fastest and the slowest.",
             "",
@@ -200,11 +203,12 @@ def report(
                 main_rows,
             ),
             "",
-            f"Chunk budget in MiB (the default is {DEFAULT_MIB}): median time, peak MiB.",
+            "By the chunk's budget in MiB, median time and peak MiB. The default, above, is 256 or what the head's "
+            "gradient takes, whichever is more.",
             "",
-            table(["vocab", *map(str, budgets)], budget_rows),
+            table(["vocab", *map(str, args.budgets)], budget_rows),
             "",
-            f"Error of the gradient relative to float64, vocab {VOCABS[0]:,}, KL {kl:.3f} nats:",
+            f"Error of the gradient relative to float64, vocab {args.vocabs[0]:,}, KL {kl:.3f} nats:",
             "",
             table(["", "hidden", "head"], errors),
             "",

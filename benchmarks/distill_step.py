@@ -26,11 +26,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from chunked_loss import PLAIN, USUAL
 from distill_contenders import CONTENDERS, Sizes
 from measure import header, in_fresh_process, publish, save_byte_tokenizer, table
 from transformers import LlamaForCausalLM
-
-from minitron.model.logits import CHUNK_BYTES
 
 MIB = 1 << 20
 FLOOR_BAR, BEST_BAR, MEMORY_BAR = 1.10, 0.8, 0.10
@@ -140,8 +139,8 @@ def measure(args: argparse.Namespace, pythons: dict[str, Path], task: dict[str, 
 def loss_memory() -> dict[str, int]:
     """Peak bytes of the loss and its gradients alone, by chunked_loss.py."""
     script = str(Path(__file__).with_name("chunked_loss.py"))
-    budgets = {"minitron": CHUNK_BYTES // MIB, "plain": None}
-    shape = {"vocab": LOSS_VOCAB, "dtype": "bfloat16", "tokens": LOSS_TOKENS}
+    budgets = {"minitron": USUAL, "plain": PLAIN}
+    shape = {"vocab": LOSS_VOCAB, "dtype": "bfloat16", "tokens": LOSS_TOKENS, "hidden": 512, "teacher_hidden": 768}
     return {name: in_fresh_process(script, budget_mib=mib, **shape)["bytes"] for name, mib in budgets.items()}
 
 
