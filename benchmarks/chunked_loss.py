@@ -1,6 +1,6 @@
 """What does the chunked head + loss save against the plain way, and how large should its chunks be?
 
-    python benchmarks/chunked_loss.py [--out benchmarks/results/chunked_loss_xeon-2c_2026-11-21.md]
+    python benchmarks/chunked_loss.py [--out benchmarks/results/chunked_loss_xeon-2c_2026-11-22.md]
 
 One step is forward KL and its gradient for the student's hidden states and head. The plain way makes both models' full
 logits in float32 and leaves the rest to autograd. Every variant runs in a process of its own, several times in turn.
@@ -21,7 +21,7 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.losses import CPU_TEMPORARIES, Objective, chunked_loss, usual_chunk
+from minitron.distill.losses import CPU_TEMPORARIES, Objective, chunked_loss
 from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, project
 
 DTYPES = ("float32", "bfloat16")
@@ -103,7 +103,7 @@ def measure(vocab: int, dtype: str, budget_mib: int, **sizes: int) -> dict[str, 
                 problem.gradients(problem.plain)
         else:
             given = chunk_tokens(vocab, CPU_TEMPORARIES, budget_bytes=budget_mib * MIB)
-            chunk = usual_chunk(problem.head) if budget_mib == USUAL else given
+            chunk = None if budget_mib == USUAL else given
             problem.gradients(lambda: problem.chunked(precision, chunk))
 
     with PeakMemory() as memory:
@@ -186,9 +186,9 @@ def report(
             header("Chunked head + loss against full logits"),
             f"{args.tokens} tokens, hidden {args.hidden} (teacher {args.teacher_hidden}), forward and backward. "
             "Weights, logits and gradients are float32; bfloat16 means that products may round their inputs to it, in "
-            "both ways. `keep_freed_memory` is on in both, as in the command line. Peak: anonymous memory in MiB beyond the "
-            f"inputs, gradients included. Time: median of {args.rounds} processes, taken in turn, of their second "
-            "step, with the fastest and the slowest.",
+            "both ways. `keep_freed_memory` is on in both, as in the command line. Peak: anonymous memory in MiB "
+            f"beyond the inputs, gradients included. Time: median of {args.rounds} processes, taken in turn, of their "
+            "second step, with the fastest and the slowest.",
             "",
             table(
                 [
@@ -203,8 +203,8 @@ def report(
                 main_rows,
             ),
             "",
-            "By the chunk's budget in MiB, median time and peak MiB. The default, above, is 256 or what the head's "
-            "gradient takes, whichever is more.",
+            "By the chunk's budget in MiB, median time and peak MiB. The default, above, is 256 or what the head "
+            "takes in float32, whichever is more.",
             "",
             table(["vocab", *map(str, args.budgets)], budget_rows),
             "",

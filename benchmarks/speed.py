@@ -60,6 +60,9 @@ student measured one after the other. Memory is resident memory beyond what the 
 The pairs 8B to 4B have one in {PART} layers and one in {PART} tokens of the vocabulary, at the real widths, with random
 weights. The papers' figures, {PUBLISHED["width"]}x for width and {PUBLISHED["depth"]}x for depth, are of TensorRT-LLM
 in FP8 on an H100, and stand here for orientation: other hardware, other software, other number formats.
+
+Of the last layer llama.cpp computes the MLP for the last token only. So its prefill ratio of the depth pair, two layers
+to one at a sixteenth, is not that of 32 layers to 16.
 """
 
 

@@ -41,7 +41,7 @@ STAGES = {
         *("harness", "harness_models", "tasks"),
     ),
     "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
-    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream", "likelihood"),
+    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream", "divided", "likelihood"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
 

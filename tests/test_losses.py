@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from minitron.distill.losses import DIVERGENCES, LossName, Objective, TopK, chunked_loss, forward_kl
-from minitron.model.logits import CHUNK_BYTES, LazyLogits, LogitTransform, chunk_tokens, float32_logits, project
+from minitron.model.logits import (
+    CHUNK_BYTES,
+    LazyLogits,
+    LogitTransform,
+    chunk_tokens,
+    float32_logits,
+    project,
+    usual_chunk,
+)
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 50, 12, 16
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -274,3 +282,9 @@ def test_a_chunk_fits_the_byte_budget_or_is_the_smallest(vocab: int) -> None:
     tokens = chunk_tokens(vocab)
     assert tokens == 16 or tokens * vocab * 4 * 7 <= CHUNK_BYTES < (tokens + 1) * vocab * 4 * 7
     assert chunk_tokens(vocab, budget_bytes=1) == 16
+
+
+def test_the_logits_of_a_chunk_take_as_much_as_a_large_head() -> None:
+    assert usual_chunk(torch.empty(32_000, 64, device="meta")) == chunk_tokens(32_000)
+    head = torch.empty(128_256, 4096, device="meta")
+    assert usual_chunk(head, 4) == 4096 // 4 and usual_chunk(head, 7) == 4096 // 7

@@ -14,6 +14,7 @@ import torch
 from processes import forked
 
 from minitron import cli
+from minitron.demo import HERE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.prune.calibrate import Statistics
@@ -72,6 +73,27 @@ with process_group():
     else:
         (work / "out").mkdir(parents=True, exist_ok=True)
         distill(student, teacher, corpus, config, seed=0, work=work, out=work / "out")
+"""
+
+
+# How many bytes of a teacher's file a process reads to hold its part.
+READS = """
+import sys
+from pathlib import Path
+import torch
+from minitron.demo import HERE
+from minitron.distill.teacher import OnlineTeacher
+from minitron.model.checkpoint import open_checkpoint
+from minitron.parallel import process_group
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+with process_group() as here:
+    teacher = open_checkpoint(HERE / "demo-teacher")
+    before = bytes_read()
+    OnlineTeacher(teacher.path, teacher, torch.float32, torch.device("cpu"))
+    print(bytes_read() - before, flush=True)
 """
 
 
@@ -179,6 +201,15 @@ def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Pa
         made = forked(processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)
         assert made.returncode == 0, made.stderr
     assert_same_training(lesson_desk, "one", "mixed")
+
+
+def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
+    (tmp_path / "reads.py").write_text(READS)
+    done = forked(2, "reads.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = (HERE / "demo-teacher" / "model.safetensors").stat().st_size
+    for read in map(int, done.stdout.split()):
+        assert 0.5 * whole < read < 0.65 * whole
 
 
 @pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)

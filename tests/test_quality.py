@@ -84,7 +84,7 @@ def test_batches_and_chunks_do_not_matter(
     blocks = corpus.heldout.head(10)
     expected = evaluate(model, blocks, teacher=teacher).to_dict()
     if chunk:
-        monkeypatch.setattr(quality, "chunk_tokens", lambda vocab: chunk)
+        monkeypatch.setattr(quality, "usual_chunk", lambda head: chunk)
     assert evaluate(model, blocks, teacher=teacher, batch=batch).to_dict() == pytest.approx(expected, rel=1e-6)
 
 

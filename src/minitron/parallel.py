@@ -6,7 +6,7 @@ ends all of them, and none waits for one that is gone.
 
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,6 +120,39 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
             # A sum and not a mean, which gloo does not know.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: torch.device) -> None:
+    """Give a module's parameters their values; of those that are divided each process reads its own rows alone.
+
+    Args:
+        read: rows [start, stop) of the parameter of that name, in any dtype.
+    """
+    from torch.distributed.tensor import DTensor
+
+    here, filled = joined(), {}
+    for name, empty in [*module.named_parameters(remove_duplicate=False)]:
+        if id(empty) not in filled:
+            values = torch.empty(local(empty).shape, dtype=empty.dtype, device=device)
+            start = 0
+            if isinstance(empty.data, DTensor):
+                start = min(here.rank * -(-len(empty) // here.size), len(empty))
+            if len(values):
+                values.copy_(read(name, start, start + len(values)))
+            filled[id(empty)] = empty, nn.Parameter(_with_part(empty.data, values), requires_grad=empty.requires_grad)
+        owner, _, own = name.rpartition(".")
+        setattr(module.get_submodule(owner), own, filled[id(empty)][1])
+    require_all_well()
+
+
+def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor divided like another one, of which this process holds that part."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return part
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def whole(tensor: Tensor) -> Tensor:

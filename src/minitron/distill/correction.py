@@ -15,6 +15,7 @@ from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.pupil import products_in
 from minitron.distill.teacher import Lesson
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.divided import placed
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
@@ -39,17 +40,17 @@ class LearningTeacher:
     ):
         """
         Args:
-            model: loaded from the checkpoint.
+            model: of the checkpoint, see `begun_model`.
             dtype: of its matrix products.
             places: of the states in its lessons.
         """
         self.checkpoint = checkpoint
         layers = layers_of(model, checkpoint)
         self.reader = _Reader(model, layers, dtype, places)
-        parallel.shard(self.reader, layers, dtype, device)
+        placed(self.reader, model, layers, checkpoint, dtype, device)
         # Lesson and gradient come from one forward pass, so it has no dropout. A layer that is in training itself, and
         # not what is in it, only does what activation checkpointing asks for.
-        self.reader.to(device).eval()
+        self.reader.eval()
         for layer in layers:
             layer.training = True
 

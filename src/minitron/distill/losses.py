@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.model.logits import CHUNK_BYTES, LazyLogits, LogitTransform, chunk_tokens, float32_logits, project
+from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, float32_logits, project, usual_chunk
 
 LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "cross_entropy"]
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.
 LEAST_TAIL = -80.0
-# Logit-sized float32 tensors alive at once in a chunk on a CPU: both models' logits, the gradient in bfloat16, and what
-# products convert. Elsewhere also both log-probabilities and two in between, as `chunk_tokens` has it.
+# Logit-sized float32 tensors alive at once in a chunk on a CPU, where softmaxes work on a few rows at a time: both
+# models' logits, the gradient in bfloat16, and what products convert.
 CPU_TEMPORARIES = 4
 HEAD_PART_BYTES = 32 << 20
 PART_BYTES = 512 << 10  # of one core's logits that are worked on together: a few such fit its cache
@@ -203,19 +203,10 @@ def chunked_loss(
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `usual_chunk`.
     """
-    chunk = chunk or usual_chunk(student.head)
+    chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
     return _ChunkedLoss.apply(
         objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
     )
-
-
-def usual_chunk(head: Float[Tensor, "vocab hidden"]) -> int:
-    """Tokens of which all that is as large as their logits fits into what the head's gradient takes, or 256 MiB.
-
-    Each chunk reads both heads and adds to the gradient, which costs as much as its products where it is of few tokens.
-    """
-    budget = max(CHUNK_BYTES, head.numel() * 4)
-    return chunk_tokens(len(head), **({"temporaries": CPU_TEMPORARIES} if head.is_cpu else {}), budget_bytes=budget)
 
 
 def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from minitron import parallel
 from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from minitron.model.divided import begun_model, placed
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.states import kept_states, layers_of
 from minitron.packing import Batch
@@ -43,10 +44,9 @@ class OnlineTeacher:
         """
         teacher = open_checkpoint(path)
         require_same_vocabulary(teacher, student)
-        self.model = load_model(path, dtype).requires_grad_(False)
+        self.model = begun_model(teacher, dtype).requires_grad_(False)
         self.layers, self.places = layers_of(self.model, teacher), places
-        parallel.shard(self.model.base_model, self.layers, dtype, device)
-        self.model.to(device)
+        placed(self.model.base_model, self.model, self.layers, teacher, dtype, device)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:

@@ -29,7 +29,8 @@ from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.distill.trackers import Row, tracked
 from minitron.errors import Interrupted, MinitronError
-from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from minitron.model.divided import begun_model, placed
 from minitron.model.states import layers_of
 from minitron.packing import Batch
 
@@ -162,8 +163,8 @@ def _train(
     checkpoint = open_checkpoint(student)
     guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
-    parallel.shard(pupil, pupil.layers, dtype, device)
-    pupil.to(device).train()
+    placed(pupil, pupil.model, pupil.layers, checkpoint, dtype, device)
+    pupil.train()
     learner = guide if isinstance(guide, LearningTeacher) else None
     of_teacher = learner.parameters() if learner is not None else {}
     trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
@@ -426,7 +427,7 @@ def _trained_model(
 
 def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
     if initialize == "weights":
-        return load_model(checkpoint.path, torch.float32)
+        return begun_model(checkpoint, torch.float32)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.random.fork_rng():

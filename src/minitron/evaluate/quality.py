@@ -12,7 +12,7 @@ from torch import Tensor
 from minitron.config import Section
 from minitron.data import Blocks
 from minitron.errors import CheckpointError
-from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, logit_transform
+from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
 from minitron.packing import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
@@ -121,7 +121,7 @@ def _logits(model: Any, batch: Batch) -> LazyLogits:
 
 def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64)
-    chunk = chunk_tokens(len(model.head))
+    chunk = usual_chunk(model.head)
     with float32_logits(model.hidden.dtype):
         for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             logits = model.rows(rows)

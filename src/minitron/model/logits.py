@@ -12,11 +12,23 @@ from torch import Tensor
 from minitron.model.families import FAMILIES
 
 CHUNK_BYTES = 256 << 20
+# Logit-sized float32 tensors alive at once in a chunk: both models' logits and log-probabilities, the gradient, and two
+# in between.
+TEMPORARIES = 7
 
 
-def chunk_tokens(vocab: int, temporaries: int = 7, *, budget_bytes: int = CHUNK_BYTES) -> int:
+def chunk_tokens(vocab: int, temporaries: int = TEMPORARIES, *, budget_bytes: int = CHUNK_BYTES) -> int:
     """Tokens of which so many float32 tensors of logits fit the budget."""
     return max(16, budget_bytes // (vocab * 4 * temporaries))
+
+
+def usual_chunk(head: Float[Tensor, "vocab hidden"], temporaries: int = TEMPORARIES) -> int:
+    """Tokens whose logits take as much as a head of float32 that is there anyhow, or 256 MiB if that is more.
+
+    Each chunk reads the head, and where there are gradients adds to its own, which with few tokens costs more than
+    the products do.
+    """
+    return chunk_tokens(len(head), temporaries, budget_bytes=max(CHUNK_BYTES, head.numel() * 4))
 
 
 @contextmanager
