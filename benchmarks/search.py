@@ -42,7 +42,7 @@ from minitron.student_shape import judging_blocks
 BLOCK_TOKENS, SEED = 256, 0
 HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256
 RUNGS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of the steps at which losses are noted on the way
-PRUNE = PruneConfig(target="50%")
+TARGET = "50%"
 CALIBRATE = CalibrateConfig(samples=SAMPLES, second_moment=True)
 KEYS = ("kl_to_teacher", "lm_loss")
 NOTE = """The first form of the prediction was chosen on the demo teacher's table alone, so that the TinyStories table
@@ -59,6 +59,7 @@ class Bench:
     corpus: Corpus
     statistics: Statistics
     candidates: list[Candidate]
+    prune: PruneConfig
     distill: DistillConfig
     repairs: list[Step]
 
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--dims", nargs="*", default=["layers=3-6", "hidden=128-256/32", "ffn=192-704/32"])
     parser.add_argument("--window", type=float, default=0.04)
+    parser.add_argument("--target", default=TARGET, help="share of the non-embedding parameters")
     parser.add_argument("--tokens", type=int, default=150_000)
     parser.add_argument("--repair", action=argparse.BooleanOptionalAction, default=True, help="or the plain cut")
     parser.add_argument("--cache", type=Path, required=True, help="directory of the measurements so far")
@@ -94,7 +96,9 @@ def settings(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "batch_tokens": BLOCK_TOKENS * bench.distill.batch_blocks,
         "states": True,
         "seed": SEED,
-    } | ({"repair": True, "learning_rate": "3% of the weights' size"} if args.repair else {})
+        **({} if args.target == TARGET else {"target": args.target}),  # files of earlier measurements name none
+        **({"repair": True, "learning_rate": "3% of the weights' size"} if args.repair else {}),
+    }
 
 
 def prepared(args: argparse.Namespace) -> Bench:
@@ -110,8 +114,9 @@ def prepared(args: argparse.Namespace) -> Bench:
         kept.mkdir(exist_ok=True)
         calibrate_on(teacher, corpus, CALIBRATE, SEED, scratch=kept, listener=SILENT).save(kept)
     search = SearchConfig(window=args.window, dims=dict(part.split("=") for part in args.dims))
+    prune = PruneConfig(target=args.target)
     found = feasible(
-        teacher.architecture, teacher.config, teacher.shape, PRUNE, search, itemsize=teacher.dtype.itemsize
+        teacher.architecture, teacher.config, teacher.shape, prune, search, itemsize=teacher.dtype.itemsize
     )
     train = resolve_without_student(
         DistillConfig(tokens=args.tokens, evaluate_blocks=1),  # evaluation changes no weight
@@ -121,16 +126,16 @@ def prepared(args: argparse.Namespace) -> Bench:
         train_tokens=1,
     )
     repairs = resolve_repair(RepairConfig(steps=None if args.repair else []), teacher).steps or []
-    return Bench(teacher, corpus, Statistics.load(kept), found, train, repairs)
+    return Bench(teacher, corpus, Statistics.load(kept), found, prune, train, repairs)
 
 
 def of_default_rule(bench: Bench) -> Candidate:
     """The shape that `--target-params` gives without a search; it may lie below the window."""
     teacher = bench.teacher
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, PRUNE)
+    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, bench.prune)
     sizes = {dim: f"{getattr(shape, dim)}" for dim in PRUNABLE}
     config, itemsize = SearchConfig(window=0.5, dims=sizes), teacher.dtype.itemsize
-    (found,) = feasible(teacher.architecture, teacher.config, teacher.shape, PRUNE, config, itemsize=itemsize)
+    (found,) = feasible(teacher.architecture, teacher.config, teacher.shape, bench.prune, config, itemsize=itemsize)
     return found
 
 
@@ -156,7 +161,7 @@ def measured(candidates: list[Candidate], bench: Bench, file: Path, settings: di
 def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     """Cut and distil one candidate."""
     started = time.monotonic()
-    scores = score_units(bench.statistics, bench.teacher.shape, PRUNE)
+    scores = score_units(bench.statistics, bench.teacher.shape, bench.prune)
     judge = judging_blocks(bench.corpus, SEED, JUDGE_BLOCKS)
     repaired = bool(bench.repairs)
     config = resolve(
@@ -240,7 +245,7 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
 def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outcome]:
     """Every rule on the table; successive elimination by the code that a run uses."""
     steps = next(iter(truth.values()))["steps"]
-    scores = score_units(bench.statistics, bench.teacher.shape, PRUNE)
+    scores = score_units(bench.statistics, bench.teacher.shape, bench.prune)
 
     def loss_at(candidate: Candidate, step: int) -> float:
         judged = {int(at): loss for at, loss in truth[candidate.name]["judged"].items()}
@@ -333,7 +338,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
         "after the cut",
     ]
     return f"""{header(f"Choosing the shape: {settings['model']}")}
-{len(rows)} shapes of `{" ".join(settings["dims"])}` with at most half of the teacher's non-embedding
+{len(rows)} shapes of `{" ".join(settings["dims"])}` with at most {settings.get("target", TARGET)} of the teacher's non-embedding
 parameters and at least {1 - settings["window"]:.0%} of that, each cut {repaired} and distilled on
 {settings["tokens"]:,} tokens of `{settings["data"]}` in {steps} steps of {settings["batch_tokens"]:,} tokens, forward
 KL and states between layers, learning rate {settings.get("learning_rate", "by the default rule")},
