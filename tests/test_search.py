@@ -1,5 +1,6 @@
 """A search ranks by what it knows, spends tokens where it says, and its winner is found again by an exhaustive one."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,8 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import Scores, activation_scores
 from minitron.prune.plan import choose
-from minitron.prune.search import BASIS_POWER, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
+from minitron.prune.residual import reading_moment
+from minitron.prune.search import REPAIRED_POWERS, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
 from minitron.prune.shapes import Candidate, SearchConfig
 
 STEPS = 64
@@ -125,18 +127,54 @@ def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statist
     assert damage(shape) == pytest.approx(0, abs=1e-9)
 
 
-def test_of_a_basis_the_stream_keeps_the_energy_of_its_leading_directions(llama: Path) -> None:
+def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(llama: Path) -> None:
+    """For states drawn with the stream's moments, the variance of each matrix's output that is left."""
     checkpoint = open_checkpoint(llama)
     statistics = calibrate(checkpoint, tiny.tokens(6, 24), dtype=torch.float32, second_moment=True)
     scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
-    moment = statistics.second_moment
-    assert moment is not None
-    leading = torch.linalg.svd(moment).U[:, :20]
-    held = torch.trace(leading.T @ moment @ leading) / torch.trace(moment)
-    damage = predictor(statistics, scores, shape, basis=True)
-    assert damage(replace(shape, hidden=20)) == pytest.approx(-BASIS_POWER * held.log().item(), abs=1e-9)
+    moment, mean = statistics.second_moment, statistics.mean
+    assert moment is not None and mean is not None
+    trailing = torch.linalg.svd(moment).U[:, 20:]
+    root = torch.linalg.cholesky(moment - mean.outer(mean))
+    states = root @ torch.linalg.qr(torch.randn(shape.hidden, shape.hidden, dtype=torch.float64)).Q
+    lost = []
+    for layer in range(shape.layers):
+        for norm, names in (
+            ("input_layernorm", "self_attn.{}_proj q k v"),
+            ("post_attention_layernorm", "mlp.{}_proj gate up"),
+        ):
+            gain = checkpoint.read(f"model.layers.{layer}.{norm}.weight").double()
+            pattern, *kinds = names.split()
+            for kind in kinds:
+                weight = checkpoint.read(f"model.layers.{layer}.{pattern.format(kind)}.weight").double() * gain
+                outputs = [(weight @ part).square().sum() for part in (trailing @ trailing.T @ states, states)]
+                lost.append((outputs[0] / outputs[1]).item())
+    left = 1 - sum(lost) / len(lost)
+    reads = reading_moment(checkpoint, statistics)
+    damage = predictor(statistics, scores, shape, reads=reads)
+    assert damage(replace(shape, hidden=20)) == pytest.approx(-REPAIRED_POWERS["hidden"] * math.log(left), rel=1e-4)
+    assert damage(shape) == pytest.approx(0, abs=1e-9)
     with pytest.raises(PlanError, match="hold no second moment"):
-        predictor(replace(statistics, second_moment=None), scores, shape, basis=True)
+        reading_moment(checkpoint, replace(statistics, second_moment=None))
+
+
+def test_of_a_repaired_cut_units_and_layers_weigh_by_their_powers(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    statistics = calibrate(checkpoint, tiny.tokens(6, 24), dtype=torch.float32, second_moment=True)
+    scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
+    damage = predictor(statistics, scores, shape, reads=reading_moment(checkpoint, statistics))
+    way = statistics.cosine.arccos() / statistics.cosine.arccos().sum()
+    student = replace(shape, ffn=9, layers=3, heads=4)
+    plan = choose(scores, shape, student)
+    squares = {site: sums[:, 1, 1] for site, sums in statistics.sums.items()}
+    survives = {"ffn": 0.0, "heads": 0.0, "layers": way[list(plan.layers)].sum().item()}
+    for index, layer in enumerate(plan.layers):
+        share = way[layer].item() / survives["layers"]
+        mlp, attention = squares["mlp_out"][layer], squares["attention_out"][layer].view(shape.heads, -1).sum(1)
+        survives["ffn"] += share * (mlp[list(plan.ffn[index])].sum() / mlp.sum()).item()
+        survives["heads"] += share * (attention[list(plan.heads[index])].sum() / attention.sum()).item()
+    expected = -sum(REPAIRED_POWERS[dim] * math.log(left) for dim, left in survives.items())
+    assert damage(student) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_smaller_student_is_never_predicted_to_be_better(teacher: tuple[Shape, Statistics, Scores]) -> None:

@@ -20,6 +20,7 @@ from minitron.model.model_config import ModelConfig
 from minitron.prune.calibrate import Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.plan import PruneConfig
+from minitron.prune.residual import reading_moment
 from minitron.prune.search import Ranked, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
 from minitron.recipe import Recipe
@@ -105,7 +106,8 @@ def ranked(
     """
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
-    predict = predictor(statistics, scores, teacher.shape, basis="basis" in (recipe.repair.steps or []))
+    reads = reading_moment(teacher, statistics) if "basis" in (recipe.repair.steps or []) else None
+    predict = predictor(statistics, scores, teacher.shape, reads=reads)
     if corpus is None or make is None:
         assert search.level == "predicted"
         found, step_tokens = rank(candidates, predict, None, search), 0

@@ -96,16 +96,18 @@ class Checkpoint:
         """Rows [start, stop) of a tensor; in `buffer` if they fit there."""
         return read_rows(self.stored[name], start, stop, buffer)
 
+    def read_middle(self, name: str, rows: int) -> Tensor:
+        """At most so many rows from the middle of a tensor, to stand for all."""
+        all_rows = self.stored[name].shape[0]
+        start = max(0, (all_rows - rows) // 2)
+        return self.read_rows(name, start, min(all_rows, start + rows))
+
     def weights_rms(self) -> float:
         """Root mean square of the weights in the layers' matrices: the median over matrices, from some rows each."""
         sizes = []
         for spec in self.specs():
             if spec.layer is not None and len(spec.axes) == 2:
-                rows = self.stored[spec.name].shape[0]
-                start = max(0, (rows - RMS_ROWS) // 2)
-                sizes.append(
-                    self.read_rows(spec.name, start, min(rows, start + RMS_ROWS)).float().square().mean().sqrt()
-                )
+                sizes.append(self.read_middle(spec.name, RMS_ROWS).float().square().mean().sqrt())
         return torch.stack(sizes).median().item()
 
     def gather_rows(self, name: str, rows: Int[Tensor, " rows"]) -> Tensor:

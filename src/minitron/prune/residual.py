@@ -15,6 +15,9 @@ from minitron.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.norms import normalized
+from minitron.prune.calibrate import Statistics, require_second_moment
+
+READ_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,30 @@ def residual_basis(
         gains = directions.T @ (tied.gain.double()[:, None] * directions)
         directions = directions @ torch.linalg.eigh(gains).eigenvectors
     return Basis(directions.float())
+
+
+def reading_moment(checkpoint: Checkpoint, statistics: Statistics) -> Float[Tensor, "hidden hidden"]:
+    """How strongly the layers' matrices read which directions of the stream, float64.
+
+    With it as R and C the covariance of the normalised stream, the trace of R Q C Q is the share of the variance that
+    the matrices' outputs owe to the directions that Q projects on, a mean over matrices: Matrices W after norms of
+    gain g add g W' W g / trace(W g C g W'). Of each, READ_ROWS rows stand for all.
+
+    Raises: PlanError if the statistics hold no second moment.
+    """
+    require_second_moment(statistics)
+    moment, mean = statistics.second_moment, statistics.mean
+    assert moment is not None and mean is not None
+    covariance = (moment - mean.outer(mean)).float()
+    found = torch.zeros_like(moment)
+    matrices = [spec for spec in checkpoint.specs() if spec.layer is not None and spec.reads("hidden")]
+    for spec in matrices:
+        weight = checkpoint.read_middle(spec.name, READ_ROWS).float()
+        norm = checkpoint.architecture.norm_before(spec.name.removesuffix(".weight"), spec.layer)
+        if norm is not None:
+            weight = weight * read_norm(checkpoint, norm).gain
+        found += (weight.T @ weight / ((weight @ covariance) * weight).sum()).double() / len(matrices)
+    return found
 
 
 def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:

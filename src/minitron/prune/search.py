@@ -17,16 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.model.architecture import Shape
-from minitron.prune.calibrate import Statistics, require_second_moment
+from minitron.prune.calibrate import Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.shapes import Candidate, SearchConfig
 
 # How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
 # alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).
 STREAM_POWER = 6.0
-# The same where a residual basis keeps directions. No power suits all models: on three tables of repaired cuts 2 has a
-# tau of 0.73, 0.18 and 0.05, 4 has 0.32, 0.65 and 0.33, and 6 has 0.20, 0.71 and 0.43 (docs/LOG.md).
-BASIS_POWER = 4.0
+# Of a repaired cut: what a lost share of the stream, of the layers' way, of neurons and of heads weighs, as powers.
+# Every matrix misses what the stream lost, nothing makes up for a layer, and neurons and heads are half a layer each, of
+# which the repair makes up for half (docs/LOG.md).
+REPAIRED_POWERS = {"hidden": 4.0, "layers": 1.0, "ffn": 0.25, "heads": 0.25}
 
 # Successive elimination: the share that each rung drops to, and how many times as long those train. Early losses tell
 # bad shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these
@@ -134,8 +135,8 @@ def predictor(
     scores: Scores,
     teacher: Shape,
     *,
-    basis: bool = False,
-    stream_power: float | None = None,
+    reads: Float[Tensor, "hidden hidden"] | None = None,
+    stream_power: float = STREAM_POWER,
 ) -> Callable[[Shape], float]:
     """A function shape -> damage: minus the logarithm of the share of the teacher's signal that survives its cut.
 
@@ -144,23 +145,17 @@ def predictor(
     passes the kept heads or neurons; and of everything what the narrower stream carries, as often as it is met. What
     survives of an activation is the share of its energy (sum of squares) in the units that the scores keep.
 
+    A repaired cut keeps principal directions of the stream, and loses what the matrices read from the others. The
+    shares of the stream, the layers' way, the neurons and the heads then count with REPAIRED_POWERS.
+
     Args:
-        basis: whether the cut keeps principal directions of the stream instead of channels; then the statistics must
-            hold its second moment.
-        stream_power: how often the stream is met; default STREAM_POWER, of a basis BASIS_POWER.
+        reads: of a repaired cut, `prune.residual.reading_moment`; the statistics hold the second moment.
+        stream_power: how often the stream of a plain cut is met.
     """
-    if basis:
-        require_second_moment(statistics)
-    power = stream_power or (BASIS_POWER if basis else STREAM_POWER)
     energy = statistics.column_squares()
     angles = statistics.cosine.clamp(-1, 1).arccos()
     way = angles / angles.sum()
     order = scores.layers.argsort(descending=True, stable=True)
-    hidden = (
-        _basis_curve(statistics)
-        if basis
-        else _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
-    )
     ffn = torch.stack([_curve(*row) for row in zip(scores.ffn, energy["mlp_out"], strict=True)])
     per_head = energy["attention_out"].unflatten(-1, (teacher.heads, teacher.head_dim)).sum(-1)
 
@@ -172,10 +167,24 @@ def predictor(
         best = scores.kv_heads.argsort(dim=-1, descending=True, stable=True)[:, :kv_kept]
         return in_group.gather(-1, best).sum(-1) / per_head.sum(-1)
 
+    if reads is not None:
+        read = _read_curve(reads, statistics)
+
+        def damage_repaired(shape: Shape) -> float:
+            layers = order[: shape.layers]
+            going = way[layers].sum().item()
+            passing = {"ffn": ffn[:, shape.ffn], "heads": heads(shape.heads, shape.kv_heads)}
+            shares = {dim: (way * share)[layers].sum().item() / going for dim, share in passing.items()}
+            shares |= {"hidden": read[shape.hidden].item(), "layers": going}
+            return -sum(power * _log(shares[dim]) for dim, power in REPAIRED_POWERS.items())
+
+        return damage_repaired
+    hidden = _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
+
     def damage(shape: Shape) -> float:
         through = (ffn[:, shape.ffn] + heads(shape.heads, shape.kv_heads)) / 2
         kept = (way * through)[order[: shape.layers]].sum().item()
-        return -power * _log(hidden[shape.hidden].item()) - _log(kept)
+        return -stream_power * _log(hidden[shape.hidden].item()) - _log(kept)
 
     return damage
 
@@ -188,11 +197,15 @@ def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
     return energy / energy.sum(-1, keepdim=True)
 
 
-def _basis_curve(statistics: Statistics) -> Float[Tensor, " counts"]:
-    """Share of the stream's energy in the n leading directions, for n = 0 ... all."""
-    assert statistics.second_moment is not None
-    energy = torch.linalg.eigvalsh(statistics.second_moment)
-    return _curve(energy, energy)
+def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -> Float[Tensor, " counts"]:
+    """Share of what is read that is left when only the n leading directions are, for n = 0 ... all."""
+    moment, mean = statistics.second_moment, statistics.mean
+    assert moment is not None and mean is not None
+    directions = torch.linalg.eigh(moment.float()).eigenvectors.double()  # ascending: the last to go comes last
+    seen = [directions.T @ matrix @ directions for matrix in (reads, moment - mean.outer(mean))]
+    # Of the n directions that carry least, all pairs: two of them may be read together.
+    lost = (seen[0] * seen[1]).cumsum(0).cumsum(1).diagonal()
+    return 1 - torch.cat([lost.new_zeros(1), lost / lost[-1]]).flip(0)
 
 
 def _curve(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
