@@ -51,8 +51,8 @@ is its test. The present form, and that the loss after the cut drops no candidat
 were known: they have no test here (docs/LOG.md)."""
 
 REPAIRED_NOTE = """The prediction's four powers were set with the tables at 50% of three models in sight, so its figure
-there is no test; those at 35% were measured after that, and are (docs/LOG.md). Trainings are kept, and may be of an earlier
-commit than the prediction."""
+there is no test; those at 35% were measured after that, and are (docs/LOG.md). Trainings are kept, and may
+be of an earlier commit than the prediction."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from minitron.prune.shapes import Candidate, SearchConfig
 # alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).
 STREAM_POWER = 6.0
 # Of a repaired cut: what a lost share of the stream, of the layers' way, of neurons and of heads weighs, as powers.
-# Every matrix misses what the stream lost, nothing makes up for a layer, and neurons and heads are half a layer each, of
-# which the repair makes up for half (docs/LOG.md).
+# Every matrix misses what the stream lost, nothing makes up for a layer, and neurons and heads are half a layer each,
+# of which the repair makes up for half (docs/LOG.md).
 REPAIRED_POWERS = {"hidden": 4.0, "layers": 1.0, "ffn": 0.25, "heads": 0.25}
 
 # Successive elimination: the share that each rung drops to, and how many times as long those train. Early losses tell
