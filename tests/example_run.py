@@ -67,7 +67,9 @@ def write(
         of_models = {
             name: {task: _task(task, value) for task in tasks} for name, value in (("teacher", 0.8), ("student", 0.6))
         }
-        _dump(path / "evaluations" / "tasks.json", {"tasks": of_models, "chosen_by": list(chosen_by)})
+        kept = dict.fromkeys(tasks, 0.75)
+        facts = {"tasks": of_models, "kept": kept, "chosen_by": list(chosen_by)}
+        _dump(path / "evaluations" / "tasks.json", facts)
     _dump(path / "scores" / "scores.json", _scores())
     _dump(path / "plan" / "plan.json", _plan())
     if repaired:

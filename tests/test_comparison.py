@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-import shutil
-import subprocess
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 
+import browser
 import example_run
 import pytest
 import yaml
@@ -16,8 +15,6 @@ from minitron.errors import RunError
 from minitron.publish.comparison import cautions, headline, name_runs, render_comparison
 from minitron.publish.formats import result_cells
 from minitron.publish.records import RunRecords, read_run, result_table, stage_flops
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def variant(path: Path, **distill: object) -> RunRecords:
@@ -137,20 +134,10 @@ def test_operations_are_those_of_the_tokens(runs: list[RunRecords]) -> None:
     assert stage_flops(runs[0]) == {"statistics": 512 * teacher, "student": 2560 * (teacher + 3 * student)}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+@browser.needed
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_its_window(page: str, tmp_path: Path, width: int) -> None:
-    probe = tmp_path / "probe.html"
-    probe.write_text(
-        f"""<iframe id="page" width="{width}" height="800" style="border:0" srcdoc="{escape(page)}"></iframe>
-<output></output><script>onload = () => {{
-  const root = document.getElementById("page").contentDocument.documentElement;
-  const drawn = [...root.querySelectorAll("figure svg")].filter(svg => svg.getBoundingClientRect().height > 100);
-  document.querySelector("output").textContent = "measured " + root.scrollWidth + ", figures " + drawn.length;
-}}</script>"""
+    drawn = '[...root.querySelectorAll("figure svg")].filter(svg => svg.getBoundingClientRect().height > 100).length'
+    assert (
+        browser.measured(page, width, f'root.scrollWidth + ", figures " + {drawn}', tmp_path) == f"{width}, figures 4"
     )
-    assert CHROMIUM is not None
-    flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --virtual-time-budget=3000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert f"measured {width}, figures 4" in shown.stdout

@@ -1,11 +1,10 @@
 import dataclasses
 import re
-import shutil
-import subprocess
 from html import escape, unescape
 from pathlib import Path
 from typing import Any, get_args
 
+import browser
 import example_run
 import numpy as np
 import pytest
@@ -30,8 +29,6 @@ from minitron.publish.published import DATASETS, PUBLISHED
 from minitron.publish.records import read_run, result_table, stage_flops
 from minitron.publish.report import headline, render, write_report
 from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -289,27 +286,11 @@ def test_report_of_a_large_model_stays_small(run: Path) -> None:
     assert len(render(dataclasses.replace(records, scores=scores, plan=plan, cut=plan, metrics=steps))) < 1_000_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+@browser.needed
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_its_window_without_console_messages(page: str, tmp_path: Path, width: int) -> None:
-    # A frame has any width (a window has a least one), and the measuring script stays outside the page's policy.
-    probe = tmp_path / "probe.html"
-    probe.write_text(
-        f"""<iframe id="page" width="{width}" height="800" style="border:0" srcdoc="{escape(page)}"></iframe>
-<output></output><script>onload = () => {{
-  const root = document.getElementById("page").contentDocument.documentElement;
-  document.querySelector("output").textContent = "measured " + root.scrollWidth + " of " + root.clientWidth;
-}}</script>"""
-    )
-    assert CHROMIUM is not None
-    flags = (
-        "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
-    )
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert f"measured {width} of {width}" in shown.stdout
-    assert "CONSOLE" not in shown.stderr
+    found = browser.measured(page, width, 'root.scrollWidth + " of " + root.clientWidth', tmp_path)
+    assert found == f"{width} of {width}"
 
 
 def test_numbers_are_written_for_people() -> None:

@@ -20,6 +20,7 @@ from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
+from minitron.evaluate.benchmarks import kept
 from minitron.evaluate.generate import generate
 from minitron.evaluate.local_tasks import task_of
 from minitron.evaluate.quality import EvaluateConfig, evaluate
@@ -618,10 +619,12 @@ def measure(
                 warn=stages.listener.warn,
             )
             of_models = {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()}
-            write_json(
-                out / "tasks.json",
-                {"tasks": of_models, "chosen_by": chosen_by(recipe.prune, list(results["student"]))},
-            )
+            facts = {
+                "tasks": of_models,
+                "kept": {task: kept(one, results["teacher"][task]) for task, one in results["student"].items()},
+                "chosen_by": chosen_by(recipe.prune, list(results["student"])),
+            }
+            write_json(out / "tasks.json", facts)
         return {"models": list(models)}
 
     inputs = {name: stages.digest(model_files(path)) for name, path in models.items()} | {"data": corpus.digest}

@@ -43,7 +43,8 @@ class RunRecords:
     speed: evaluations/speed.json: teacher, student, and `ratio`, the median of the rounds' ratios, if the run has it.
     search: search/candidates.json, or nothing where the shape was not searched for.
     ladder: gguf/quantization.json, or nothing where no GGUF files were written.
-    tasks: evaluations/tasks.json: {"tasks": {model: {task: result}}, "chosen_by": [task, ...]}, or nothing.
+    tasks: evaluations/tasks.json: {"tasks": {model: {task: result}}, "kept": {task: share of the teacher's value},
+        "chosen_by": [task, ...]}, or nothing.
     """
 
     path: Path
@@ -121,16 +122,11 @@ def benchmarks(records: RunRecords) -> list[dict[str, Any]]:
             "title": row["title"],
             "teacher": teacher[task],
             "student": row,
-            "kept": _kept(row, teacher[task]),
+            "kept": records.tasks["kept"][task],
             "chosen_by": task in records.tasks["chosen_by"] and not by_number,
         }
         for task, row in student.items()
     ]
-
-
-def _kept(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
-    share: float = student["value"] / teacher["value"] if teacher["value"] else 0.0
-    return share if teacher["value"] > 0 and teacher["higher_is_better"] else None
 
 
 def speed_ratios(records: RunRecords) -> dict[str, float]:
