@@ -22,7 +22,7 @@ from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.scoring import score_units
-from minitron.run import calibrate_tokens, calibration_tokens
+from minitron.stages import calibrate_tokens, calibration_tokens
 
 DEMO = Path(demo.__file__).parent / "demo-teacher"
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.

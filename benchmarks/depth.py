@@ -26,7 +26,7 @@ from minitron.prune.depth import Measure, Variant, by_loss, by_task, contiguous_
 from minitron.prune.importance import block_influence, even_scores
 from minitron.prune.plan import Given, choose
 from minitron.prune.questions import read_questions
-from minitron.run import calibrate_tokens, calibration_tokens
+from minitron.stages import calibrate_tokens, calibration_tokens
 
 
 def main() -> None:

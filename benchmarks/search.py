@@ -34,10 +34,11 @@ from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.repair import RepairConfig, Step, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.residual import reading_moment
+from minitron.prune.scoring import score_units
 from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, SearchConfig, feasible
-from minitron.run import calibrate_on, calibration_tokens, score_units
 from minitron.rundir import SILENT
+from minitron.stages import calibrate_on, calibration_tokens
 from minitron.student_shape import judging_blocks
 
 BLOCK_TOKENS, SEED = 256, 0

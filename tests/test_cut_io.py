@@ -25,8 +25,8 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.prune.cut import cut, cut_tensor, kept_rows
 from minitron.prune.plan import Plan, identity_plan
 from minitron.prune.repair import Repaired
-from minitron.run import prune
 from minitron.rundir import RunDirectory
+from minitron.stages import prune
 
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = {"layers": 3, "hidden": 24, "ffn": 23, "kv_heads": 2, "heads": 2}

@@ -19,6 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("rundir",),
     ("student_shape", "quantizing"),
+    ("stages",),
     ("run",),
     ("rooms", "demo", "estimate"),
     ("gguf_rooms",),

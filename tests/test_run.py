@@ -30,7 +30,8 @@ from minitron.prune.shapes import SearchConfig
 from minitron.publish.gguf import describe
 from minitron.publish.quantize import mixture, write_quantized
 from minitron.recipe import build_recipe, load_recipe
-from minitron.run import calibration_tokens, run
+from minitron.run import run
+from minitron.stages import calibration_tokens
 
 STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations", "gguf")
 FILES = (

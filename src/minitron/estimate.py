@@ -10,7 +10,8 @@ from minitron.distill.optimizer import TRAINING_BYTES
 from minitron.model.checkpoint import resolve_model
 from minitron.model.model_config import open_config
 from minitron.recipe import Recipe
-from minitron.run import block_length, resolve
+from minitron.run import resolve
+from minitron.stages import block_length
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
 UTILISATION = 0.25

@@ -24,8 +24,8 @@ from minitron.publish.llama_cpp import Runtime
 from minitron.publish.verify import Comparison, logits_of
 from minitron.quantizing import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.rooms import corpus_for, keep_sampled
-from minitron.run import block_length, calibration_tokens
 from minitron.rundir import SILENT, Listener
+from minitron.stages import block_length, calibration_tokens
 
 SUFFIX = ".gguf"
 

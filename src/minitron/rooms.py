@@ -54,9 +54,10 @@ from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
-from minitron.run import (
+from minitron.run import bounded, require_correctable
+from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.stages import (
     block_length,
-    bounded,
     calibrate_on,
     calibrate_tokens,
     calibration_tokens,
@@ -65,12 +66,10 @@ from minitron.run import (
     prepare_data,
     record_lessons,
     repairing,
-    require_correctable,
     scoring_on,
     student_maker,
     teach,
 )
-from minitron.rundir import SILENT, Listener, RunDirectory
 from minitron.student_shape import feasible_for, machine_for, ranked
 
 
