@@ -212,6 +212,37 @@ def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
         assert 0.5 * whole < read < 0.65 * whole
 
 
+# Whether the divided model of each directory has the weights and buffers that transformers gives it.
+LOADS = """
+import sys
+from pathlib import Path
+import torch
+from minitron.distill.teacher import OnlineTeacher
+from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.parallel import process_group, whole
+
+with process_group():
+    for path in sorted(Path().glob("teacher-*")):
+        teacher = open_checkpoint(path)
+        model = OnlineTeacher(path, teacher, torch.bfloat16, torch.device("cpu")).model
+        expected = load_model(path, torch.bfloat16)
+        found, known = (one.state_dict() | dict(one.named_buffers()) for one in (model, expected))
+        assert found.keys() == known.keys(), path
+        for name, tensor in known.items():
+            assert torch.equal(whole(found[name]), tensor) and found[name].dtype == tensor.dtype, (path, name)
+        print(path.name, flush=True)
+"""
+
+
+def test_a_divided_model_of_every_family_has_the_weights_that_transformers_gives_it(tmp_path: Path) -> None:
+    for variant in tiny.VARIANTS:
+        tiny.checkpoint(variant, tmp_path / f"teacher-{variant}")
+    (tmp_path / "loads.py").write_text(LOADS)
+    done = forked(2, "loads.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == 2 * sorted(f"teacher-{variant}" for variant in tiny.VARIANTS)
+
+
 @pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
 def test_bfloat16_weights_can_be_divided(lesson_desk: Path) -> None:
     made = forked(2, "some_steps.py", "low", 0, STOCHASTIC, cwd=lesson_desk)

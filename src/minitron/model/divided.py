@@ -42,6 +42,9 @@ def placed(
     without_weights = any(parameter.is_meta for parameter in model.parameters())
     parallel.shard(root, layers, dtype, device)
     if without_weights:
-        parallel.fill(model, checkpoint.read_rows, device)
+        architecture = checkpoint.architecture
+        tied = {architecture.head: architecture.embedding} if architecture.tied(checkpoint.config) else {}
+        # Dividing a part of the model unties it from what is outside.
+        parallel.fill(model, lambda name, *rows: checkpoint.read_rows(tied.get(name, name), *rows), device)
     for module in (root, model):
         module.to(device)
