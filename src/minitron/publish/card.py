@@ -176,14 +176,6 @@ Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of
 
 {_shape(records)}
 
-## How it was made
-
-{_method(records)}
-
-The recipe, complete (of local paths, the last part):
-
-{_fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
-
 ## Use
 
 ```python
@@ -198,6 +190,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_spec
 
 With vLLM (not tested by this run): `vllm serve PATH`.
 {_gguf(records)}
+## How it was made
+
+{_method(records)}
+
+<details><summary>The recipe, complete (of local paths, the last part)</summary>
+
+{_fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
+
+</details>
+
 ## Limits
 
 - Measured on held-out text of {_measured_on(records)} only. What the parent could do beyond such text, in other
