@@ -99,6 +99,15 @@ class Statistics:
         """Site -> sum over all tokens of each channel's square."""
         return {site: sums[:, SEQUENCE_AGGREGATES.index("l2"), 1] for site, sums in self.sums.items()}
 
+    def covariance(self) -> Float[Tensor, "hidden hidden"]:
+        """Of the normalised residual stream.
+
+        Raises: PlanError if the statistics were collected without its second moment.
+        """
+        require_second_moment(self)
+        assert self.second_moment is not None and self.mean is not None
+        return self.second_moment - self.mean.outer(self.mean)
+
     @staticmethod
     def load(path: Path) -> "Statistics":
         """Raises: RunError if the directory holds no statistics."""

@@ -15,7 +15,7 @@ from minitron.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.norms import normalized
-from minitron.prune.calibrate import Statistics, require_second_moment
+from minitron.prune.calibrate import Statistics
 
 READ_ROWS = 256
 
@@ -130,11 +130,8 @@ def reading_moment(checkpoint: Checkpoint, statistics: Statistics) -> Float[Tens
 
     Raises: PlanError if the statistics hold no second moment.
     """
-    require_second_moment(statistics)
-    moment, mean = statistics.second_moment, statistics.mean
-    assert moment is not None and mean is not None
-    covariance = (moment - mean.outer(mean)).float()
-    found = torch.zeros_like(moment)
+    covariance = statistics.covariance().float()
+    found = torch.zeros_like(covariance, dtype=torch.float64)
     matrices = [spec for spec in checkpoint.specs() if spec.layer is not None and spec.reads("hidden")]
     for spec in matrices:
         weight = checkpoint.read_middle(spec.name, READ_ROWS).float()

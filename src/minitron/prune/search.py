@@ -199,10 +199,11 @@ def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
 
 def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -> Float[Tensor, " counts"]:
     """Share of what is read that is left when only the n leading directions are, for n = 0 ... all."""
-    moment, mean = statistics.second_moment, statistics.mean
-    assert moment is not None and mean is not None
-    directions = torch.linalg.eigh(moment.float()).eigenvectors.double()  # ascending: the last to go comes last
-    seen = [directions.T @ matrix @ directions for matrix in (reads, moment - mean.outer(mean))]
+    assert statistics.second_moment is not None
+    directions = torch.linalg.eigh(
+        statistics.second_moment.float()
+    ).eigenvectors.double()  # ascending: first to go first
+    seen = [directions.T @ matrix @ directions for matrix in (reads, statistics.covariance())]
     # Of the n directions that carry least, all pairs: two of them may be read together.
     lost = (seen[0] * seen[1]).cumsum(0).cumsum(1).diagonal()
     return 1 - torch.cat([lost.new_zeros(1), lost / lost[-1]]).flip(0)

@@ -122,7 +122,7 @@ def benchmarks(records: RunRecords) -> list[dict[str, Any]]:
             "title": row["title"],
             "teacher": teacher[task],
             "student": row,
-            "kept": records.tasks["kept"][task],
+            "kept": records.tasks.get("kept", {}).get(task),  # older runs do not have it
             "chosen_by": task in records.tasks["chosen_by"] and not by_number,
         }
         for task, row in student.items()
