@@ -32,12 +32,13 @@ from distillations import (
 from measure import header, table
 
 from minitron.distill import settings, train
-from minitron.distill.optimizer import OPTIMIZERS, BFloat16AdamW, hold_weights, make_optimizer
+from minitron.distill.low_precision import BFloat16AdamW
+from minitron.distill.optimizer import LOW_PRECISION, hold_weights, make_optimizer
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
 
 NEAREST = "bfloat16_nearest"  # no setting of a recipe
-OPTIMIZERS[NEAREST] = BFloat16AdamW
+LOW_PRECISION[NEAREST] = BFloat16AdamW
 FORMATS = ("float32", NEAREST, "bfloat16_kahan", "bfloat16_stochastic")
 TITLES = {
     "float32": "float32",
@@ -77,7 +78,7 @@ def cut(bench: Bench) -> Path:
 
 def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
     config = settings.resolve(
-        settings.DistillConfig(tokens=tokens, precision="bfloat16"),
+        settings.DistillConfig(tokens=tokens, precision="bfloat16", optimizer="adamw"),
         bench.shape("width"),
         bench.teacher.shape,
         weights_rms=bench.teacher.weights_rms(),
@@ -115,7 +116,8 @@ def bytes_per_parameter(pruned: Path, weights: Any) -> float:
     """Weights, gradients and what the optimizer holds after a step, but for its step counts."""
     model = load_model(pruned, torch.float32)
     hold_weights(model, weights)
-    optimizer = make_optimizer({"student": [*model.parameters()]}, weights, betas=(0.9, 0.95), weight_decay=0.1, seed=0)
+    options: dict[str, Any] = {"vocabulary": [], "betas": (0.9, 0.95), "weight_decay": 0.1, "seed": 0}
+    optimizer = make_optimizer({"student": [*model.parameters()]}, "adamw", weights, **options)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

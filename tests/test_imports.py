@@ -36,7 +36,7 @@ STAGES = {
         *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
-    "distill": ("losses", "optimizer", "state", "trackers", "settings", "train"),
+    "distill": ("losses", "low_precision", "soap", "optimizer", "state", "trackers", "settings", "train"),
     "evaluate": (
         *("quality", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),

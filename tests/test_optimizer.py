@@ -1,163 +1,170 @@
-"""bfloat16 weights lose no small update, in as many bytes as are promised."""
+"""SOAP moves matrices the same whatever axes they are written along, and all else as AdamW does."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron.distill import optimizer
-from minitron.distill.optimizer import (
-    OPTIMIZERS,
-    TRAINING_BYTES,
-    BFloat16AdamW,
-    KahanAdamW,
-    StochasticAdamW,
-    hold_weights,
-    make_optimizer,
-    stochastically_rounded,
-)
+from minitron.distill import soap
+from minitron.distill.optimizer import TRAINING_BYTES, hold_weights, make_optimizer, training_bytes
+from minitron.distill.soap import Soap
+from minitron.model.architecture import Shape
+from minitron.model.families import FAMILIES
 
-BETAS, DECAY = (0.9, 0.95), 0.1
+BETAS, DECAY, RATE = (0.9, 0.95), 0.1, 0.01
 
 
-def noise(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 5)).to(dtype)
-
-
-def train(of: nn.Module, by: torch.optim.Optimizer, steps: int, rate: float) -> None:
-    """Steps on random gradients, the same for every model of the shape, whatever its weights became."""
-    draw = noise(1)
-    for group in by.param_groups:
-        group["lr"] = rate
-    for _ in range(steps):
-        for parameter in of.parameters():
-            parameter.grad = (1 + torch.randn(parameter.shape, generator=draw)).to(parameter.dtype)
-        by.step()
-
-
-def plain(parameters: Any, kind: type[BFloat16AdamW], betas: tuple[float, float] = BETAS) -> BFloat16AdamW:
-    return kind([{"params": list(parameters), "weight_decay": DECAY}], betas=betas, seed=0)
-
-
-def ulp(values: Tensor) -> Tensor:
-    """The distance of neighbouring bfloat16 numbers."""
-    return torch.exp2(values.float().abs().log2().floor() - 7)
-
-
-def test_a_value_becomes_one_of_its_two_neighbours_and_is_right_in_the_mean() -> None:
-    values = torch.randn(300, generator=noise()) * torch.logspace(-30, 30, 300)
-    below = (values.view(torch.int32) & -65536).view(torch.float32)  # towards zero
-    above = below + ulp(below) * below.sign()
-    draw, draws = noise(), 4000
-    drawn = torch.stack([stochastically_rounded(values, draw).float() for _ in range(draws)])
-    assert ((drawn == below) | (drawn == above)).all()
-    share = (values - below) / (above - below)
-    error = ((drawn == above).float().mean(0) - share).abs()
-    assert (error < 5 * (share * (1 - share) / draws).sqrt() + 1e-6).all()
-
-
-def test_a_bfloat16_stays_what_it_is() -> None:
-    values = torch.cat([torch.randn(500, generator=noise()).bfloat16().float(), torch.tensor([0.0, -0.0, 1.0, -3e38])])
-    values = values.bfloat16().float()
-    assert torch.equal(stochastically_rounded(values, noise()).float(), values)
-
-
-@pytest.mark.parametrize("kind", [BFloat16AdamW, KahanAdamW, StochasticAdamW])
-def test_float32_parameters_move_as_torch_moves_them(
-    kind: type[BFloat16AdamW], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optimizer, "CHUNK", 50)  # some rows at a time
-    ours, theirs = model(), model()
-    train(ours, plain(ours.parameters(), kind), 20, 1e-2)
-    train(theirs, torch.optim.AdamW(theirs.parameters(), betas=BETAS, weight_decay=DECAY), 20, 1e-2)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", [BFloat16AdamW, KahanAdamW, StochasticAdamW])
-def test_one_step_is_torchs_rounded_to_a_neighbour(kind: type[BFloat16AdamW]) -> None:
-    ours = model(torch.bfloat16)
-    exact = model(torch.bfloat16).float()
-    train(ours, plain(ours.parameters(), kind), 1, 3e-3)
-    draw = noise(1)
-    theirs = torch.optim.AdamW(exact.parameters(), betas=BETAS, weight_decay=DECAY, lr=3e-3)
-    for parameter in exact.parameters():
-        parameter.grad = (1 + torch.randn(parameter.shape, generator=draw)).bfloat16().float()
-    theirs.step()
-    for one, other in zip(ours.parameters(), exact.parameters(), strict=True):
-        assert ((one.float() - other).abs() <= ulp(other) * 1.01 + 1e-6).all()
-
-
-def moved(kind: type[BFloat16AdamW], start: Tensor, steps: int, rate: float) -> Tensor:
-    """How far weights went, with what Kahan summation keeps beside them."""
-    weight = nn.Parameter(start.clone())
-    own = plain([weight], kind)
-    train(nn.ParameterList([weight]), own, steps, rate)
-    kept = own.state[weight].get("compensation", torch.zeros(()))
-    return (weight.detach().float() + kept.float() - start.float()).detach()
-
-
-def test_many_small_steps_go_as_far_as_in_float32_where_plain_rounding_stands_still() -> None:
-    start = torch.rand(4000, 1, generator=noise()).add(0.5).bfloat16()
-    steps, rate = 300, 1e-4  # a fortieth to an eightieth of the distance of neighbours
-    weight = nn.Parameter(start.float())
-    train(nn.ParameterList([weight]), torch.optim.AdamW([weight], betas=BETAS, weight_decay=DECAY), steps, rate)
-    exact = (weight - start.float()).detach()
-    assert -0.05 < exact.mean() < -0.01
-    assert moved(BFloat16AdamW, start, steps, rate).abs().max() == 0
-    kahan = moved(KahanAdamW, start, steps, rate)
-    assert (kahan - exact).abs().max() < 0.02 * exact.abs().mean()
-    stochastic = moved(StochasticAdamW, start, steps, rate)
-    assert stochastic.mean() == pytest.approx(exact.mean().item(), rel=0.02)
-    assert (stochastic - exact).square().mean().sqrt() < 3 * ulp(start).mean()
-
-
-@pytest.mark.parametrize("kind", [KahanAdamW, StochasticAdamW])
-def test_a_second_moment_falls_again_however_slowly_it_decays(kind: type[BFloat16AdamW]) -> None:
-    weight, steps = nn.Parameter(torch.ones(500, 1).bfloat16()), 400
-    own = plain([weight], kind, betas=(0.9, 0.999))
-    for step in range(steps):
-        weight.grad = torch.full_like(weight, 1.0 if step == 0 else 0.0)
+def moved(weight: Tensor, gradients: list[Tensor], *, turned: bool = True) -> Tensor:
+    parameter = nn.Parameter(weight.clone())
+    own = Soap([{"params": [parameter], "lr": RATE, "weight_decay": DECAY, "turned": turned}], betas=BETAS)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
         own.step()
-    # To the nearest, 0.999 of a bfloat16 is the same number.
-    square = own.state[weight]["exp_avg_sq"].float().mean().item()
-    assert square == pytest.approx(0.001 * 0.999 ** (steps - 1), rel=0.01)
+    return parameter.detach()
 
 
-@pytest.mark.parametrize("weights", TRAINING_BYTES)
-def test_a_parameter_takes_the_bytes_that_are_promised(weights: Any) -> None:
-    held = model()
-    hold_weights(held, weights)
-    own = make_optimizer({"student": [*held.parameters()]}, weights, betas=BETAS, weight_decay=DECAY, seed=0)
-    train(held, own, 1, 1e-3)
-    tensors = [tensor for p in held.parameters() for tensor in (p, p.grad, *own.state[p].values())]
-    counters = [own.state[p]["step"] for p in held.parameters()]
-    num_bytes = sum(t.nbytes for t in tensors if t is not None) - sum(t.nbytes for t in counters)
-    assert num_bytes == TRAINING_BYTES[weights] * sum(p.numel() for p in held.parameters())
+def moved_by_torch(weight: Tensor, gradients: list[Tensor]) -> Tensor:
+    parameter = nn.Parameter(weight.clone())
+    own = torch.optim.AdamW([parameter], lr=RATE, betas=BETAS, weight_decay=DECAY)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        own.step()
+    return parameter.detach()
 
 
-@pytest.mark.parametrize("weights", TRAINING_BYTES)
-def test_matrices_decay_and_vectors_do_not(weights: Any) -> None:
-    own = make_optimizer({"student": [*model().parameters()]}, weights, betas=BETAS, weight_decay=DECAY, seed=0)
-    for group in own.param_groups:
-        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == DECAY}
+def gradients_of(shape: tuple[int, int], steps: int) -> list[Tensor]:
+    """Of entries that are correlated, along axes that move."""
+    left, right = random(shape[0], shape[0], seed=1), random(shape[1], shape[1], seed=2)
+    drift = random(*shape, seed=3)
+    return [left @ random(*shape, seed=10 + step) @ right + 0.3 * step * drift for step in range(steps)]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS.values())
-def test_the_noise_is_a_function_of_the_seed(kind: type[BFloat16AdamW]) -> None:
-    def made(seed: int, state: int) -> Tensor:
-        torch.manual_seed(state)
-        weight = nn.Parameter(torch.ones(50, 3).bfloat16())
-        own = kind([{"params": [weight]}], betas=BETAS, seed=seed)
-        for _ in range(3):
-            weight.grad = torch.full_like(weight, 0.3)
+def by_hand(weight: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
+    """The module's text, in float64."""
+    slow, slower = BETAS
+    axes, others = (np.eye(length) for length in weight.shape)
+    left, right = (np.zeros((length, length)) for length in weight.shape)
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        turned = axes.T @ gradient @ others
+        mean, square = slow * mean + (1 - slow) * turned, slower * square + (1 - slower) * turned**2
+        change = mean / (1 - slow**step) / (np.sqrt(square / (1 - slower**step)) + 1e-8)
+        weight = (1 - RATE * DECAY) * weight - RATE * axes @ change @ others.T
+        left = soap.AXES_BETA * left + (1 - soap.AXES_BETA) * gradient @ gradient.T
+        right = soap.AXES_BETA * right + (1 - soap.AXES_BETA) * gradient.T @ gradient
+        if step % soap.AXES_STEPS == 0:
+            before, others_before = axes, others
+            axes, others = (
+                np.linalg.eigh(moment)[1][:, ::-1]
+                if step == soap.AXES_STEPS
+                else np.linalg.qr((moment @ old)[:, np.argsort(-np.diag(old.T @ moment @ old))])[0]
+                for moment, old in ((left, axes), (right, others))
+            )
+            rows, columns = before.T @ axes, others_before.T @ others
+            mean, square = rows.T @ mean @ columns, (rows**2).T @ square @ columns**2
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 5), (4, 7)])
+def test_steps_are_those_of_the_formulas(shape: tuple[int, int]) -> None:
+    gradients = gradients_of(shape, 2 * soap.AXES_STEPS + 5)
+    weight = random(*shape, seed=0)
+    expected = by_hand(weight.double().numpy(), [gradient.double().numpy() for gradient in gradients])
+    made = moved(weight, gradients).double().numpy()
+    assert np.linalg.norm(made - expected) < 1e-3 * np.linalg.norm(expected - weight.numpy())
+
+
+def test_steps_along_axes_do_not_depend_on_those_a_matrix_is_written_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soap, "AXES_STEPS", 1)
+    shape, steps = (6, 6), 25
+    left, right = (torch.linalg.qr(random(6, 6, seed=seed)).Q for seed in (20, 21))
+    weight, gradients = random(*shape, seed=0), gradients_of(shape, steps)
+    one = moved(weight, gradients)
+    other = moved(left @ weight @ right, [left @ gradient @ right for gradient in gradients])
+    difference = (left @ one @ right - other).abs().max()
+    assert difference < 2.5 * RATE  # of the first step, which had no axes yet
+    adam = moved_by_torch(weight, gradients)
+    adam_turned = moved_by_torch(left @ weight @ right, [left @ gradient @ right for gradient in gradients])
+    assert (left @ adam @ right - adam_turned).abs().max() > 0.05  # AdamW's do
+
+
+def test_a_matrix_with_sides_that_are_too_long_is_moved_as_torch_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soap, "MOST_AXES", 4)
+    weight, gradients = random(7, 5, seed=0), gradients_of((7, 5), 2 * soap.AXES_STEPS)
+    torch.testing.assert_close(moved(weight, gradients), moved_by_torch(weight, gradients))
+    assert soap.turned_sides((7, 4)) == {"right": 4} and soap.turned_sides((3, 7)) == {"left": 3}
+
+
+def test_what_is_not_turned_is_moved_as_torch_moves_it() -> None:
+    weight, gradients = random(7, 5, seed=0), gradients_of((7, 5), 12)
+    torch.testing.assert_close(moved(weight, gradients, turned=False), moved_by_torch(weight, gradients))
+
+
+def test_inputs_along_skew_axes_are_learnt_sooner() -> None:
+    # |(W - goal) x|^2 of a few inputs a step, whose standard deviations go from 1 to 0.01 along random axes.
+    scales = torch.logspace(0, -2, 12)
+    inputs = random(500 * 8, 12, seed=3) * scales @ torch.linalg.qr(random(12, 12, seed=4)).Q
+    goal, errors = random(12, 12, seed=5), {}
+    for name in ("soap", "adamw"):
+        weight = nn.Parameter(torch.zeros(12, 12))
+        own = optimizer_of([weight], name)
+        for step, batch in enumerate(inputs.split(8)):
+            for group in own.param_groups:
+                group["lr"] = 0.05 * (1 - step / 500)
+            own.zero_grad()
+            ((weight - goal) @ batch.T).square().sum().backward()
             own.step()
-        return own.state[weight]["exp_avg_sq"]
+        errors[name] = (weight - goal).square().mean().item()
+    assert errors["soap"] < 0.5 * errors["adamw"], errors
 
-    assert torch.equal(made(0, 0), made(0, 1)) and not torch.equal(made(0, 0), made(1, 0))
+
+def optimizer_of(parameters: list[nn.Parameter], optimizer: Any, weights: Any = "float32", **kwargs: Any) -> Any:
+    options = {"vocabulary": [], "betas": BETAS, "weight_decay": 0.0, "seed": 0} | kwargs
+    return make_optimizer({"student": parameters}, optimizer, weights, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
+def test_matrices_decay_vectors_do_not_and_a_vocabulary_is_not_turned(optimizer: Any) -> None:
+    matrix, vocabulary, vector = (nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (9, 3), (4,)))
+    own = optimizer_of([matrix, vocabulary, vector], optimizer, vocabulary=[vocabulary], weight_decay=DECAY)
+    found = {
+        id(parameter): (group["weight_decay"], group["turned"], group["of"])
+        for group in own.param_groups
+        for parameter in group["params"]
+    }
+    turned = optimizer == "soap"
+    assert found == {
+        id(matrix): (DECAY, turned, "student"),
+        id(vocabulary): (DECAY, False, "student"),
+        id(vector): (0.0, False, "student"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weights"), [("soap", "float32"), *(("adamw", weights) for weights in TRAINING_BYTES)]
+)
+def test_training_takes_the_bytes_that_are_promised(optimizer: Any, weights: Any) -> None:
+    config = {"tie_word_embeddings": False, "num_key_value_heads": 2}
+    shape = Shape(layers=2, hidden=12, ffn=20, heads=4, kv_heads=2, head_dim=3, vocab=50)
+    architecture = FAMILIES["llama"]
+    specs = [*architecture.specs(config, shape.layers)]
+    held = nn.ParameterList([nn.Parameter(torch.ones(spec.shape(shape))) for spec in specs])
+    hold_weights(held, weights)
+    of_tokens = [parameter for parameter, spec in zip(held, specs, strict=True) if spec.layer is None]
+    own = optimizer_of([*held], optimizer, weights, vocabulary=of_tokens)
+    for parameter in held:
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(soap.AXES_STEPS):
+        own.step()
+    tensors = [tensor for p in held for tensor in (p, p.grad, *(v for k, v in own.state[p].items() if k != "step"))]
+    promised = training_bytes(architecture, config, shape, optimizer, weights)
+    assert sum(tensor.nbytes for tensor in tensors if tensor is not None) == promised.divided + promised.axes
+    assert (promised.axes > 0) == (optimizer == "soap")
+    assert promised.divided == TRAINING_BYTES[weights] * sum(math.prod(spec.shape(shape)) for spec in specs)

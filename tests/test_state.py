@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitron.device import versions
-from minitron.distill.optimizer import KahanAdamW, StochasticAdamW
+from minitron.distill import soap
+from minitron.distill.low_precision import KahanAdamW, StochasticAdamW
+from minitron.distill.soap import Soap
 from minitron.distill.state import States, forget_states, nearest_step
 from minitron.errors import RunError
 
@@ -29,11 +31,20 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "AdamW-plain": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, foreach=False),
     "KahanAdamW": lambda tensors: KahanAdamW([{"params": tensors, "lr": 0.01}], betas=(0.9, 0.95), seed=0),
     "StochasticAdamW": lambda tensors: StochasticAdamW([{"params": tensors, "lr": 0.01}], betas=(0.9, 0.95), seed=0),
+    "Soap": lambda tensors: Soap(
+        [{"params": [t for t in tensors if t.ndim == n], "lr": 0.01, "turned": n == 2} for n in (1, 2)],
+        betas=(0.9, 0.95),
+    ),
     "SGD": lambda tensors: torch.optim.SGD(tensors, lr=0.01, momentum=0.9),
     "Adafactor": lambda tensors: torch.optim.Adafactor(tensors, lr=0.01),
     "NAdam": lambda tensors: torch.optim.NAdam(tensors, lr=0.01),
     "Adagrad": lambda tensors: torch.optim.Adagrad(tensors, lr=0.01),
 }
+
+
+@pytest.fixture(autouse=True)
+def axes_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soap, "AXES_STEPS", 2)
 
 
 class Toy:

@@ -46,7 +46,7 @@ CONFIG = DistillConfig(
     evaluate_steps=4,
     evaluate_blocks=8,
 )
-ON_LOGITS = CONFIG.model_copy(update={"intermediate": "off"})
+ON_LOGITS = CONFIG.model_copy(update={"intermediate": "off", "optimizer": "adamw"})
 
 
 def unexpected(text: str) -> None:
@@ -175,6 +175,7 @@ def test_resolve_fills_every_default_by_its_rule(
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
     given = CONFIG.model_copy(
         update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": "p1"}
+        | {"optimizer": "adamw"}
     )
     assert resolve(given, *bench.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
 
@@ -188,7 +189,7 @@ def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not
         return resolve(config, shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
 
     assert (rate(0.02), rate(0.04)) == (1.2e-3, 2.4e-3)
-    assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (6e-4, 1.2e-3)
+    assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (8e-4, 1.6e-3)
     assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
     assert (rate(0.02, batch_blocks=32), rate(0.02, batch_blocks=512)) == (6e-4, 1.2e-3)
     plain, repaired = (

@@ -6,9 +6,9 @@ from typing import Any
 from minitron.data import TEACHER
 from minitron.describe import describe, describe_shape, forward_flops
 from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
-from minitron.distill.optimizer import TRAINING_BYTES
+from minitron.distill.optimizer import Optimizer, TrainingBytes, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
-from minitron.model.model_config import open_config
+from minitron.model.model_config import ModelConfig, open_config
 from minitron.recipe import Recipe
 from minitron.run import resolve
 from minitron.stages import block_length
@@ -46,9 +46,14 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     flops = tokens * (forward + step) if tokens else None
     # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
     # teacher that is corrected before is trained in float32.
-    trained, large = TRAINING_BYTES[recipe.distill.weights], teacher.parameters.total
-    training_bytes = trained * student["parameters"]["total"] + (trained if correction == "parallel" else 2) * large
-    training_bytes = max(training_bytes, TRAINING_BYTES["float32"] * large if correction == "before" else 0)
+    held = training_bytes(teacher.architecture, teacher.config, shape, recipe.distill.moved_by, recipe.distill.weights)
+    if correction == "parallel":
+        held += _of_teacher(teacher, recipe.distill.moved_by, recipe.distill.weights)
+    else:
+        held += TrainingBytes(2 * teacher.parameters.total, axes=0)
+    if correction == "before":
+        alone = _of_teacher(teacher, recipe.distill.moved_by, "float32")
+        held = max(held, alone, key=lambda each: each.divided + each.axes)
     facts = {
         "teacher": describe(teacher),
         "student": student,
@@ -62,7 +67,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
         "distill_flops": flops,
         "correction_tokens": corrected_tokens,
         "correction_flops": corrected_flops if flops else None,
-        "training_bytes": training_bytes,
+        "training_bytes": held.divided + held.axes,
         "here": {
             "flops_per_second": rate,
             "utilisation": UTILISATION,
@@ -72,5 +77,10 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     if gpus is not None:
         speed = gpus.count * gpus.teraflops * 1e12 * gpus.utilisation
         seconds = (flops + corrected_flops) / speed if flops else None
-        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": training_bytes / gpus.count}
+        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": held.divided / gpus.count + held.axes}
     return facts
+
+
+def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> TrainingBytes:
+    """What training the teacher itself holds."""
+    return training_bytes(teacher.architecture, teacher.config, teacher.shape, optimizer, weights)

@@ -128,21 +128,27 @@ def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: tor
     Args:
         read: rows [start, stop) of the parameter of that name, in any dtype.
     """
-    from torch.distributed.tensor import DTensor
-
-    here, filled = joined(), {}
+    filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for name, empty in [*module.named_parameters(remove_duplicate=False)]:
         if id(empty) not in filled:
             values = torch.empty(local(empty).shape, dtype=empty.dtype, device=device)
-            start = 0
-            if isinstance(empty.data, DTensor):
-                start = min(here.rank * -(-len(empty) // here.size), len(empty))
+            start = _first_row(empty.data)
             if len(values):
                 values.copy_(read(name, start, start + len(values)))
             filled[id(empty)] = empty, nn.Parameter(_with_part(empty.data, values), requires_grad=empty.requires_grad)
         owner, _, own = name.rpartition(".")
         setattr(module.get_submodule(owner), own, filled[id(empty)][1])
     require_all_well()
+
+
+def _first_row(tensor: Tensor) -> int:
+    """Of a tensor that may be divided, the first row that this process has."""
+    if not dist.is_initialized():
+        return 0
+    from torch.distributed.tensor import DTensor
+
+    here = joined()
+    return min(here.rank * -(-len(tensor) // here.size), len(tensor)) if isinstance(tensor, DTensor) else 0
 
 
 def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
@@ -171,6 +177,17 @@ def local(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(values: Tensor, tensor: Tensor) -> Tensor:
+    """Of values for all of a tensor that may be divided, those for this process's part."""
+    start = _first_row(tensor)
+    return values[start : start + len(local(tensor))]
+
+
+def gathered(part: Tensor, tensor: Tensor) -> Tensor:
+    """The values for all of a tensor that may be divided, of which each process gives those for its part."""
+    return whole(_with_part(tensor, part))
 
 
 def divided_like(values: Tensor, tensor: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from minitron.device import Precision, settle_precision
 from minitron.distill.intermediate import Places
 from minitron.distill.lessons import DEFAULT_TOP_K
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
-from minitron.distill.optimizer import Weights
+from minitron.distill.optimizer import Optimizer, Weights
 from minitron.distill.trackers import TrackerName
 from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 
 # Peak learning rates as shares of the weights' root mean square.
-RATE, RATE_OF_REPAIRED = 0.06, 0.03
+RATE = 0.06
+RATES_OF_REPAIRED: dict[Optimizer, float] = {"soap": 0.04, "adamw": 0.03}
 # Tokens of the batch that they suit.
 RATE_BATCH = 2048
 # Of a teacher that is corrected: the peak as a share of what a plain cut would have, and the warm-up, both P2's.
@@ -63,17 +64,20 @@ class DistillConfig(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 6% of the weights' size, half of it for a repaired cut; more in `resolve`."""
+    """Peak learning rate. Default: 6% of the weights' size, 4% for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the same shape from random weights. Default: see `resolve`, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
     """Learning rate at the end of the cosine. Default: a tenth of the peak."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
+    optimizer: Optimizer | None = None
+    """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory, see
+    `minitron plan`; `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
-    """AdamW's moment decays."""
+    """Decays of Adam's moments."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     activation_checkpointing: bool = False
@@ -101,6 +105,11 @@ class DistillConfig(Section):
     def of_record(self) -> dict[str, Any]:
         """What a training is; what only watches it is no part of that."""
         return self.model_dump(mode="json", exclude={"log_to"})
+
+    @property
+    def moved_by(self) -> Optimizer:
+        """The optimizer, whether it was chosen or not."""
+        return self.optimizer or ("soap" if self.weights == "float32" else "adamw")
 
     @property
     def objective(self) -> Objective:
@@ -150,7 +159,7 @@ def resolve(
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
-    share = RATE_OF_REPAIRED if repaired else RATE
+    share = RATES_OF_REPAIRED[config.moved_by] if repaired else RATE
     rate = config.learning_rate or _usual_rate(share, student, weights_rms, batch_tokens)
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
     return config.model_copy(
@@ -189,6 +198,7 @@ def resolve_without_student(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10, -(-config.evaluate_blocks // batch)),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
+            "optimizer": config.moved_by,
         }
     )
     require_correction_fits(config)
@@ -270,6 +280,11 @@ def _require_weights_fit(config: DistillConfig) -> None:
             f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
             "asks for another format: leave one of them out"
         )
+    if config.weights != "float32" and config.optimizer == "soap":
+        raise MinitronError(
+            f"distill.weights={config.weights} has no room for the axes of distill.optimizer=soap: set "
+            "distill.optimizer=adamw, or leave distill.weights out"
+        )
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
@@ -294,7 +309,7 @@ def of_scratch(config: DistillConfig) -> DistillConfig:
 
 # What the training of a teacher has in common with that of its student.
 _OF_BOTH = (
-    *("batch_blocks", "micro_batch_tokens", "weight_decay", "betas", "gradient_clip"),
+    *("batch_blocks", "micro_batch_tokens", "optimizer", "weight_decay", "betas", "gradient_clip"),
     *("activation_checkpointing", "compile", "precision", "evaluate_steps", "evaluate_blocks", "checkpoint_steps"),
 )
 

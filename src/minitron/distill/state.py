@@ -190,7 +190,8 @@ class States:
             parameter = named[name]
             device = parameter.device if entry != "step" or beside[parameter] else "cpu"
             value = value.to(device)
-            self.optimizer.state[parameter][entry] = value if entry == "step" else divided_like(value, parameter)
+            undivided = entry == "step" or entry in getattr(self.optimizer, "whole_entries", ())
+            self.optimizer.state[parameter][entry] = value if undivided else divided_like(value, parameter)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -168,7 +168,15 @@ def _train(
     learner = guide if isinstance(guide, LearningTeacher) else None
     of_teacher = learner.parameters() if learner is not None else {}
     trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
-    optimizer = make_optimizer(trained, config.weights, betas=config.betas, weight_decay=config.weight_decay, seed=seed)
+    optimizer = make_optimizer(
+        trained,
+        config.moved_by,
+        config.weights,
+        vocabulary=[*pupil.vocabulary, *(learner.vocabulary if learner else ())],
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        seed=seed,
+    )
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
     # What made the loss of states between layers as large as the objective in the step before: P1's dynamic weight. The
     # first step, at the bottom of the warm-up, goes without.
