@@ -72,8 +72,8 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory, see
-    `minitron plan`; `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
+    """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory (see
+    --dry-run); `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
@@ -136,11 +136,11 @@ def resolve(
 
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M tokens are 4%
-    to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/LOG.md): 6% and 3%, with
-    a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
-    the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
-    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among
-    several processes it is the next multiple of their number.
+    to 8% of it for a plain cut and 3% to 7% for a repaired one, which has more to lose (docs/LOG.md): 6% and 4% (3%
+    with AdamW), with a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden,
+    which is the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al.
+    (Step Law, 2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's).
+    Among several processes it is the next multiple of their number.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """

@@ -313,7 +313,7 @@ def training(records: RunRecords) -> str:
         note += "."
     figures = [
         page.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
-        page.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "of AdamW, at each step"),
+        page.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "at each step"),
     ]
     return page.section("Training", page.note(note), page.figures(figures))
 
