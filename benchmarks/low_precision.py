@@ -116,7 +116,8 @@ def bytes_per_parameter(pruned: Path, weights: Any) -> float:
     """Weights, gradients and what the optimizer holds after a step, but for its step counts."""
     model = load_model(pruned, torch.float32)
     hold_weights(model, weights)
-    options: dict[str, Any] = {"vocabulary": [], "betas": (0.9, 0.95), "weight_decay": 0.1, "seed": 0}
+    options: dict[str, Any] = {"vocabulary": [], "betas": (0.9, 0.95), "weight_decay": 0.1}
+    options |= {"dtype": torch.float32, "seed": 0}
     optimizer = make_optimizer({"student": [*model.parameters()]}, "adamw", weights, **options)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

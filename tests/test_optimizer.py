@@ -126,7 +126,7 @@ def test_inputs_along_skew_axes_are_learnt_sooner() -> None:
 
 
 def optimizer_of(parameters: list[nn.Parameter], optimizer: Any, weights: Any = "float32", **kwargs: Any) -> Any:
-    options = {"vocabulary": [], "betas": BETAS, "weight_decay": 0.0, "seed": 0} | kwargs
+    options = {"vocabulary": [], "betas": BETAS, "weight_decay": 0.0, "dtype": torch.float32, "seed": 0} | kwargs
     return make_optimizer({"student": parameters}, optimizer, weights, **options)
 
 

@@ -40,6 +40,7 @@ def make_optimizer(
     vocabulary: Collection[Tensor],
     betas: tuple[float, float],
     weight_decay: float,
+    dtype: torch.dtype,
     seed: int,
 ) -> torch.optim.Optimizer:
     """An optimizer of parameters held as `hold_weights` leaves them; matrices decay, vectors do not.
@@ -47,6 +48,7 @@ def make_optimizer(
     Args:
         trained: a model's name -> its parameters. Each group of the optimizer says in `of` whose it is.
         vocabulary: matrices among them with a row for each token, which SOAP moves as AdamW does.
+        dtype: of the model's matrix products; SOAP's may round their inputs to it.
         seed: of the noise in stochastic rounding.
     """
     of_tokens = {id(matrix) for matrix in vocabulary}
@@ -63,7 +65,9 @@ def make_optimizer(
     if weights != "float32":
         assert optimizer == "adamw", "settings.resolve allows no other"
         return LOW_PRECISION[weights](groups, betas=betas, seed=seed)
-    return Soap(groups, betas=betas) if optimizer == "soap" else torch.optim.AdamW(groups, betas=betas, fused=True)
+    if optimizer == "soap":
+        return Soap(groups, betas=betas, dtype=dtype)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)

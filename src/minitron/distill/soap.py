@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitron import parallel
 from minitron.distill.low_precision import EPSILON, BFloat16AdamW
+from minitron.model.logits import float32_logits
 
 # Steps from one change of the axes to the next, as in the paper.
 AXES_STEPS = 10
@@ -46,8 +47,15 @@ class Soap(BFloat16AdamW):
 
     whole_entries = tuple(f"{side}_{entry}" for side in SIDES for entry in ("moment", "axes"))
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]):
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32
+    ):
+        """
+        Args:
+            dtype: that products with gradients may round their inputs to; what axes are of each other stays exact.
+        """
         super().__init__(groups, betas=betas, seed=0)  # weights in float32 need no noise
+        self.dtype = dtype
 
     def _move(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         if not group["turned"]:
@@ -61,9 +69,10 @@ class Soap(BFloat16AdamW):
             state |= {name: torch.zeros_like(parameter) for name in self.buffers}
             state |= {f"{side}_moment": gradient.new_zeros(length, length) for side, length in sides.items()}
         state["step"] += 1
-        self._step(parameter, gradient, group)
-        for side in sides:
-            state[f"{side}_moment"].lerp_(_products(gradient, side), 1 - AXES_BETA)
+        with float32_logits(self.dtype):
+            self._step(parameter, gradient, group)
+            for side in sides:
+                state[f"{side}_moment"].lerp_(_products(gradient, side), 1 - AXES_BETA)
         if int(state["step"]) % AXES_STEPS == 0:
             self._follow(parameter, sides)
 

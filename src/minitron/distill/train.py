@@ -175,6 +175,7 @@ def _train(
         vocabulary=[*pupil.vocabulary, *(learner.vocabulary if learner else ())],
         betas=config.betas,
         weight_decay=config.weight_decay,
+        dtype=dtype,
         seed=seed,
     )
     steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
