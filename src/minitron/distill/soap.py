@@ -57,6 +57,11 @@ class Soap(BFloat16AdamW):
         super().__init__(groups, betas=betas, seed=0)  # weights in float32 need no noise
         self.dtype = dtype
 
+    def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient; torch's signature, without the closure."""
+        with float32_logits(self.dtype):
+            return super().step(closure)
+
     def _move(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         if not group["turned"]:
             super()._move(parameter, group, index)
@@ -69,14 +74,15 @@ class Soap(BFloat16AdamW):
             state |= {name: torch.zeros_like(parameter) for name in self.buffers}
             state |= {f"{side}_moment": gradient.new_zeros(length, length) for side, length in sides.items()}
         state["step"] += 1
-        with float32_logits(self.dtype):
-            self._step(parameter, gradient, group)
-            for side in sides:
-                state[f"{side}_moment"].lerp_(_products(gradient, side), 1 - AXES_BETA)
+        self._step(parameter, gradient, group)
+        for side in sides:
+            own = gradient if side == "left" else gradient.T
+            state[f"{side}_moment"].lerp_(own @ own.T, 1 - AXES_BETA)
         if int(state["step"]) % AXES_STEPS == 0:
-            self._follow(parameter, sides)
+            with float32_logits(torch.float32):
+                self._follow(parameter, sides)
 
-    def _step(self, parameter: Tensor, gradient: Float[Tensor, "rows columns"], group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Adam's step along the axes."""
         state, (slow, slower) = self.state[parameter], group["betas"]
         left, right, step = state.get("left_axes"), state.get("right_axes"), int(state["step"])
@@ -105,10 +111,6 @@ class Soap(BFloat16AdamW):
             parallel.local(state[name]).copy_(parallel.own_rows(turned, parameter))
 
 
-def _products(matrix: Float[Tensor, "rows columns"], side: str) -> Float[Tensor, "length length"]:
-    return matrix @ matrix.T if side == "left" else matrix.T @ matrix
-
-
 def _eigenvectors(moment: Float[Tensor, "length length"]) -> Float[Tensor, "length length"]:
     """Orthonormal columns, that of the largest eigenvalue first."""
     return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).float().contiguous()
@@ -123,12 +125,8 @@ def _iterated(
     return torch.linalg.qr(nearer[:, order]).Q.contiguous()
 
 
-def _turned(
-    matrix: Float[Tensor, "rows columns"],
-    left: Float[Tensor, "rows rows"] | None,
-    right: Float[Tensor, "columns columns"] | None,
-) -> Float[Tensor, "rows columns"]:
-    """A matrix written along other axes, the columns of these."""
+def _turned(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """A matrix [rows, columns] written along other axes, the columns of `left` [rows, rows] and `right`."""
     if left is not None:
         matrix = left.T @ matrix
     return matrix if right is None else matrix @ right
