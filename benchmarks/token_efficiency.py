@@ -68,7 +68,8 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
             own[tokens] = min(own.get(tokens, row), row, key=lambda row: row["student"]["loss"])
             tried[name, tokens] = tried.get((name, tokens), 0) + 1
     losses = {name: {n: row["student"]["loss"] for n, row in rows.items()} for name, rows in found.items()}
-    names = [name for name in STARTS if name in found]
+    names = [name for start in STARTS for name in (start, with_adamw(start)) if name in found]
+    others = [name for name in names if not name.startswith("scratch")]
     budgets = sorted({tokens for rows in found.values() for tokens in rows})
     cells = [
         [
@@ -92,8 +93,6 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         table(["tokens", *names], cells),
         "",
     ]
-    if "scratch" not in losses:
-        return "\n".join(lines)
     forward = {
         "teacher": forward_flops(bench.teacher.shape, bench.teacher.parameters, BLOCK_TOKENS),
         "student": forward_flops(student, count, BLOCK_TOKENS),
@@ -103,20 +102,29 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         "(three forward passes of the student for a step, and one of the teacher where it is asked):",
         "",
         table(
-            ["from scratch", "tokens a parameter", "its loss", *names[1:]],
+            ["from scratch", "tokens", "tokens a parameter", "its loss", *others],
             [
                 [
+                    scratch,
                     f"{tokens / 1e6:g}M",
                     f"{tokens / count.total:.1f}",
                     f"{loss:.3f}",
-                    *(_ratio(tokens, loss, losses[name], name, forward) for name in names[1:]),
+                    *(_ratio(tokens, loss, losses[name], name, forward) for name in others),
                 ]
-                for tokens, loss in sorted(losses["scratch"].items())
+                for scratch in names
+                if scratch not in others
+                for tokens, loss in sorted(losses[scratch].items())
             ],
         ),
         "",
     ]
     return "\n".join(lines)
+
+
+def with_adamw(start: str) -> str:
+    """What `label` calls a start whose runs were made with AdamW."""
+    name, changes = variant(start)
+    return label({"start": name, **changes, "optimizer": "adamw"})
 
 
 def _ratio(tokens: int, loss: float, own: dict[int, float], name: str, forward: dict[str, float]) -> str:

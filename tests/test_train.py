@@ -189,7 +189,7 @@ def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not
         return resolve(config, shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
 
     assert (rate(0.02), rate(0.04)) == (1.2e-3, 2.4e-3)
-    assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (8e-4, 1.6e-3)
+    assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (6e-4, 1.2e-3)
     assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
     assert (rate(0.02, batch_blocks=32), rate(0.02, batch_blocks=512)) == (6e-4, 1.2e-3)
     plain, repaired = (

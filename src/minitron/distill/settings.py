@@ -18,8 +18,7 @@ from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 
 # Peak learning rates as shares of the weights' root mean square.
-RATE = 0.06
-RATES_OF_REPAIRED: dict[Optimizer, float] = {"soap": 0.04, "adamw": 0.03}
+RATE, RATE_OF_REPAIRED = 0.06, 0.03
 # Tokens of the batch that they suit.
 RATE_BATCH = 2048
 # Of a teacher that is corrected: the peak as a share of what a plain cut would have, and the warm-up, both P2's.
@@ -64,7 +63,7 @@ class DistillConfig(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default: 6% of the weights' size, 4% for a repaired cut; more in `resolve`."""
+    """Peak learning rate. Default: 6% of the weights' size, half of it for a repaired cut; more in `resolve`."""
     scratch_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the same shape from random weights. Default: see `resolve`, or `learning_rate` if given."""
     min_learning_rate: float | None = Field(default=None, ge=0)
@@ -136,11 +135,11 @@ def resolve(
 
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M tokens are 4%
-    to 8% of it for a plain cut and 3% to 7% for a repaired one, which has more to lose (docs/LOG.md): 6% and 4% (3%
-    with AdamW), with a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden,
-    which is the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al.
-    (Step Law, 2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's).
-    Among several processes it is the next multiple of their number.
+    to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/LOG.md): 6% and 3%, with
+    a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
+    the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
+    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among
+    several processes it is the next multiple of their number.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
@@ -159,7 +158,7 @@ def resolve(
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.vocab)})
     _require_losses_fit(config)
-    share = RATES_OF_REPAIRED[config.moved_by] if repaired else RATE
+    share = RATE_OF_REPAIRED if repaired else RATE
     rate = config.learning_rate or _usual_rate(share, student, weights_rms, batch_tokens)
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
     return config.model_copy(
