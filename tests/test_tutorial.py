@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 4, 2_000, 2"
+SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 4, 1_200, 2"
 
 
 @pytest.fixture(scope="module")
