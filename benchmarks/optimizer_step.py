@@ -20,7 +20,7 @@ from distill_step import write_models
 from measure import header, publish, table
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.optimizer import make_optimizer
+from minitron.distill.optimizer import make_optimizer, vocabulary_of
 from minitron.distill.soap import AXES_STEPS
 
 OPTIMIZERS = ("adamw", "soap")
@@ -63,9 +63,9 @@ def passes(task: Task) -> float:
 def steps(task: Task, optimizer: Any, repetitions: int) -> list[float]:
     """Mean seconds of the optimizer's own steps in turns of ten, after one turn."""
     model = task.student()
-    of_tokens = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "dtype": task.dtype, "seed": 0}
-    own = make_optimizer({"student": [*model.parameters()]}, optimizer, "float32", vocabulary=of_tokens, **options)
+    options |= {"vocabulary": vocabulary_of(model)}
+    own = make_optimizer({"student": [*model.parameters()]}, optimizer, "float32", **options)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     turns = [[timed(own.step, task.device) for _ in range(AXES_STEPS)] for _ in range(1 + repetitions)]

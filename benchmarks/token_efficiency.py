@@ -93,6 +93,8 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         table(["tokens", *names], cells),
         "",
     ]
+    if others == names:
+        return "\n".join(lines)
     forward = {
         "teacher": forward_flops(bench.teacher.shape, bench.teacher.parameters, BLOCK_TOKENS),
         "student": forward_flops(student, count, BLOCK_TOKENS),

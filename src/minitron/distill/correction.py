@@ -71,11 +71,6 @@ class LearningTeacher:
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.reader.named_parameters())
 
-    @property
-    def vocabulary(self) -> list[Tensor]:
-        """The teacher's matrices with a row for each token."""
-        return [self.reader.model.get_input_embeddings().weight, self.reader.model.get_output_embeddings().weight]
-
     def _lesson(self, hidden: Tensor, states: Mapping[int, Tensor]) -> Lesson:
         head = parallel.whole(self.reader.model.get_output_embeddings().weight).detach()
         return Lesson(LazyLogits(hidden, head, self.reader.transform), states)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.distill.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW
-from minitron.distill.soap import Soap, axes_bytes
+from minitron.distill.soap import Soap, axes_bytes, turned_sides
 from minitron.model.architecture import Architecture, Shape
 
 Optimizer = Literal["soap", "adamw"]
@@ -30,6 +30,11 @@ def hold_weights(model: nn.Module, weights: Weights) -> None:
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def vocabulary_of(model: Any) -> list[Tensor]:
+    """A model's matrices with a row for each token."""
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
 
 
 def make_optimizer(
@@ -56,7 +61,8 @@ def make_optimizer(
     for name, parameters in trained.items():
         kinds: dict[tuple[bool, bool], list[Tensor]] = {(True, True): [], (True, False): [], (False, False): []}
         for parameter in parameters:
-            turned = optimizer == "soap" and parameter.ndim == 2 and id(parameter) not in of_tokens
+            may_turn = optimizer == "soap" and parameter.ndim == 2 and id(parameter) not in of_tokens
+            turned = may_turn and bool(turned_sides(tuple(parameter.shape)))
             kinds[parameter.ndim >= 2, turned].append(parameter)
         for (matrices, turned), members in kinds.items():
             decay = weight_decay if matrices else 0.0

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minitron import parallel
 from minitron.distill.intermediate import IntermediateLoss
@@ -64,11 +64,6 @@ class Pupil(nn.Module):
             return loss, torch.zeros_like(loss)
         assert lesson is not None
         return loss, between(states, lesson.states)
-
-    @property
-    def vocabulary(self) -> list[Tensor]:
-        """The student's matrices with a row for each token."""
-        return [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
 
     @torch.no_grad()
     def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson]]) -> None:

@@ -67,13 +67,10 @@ class Soap(BFloat16AdamW):
             super()._move(parameter, group, index)
             return
         assert parameter.grad is not None
-        state, gradient = self.state[parameter], parallel.whole(parameter.grad)
+        state, gradient = self._counted(parameter), parallel.whole(parameter.grad)
         sides = turned_sides(tuple(parameter.shape))
-        if not state:
-            state["step"] = torch.zeros(())
-            state |= {name: torch.zeros_like(parameter) for name in self.buffers}
+        if int(state["step"]) == 1:
             state |= {f"{side}_moment": gradient.new_zeros(length, length) for side, length in sides.items()}
-        state["step"] += 1
         self._step(parameter, gradient, group)
         for side in sides:
             own = gradient if side == "left" else gradient.T

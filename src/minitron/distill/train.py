@@ -22,7 +22,7 @@ from minitron.device import compute_dtype, pick_device
 from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
 from minitron.distill.lessons import RecordedTeacher
-from minitron.distill.optimizer import hold_weights, make_optimizer
+from minitron.distill.optimizer import hold_weights, make_optimizer, vocabulary_of
 from minitron.distill.pupil import Pupil
 from minitron.distill.settings import DistillConfig, num_steps, of_correction
 from minitron.distill.state import States
@@ -172,7 +172,7 @@ def _train(
         trained,
         config.moved_by,
         config.weights,
-        vocabulary=[*pupil.vocabulary, *(learner.vocabulary if learner else ())],
+        vocabulary=[*vocabulary_of(pupil.model), *(vocabulary_of(learner.reader.model) if learner else ())],
         betas=config.betas,
         weight_decay=config.weight_decay,
         dtype=dtype,
