@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE_SECONDS = 0.002
+SOURCE = Path(__file__).parents[1] / "src"
 
 
 @dataclass
@@ -112,8 +113,9 @@ def publish(text: str, out: Path | None) -> None:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        run = subprocess.run(["git", *words], cwd=SOURCE, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
 
     # Not the benchmarks: a result file that is being written would make every commit look changed.
-    changed = git("status", "--porcelain", "--", "src")
+    changed = git("status", "--porcelain", "--", ".")
     return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes in src" if changed else "")
