@@ -63,20 +63,15 @@ class BFloat16AdamW(torch.optim.Optimizer):
                 self._move(parameter, group, index)
 
     def _move(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
-        state = self._counted(parameter)
-        noise = self._noise(parameter.device, index, int(state["step"]))
-        tensors = {"weight": parameter, "gradient": parameter.grad} | {name: state[name] for name in self.buffers}
-        for rows in _chunks({name: parallel.local(tensor) for name, tensor in tensors.items()}):
-            self._move_rows(rows, group, int(state["step"]), noise)
-
-    def _counted(self, parameter: Tensor) -> dict[str, Any]:
-        """What is held of a parameter, with one step more."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state |= {name: torch.zeros_like(parameter) for name in self.buffers}
         state["step"] += 1
-        return state
+        noise = self._noise(parameter.device, index, int(state["step"]))
+        tensors = {"weight": parameter, "gradient": parameter.grad} | {name: state[name] for name in self.buffers}
+        for rows in _chunks({name: parallel.local(tensor) for name, tensor in tensors.items()}):
+            self._move_rows(rows, group, int(state["step"]), noise)
 
     def _move_rows(self, rows: dict[str, Tensor], group: dict[str, Any], step: int, noise: torch.Generator) -> None:
         (slow, slower), rate = group["betas"], group["lr"]

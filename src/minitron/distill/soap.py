@@ -9,14 +9,15 @@ axes are of several gradients, for those of one leave some sides without any: un
 """
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from minitron import parallel
-from minitron.distill.low_precision import EPSILON, BFloat16AdamW
 from minitron.model.logits import float32_logits
 
 # Steps from one change of the axes to the next, as in the paper.
@@ -25,6 +26,10 @@ AXES_STEPS = 10
 AXES_BETA = 0.95
 # A side of a matrix that is longer keeps the axes it has.
 MOST_AXES = 4096
+# Entries of a matrix from which on products with rounded inputs are faster; below, converting them takes longer.
+ROUNDED_FROM = 128 * 128
+EPSILON = 1e-8  # torch's default
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 SIDES = ("left", "right")
 
 
@@ -38,8 +43,8 @@ def axes_bytes(shape: tuple[int, ...]) -> int:
     return sum(2 * 4 * length**2 for length in turned_sides(shape).values())
 
 
-class Soap(BFloat16AdamW):
-    """AdamW of float32 weights whose groups say whether their matrices are `turned`.
+class Soap(torch.optim.Optimizer):
+    """AdamW of float32 weights whose groups say whether their matrices are `turned`; torch moves the others.
 
     Of a matrix that is divided among processes, Adam's moments are divided as it is; its axes are whole in each, and so
     is, while it moves, its gradient.
@@ -52,46 +57,87 @@ class Soap(BFloat16AdamW):
     ):
         """
         Args:
-            dtype: that products with gradients may round their inputs to; what axes are of each other stays exact.
+            dtype: that products of large matrices may round their inputs to. Axes stay orthonormal all the same.
         """
-        super().__init__(groups, betas=betas, seed=0)  # weights in float32 need no noise
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.dtype = dtype
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Move every parameter that has a gradient; torch's signature, without the closure."""
-        with float32_logits(self.dtype):
-            return super().step(closure)
+        assert closure is None
+        for large, group in product((False, True), self.param_groups):
+            with float32_logits(self.dtype if large else torch.float32):
+                for parameter in group["params"]:
+                    of_size = large == (parameter.numel() >= ROUNDED_FROM)
+                    if group["turned"] and parameter.grad is not None and of_size:
+                        self._move(parameter, group)
+        for group in self.param_groups:
+            if not group["turned"]:
+                self._move_as_torch_does(group)
 
-    def _move(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
-        if not group["turned"]:
-            super()._move(parameter, group, index)
+    def _move_as_torch_does(self, group: dict[str, Any]) -> None:
+        members = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not members:
             return
+        (slow, slower), states = group["betas"], [self._state_of(parameter, parameter.device) for parameter in members]
+        means, squares = ([parallel.local(state[name]) for state in states] for name in MOMENTS)
+        adamw(
+            [parallel.local(parameter) for parameter in members],
+            [parallel.local(parameter.grad) for parameter in members],
+            means,
+            squares,
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=slow,
+            beta2=slower,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPSILON,
+            maximize=False,
+        )
+
+    def _state_of(self, parameter: Tensor, device: torch.device | str) -> dict[str, Any]:
+        """What is held of a parameter.
+
+        Args:
+            device: of the number of its steps.
+        """
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=device)
+            state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        return state
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        state, gradient = self._counted(parameter), parallel.whole(parameter.grad)
-        sides = turned_sides(tuple(parameter.shape))
-        if int(state["step"]) == 1:
+        state, gradient = self._state_of(parameter, "cpu"), parallel.whole(parameter.grad)
+        state["step"] += 1
+        step, sides = int(state["step"]), turned_sides(tuple(parameter.shape))
+        if step == 1:
             state |= {f"{side}_moment": gradient.new_zeros(length, length) for side, length in sides.items()}
-        self._step(parameter, gradient, group)
+        self._step(parameter, gradient, group, step)
         for side in sides:
             own = gradient if side == "left" else gradient.T
             state[f"{side}_moment"].lerp_(own @ own.T, 1 - AXES_BETA)
-        if int(state["step"]) % AXES_STEPS == 0:
-            with float32_logits(torch.float32):
-                self._follow(parameter, sides)
+        if step % AXES_STEPS == 0:
+            self._follow(parameter, sides)
 
-    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], step: int) -> None:
         """Adam's step along the axes."""
-        state, (slow, slower) = self.state[parameter], group["betas"]
-        left, right, step = state.get("left_axes"), state.get("right_axes"), int(state["step"])
+        state, (slow, slower), rate = self.state[parameter], group["betas"], group["lr"]
+        left, right = (state.get(f"{side}_axes") for side in SIDES)
         own = parallel.own_rows(_turned(gradient, left, right), parameter)
-        mean, square = (parallel.local(state[name]) for name in self.buffers)
+        mean, square = (parallel.local(state[name]) for name in MOMENTS)
         mean.lerp_(own, 1 - slow)
         square.mul_(slower).addcmul_(own, own, value=1 - slower)
-        change = (mean / (1 - slow**step)) / (square / (1 - slower**step)).sqrt().add_(EPSILON)
+        change = mean / square.sqrt().div_((1 - slower**step) ** 0.5).add_(EPSILON)
         back = (None if axes is None else axes.T for axes in (left, right))
         change = parallel.own_rows(_turned(parallel.gathered(change, parameter), *back), parameter)
         weight = parallel.local(parameter)
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
+        weight.mul_(1 - rate * group["weight_decay"]).add_(change, alpha=-rate / (1 - slow**step))
 
     def _follow(self, parameter: Tensor, sides: Iterable[str]) -> None:
         """Bring the axes nearer to the moments' eigenvectors, and Adam's moments along."""
@@ -102,9 +148,9 @@ class Soap(BFloat16AdamW):
             changes[side] = nearer if axes is None else axes.T @ nearer
             state[f"{side}_axes"] = nearer
         left, right = (changes.get(side) for side in SIDES)
-        mean, square = (parallel.whole(state[name]) for name in self.buffers)
+        mean, square = (parallel.whole(state[name]) for name in MOMENTS)
         shares = (None if change is None else change.square() for change in (left, right))
-        for name, turned in zip(self.buffers, (_turned(mean, left, right), _turned(square, *shares)), strict=True):
+        for name, turned in zip(MOMENTS, (_turned(mean, left, right), _turned(square, *shares)), strict=True):
             parallel.local(state[name]).copy_(parallel.own_rows(turned, parameter))
 
 
