@@ -219,6 +219,39 @@ def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
         assert 0.5 * whole < read < 0.65 * whole
 
 
+# Bytes that a process holds of SOAP's state, and what becomes of the weights.
+HOLDS = """
+import torch
+from safetensors.torch import save_file
+from minitron.distill.soap import Soap
+from minitron.parallel import process_group
+
+with process_group() as here:
+    shapes = [(24, 40), (40, 24), (24, 24), (24, 24), (12, 24), (12, 24)]
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    soap = Soap([{"params": weights, "turned": True, "lr": 0.01}], betas=(0.9, 0.95))
+    for step in range(25):
+        for number, weight in enumerate(weights):
+            noise = torch.Generator().manual_seed(100 * step + number)
+            weight.grad = torch.randn(weight.shape, generator=noise)
+        soap.step()
+    held = [tensor for state in soap.state.values() for tensor in state.values() if not tensor.is_meta]
+    print(sum(tensor.nbytes for tensor in held), flush=True)
+    save_file({str(number): weight.detach() for number, weight in enumerate(weights)}, f"{here.size}-{here.rank}")
+"""
+
+
+def test_each_process_holds_its_part_of_what_soap_holds(tmp_path: Path) -> None:
+    (tmp_path / "holds.py").write_text(HOLDS)
+    held = {}
+    for size in (1, 2):
+        done = forked(size, "holds.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        held[size] = [int(line) for line in done.stdout.split()]
+    assert all(0.45 * held[1][0] < one < 0.55 * held[1][0] for one in held[2])
+    assert len({(tmp_path / name).read_bytes() for name in ("1-0", "2-0", "2-1")}) == 1
+
+
 # Whether the divided model of each directory has the weights and buffers that transformers gives it.
 LOADS = """
 import sys

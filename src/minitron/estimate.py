@@ -6,7 +6,7 @@ from typing import Any
 from minitron.data import TEACHER
 from minitron.describe import describe, describe_shape, forward_flops
 from minitron.device import compute_dtype, matmul_flops_per_second, pick_device
-from minitron.distill.optimizer import Optimizer, TrainingBytes, Weights, training_bytes
+from minitron.distill.optimizer import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.model_config import ModelConfig, open_config
 from minitron.recipe import Recipe
@@ -50,10 +50,9 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     if correction == "parallel":
         held += _of_teacher(teacher, recipe.distill.moved_by, recipe.distill.weights)
     else:
-        held += TrainingBytes(2 * teacher.parameters.total, axes=0)
+        held += 2 * teacher.parameters.total
     if correction == "before":
-        alone = _of_teacher(teacher, recipe.distill.moved_by, "float32")
-        held = max(held, alone, key=lambda each: each.divided + each.axes)
+        held = max(held, _of_teacher(teacher, recipe.distill.moved_by, "float32"))
     facts = {
         "teacher": describe(teacher),
         "student": student,
@@ -67,7 +66,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
         "distill_flops": flops,
         "correction_tokens": corrected_tokens,
         "correction_flops": corrected_flops if flops else None,
-        "training_bytes": held.divided + held.axes,
+        "training_bytes": held,
         "here": {
             "flops_per_second": rate,
             "utilisation": UTILISATION,
@@ -77,10 +76,10 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     if gpus is not None:
         speed = gpus.count * gpus.teraflops * 1e12 * gpus.utilisation
         seconds = (flops + corrected_flops) / speed if flops else None
-        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": held.divided / gpus.count + held.axes}
+        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": held / gpus.count}
     return facts
 
 
-def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> TrainingBytes:
+def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> int:
     """What training the teacher itself holds."""
     return training_bytes(teacher.architecture, teacher.config, teacher.shape, optimizer, weights)

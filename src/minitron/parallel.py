@@ -185,9 +185,19 @@ def own_rows(values: Tensor, tensor: Tensor) -> Tensor:
     return values[start : start + len(local(tensor))]
 
 
-def gathered(part: Tensor, tensor: Tensor) -> Tensor:
-    """The values for all of a tensor that may be divided, of which each process gives those for its part."""
-    return whole(_with_part(tensor, part))
+def at_holder(values: Tensor, holder: int) -> Tensor:
+    """A tensor that only one process holds: its values there, and elsewhere, on the meta device, what it is like."""
+    return values if joined().rank == holder else values.to("meta")
+
+
+def from_holder(values: Tensor, holder: int, device: torch.device) -> Tensor:
+    """All of a tensor that one process holds, as `at_holder` gave it; every process must ask."""
+    if not dist.is_initialized():
+        return values
+    if values.is_meta:
+        values = torch.empty_like(values, device=device)
+    dist.broadcast(values, holder)
+    return values
 
 
 def divided_like(values: Tensor, tensor: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """What moves the weights: which optimizer, for weights held how, and what it holds of each."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -76,23 +75,12 @@ def make_optimizer(
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-@dataclass(frozen=True)
-class TrainingBytes:
-    """That training holds of a model, without activations."""
-
-    divided: int  # in all processes together
-    axes: int  # in each of them
-
-    def __add__(self, other: "TrainingBytes") -> "TrainingBytes":
-        return TrainingBytes(self.divided + other.divided, self.axes + other.axes)
-
-
 def training_bytes(
     architecture: Architecture, config: Mapping[str, Any], shape: Shape, optimizer: Optimizer, weights: Weights
-) -> TrainingBytes:
-    """What training a model of a shape holds: weights, gradients, moments, and SOAP's axes."""
-    divided = TRAINING_BYTES[weights] * architecture.count(shape, config).total
+) -> int:
+    """What training a model of a shape holds, in all processes together: weights, gradients, moments, SOAP's axes."""
+    bytes_ = TRAINING_BYTES[weights] * architecture.count(shape, config).total
     if optimizer == "adamw":
-        return TrainingBytes(divided, axes=0)
+        return bytes_
     layer = [spec.shape(shape) for spec in architecture.specs(config, layers=1) if spec.layer is not None]
-    return TrainingBytes(divided, axes=shape.layers * sum(axes_bytes(size) for size in layer if len(size) == 2))
+    return bytes_ + shape.layers * sum(axes_bytes(size) for size in layer if len(size) == 2)

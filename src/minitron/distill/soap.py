@@ -8,8 +8,8 @@ as that of entries that are uncorrelated: else it would be of other axes than th
 axes are of several gradients, for those of one leave some sides without any: until then the steps are AdamW's.
 """
 
+import math
 from collections.abc import Iterable
-from itertools import product
 from typing import Any
 
 import torch
@@ -38,19 +38,26 @@ def turned_sides(shape: tuple[int, ...]) -> dict[str, int]:
     return {side: length for side, length in zip(SIDES, shape, strict=True) if length <= MOST_AXES}
 
 
+def held_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """What is held of a turned matrix: Adam's moments, and each side's axes with the moment that they are of."""
+    squares = {
+        f"{side}_{entry}": (length, length)
+        for side, length in turned_sides(shape).items()
+        for entry in ("moment", "axes")
+    }
+    return dict.fromkeys(MOMENTS, shape) | squares
+
+
 def axes_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a matrix's axes and of the moments that they are of; every process holds them whole."""
-    return sum(2 * 4 * length**2 for length in turned_sides(shape).values())
+    """What a turned matrix takes besides what AdamW holds of it."""
+    return 4 * sum(math.prod(size) for name, size in held_shapes(shape).items() if name not in MOMENTS)
 
 
 class Soap(torch.optim.Optimizer):
     """AdamW of float32 weights whose groups say whether their matrices are `turned`; torch moves the others.
 
-    Of a matrix that is divided among processes, Adam's moments are divided as it is; its axes are whole in each, and so
-    is, while it moves, its gradient.
+    Among several processes, each holds what is held of some of the turned matrices, and moves these for all.
     """
-
-    whole_entries = tuple(f"{side}_{entry}" for side in SIDES for entry in ("moment", "axes"))
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32
@@ -61,17 +68,36 @@ class Soap(torch.optim.Optimizer):
         """
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.dtype = dtype
+        for group in self.param_groups:
+            group["fused"] = not group["turned"]  # of torch's functions
+        turned = [parameter for group in self.param_groups if group["turned"] for parameter in group["params"]]
+        # Matrix -> the process that holds what is held of it.
+        self.holders = _shared_out(turned, parallel.joined().size)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move every parameter that has a gradient; torch's signature, without the closure."""
+        """Move every parameter that has a gradient; torch's signature, without the closure. Gradients are used up."""
         assert closure is None
-        for large, group in product((False, True), self.param_groups):
+        turned = [
+            (parameter, group)
+            for group in self.param_groups
+            if group["turned"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        # All gradients first and all changes last: between, no process waits for another.
+        changes = {p: parallel.at_holder(parallel.whole(p.grad), self.holders[p]) for p, _ in turned}
+        for large in (False, True):
             with float32_logits(self.dtype if large else torch.float32):
-                for parameter in group["params"]:
-                    of_size = large == (parameter.numel() >= ROUNDED_FROM)
-                    if group["turned"] and parameter.grad is not None and of_size:
-                        self._move(parameter, group)
+                for parameter, group in turned:
+                    if large == (parameter.numel() >= ROUNDED_FROM):
+                        self._count(parameter)
+                        self._to_change(changes[parameter], parameter, group)
+        for parameter, group in turned:
+            change = parallel.from_holder(changes.pop(parameter), self.holders[parameter], parameter.device)
+            weight = parallel.local(parameter)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(parallel.own_rows(change, parameter), alpha=-group["lr"])
         for group in self.param_groups:
             if not group["turned"]:
                 self._move_as_torch_does(group)
@@ -80,7 +106,11 @@ class Soap(torch.optim.Optimizer):
         members = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not members:
             return
-        (slow, slower), states = group["betas"], [self._state_of(parameter, parameter.device) for parameter in members]
+        for parameter in members:
+            if parameter not in self.state:
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
+                self.state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        (slow, slower), states = group["betas"], [self.state[parameter] for parameter in members]
         means, squares = ([parallel.local(state[name]) for state in states] for name in MOMENTS)
         adamw(
             [parallel.local(parameter) for parameter in members],
@@ -99,59 +129,59 @@ class Soap(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _state_of(self, parameter: Tensor, device: torch.device | str) -> dict[str, Any]:
-        """What is held of a parameter.
+    def _count(self, parameter: Tensor) -> None:
+        """Count a step of a turned matrix, of which there is nothing yet before the first."""
+        if parameter not in self.state:
+            device = parameter.device if self.holders[parameter] == parallel.joined().rank else "meta"
+            shapes = held_shapes(tuple(parameter.shape))
+            self.state[parameter] = {"step": torch.zeros(())}
+            self.state[parameter] |= {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self.state[parameter]["step"] += 1
 
-        Args:
-            device: of the number of its steps.
-        """
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=device)
-            state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-        return state
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        state, gradient = self._state_of(parameter, "cpu"), parallel.whole(parameter.grad)
-        state["step"] += 1
-        step, sides = int(state["step"]), turned_sides(tuple(parameter.shape))
-        if step == 1:
-            state |= {f"{side}_moment": gradient.new_zeros(length, length) for side, length in sides.items()}
-        self._step(parameter, gradient, group, step)
+    def _to_change(self, gradient: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Make of a matrix's gradient, where it is held, what is to be taken off at a rate of 1."""
+        if gradient.is_meta:
+            return
+        state, sides = self.state[parameter], turned_sides(tuple(parameter.shape))
+        step = int(state["step"])
         for side in sides:
             own = gradient if side == "left" else gradient.T
             state[f"{side}_moment"].lerp_(own @ own.T, 1 - AXES_BETA)
-        if step % AXES_STEPS == 0:
-            self._follow(parameter, sides)
-
-    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], step: int) -> None:
-        """Adam's step along the axes."""
-        state, (slow, slower), rate = self.state[parameter], group["betas"], group["lr"]
-        left, right = (state.get(f"{side}_axes") for side in SIDES)
-        own = parallel.own_rows(_turned(gradient, left, right), parameter)
-        mean, square = (parallel.local(state[name]) for name in MOMENTS)
+        known = step > AXES_STEPS
+        left, right = (state[f"{side}_axes"] if known and side in sides else None for side in SIDES)
+        (slow, slower), own = group["betas"], _turned(gradient, left, right)
+        mean, square = (state[name] for name in MOMENTS)
         mean.lerp_(own, 1 - slow)
         square.mul_(slower).addcmul_(own, own, value=1 - slower)
         change = mean / square.sqrt().div_((1 - slower**step) ** 0.5).add_(EPSILON)
         back = (None if axes is None else axes.T for axes in (left, right))
-        change = parallel.own_rows(_turned(parallel.gathered(change, parameter), *back), parameter)
-        weight = parallel.local(parameter)
-        weight.mul_(1 - rate * group["weight_decay"]).add_(change, alpha=-rate / (1 - slow**step))
+        gradient.copy_(_turned(change, *back).div_(1 - slow**step))
+        if step % AXES_STEPS == 0:
+            self._follow(state, sides, first=step == AXES_STEPS)
 
-    def _follow(self, parameter: Tensor, sides: Iterable[str]) -> None:
+    @staticmethod
+    def _follow(state: dict[str, Any], sides: Iterable[str], *, first: bool) -> None:
         """Bring the axes nearer to the moments' eigenvectors, and Adam's moments along."""
-        state, changes = self.state[parameter], {}
+        changes = {}
         for side in sides:
-            moment, axes = state[f"{side}_moment"], state.get(f"{side}_axes")
-            nearer = _eigenvectors(moment) if axes is None else _iterated(moment, axes)
-            changes[side] = nearer if axes is None else axes.T @ nearer
-            state[f"{side}_axes"] = nearer
+            moment, axes = state[f"{side}_moment"], state[f"{side}_axes"]
+            nearer = _eigenvectors(moment) if first else _iterated(moment, axes)
+            changes[side] = nearer if first else axes.T @ nearer
+            axes.copy_(nearer)
         left, right = (changes.get(side) for side in SIDES)
-        mean, square = (parallel.whole(state[name]) for name in MOMENTS)
-        shares = (None if change is None else change.square() for change in (left, right))
-        for name, turned in zip(MOMENTS, (_turned(mean, left, right), _turned(square, *shares)), strict=True):
-            parallel.local(state[name]).copy_(parallel.own_rows(turned, parameter))
+        mean, square = (state[name] for name in MOMENTS)
+        mean.copy_(_turned(mean, left, right))
+        square.copy_(_turned(square, *(None if change is None else change.square() for change in (left, right))))
+
+
+def _shared_out(matrices: Iterable[Tensor], processes: int) -> dict[Tensor, int]:
+    """Each matrix's process, so that all hold about as much: the largest first, each to the one that has least."""
+    loads, found = [0] * processes, {}
+    sizes = {matrix: sum(map(math.prod, held_shapes(tuple(matrix.shape)).values())) for matrix in matrices}
+    for matrix in sorted(sizes, key=lambda matrix: -sizes[matrix]):
+        found[matrix] = loads.index(min(loads))
+        loads[found[matrix]] += sizes[matrix]
+    return found
 
 
 def _eigenvectors(moment: Float[Tensor, "length length"]) -> Float[Tensor, "length length"]:

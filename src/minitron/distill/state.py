@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.device import versions
+from minitron.distill.soap import Soap
 from minitron.errors import RunError
 from minitron.files import atomic_directory, readable_os_errors, write_text
 from minitron.large_files import digest_file
 from minitron.model.weights import write_shard
-from minitron.parallel import divided_like, joined, whole
+from minitron.parallel import at_holder, divided_like, from_holder, joined, whole
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
 FACTS = "state.json"
@@ -89,7 +90,7 @@ class States:
         if joined().rank > 0:
             for tensors in self._contents().values():
                 for name in _order(tensors):
-                    whole(tensors[name])
+                    tensors[name].whole()
             return
         with self._writing(self._metrics), self._metrics.open("a") as file:
             os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
@@ -151,15 +152,22 @@ class States:
         """What the optimizer may hold something of."""
         return {name: tensor for tensors in self._tensors().values() for name, tensor in tensors.items()}
 
-    def _contents(self) -> dict[str, Mapping[str, Tensor]]:
+    def _contents(self) -> dict[str, dict[str, "_Entry"]]:
         """File -> tensors."""
         names = {tensor: name for name, tensor in self._named().items()}
+        device, holders = self._device(), self._holders()
         held = {
-            f"{entry}.{names[parameter]}": value
+            f"{entry}.{names[parameter]}": _Entry(value, device, None if entry == "step" else holders.get(parameter))
             for parameter, entries in self.optimizer.state.items()
             for entry, value in entries.items()
         }
-        return {**self._tensors(), OPTIMIZER: held, RANDOM: _random_state(self._device())}
+        others = {**self._tensors(), RANDOM: _random_state(device)}
+        made = {file: {name: _Entry(t, device) for name, t in tensors.items()} for file, tensors in others.items()}
+        return {**made, OPTIMIZER: held}
+
+    def _holders(self) -> Mapping[Tensor, int]:
+        """Parameter -> the process that holds what is held of it, where one holds it whole."""
+        return self.optimizer.holders if isinstance(self.optimizer, Soap) else {}
 
     def _restore(self, path: Path, facts: Facts) -> None:
         kind = type(self.optimizer).__name__
@@ -190,8 +198,10 @@ class States:
             parameter = named[name]
             device = parameter.device if entry != "step" or beside[parameter] else "cpu"
             value = value.to(device)
-            undivided = entry == "step" or entry in getattr(self.optimizer, "whole_entries", ())
-            self.optimizer.state[parameter][entry] = value if undivided else divided_like(value, parameter)
+            if entry != "step":
+                holder = self._holders().get(parameter)
+                value = divided_like(value, parameter) if holder is None else at_holder(value, holder)
+            self.optimizer.state[parameter][entry] = value
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -203,6 +213,19 @@ class States:
         kept = "".join(line + "\n" for line in text.splitlines() if _tokens_of(line) <= tokens)
         if kept != text:
             write_text(self._metrics, kept, way_out=self._way_out())
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor that goes into a file, of which this process may have a part or nothing."""
+
+    tensor: Tensor
+    device: torch.device  # where what it lacks may come from other processes
+    holder: int | None = None  # the process that has it all; None: it may be divided
+
+    def whole(self) -> Tensor:
+        """All of it; every process must ask."""
+        return whole(self.tensor) if self.holder is None else from_holder(self.tensor, self.holder, self.device)
 
 
 def nearest_step(tokens: int, step_tokens: int) -> int:
@@ -250,15 +273,16 @@ def _checked_facts(state: Path) -> Facts:
     return facts
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
+def _write(file: Path, entries: Mapping[str, _Entry]) -> str:
     """Write tensors from any device, one in memory at a time; returns the file's sha256."""
-    names = _order(tensors)
-    types = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
-    return write_shard(file, types, (whole(tensors[name]).detach().cpu() for name in names))
+    names = _order(entries)
+    types = {name: (entries[name].tensor.dtype, tuple(entries[name].tensor.shape)) for name in names}
+    return write_shard(file, types, (entries[name].whole().detach().cpu() for name in names))
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each begins at a multiple of its own
+def _order(entries: Mapping[str, _Entry]) -> list[str]:
+    """So that each begins at a multiple of its own size."""
+    return sorted(entries, key=lambda name: -entries[name].tensor.itemsize)
 
 
 @torch.no_grad()
