@@ -196,7 +196,9 @@ def test_the_rooms_one_by_one(desk: Desk) -> None:
     desk.json("prune", desk.teacher, *plain, "--out", path / "planned")
     assert Plan.load(path / "planned" / "plan.json") == Plan.load(path / "pruned" / "plan.json")
     assert by_shape["repairs"] == ["basis", "ffn_obs"] and not same_weights(path / "planned", path / "pruned")
-    desk.json("prune", desk.teacher, "--shape", SHAPE, *data, "--out", path / "direct")
+    desk.json("prune", desk.teacher, "--shape", SHAPE, *data, "--samples", 9, "--out", path / "direct")
+    desk.json("prune", desk.teacher, "--shape", SHAPE, *stats, "--samples", 9, "--out", path / "on_less")
+    assert not same_weights(path / "on_less", path / "pruned")
     assert Plan.load(path / "direct" / "plan.json").student == Plan.load(path / "pruned" / "plan.json").student
 
     pair = ("--teacher", desk.teacher, "--student", path / "pruned")

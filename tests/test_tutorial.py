@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 4, 1_200, 2"
+SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 8, 1_200, 2"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_every_block_of_code_runs(maker: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "llama Shape(" in said or "llama {" in said
-    assert "4 blocks, 512 tokens" in said and "hidden 256 -> 160, ffn 704 -> 448" in said
+    assert "8 blocks, 1024 tokens" in said and "hidden 256 -> 160, ffn 704 -> 448" in said
     assert [line.split()[0] for line in said.splitlines() if " KL " in line and "top-1" in line] == [
         "teacher", "pruned", "student",
     ]  # fmt: skip

@@ -193,6 +193,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
     arguments.add_data(prune)
+    prune.add_argument(
+        "--samples", type=arguments.count, default=1024, help="blocks of text for statistics and repair; default 1024"
+    )
     prune.add_argument("--out", type=Path, required=True)
 
     distill = add("distill", verbs.distill)

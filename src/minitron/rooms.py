@@ -162,6 +162,7 @@ def prune_model(
     plan_file: Path | None,
     statistics_dir: Path | None,
     data_config: Callable[[], data.DataConfig],
+    samples: int = CalibrateConfig().samples,
     out: Path,
     listener: Listener = SILENT,
 ) -> tuple[Plan, dict[str, Any]]:
@@ -169,13 +170,16 @@ def prune_model(
     repair it.
 
     Statistics are those given, else collected on `data_config`, which is asked for only where text is needed.
+
+    Args:
+        samples: blocks of that text, which the repair is fitted to also where statistics are given.
     """
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
         given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
         fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
         steps = resolve_repair(repair, teacher, fixed).steps or []
-        known = _Known(teacher, config, steps, statistics_dir, data_config, partial, listener)
+        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, partial, listener)
         if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
             plan = given
@@ -212,12 +216,14 @@ class _Known:
     steps: list[Step]
     statistics_dir: Path | None
     data_config: Callable[[], data.DataConfig]
+    samples: int
     work: Path
     listener: Listener
 
     @cached_property
     def scoring(self) -> Scoring:
-        calibration, tokenizer = CalibrateConfig(second_moment="basis" in self.steps), load_tokenizer(self.teacher.path)
+        calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
+        tokenizer = load_tokenizer(self.teacher.path)
         with corpus_for(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
             scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
         return replace(scoring, scratch=self.work)

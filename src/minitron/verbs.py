@@ -165,6 +165,7 @@ def prune(args: argparse.Namespace, console: Console) -> None:
         plan_file=args.plan,
         statistics_dir=args.statistics,
         data_config=lambda: data_config(args, console),
+        samples=args.samples,
         out=args.out,
         listener=console,
     )
