@@ -11,6 +11,7 @@ loss are interpolated in the logarithms between its own budgets, and given as a 
 """
 
 import argparse
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,8 @@ from repair import tokens_to_reach
 
 from minitron.describe import forward_flops
 
+# Training operations of P1's family, teacher first, in units of its own: 15B, 8B and 4B on as many tokens each.
+FAMILY = (4.4, 2.5, 1.2)
 STARTS = ("scratch", "plain: loss=cross_entropy", "plain", "best")
 
 
@@ -99,25 +102,29 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         "teacher": forward_flops(bench.teacher.shape, bench.teacher.parameters, BLOCK_TOKENS),
         "student": forward_flops(student, count, BLOCK_TOKENS),
     }
+    saved = [
+        [
+            [scratch, f"{tokens / 1e6:g}M", f"{tokens / count.total:.1f}", f"{loss:.3f}"],
+            [_saved(tokens, loss, losses[name], name, forward) for name in others],
+        ]
+        for scratch in names
+        if scratch not in others
+        for tokens, loss in sorted(losses[scratch].items())
+    ]
+    columns = ["from scratch", "tokens", "tokens a parameter", "its loss", *others]
     lines += [
         "Tokens from scratch for each token of another start, to the same loss, and in brackets the same of operations "
         "(three forward passes of the student for a step, and one of the teacher where it is asked):",
         "",
         table(
-            ["from scratch", "tokens", "tokens a parameter", "its loss", *others],
-            [
-                [
-                    scratch,
-                    f"{tokens / 1e6:g}M",
-                    f"{tokens / count.total:.1f}",
-                    f"{loss:.3f}",
-                    *(_ratio(tokens, loss, losses[name], name, forward) for name in others),
-                ]
-                for scratch in names
-                if scratch not in others
-                for tokens, loss in sorted(losses[scratch].items())
-            ],
+            columns,
+            [[*row, *(f"{one} ({one.bound}{one.operations:.1f})" for one in each)] for row, each in saved],
         ),
+        "",
+        "P1's family of 15B, 8B and 4B takes 1.8 times fewer operations where both students take a fortieth of what "
+        "they took from scratch; with the ratios of operations above in place of 40:",
+        "",
+        table(columns, [[*row, *(f"{one.bound}{one.of_family:.2f}" for one in each)] for row, each in saved]),
         "",
     ]
     return "\n".join(lines)
@@ -129,13 +136,30 @@ def with_adamw(start: str) -> str:
     return label({"start": name, **changes, "optimizer": "adamw"})
 
 
-def _ratio(tokens: int, loss: float, own: dict[int, float], name: str, forward: dict[str, float]) -> str:
+@dataclass(frozen=True)
+class _Saved:
+    """What a run from scratch takes, over what another start takes to its loss."""
+
+    tokens: float
+    operations: float
+    bound: str  # before the numbers: nothing, or what is known of them
+
+    def __str__(self) -> str:
+        return f"{self.bound}{self.tokens:.1f}"
+
+    @property
+    def of_family(self) -> float:
+        """The same for P1's family, of operations."""
+        teacher, *students = FAMILY
+        return sum(FAMILY) / (teacher + sum(students) / self.operations)
+
+
+def _saved(tokens: int, loss: float, own: dict[int, float], name: str, forward: dict[str, float]) -> _Saved:
     reached = tokens_to_reach(loss, own)
     bound = "" if reached else ">= " if own[min(own)] < loss else "< "
     reached = reached or (min(own) if own[min(own)] < loss else max(own))
     step = 3 * forward["student"] + (0 if "cross_entropy" in name else forward["teacher"])
-    operations = tokens * 3 * forward["student"] / (reached * step)
-    return f"{bound}{tokens / reached:.1f} ({bound}{operations:.1f})"
+    return _Saved(tokens / reached, tokens * 3 * forward["student"] / (reached * step), bound)
 
 
 if __name__ == "__main__":
