@@ -64,7 +64,7 @@ class Soap(torch.optim.Optimizer):
     ):
         """
         Args:
-            dtype: that products with large gradients may round their inputs to.
+            dtype: that products of large matrices may round their inputs to, but for those that axes come from.
         """
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.dtype = dtype
@@ -157,9 +157,7 @@ class Soap(torch.optim.Optimizer):
         back = (None if axes is None else axes.T for axes in (left, right))
         gradient.copy_(_turned(change, *back).div_(1 - slow**step))
         if step % AXES_STEPS == 0:
-            # Rounded, the moments' largest directions would drown the axes of the small ones.
-            with float32_logits(torch.float32):
-                self._follow(state, sides, first=step == AXES_STEPS)
+            self._follow(state, sides, first=step == AXES_STEPS)
 
     @staticmethod
     def _follow(state: dict[str, Any], sides: Iterable[str], *, first: bool) -> None:
@@ -167,7 +165,9 @@ class Soap(torch.optim.Optimizer):
         changes = {}
         for side in sides:
             moment, axes = state[f"{side}_moment"], state[f"{side}_axes"]
-            nearer = _eigenvectors(moment) if first else _iterated(moment, axes)
+            # Rounded, the moment's largest directions would drown the axes of the small ones.
+            with float32_logits(torch.float32):
+                nearer = _eigenvectors(moment) if first else _iterated(moment, axes)
             changes[side] = nearer if first else axes.T @ nearer
             axes.copy_(nearer)
         left, right = (changes.get(side) for side in SIDES)
