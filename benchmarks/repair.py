@@ -87,10 +87,8 @@ def _shape_lines(bench: Bench, shape: str) -> list[str]:
     ):
         own = [row for row in rows if label(row["key"]) == start]
         cut = own[0]["cut"]
-        best[start] = {tokens: found for tokens in budgets if (found := _best(own, tokens))}
-        cells.append(
-            [start, f"{cut['kl']:.3f}" if cut else "", *(_cell(best[start].get(tokens)) for tokens in budgets)]
-        )
+        best[start] = {tokens: found for tokens in budgets if (found := best_rate(own, tokens, "kl"))}
+        cells.append([start, f"{cut['kl']:.3f}" if cut else "", *(cell(best[start].get(tokens)) for tokens in budgets)])
     columns = ["start", "right after the cut", *(f"{tokens / 1e6:g}M tokens" for tokens in budgets)]
     lines = [
         f"## {shape.capitalize()}: {', '.join(f'{dim} {size}' for dim, size in asdict(student).items())}",
@@ -103,23 +101,28 @@ def _shape_lines(bench: Bench, shape: str) -> list[str]:
     return lines + _saving_lines(best, rows)
 
 
-def _best(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any] | None:
-    """The learning rate of the lowest KL at this budget, a mean over seeds where they are the same for all rates."""
+def best_rate(rows: list[dict[str, Any]], tokens: int, measure: str) -> dict[str, Any] | None:
+    """Of runs of one start, those with the learning rate that is best at this budget with the first seed.
+
+    Args:
+        measure: `kl` or `loss`, which is given as a mean over seeds (`mean`) and of each of them (`all`).
+    """
     by_rate: dict[float, list[float]] = {}
     for row in rows:
         if row["key"]["tokens"] == tokens:
-            by_rate.setdefault(row["key"]["rate"], []).append(row["student"]["kl"])
+            by_rate.setdefault(row["key"]["rate"], []).append(row["student"][measure])
     if not by_rate:
         return None
     rate = min(by_rate, key=lambda rate: by_rate[rate][0])
-    return {"kl": statistics.mean(by_rate[rate]), "all": by_rate[rate], "rate": rate, "rates": len(by_rate)}
+    return {"mean": statistics.mean(by_rate[rate]), "all": by_rate[rate], "rate": rate, "rates": len(by_rate)}
 
 
-def _cell(found: dict[str, Any] | None) -> str:
+def cell(found: dict[str, Any] | None) -> str:
+    """What `best_rate` found: the mean, the seeds' range and the rate."""
     if found is None:
         return ""
     spread = f" [{min(found['all']):.3f}, {max(found['all']):.3f}]" if len(found["all"]) > 1 else ""
-    return f"{found['kl']:.3f}{spread} ({found['rate']:g}x of {found['rates']})"
+    return f"{found['mean']:.3f}{spread} ({found['rate']:g}x of {found['rates']})"
 
 
 def _saving_lines(best: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -134,9 +137,9 @@ def _saving_lines(best: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]
         plain_cut = next(row["cut"]["kl"] for row in rows if row["key"]["start"] == "plain")
         ratios = []
         for tokens, plain in best["plain"].items():
-            reached = tokens_to_reach(plain["kl"], {n: found["kl"] for n, found in by_tokens.items()})
+            reached = tokens_to_reach(plain["mean"], {n: found["mean"] for n, found in by_tokens.items()})
             least = min(by_tokens)
-            sooner = by_tokens[least]["kl"] < plain["kl"]  # at the smallest budget that was tried
+            sooner = by_tokens[least]["mean"] < plain["mean"]  # at the smallest budget that was tried
             ratios.append(f"< {least / tokens:.2f}" if sooner else f"{reached / tokens:.2f}" if reached else "")
         cells.append([start, f"{cut / plain_cut:.2f}", *ratios])
     columns = ["start", "KL after the cut / plain", *(f"tokens / {n / 1e6:g}M of plain" for n in best["plain"])]

@@ -30,7 +30,7 @@ from distillations import (
     variant,
 )
 from measure import header, table
-from repair import tokens_to_reach
+from repair import best_rate, cell, tokens_to_reach
 
 from minitron.describe import forward_flops
 
@@ -62,28 +62,20 @@ def main() -> None:
 def report(bench: Bench, args: argparse.Namespace) -> str:
     student = bench.shape(args.shape)
     count = bench.teacher.architecture.count(student, bench.teacher.config)
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    tried: dict[tuple[str, int], int] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for row in bench.rows:
         if row["key"]["shape"] == args.shape:
-            name, tokens = label(row["key"]), row["key"]["tokens"]
-            own = found.setdefault(name, {})
-            own[tokens] = min(own.get(tokens, row), row, key=lambda row: row["student"]["loss"])
-            tried[name, tokens] = tried.get((name, tokens), 0) + 1
-    losses = {name: {n: row["student"]["loss"] for n, row in rows.items()} for name, rows in found.items()}
+            rows.setdefault(label(row["key"]), []).append(row)
+    budgets = sorted({row["key"]["tokens"] for own in rows.values() for row in own})
+    found = {
+        name: {tokens: best for tokens in budgets if (best := best_rate(own, tokens, "loss"))}
+        for name, own in rows.items()
+    }
+    losses = {name: {tokens: best["mean"] for tokens, best in each.items()} for name, each in found.items()}
     names = [name for start in STARTS for name in (start, with_adamw(start)) if name in found]
     others = [name for name in names if not name.startswith("scratch")]
-    budgets = sorted({tokens for rows in found.values() for tokens in rows})
     cells = [
-        [
-            f"{tokens / 1e6:g}M ({tokens / count.total:.1f})",
-            *(
-                f"{losses[name][tokens]:.3f} ({found[name][tokens]['key']['rate']:g}x of {tried[name, tokens]})"
-                if tokens in losses[name]
-                else ""
-                for name in names
-            ),
-        ]
+        [f"{tokens / 1e6:g}M ({tokens / count.total:.1f})", *(cell(found[name].get(tokens)) for name in names)]
         for tokens in budgets
     ]
     lines = [
@@ -91,7 +83,8 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         f"Teacher {bench.teacher.shape}; student {student}, {count.total:,} parameters, {count.non_embedding:,} "
         f"without embeddings. {bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. "
         f"Held-out loss in nats a token on {HELDOUT_BLOCKS} blocks of {BLOCK_TOKENS}; each cell is a run of its own, "
-        "at the best of its learning rates. Tokens (and tokens a parameter of the student) down the side.",
+        "at the best of its learning rates, with two seeds their mean and range. Tokens (and tokens a parameter of the "
+        "student) down the side.",
         "",
         table(["tokens", *names], cells),
         "",
