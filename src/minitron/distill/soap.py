@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from minitron import parallel
+from minitron.distill.low_precision import EPSILON
 from minitron.model.logits import float32_logits
 
 # Steps from one change of the axes to the next, as in the paper.
@@ -28,7 +29,6 @@ AXES_BETA = 0.95
 MOST_AXES = 4096
 # Entries of a matrix from which on products with rounded inputs are faster; below, converting them takes longer.
 ROUNDED_FROM = 128 * 128
-EPSILON = 1e-8  # torch's default
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 SIDES = ("left", "right")
 
