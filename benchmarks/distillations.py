@@ -130,10 +130,12 @@ class Bench:
         self.rows = [json.loads(line) for line in self.runs.read_text().splitlines()] if self.runs.exists() else []
 
     def shape(self, kind: str) -> Shape:
-        """About half of the non-embedding parameters: less width, fewer layers, or some of both."""
+        """About half of the non-embedding parameters: less width, fewer layers, or some of both; `width 30%` is that
+        share instead.
+        """
         table, config, shape = self.teacher.architecture, self.teacher.config, self.teacher.shape
-        if kind == "width":
-            return target_shape(table, config, shape, PruneConfig(target="50%"))
+        if kind.startswith("width"):
+            return target_shape(table, config, shape, PruneConfig(target=kind.removeprefix("width").strip() or "50%"))
         if kind == "depth":
             return replace(shape, layers=-(-shape.layers // 2))
         fewer = replace(shape, layers=shape.layers - max(1, shape.layers // 5))

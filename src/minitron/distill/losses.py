@@ -226,6 +226,27 @@ def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
+def _with_slopes(
+    objective: Objective,
+    logits: Float[Tensor, "tokens vocab"],
+    teacher: Float[Tensor, "tokens vocab"] | TopK | None,
+    targets: Int[Tensor, " tokens"],
+    transform: LogitTransform,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
+    """The sum of an objective, and its gradient in logits that are yet to be transformed, in `dtype`.
+
+    In float32 the gradient takes the logits' place.
+    """
+    slopes = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    total = logits.new_zeros((), dtype=torch.float64)
+    for part in _parts(logits):
+        known = teacher.rows(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
+        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform)
+        total += value
+    return total, slopes
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -250,18 +271,15 @@ class _ChunkedLoss(torch.autograd.Function):
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
         with float32_logits(dtype):
             for rows in _slices(len(hidden), chunk):
+                known = None if teacher is None else teacher.rows(rows)
                 logits = project(hidden[rows].detach(), head_32)
-                reference = None if teacher is None else teacher.rows(rows)
-                for part in _parts(logits):
-                    known = reference.rows(part) if isinstance(reference, TopK) else reference
-                    known = known[part] if isinstance(known, Tensor) else known
-                    value, slope = objective.with_slope(logits[part], known, targets[rows][part], transform)
-                    total += value
-                    logits[part] = slope
-                slopes = logits.to(dtype)
+                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype)
+                del logits, known  # nothing of a chunk may be there still when the next one is made
+                total += value
                 grad_hidden[rows] = slopes @ head_low
                 for tokens_of in _vocab_parts(grad_head):
                     grad_head[tokens_of] += slopes[:, tokens_of].T @ hidden_low[rows]
+                del slopes
         # Not saved by autograd, so that backward can scale them where they lie: a head's gradient is large.
         ctx.gradients = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
         return total.float()
