@@ -204,8 +204,11 @@ def floor_with_heads(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Ca
     return loss
 
 
-def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off") -> Callable[[], Tensor]:
+def minitron(
+    task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off", compiled: bool = False
+) -> Callable[[], Tensor]:
     """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
+    from minitron.distill.compiling import compile_layers
     from minitron.distill.intermediate import IntermediateLoss, pairs_of
     from minitron.distill.pupil import Pupil
     from minitron.distill.settings import DistillConfig
@@ -222,8 +225,11 @@ def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: st
     if between is not None:
         model.add_module("between", between.to(task.device))  # so that the loop trains its maps
     seen = [theirs for _, theirs in pairs]
-    guide = OnlineTeacher(of_teacher.path, student, task.dtype, task.device, places=seen)
-    pupil = Pupil(model, layers_of(model, student), config.objective, between, task.dtype).train()
+    guide = OnlineTeacher(of_teacher.path, student, task.dtype, task.device, places=seen, compiled=compiled)
+    layers = layers_of(model, student)
+    if compiled:
+        compile_layers(layers)
+    pupil = Pupil(model, layers, config.objective, between, task.dtype, compiled=compiled).train()
     batch = Batch(tokens)
 
     def loss() -> Tensor:
@@ -233,22 +239,29 @@ def minitron(task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: st
     return loss
 
 
-def plain(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Callable[[], Tensor]:
+def plain(task: Task, model: Any, teacher: Any, tokens: Tensor, *, compiled: bool = False) -> Callable[[], Tensor]:
     """As anybody would write it: full logits of both models, in float32 from the softmax on."""
+    of_logits = torch.compile(plain_kl) if compiled else plain_kl
+    if compiled:
+        for layer in (*model.base_model.layers, *teacher.base_model.layers):
+            layer.forward = torch.compile(layer.forward)
 
     def loss() -> Tensor:
         with task.autocast():
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
             with torch.no_grad():
                 teacher_logits = teacher(input_ids=tokens, use_cache=False).logits[:, :-1]
-        log_q = log_softmax(logits.flatten(0, 1).float(), -1)
-        log_p = log_softmax(teacher_logits.flatten(0, 1).float(), -1)
-        return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return of_logits(logits.flatten(0, 1), teacher_logits.flatten(0, 1))
 
     return loss
 
 
-def trl(task: Task, turns: Turns) -> None:
+def plain_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    log_q, log_p = (log_softmax(of.float(), -1) for of in (logits, teacher_logits))
+    return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def trl(task: Task, turns: Turns, *, compiled: bool = False) -> None:
     """TRL's GKDTrainer without sampling: forward KL on the batch it is given."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -256,7 +269,7 @@ def trl(task: Task, turns: Turns) -> None:
         trainer = GKDTrainer(
             task.student(),
             task.teacher(),
-            args=GKDConfig(**trainer_arguments(task, directory), lmbda=0.0, beta=0.0, temperature=1.0),
+            args=GKDConfig(**trainer_arguments(task, directory, compiled), lmbda=0.0, beta=0.0, temperature=1.0),
             data_collator=collate,
             train_dataset=same_batch(task),
             processing_class=AutoTokenizer.from_pretrained(task.models / "student"),
@@ -264,7 +277,7 @@ def trl(task: Task, turns: Turns) -> None:
         run_trainer(trainer, turns)
 
 
-def modelopt(task: Task, turns: Turns) -> None:
+def modelopt(task: Task, turns: Turns, *, compiled: bool = False) -> None:
     """ModelOpt's KDTrainer with its only loss for transformers: KL on logits."""
     from modelopt.torch.distill.plugins.huggingface import DistillArgsWithTeacherModel, KDTrainer
     from transformers import TrainingArguments
@@ -272,7 +285,7 @@ def modelopt(task: Task, turns: Turns) -> None:
     with tempfile.TemporaryDirectory() as directory:
         trainer = KDTrainer(
             task.student(),
-            TrainingArguments(**trainer_arguments(task, directory)),
+            TrainingArguments(**trainer_arguments(task, directory, compiled)),
             data_collator=collate,
             train_dataset=same_batch(task),
             distill_args=DistillArgsWithTeacherModel(distill=True, teacher_model=task.teacher(), temperature=1.0),
@@ -280,8 +293,12 @@ def modelopt(task: Task, turns: Turns) -> None:
         run_trainer(trainer, turns)
 
 
-def trainer_arguments(task: Task, directory: str) -> dict[str, Any]:
-    """For transformers' Trainer, on which both are built: the optimizer of `own_loop`, and nothing but training."""
+def trainer_arguments(task: Task, directory: str, compiled: bool) -> dict[str, Any]:
+    """For transformers' Trainer, on which both are built: the optimizer of `own_loop`, and nothing but training.
+
+    Args:
+        compiled: the student, which is what Trainer compiles.
+    """
     return {
         "output_dir": directory,
         "per_device_train_batch_size": task.sizes.batch,
@@ -297,6 +314,7 @@ def trainer_arguments(task: Task, directory: str) -> dict[str, Any]:
         "bf16": task.dtype == torch.bfloat16,
         "use_cpu": task.device.type == "cpu",
         "gradient_checkpointing": False,
+        "torch_compile": compiled,
         "dataloader_pin_memory": task.device.type == "cuda",
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -354,17 +372,20 @@ def _own(loss: Any) -> Callable[[Task, Turns], None]:
     return lambda task, turns: own_loop(loss, task, turns)
 
 
+TRL, MODELOPT = ("trl==1.16.0",), ("nvidia-modelopt[hf]==0.47.0",)
 CONTENDERS = {
     "floor": Contender("floor", _own(floor), loss_is_kl=False),
     "floor_with_heads": Contender("floor with both heads", _own(floor_with_heads), loss_is_kl=False),
     "minitron": Contender("minitron", _own(minitron)),
     "minitron_states": Contender("minitron, states too", _own(partial(minitron, places="all")), loss_is_kl=False),
+    "minitron_compiled": Contender("minitron, compiled", _own(partial(minitron, compiled=True))),
     "plain": Contender("plain loop", _own(plain)),
-    "trl": Contender("TRL GKDTrainer", trl, packages=("trl==1.16.0",)),
-    "modelopt": Contender("ModelOpt KDTrainer", modelopt, packages=("nvidia-modelopt[hf]==0.47.0",)),
+    "plain_compiled": Contender("plain loop, compiled", _own(partial(plain, compiled=True))),
+    "trl": Contender("TRL GKDTrainer", trl, packages=TRL),
+    "trl_compiled": Contender("TRL GKDTrainer, compiled", partial(trl, compiled=True), packages=TRL),
+    "modelopt": Contender("ModelOpt KDTrainer", modelopt, packages=MODELOPT),
+    "modelopt_compiled": Contender("ModelOpt KDTrainer, compiled", partial(modelopt, compiled=True), packages=MODELOPT),
 }
-OTHERS = ("plain", "trl", "modelopt")
-
 
 if __name__ == "__main__":
     train(**json.loads(sys.argv[1]))

@@ -8,6 +8,9 @@ own, and they take turns. TRL and ModelOpt have environments of their own, made 
 where they are missing: 1.5 and 1.8 GB with a CPU build of torch. Losses of the first step must agree, or nothing is
 compared. Memory of the loss alone is measured by chunked_loss.py, on the CPU.
 
+Contenders that are `compiled` use torch.compile: minitron and the plain loop for the layers of both models and the
+loss, the other two as transformers' Trainer does it, for the student.
+
 On a GPU, with the share of its peak that each step achieves:
 
     python benchmarks/distill_step.py --environments DIRECTORY --device cuda --peak-tflops 989 \\
@@ -34,6 +37,7 @@ from transformers import LlamaForCausalLM
 MIB = 1 << 20
 FLOOR_BAR, BEST_BAR, MEMORY_BAR = 1.10, 0.8, 0.10
 OTHERS = ("plain", "trl", "modelopt")
+COMPILED = "_compiled"  # ends the name of a contender that uses torch.compile
 TOLERANCE = 0.01  # between losses, relative: the others round logits to bfloat16
 FIRST_STEPS = 2  # in the second one the optimizer has its state
 LOSS_VOCAB, LOSS_TOKENS = 128_256, 2048
@@ -62,7 +66,7 @@ def main() -> None:
         parser.error(f"{' and '.join(apart)} need environments of their own: say where with --environments")
     sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
     pythons = {
-        name: environment(args.environments / name, CONTENDERS[name].packages)
+        name: environment(args.environments / name.removesuffix(COMPILED), CONTENDERS[name].packages)
         if name in apart
         else Path(sys.executable)
         for name in args.only
@@ -124,7 +128,7 @@ def measure(args: argparse.Namespace, pythons: dict[str, Path], task: dict[str, 
     results: dict[str, dict[str, Any]] = {}
     try:
         for name, python in pythons.items():
-            tuned = not (args.default_malloc and name in OTHERS)
+            tuned = not (args.default_malloc and name.removesuffix(COMPILED) in OTHERS)
             processes[name] = Process(python, KEEP_FREED_MEMORY if tuned else {}, contender=name, **task)
             results[name] = processes[name].turn(FIRST_STEPS, memory=True) | {"turns": []}
         for _ in range(args.repetitions):
@@ -233,19 +237,25 @@ def verdicts(results: dict[str, dict[str, Any]], ratios: Any, loss_bytes: dict[s
         apart = max(losses.values()) / min(losses.values()) - 1
         agree = "the same computation" if apart <= TOLERANCE else "NOT the same computation: the comparison is void"
         lines.append(f"First losses are at most {100 * apart:.2g} % apart: {agree}.")
-    for base in ("floor", "floor_with_heads"):
-        if {base, "minitron"} <= results.keys():
-            value = median(ratios("minitron", base))
-            verdict = against(FLOOR_BAR, value) if base == "floor" else "no bar"
-            lines.append(f"minitron over the {CONTENDERS[base].title}: {value:.3f} ({verdict}).")
-    others = [name for name in OTHERS if name in results]
-    if others and "minitron" in results:
-        value, best = max((median(ratios("minitron", name)), name) for name in others)
-        lines.append(
-            f"minitron over the fastest other, {CONTENDERS[best].title}: {value:.3f} ({against(BEST_BAR, value)})."
-        )
-        bytes_ = min(results[name]["bytes"] for name in others)
-        lines.append(f"Its peak memory over the least of the others: {results['minitron']['bytes'] / bytes_:.2f}.")
+    for ours in ("minitron", "minitron" + COMPILED):
+        if ours not in results:
+            continue
+        title = CONTENDERS[ours].title
+        for base in ("floor", "floor_with_heads"):
+            if base in results:
+                value = median(ratios(ours, base))
+                verdict = against(FLOOR_BAR, value) if base == "floor" else "no bar"
+                lines.append(f"{title} over the {CONTENDERS[base].title}: {value:.3f} ({verdict}).")
+        # What compiles is held against all, what does not against its like.
+        ends = ("", COMPILED) if ours.endswith(COMPILED) else ("",)
+        others = [name + end for name in OTHERS for end in ends if name + end in results]
+        if others:
+            value, best = max((median(ratios(ours, name)), name) for name in others)
+            lines += [
+                f"{title} over the fastest other, {CONTENDERS[best].title}: {value:.3f} ({against(BEST_BAR, value)}).",
+                f"Its peak memory over the least of those others: "
+                f"{results[ours]['bytes'] / min(results[name]['bytes'] for name in others):.2f}.",
+            ]
     if loss_bytes:
         value = loss_bytes["minitron"] / loss_bytes["plain"]
         lines.append(

@@ -28,7 +28,7 @@ from torch import Tensor
 from minitron.data import Corpus, batch_rows, next_rows
 from minitron.distill.settings import DistillConfig, num_steps, of_scratch, resolve
 from minitron.distill.train import distill, distill_until, learning_rate
-from minitron.errors import Interrupted, MinitronError, RunError
+from minitron.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.states import kept_states
@@ -356,6 +356,22 @@ def test_gradient_accumulation_gives_the_same_weights(bench: Bench, tmp_path: Pa
     pieces = tiny.tensors(bench.distill(tmp_path / "pieces", CONFIG.model_copy(update=short)))
     for name, tensor in tiny.tensors(whole).items():
         torch.testing.assert_close(pieces[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_compiled_models_and_loss_give_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+    short = {"tokens": 3 * BATCH * BLOCK, "learning_rate": 3e-4}
+    plain = tiny.tensors(bench.distill(tmp_path / "plain", CONFIG.model_copy(update=short)))
+    torch._dynamo.utils.counters.clear()
+    made = bench.distill(tmp_path / "compiled", CONFIG.model_copy(update=short | {"compile": True}))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, tensor in tiny.tensors(made).items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-6, rtol=0)
+
+
+def test_without_a_compiler_nothing_is_compiled(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RecipeError, match="distill.compile=true needs a C.. compiler .*'no-such-compiler'"):
+        bench.distill(tmp_path, CONFIG.model_copy(update={"compile": True}))
 
 
 @pytest.mark.parametrize("steps", [(1,), (3,), (5,), (STEPS,), (2, 4, 7, 8)], ids=str)

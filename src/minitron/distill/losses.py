@@ -7,6 +7,8 @@ a row of the tests.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import unwrap
 from typing import Any, Literal
 
 import torch
@@ -146,11 +148,18 @@ class Objective:
         teacher: Float[Tensor, "tokens vocab"] | TopK | None,
         targets: Int[Tensor, " tokens"],
         transform: LogitTransform,
+        *,
+        compiled: bool = False,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them."""
+        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them.
+
+        Args:
+            compiled: the forward KL of all of a vocabulary, with torch.compile.
+        """
         plain = self.terms == {"forward_kl": 1.0} and self.top_k is None and transform == LogitTransform()
         if plain and isinstance(teacher, Tensor):
-            return _forward_kl_with_slope(student, teacher, self.temperature)
+            of_kl = _compiled_forward_kl() if compiled else _forward_kl_with_slope
+            return of_kl(student, teacher, self.temperature)
         with torch.enable_grad():
             student = student.detach().requires_grad_()
             value = self(transform(student), teacher, targets).sum()
@@ -185,6 +194,12 @@ def _forward_kl_with_slope(
     return value * temperature**2, log_q.exp_().sub_(p).mul_(temperature)
 
 
+@cache
+def _compiled_forward_kl() -> Callable[..., tuple[Tensor, Tensor]]:
+    # Without what may check the types of its arguments.
+    return torch.compile(unwrap(_forward_kl_with_slope), dynamic=True)
+
+
 def chunked_loss(
     objective: Objective,
     student: LazyLogits,
@@ -193,6 +208,7 @@ def chunked_loss(
     *,
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Float[Tensor, ""]:
     """Sum of an objective over tokens; differentiable in the student's hidden states and output projection.
 
@@ -202,10 +218,11 @@ def chunked_loss(
     Args:
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `usual_chunk`.
+        compiled: see `Objective.with_slope`.
     """
     chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
     return _ChunkedLoss.apply(
-        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
+        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk, compiled
     )
 
 
@@ -233,6 +250,7 @@ def _with_slopes(
     targets: Int[Tensor, " tokens"],
     transform: LogitTransform,
     dtype: torch.dtype,
+    compiled: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
     """The sum of an objective, and its gradient in logits that are yet to be transformed, in `dtype`.
 
@@ -242,7 +260,7 @@ def _with_slopes(
     total = logits.new_zeros((), dtype=torch.float64)
     for part in _parts(logits):
         known = teacher.rows(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
-        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform)
+        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform, compiled=compiled)
         total += value
     return total, slopes
 
@@ -259,6 +277,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         chunk: int,
+        compiled: bool,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
@@ -273,7 +292,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for rows in _slices(len(hidden), chunk):
                 known = None if teacher is None else teacher.rows(rows)
                 logits = project(hidden[rows].detach(), head_32)
-                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype)
+                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype, compiled)
                 del logits, known  # nothing of a chunk may be there still when the next one is made
                 total += value
                 grad_hidden[rows] = slopes @ head_low
@@ -288,4 +307,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients, "the gradients of a chunked loss are there for one backward pass"
         (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
-        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None
+        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None, None

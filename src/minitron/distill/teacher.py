@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron import parallel
+from minitron.distill.compiling import compile_layers
 from minitron.distill.losses import TopK
 from minitron.errors import MinitronError
 from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
@@ -34,11 +35,19 @@ class OnlineTeacher:
     """A model in memory."""
 
     def __init__(
-        self, path: Path, student: Checkpoint, dtype: torch.dtype, device: torch.device, *, places: Collection[int] = ()
+        self,
+        path: Path,
+        student: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        places: Collection[int] = (),
+        compiled: bool = False,
     ):
         """
         Args:
             places: of the states in its lessons.
+            compiled: its layers, with torch.compile.
 
         Raises: MinitronError if logits of the two models cannot be compared.
         """
@@ -46,6 +55,8 @@ class OnlineTeacher:
         require_same_vocabulary(teacher, student)
         self.model = begun_model(teacher, dtype).requires_grad_(False)
         self.layers, self.places = layers_of(self.model, teacher), places
+        if compiled:
+            compile_layers(self.layers)
         placed(self.model.base_model, self.model, self.layers, teacher, dtype, device)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from minitron import parallel
 from minitron.data import Blocks, Corpus, batch_rows, next_rows
 from minitron.device import compute_dtype, pick_device
+from minitron.distill.compiling import compile_layers, require_compiler
 from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
 from minitron.distill.lessons import RecordedTeacher
@@ -160,6 +161,8 @@ def _train(
         )
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
+    if config.compile:
+        require_compiler(device)
     checkpoint = open_checkpoint(student)
     guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
@@ -383,7 +386,7 @@ def _teacher(
     if config.correction == "parallel":
         require_same_vocabulary(teacher, student)
         return LearningTeacher(_trained_model(teacher, config), teacher, dtype, device, places=places)
-    return OnlineTeacher(path, student, dtype, device, places=places)
+    return OnlineTeacher(path, student, dtype, device, places=places, compiled=config.compile)
 
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
@@ -414,7 +417,8 @@ def _pupil(
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
-    return Pupil(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
+    layers = layers_of(model, checkpoint)
+    return Pupil(model, layers, config.objective, intermediate, dtype, compiled=config.compile)
 
 
 def _trained_model(
@@ -429,8 +433,7 @@ def _trained_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in layers_of(model, checkpoint):
-            layer.forward = torch.compile(layer.forward)
+        compile_layers(layers_of(model, checkpoint))
     return model
 
 
