@@ -22,8 +22,8 @@ LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine"
 # nothing would else be infinitely unlikely.
 LEAST_TAIL = -80.0
 # Logit-sized float32 tensors alive at once in a chunk on a CPU, where softmaxes work on a few rows at a time: both
-# models' logits, the gradient in bfloat16, and what products convert.
-CPU_TEMPORARIES = 4
+# models' logits, the gradient in bfloat16, and about as much as products copy.
+CPU_TEMPORARIES = 5
 HEAD_PART_BYTES = 32 << 20
 PART_BYTES = 512 << 10  # of one core's logits that are worked on together: a few such fit its cache
 
