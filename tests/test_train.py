@@ -370,7 +370,7 @@ def test_compiled_models_and_loss_give_the_same_weights(bench: Bench, tmp_path: 
 
 def test_without_a_compiler_nothing_is_compiled(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RecipeError, match="distill.compile=true needs a C.. compiler .*'no-such-compiler'"):
+    with pytest.raises(RecipeError, match=r"distill.compile=true needs a C\+\+ compiler .*'no-such-compiler'"):
         bench.distill(tmp_path, CONFIG.model_copy(update={"compile": True}))
 
 
