@@ -217,7 +217,7 @@ def minitron(
     from minitron.model.states import layers_of
     from minitron.packing import Batch
 
-    config = DistillConfig()
+    config = DistillConfig(compile=compiled)
     assert (config.weight_decay, config.betas, config.gradient_clip) == (WEIGHT_DECAY, BETAS, GRADIENT_CLIP)
     of_teacher, student = (open_checkpoint(task.models / name) for name in ("teacher", "student"))
     pairs = pairs_of(places, student.shape, of_teacher.shape)
@@ -229,7 +229,7 @@ def minitron(
     layers = layers_of(model, student)
     if compiled:
         compile_layers(layers)
-    pupil = Pupil(model, layers, config.objective, between, task.dtype, compiled=compiled).train()
+    pupil = Pupil(model, layers, config.objective, between, task.dtype).train()
     batch = Batch(tokens)
 
     def loss() -> Tensor:

@@ -108,6 +108,7 @@ class Objective:
         leaves the student free within the rest.
     tail: without it the rest is forgotten, and both distributions are scaled up to 1 over the k tokens. This is no
         bound: it is 0 for any student that has the proportions among them right, whatever it gives to the rest.
+    compiled: take the forward KL of a whole vocabulary, and its gradient, with torch.compile.
     """
 
     terms: Mapping[LossName, float] = field(default_factory=lambda: {"forward_kl": 1.0})
@@ -115,6 +116,7 @@ class Objective:
     beta: float = 0.5
     top_k: int | None = None
     tail: bool = True
+    compiled: bool = False
 
     @property
     def needs_teacher(self) -> bool:
@@ -148,17 +150,11 @@ class Objective:
         teacher: Float[Tensor, "tokens vocab"] | TopK | None,
         targets: Int[Tensor, " tokens"],
         transform: LogitTransform,
-        *,
-        compiled: bool = False,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them.
-
-        Args:
-            compiled: the forward KL of all of a vocabulary, with torch.compile.
-        """
+        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them."""
         plain = self.terms == {"forward_kl": 1.0} and self.top_k is None and transform == LogitTransform()
         if plain and isinstance(teacher, Tensor):
-            of_kl = _compiled_forward_kl() if compiled else _forward_kl_with_slope
+            of_kl = _compiled_forward_kl() if self.compiled else _forward_kl_with_slope
             return of_kl(student, teacher, self.temperature)
         with torch.enable_grad():
             student = student.detach().requires_grad_()
@@ -208,7 +204,6 @@ def chunked_loss(
     *,
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
-    compiled: bool = False,
 ) -> Float[Tensor, ""]:
     """Sum of an objective over tokens; differentiable in the student's hidden states and output projection.
 
@@ -218,11 +213,10 @@ def chunked_loss(
     Args:
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `usual_chunk`.
-        compiled: see `Objective.with_slope`.
     """
     chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
     return _ChunkedLoss.apply(
-        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk, compiled
+        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
     )
 
 
@@ -250,7 +244,6 @@ def _with_slopes(
     targets: Int[Tensor, " tokens"],
     transform: LogitTransform,
     dtype: torch.dtype,
-    compiled: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
     """The sum of an objective, and its gradient in logits that are yet to be transformed, in `dtype`.
 
@@ -260,7 +253,7 @@ def _with_slopes(
     total = logits.new_zeros((), dtype=torch.float64)
     for part in _parts(logits):
         known = teacher.rows(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
-        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform, compiled=compiled)
+        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform)
         total += value
     return total, slopes
 
@@ -277,7 +270,6 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         chunk: int,
-        compiled: bool,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
@@ -292,7 +284,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for rows in _slices(len(hidden), chunk):
                 known = None if teacher is None else teacher.rows(rows)
                 logits = project(hidden[rows].detach(), head_32)
-                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype, compiled)
+                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype)
                 del logits, known  # nothing of a chunk may be there still when the next one is made
                 total += value
                 grad_hidden[rows] = slopes @ head_low
@@ -307,4 +299,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients, "the gradients of a chunked loss are there for one backward pass"
         (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
-        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None, None
+        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None

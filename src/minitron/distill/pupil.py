@@ -26,21 +26,17 @@ class Pupil(nn.Module):
         objective: Objective,
         intermediate: IntermediateLoss | None,
         dtype: torch.dtype,
-        *,
-        compiled: bool = False,
     ):
         """
         Args:
             layers: the model's decoder layers.
             dtype: of the student's matrix products; the states between layers and the losses are float32, whatever its
                 weights are.
-            compiled: the loss, with torch.compile; the layers are the caller's.
         """
         super().__init__()
         model.get_input_embeddings().register_forward_hook(lambda module, arguments, states: states.float())
         self.model, self.intermediate, self.layers = model, intermediate, list(layers)
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
-        self.compiled = compiled
 
     def forward(self, batch: Batch, lesson: Lesson | None, *, fitting: bool = False) -> Any:
         """The objective, and while training the loss of states between layers, each as a sum over tokens.
@@ -63,7 +59,6 @@ class Pupil(nn.Module):
             None if lesson is None else lesson.logits,
             batch.targets,
             dtype=self.dtype,
-            compiled=self.compiled,
         )
         if between is None:
             return loss, torch.zeros_like(loss)

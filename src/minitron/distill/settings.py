@@ -113,7 +113,7 @@ class DistillConfig(Section):
     @property
     def objective(self) -> Objective:
         terms: Mapping[LossName, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
-        return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail)
+        return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail, self.compile)
 
 
 def resolve(

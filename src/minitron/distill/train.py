@@ -417,8 +417,7 @@ def _pupil(
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
-    layers = layers_of(model, checkpoint)
-    return Pupil(model, layers, config.objective, intermediate, dtype, compiled=config.compile)
+    return Pupil(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
 
 
 def _trained_model(
