@@ -42,7 +42,10 @@ STAGES = {
         *("harness", "harness_models", "tasks"),
     ),
     "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
-    "model": ("architecture", "families", "weights", "checkpoint", "states", "stream", "divided", "likelihood"),
+    "model": (
+        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face", "checkpoint"),
+        *("states", "stream", "divided", "likelihood"),
+    ),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
 

@@ -50,21 +50,33 @@ def read_lines(path: Path, error: Kind) -> Iterator[tuple[int, str]]:
         raise error(_unreadable(path, problem)) from None
 
 
-def read_json(path: Path, error: Kind) -> Any:
+def read_json(path: Path, error: Kind, *, keys_once: bool = False) -> Any:
     """The value in a JSON file.
 
     Raises: `error` if the file cannot be read, or holds no JSON.
     """
-    return parse_json(read_text(path, error), str(path), error)
+    return parse_json(read_text(path, error), str(path), error, keys_once=keys_once)
 
 
-def parse_json(text: str, where: str, error: Kind) -> Any:
+def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -> Any:
     """The value that a text spells in JSON.
+
+    Args:
+        keys_once: a key that stands twice in an object is an error; else its last value holds.
 
     Raises: `error` for text that is no JSON, nested too deeply, or with an integer of too many digits.
     """
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise error(f"{where} says {key!r} twice: remove the one that is not meant")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=table if keys_once else None)
     except json.JSONDecodeError as problem:
         place = f"line {problem.lineno}, column {problem.colno}" if "\n" in text else f"column {problem.colno}"
         raise error(f"{where} is not JSON: {problem.msg} at {place}") from None

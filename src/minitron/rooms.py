@@ -25,16 +25,15 @@ from minitron.files import atomic_directory, readable_os_errors
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import (
     Checkpoint,
-    has_weights,
     load_model,
     load_tokenizer,
     open_checkpoint,
-    read_config,
     resolve_model,
-    stored_tensors,
 )
+from minitron.model.config_json import read_config
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
+from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.importance import Scores, even_scores

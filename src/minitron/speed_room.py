@@ -31,6 +31,7 @@ from minitron.evaluate.speed import (
     with_resident_memory,
 )
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.model.hugging_face import new_model
 from minitron.publish.ladder import require_installed
 from minitron.rundir import SILENT, Listener, hardware
 
@@ -196,10 +197,9 @@ def _loaded(subject: Subject) -> Timer:
 
 
 def _in_transformers(subject: Subject) -> Timer:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    checkpoint = open_checkpoint(subject.path)
     with torch.device("meta"):  # the code's own memory, which is more than a small model's, is not the model's
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(subject.path, local_files_only=True))
+        new_model(checkpoint.config, checkpoint.dtype)
     device, before = pick_device(), _resident_memory()
     timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
     return with_cuda_memory(timer, device) if device.type == "cuda" else with_resident_memory(timer, before)

@@ -32,6 +32,7 @@ from minitron.distill.trackers import Row, tracked
 from minitron.errors import Interrupted, MinitronError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.divided import begun_model, placed
+from minitron.model.hugging_face import new_model
 from minitron.model.states import layers_of
 from minitron.packing import Batch
 
@@ -439,8 +440,6 @@ def _trained_model(
 def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
     if initialize == "weights":
         return begun_model(checkpoint, torch.float32)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=torch.float32)
+        return new_model(checkpoint.config, torch.float32)

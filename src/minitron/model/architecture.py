@@ -23,6 +23,16 @@ from minitron.errors import CheckpointError, PlanError
 # The dims that pruning can shrink, in the order in which they are reported.
 PRUNABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
+# Kind of rotary positions -> the keys without which it is none.
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -150,6 +160,13 @@ class Architecture:
     # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
     logits_divisor: str = ""
     logits_softcap: str = ""
+    # Kinds of rotary positions that its models can have, and names that kinds had before.
+    rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
+    rope_names: Mapping[str, str] = field(default_factory=dict)
+    # Layers that see everything and layers with a window have rotary positions of their own.
+    rope_per_layer_kind: bool = False
+    # The context before rotary positions were stretched is a key of the config itself, beside their rule.
+    original_context_beside: bool = False
     # None if llama.cpp does not know the family.
     gguf: Gguf | None = None
     # Tensors that old exports store but that no module loads.
@@ -169,7 +186,7 @@ class Architecture:
                 value = sizes["heads"]
             if value is None and dim == "head_dim":
                 value = sizes["hidden"] // sizes["heads"]
-            if not isinstance(value, int) or value <= 0:
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise CheckpointError(f"config.json: {key} is {value!r}; it must be a positive integer")
             sizes[dim] = value
         shape = Shape(**sizes)

@@ -8,33 +8,32 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
+from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config
 from minitron.model.families import family_of
+from minitron.model.hugging_face import empty_model
+from minitron.model.weight_files import INDEX, SINGLE, stored_tensors, weight_files
 from minitron.model.weights import (
-    WAY_OUT,
     StoredTensor,
     TensorType,
     bytes_of,
     gather_rows,
     plan_shards,
-    read_header,
     read_rows,
-    require_finite,
-    runs,
+    same_values,
     write_shard,
 )
+from minitron.reading import read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 FINGERPRINT_BYTES = 4096  # of each tensor
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 RMS_ROWS = 64  # of each matrix, whose weights stand for all
@@ -43,6 +42,8 @@ CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+# Carried files of tables of tokens, in which no key is code; what loads the tokenizer checks them.
+LARGE_TABLES = ("tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tied = architecture.tied(config)
     if tied and architecture.embedding not in stored and architecture.head in stored:
         stored[architecture.embedding] = stored[architecture.head]  # tied: some exports keep only the other name
+    if shape.layers > len(stored):
+        raise CheckpointError(
+            f"{path}: config.json's num_hidden_layers is {shape.layers}, but only {len(stored)} tensors are stored"
+        )
     specs = list(architecture.specs(config, shape.layers))
     _require_match(path, architecture, specs, stored)
     checkpoint = Checkpoint(path, config, architecture, shape, {spec.name: stored[spec.name] for spec in specs})
@@ -162,26 +167,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _require_shape(checkpoint, spec)
     if tied and architecture.head in stored:
         _require_tied(path, stored[architecture.embedding], stored[architecture.head])
+    for file in carried_files(path):
+        _without_code(file)
     return checkpoint
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a model directory.
-
-    Raises: CheckpointError if it is missing, is no JSON object, or describes quantized weights.
-    """
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'} must be a JSON object")
-    method = _quantized_by(config)
-    if method:
-        raise CheckpointError(f"{path} holds quantized weights ({method}); {WAY_OUT}")
-    return config
 
 
 def write_checkpoint(
@@ -195,7 +183,8 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write a model into the existing directory `out`; returns the sha256 of each file of weights by its name.
 
-    Dtypes and shapes are given in advance, so a shard's header is written before its data and no shard is ever held.
+    What is written says the dtype of its embedding, and names no code, for none comes along. Dtypes and shapes are
+    given in advance, so a shard's header is written before its data and no shard is ever held.
 
     Args:
         pieces: the tensors in the order of `tensors`, each whole or in runs of rows. They are asked for in another
@@ -215,20 +204,55 @@ def write_checkpoint(
             "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
         (out / INDEX).write_text(json.dumps(index, indent=2))
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / CONFIG).write_text(json.dumps(_as_written(config, tensors), indent=2))
     for carried in carried_files(carry_from):
-        shutil.copyfile(carried, out / carried.name)
+        said = _without_code(carried)
+        if said is None:
+            shutil.copyfile(carried, out / carried.name)
+        else:
+            (out / carried.name).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
     return digests
+
+
+def _as_written(config: Mapping[str, Any], tensors: Mapping[str, TensorType]) -> dict[str, Any]:
+    """A config.json that says the dtype that is stored, under the keys that said one, and no code."""
+    said = {key: value for key, value in config.items() if key not in CODE_KEYS}
+    dtype = str(tensors[family_of(config).embedding][0]).removeprefix("torch.")
+    return said | dict.fromkeys([key for key in DTYPE_KEYS if key in said] or [DTYPE_KEYS[-1]], dtype)
+
+
+def _without_code(file: Path) -> Any:
+    """What a carried JSON file says without the keys that name code; None where the file stays as it is.
+
+    Raises: CheckpointError for a file that is named .json and is none.
+    """
+    if file.suffix != ".json" or file.name in LARGE_TABLES:
+        return None
+    said = read_json(file, CheckpointError)
+    code = [key for key in CODE_KEYS if key in said] if isinstance(said, dict) else []
+    return {key: value for key, value in said.items() if key not in code} if code else None
 
 
 def model_files(path: Path) -> list[Path]:
     """The files that make a model what it is: config, weights, and what is carried along. No README, no records."""
-    weights = [*path.glob("*.safetensors"), *path.glob(INDEX)]
-    return [path / "config.json", *weights, *carried_files(path)]
+    weights = weight_files(path)
+    index = [path / INDEX] if [file.name for file in weights] != [SINGLE] else []
+    return [path / CONFIG, *weights, *index, *carried_files(path)]
 
 
 def carried_files(path: Path) -> list[Path]:
-    return sorted({file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()})
+    """The files of a directory that travel with its weights. Python files are none of them, whatever their names.
+
+    Raises: CheckpointError for a link whose file is gone: the model would go on without it.
+    """
+    named = (file for file in path.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in CARRIED))
+    found = sorted(file for file in named if file.suffix != ".py" and not file.is_dir())
+    for file in found:
+        if not file.exists():
+            raise CheckpointError(
+                f"{file} is a link to {file.readlink()}, which does not exist: download or copy the model again"
+            )
+    return found
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -246,63 +270,35 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """The directory's model in memory, in evaluation mode; `dtype` None keeps the stored one.
+    """The directory's model in memory, in evaluation mode; `dtype` None keeps that of the checkpoint.
 
-    Raises: CheckpointError if a weight is NaN or infinite.
+    Its tensors are read as those of a streamed model are, so both are the same model: transformers' own loading would
+    choose files and dtype by rules of its own, fill in what is missing at random, and add an adapter that lies beside.
+
+    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
-    for name, parameter in model.named_parameters():
-        require_finite(parameter.detach(), name, path)
-    return model
-
-
-def has_weights(path: Path) -> bool:
-    """Whether a model directory holds weights, whole or in part and in any format."""
-    return any(file.is_file() for pattern in ("*.safetensors", INDEX, *_PICKLES) for file in path.glob(pattern))
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory by its name, from the files' headers.
-
-    Raises: CheckpointError.
-    """
-    return {name: stored for file in _weight_files(path) for name, stored in read_header(file).items()}
+    checkpoint = open_checkpoint(path)
+    dtype = dtype or checkpoint.dtype
+    model = empty_model(checkpoint.config, dtype)
+    for name in checkpoint.stored:
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, nn.Parameter(checkpoint.read(name).to(dtype, copy=True)))
+    model.tie_weights()
+    assert not any(parameter.is_meta for parameter in model.parameters()), "the family's table names every tensor"
+    file = path / "generation_config.json"
+    if model.can_generate() and file.exists():
+        model.generation_config = _generation_config(file)
+    return model.requires_grad_(True)
 
 
-def _quantized_by(config: Mapping[str, Any]) -> str | None:
-    """What a config.json says of its weights' quantization; None for plain weights."""
-    for key in ("quantization_config", "compression_config", "quantization"):  # the last is mlx's
-        facts = config.get(key)
-        if facts:
-            said = {name: value for name, value in facts.items() if value} if isinstance(facts, dict) else {}
-            method = [str(said["quant_method"])] if "quant_method" in said else []
-            flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if flag in said]
-            bits = [f"{said['bits']} bits"] if "bits" in said else []
-            return f"config.json's {key}: {', '.join([*method, *flags, *bits]) or facts}"
-    return None
+def _generation_config(file: Path) -> Any:
+    from transformers import GenerationConfig
 
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise CheckpointError(f"{path / INDEX} is not a safetensors index") from None
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-        return [path / name for name in names]
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    pickles = [file for pattern in _PICKLES for file in path.glob(pattern)]
-    if pickles:
-        raise CheckpointError(
-            f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded: "
-            "convert them to safetensors with a tool you trust, then try again"
-        )
-    raise CheckpointError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
+    said = read_json(file, CheckpointError)
+    try:
+        return GenerationConfig.from_dict({key: value for key, value in said.items() if key not in CODE_KEYS})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is no generation config that transformers takes: {error}") from None
 
 
 def _require_match(
@@ -311,7 +307,9 @@ def _require_match(
     missing = [spec.name for spec in specs if spec.name not in stored]
     if missing:
         raise CheckpointError(
-            f"{path}: config.json promises {len(specs)} tensors, {len(missing)} are missing, first {missing[0]}"
+            _elsewhere(path, architecture, stored)
+            or f"{path}: config.json promises {len(specs)} tensors, {len(missing)} are missing, first {missing[0]}"
+            f"{'' if architecture.embedding in stored else f' (stored are names such as {min(stored)})'}"
         )
     # A tied model may store its output projection a second time.
     known = {*(spec.name for spec in specs), architecture.head}
@@ -321,6 +319,25 @@ def _require_match(
             f"{path}: {len(strange)} tensors are not part of the {architecture.name} family, first {strange[0]}: "
             "config.json does not describe these weights"
         )
+
+
+def _elsewhere(path: Path, architecture: Architecture, stored: Mapping[str, StoredTensor]) -> str | None:
+    """What to say of tensors that lie under another prefix than the family's; None where they do not."""
+    expected = architecture.layer.partition("layers.")[0]
+    for end in (
+        architecture.embedding.removeprefix(expected),
+        f"{architecture.final_norm.removeprefix(expected)}.weight",
+    ):
+        found = min((name for name in stored if name == end or name.endswith(f".{end}")), key=len, default=None)
+        if found is not None and found != f"{expected}{end}":
+            prefix = found.removesuffix(end)
+            stand = f"the prefix {prefix!r}" if prefix else "no prefix"
+            return (
+                f"{path}: its tensors have {stand} ({found}), but those of a {architecture.name} model have the prefix "
+                f"{expected!r} ({expected}{end}): they are of a part of a model, or of one with more parts; load it "
+                "with transformers, and save the whole language model and only that (save_pretrained)"
+            )
+    return None
 
 
 def _require_shape(checkpoint: Checkpoint, spec: TensorSpec) -> None:
@@ -348,15 +365,8 @@ def _notation(axis: Axis) -> str:
 
 def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
     """transformers unties two tensors that are stored with different values, whatever the config says."""
-    if embedding != head and not _equal(embedding, head):
+    if embedding != head and not same_values(embedding, head):
         raise CheckpointError(
             f"{path}: config.json ties {head.name} to {embedding.name}, yet they are stored with different values; "
             "set tie_word_embeddings to false if both are meant"
         )
-
-
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    parts = runs(torch.arange(one.shape[0]), one.row_bytes)
-    return one.shape == other.shape and all(
-        torch.equal(read_rows(one, start, stop), read_rows(other, start, stop)) for start, stop in parts
-    )

@@ -9,10 +9,11 @@ import torch
 
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Parameters, Shape
-from minitron.model.checkpoint import read_config
+from minitron.model.config_json import DTYPE_KEYS, read_config
 from minitron.model.families import family_of
 
 _CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ASSUMED_DTYPE = "float32"  # what transformers takes where a config says none
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ModelConfig:
     architecture: Architecture
     shape: Shape
     dtype: torch.dtype
+    dtype_assumed: bool  # config.json says none
 
     @property
     def parameters(self) -> Parameters:
@@ -37,8 +39,9 @@ def open_config(path: Path) -> ModelConfig:
     """
     config = read_config(path)
     architecture = family_of(config)
-    name = config.get("dtype", config.get("torch_dtype", "float32"))
+    said = next((config[key] for key in DTYPE_KEYS if key in config), None)
+    name = ASSUMED_DTYPE if said is None else said
     if name not in _CONFIG_DTYPES:
         known = ", ".join(sorted(_CONFIG_DTYPES))
         raise CheckpointError(f"{path / 'config.json'}: dtype is {name!r}; supported are {known}")
-    return ModelConfig(path, config, architecture, architecture.shape(config), _CONFIG_DTYPES[name])
+    return ModelConfig(path, config, architecture, architecture.shape(config), _CONFIG_DTYPES[name], said is None)

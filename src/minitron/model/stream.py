@@ -6,7 +6,7 @@ that the model would give it: they are recorded from the model's own forward wit
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minitron.device import copying_beside, free_bytes, helper_thread
 from minitron.large_files import ALIGNED, aligned
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.hugging_face import CPU, empty_model
 from minitron.model.weights import bytes_of
 from minitron.packing import Batch, Separator
 
-CPU = torch.device("cpu")
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
 # size, else in a memory-mapped file.
 STATES_SHARE_OF_DEVICE = 0.25
@@ -303,28 +302,8 @@ def _return_freed_memory() -> None:
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU) -> Any:
-    """transformers' model for the checkpoint's config: matrices on meta, small buffers (rotary tables, ...) real."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**checkpoint.config)
-    with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return model.eval().requires_grad_(False)
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Allocations of uninitialised memory, which is how modules make their matrices, go to the meta device."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+    """The checkpoint's model without its weights."""
+    return empty_model(checkpoint.config, dtype, device)
 
 
 class _StandIn(nn.Module):

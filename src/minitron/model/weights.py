@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minitron.errors import CheckpointError
 from minitron.large_files import CHUNK_BYTES, opened, read_range, stamp, write_file
+from minitron.model.config_json import QUANTIZE_AFTER
+from minitron.reading import decode, parse_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What can be written besides: the state of a training holds more than weights.
@@ -39,7 +41,6 @@ QUANTIZED_NAMES = {
     "_blocks": "mxfp4",
     ".scales": "mlx",
 }
-WAY_OUT = "cut the original model in 16 or 32 bits and quantize after"
 
 # Dtype and shape.
 TensorType = tuple[torch.dtype, tuple[int, ...]]
@@ -74,27 +75,36 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises: CheckpointError; also for dtypes other than those of DTYPES, with the quantization that they are a sign of.
     """
-    with file.open("rb") as data:
-        status = os.fstat(data.fileno())
-        size = status.st_size
-        start = data.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, _HEADER_BYTES):
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file: its header would be {length} bytes long"
-            )
-        try:
-            entries = json.loads(data.read(length))
-            entries.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            _require_supported(file, {name: entry["dtype"] for name, entry in entries.items()})
-            tensors = {name: _stored(file, name, entry, 8 + length, status) for name, entry in entries.items()}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors") from None
+    try:
+        with file.open("rb") as data:
+            status = os.fstat(data.fileno())
+            size = status.st_size
+            start = data.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(size - 8, _HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file} is truncated or no safetensors file: its header would be {length} bytes long"
+                )
+            header = data.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+    entries = _entries(file, header)
+    _require_supported(file, {name: entry["dtype"] for name, entry in entries.items()})
+    tensors = {name: _stored(file, name, entry, 8 + length, status) for name, entry in entries.items()}
+    _require_apart(file, list(tensors.values()))
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != end:
         state = "truncated" if size < end else "too long"
         raise CheckpointError(f"{file} is {state}: {size} bytes where its header says {end}; copy it again")
     return tensors
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors are equal in dtype, shape and every value."""
+    parts = runs(torch.arange(one.shape[0]), one.row_bytes) if one.shape and one.num_bytes else [(0, 1)]
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+        torch.equal(read_rows(one, start, stop), read_rows(other, start, stop)) for start, stop in parts
+    )
 
 
 def read_rows(stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
@@ -198,10 +208,33 @@ def _header(tensors: Mapping[str, TensorType]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
+def _entries(file: Path, header: bytes) -> dict[str, dict[str, Any]]:
+    """The table in a file's header, its values of the types that the format has."""
+    where = f"{file} is not a safetensors file: its header"
+    damaged = f"{where} is no table of tensors"
+    entries = parse_json(decode(header, where, CheckpointError), where, CheckpointError, keys_once=True)
+    if not isinstance(entries, dict):
+        raise CheckpointError(damaged)
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise CheckpointError(f"{damaged} ({name} has no dtype)")
+        if not _is_sizes(entry.get("shape")) or not _is_sizes(entry.get("data_offsets")):
+            raise CheckpointError(f"{damaged} (shape and data_offsets of {name} must be lists of integers from 0)")
+        if len(entry["data_offsets"]) != 2:
+            raise CheckpointError(f"{damaged} (data_offsets of {name} must be a begin and an end)")
+    return entries
+
+
+def _is_sizes(value: Any) -> bool:
+    """A list of integers that torch can take for sizes, true and 64.0 not among them."""
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**62 for size in value)
+
+
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, status: os.stat_result) -> StoredTensor:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    if begin < 0 or end - begin != bytes_of(dtype, shape):
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end - begin != bytes_of(dtype, shape):
         raise CheckpointError(
             f"{file}: tensor {name} takes {end - begin} bytes where {entry['dtype']} {list(shape)} takes "
             f"{bytes_of(dtype, shape)}: its header is damaged; copy it again"
@@ -209,11 +242,21 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, status: 
     return StoredTensor(file, name, dtype, shape, data + begin, stamp(status))
 
 
+def _require_apart(file: Path, tensors: list[StoredTensor]) -> None:
+    """No byte may belong to two tensors: one of them would not be what was stored."""
+    filled = sorted((tensor for tensor in tensors if tensor.num_bytes), key=lambda tensor: tensor.offset)
+    for one, other in pairwise(filled):
+        if one.offset + one.num_bytes > other.offset:
+            raise CheckpointError(
+                f"{file}: tensors {one.name} and {other.name} lie over each other: its header is damaged; copy it again"
+            )
+
+
 def _require_supported(file: Path, dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
             method = _quantized_by(dtypes)
-            reason = f", as {method} stores quantized weights; {WAY_OUT}" if method else ""
+            reason = f", as {method} stores quantized weights; {QUANTIZE_AFTER}" if method else ""
             raise CheckpointError(
                 f"{file}: tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}{reason}"
             )

@@ -15,6 +15,7 @@ from minitron.errors import PlanError
 from minitron.large_files import ahead, buffers
 from minitron.model.architecture import Architecture, Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
+from minitron.model.hugging_face import transformers_config
 from minitron.model.weights import runs
 from minitron.prune.plan import Plan
 
@@ -78,10 +79,8 @@ def _derived_lists(checkpoint: Checkpoint) -> dict[str, list[Any]]:
 
     The student's layers have other numbers, so its config must say what the teacher's could leave out.
     """
-    from transformers import AutoConfig
-
     missing = [key for key in checkpoint.architecture.per_layer_keys if checkpoint.config.get(key) is None]
-    full = AutoConfig.for_model(**checkpoint.config).to_dict() if missing else {}
+    full = transformers_config(checkpoint.config).to_dict() if missing else {}
     return {key: full[key] for key in missing if isinstance(full.get(key), list)}
 
 

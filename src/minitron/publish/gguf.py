@@ -24,6 +24,7 @@ from minitron.files import atomic_file
 from minitron.large_files import CHUNK_BYTES, ahead, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.hugging_face import transformers_config
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 
 Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
@@ -123,10 +124,8 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
 
     Raises: GgufError for a model that llama.cpp has no way to run as it is.
     """
-    from transformers import AutoConfig
-
     _require_runnable(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = transformers_config(checkpoint.config)
     table, shape = _table(checkpoint), checkpoint.shape
     rope_keys, rope_tensors = _rope(checkpoint, config)
     window_keys, notes = _windows(checkpoint, config)

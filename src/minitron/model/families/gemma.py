@@ -61,6 +61,7 @@ GEMMA3 = replace(
         "model.layers.{layer}.self_attn.k_norm.weight": "head_dim",
     },
     defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    rope_per_layer_kind=True,
     gguf=Gguf(
         "gemma3",
         keys={

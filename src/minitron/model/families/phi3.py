@@ -18,5 +18,8 @@ PHI3 = Architecture(
         "model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",
     },
     norms=LLAMA.norms,
+    rope_kinds=("default", "longrope"),
+    rope_names={"su": "longrope", "yarn": "longrope"},  # of the first Phi-3 models
+    original_context_beside=True,
     gguf=Gguf("phi3"),
 )

@@ -1,0 +1,89 @@
+"""transformers' config and model for a config.json, the same for every reader; nothing of a directory is executed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from minitron.errors import CheckpointError
+from minitron.model.config_json import CODE_KEYS, DTYPE_KEYS
+from minitron.model.families import family_of
+
+CPU = torch.device("cpu")
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config for a config.json as `read_config` gives it, of the sizes that the family's table reads.
+
+    Raises: CheckpointError for one that transformers refuses, UnsupportedArchitecture.
+    """
+    from transformers import AutoConfig
+
+    architecture = family_of(config)
+    shape = architecture.shape(config)
+    said = {key: value for key, value in config.items() if key not in (*CODE_KEYS, *DTYPE_KEYS)}
+    said |= {key: getattr(shape, dim) for dim, key in architecture.config_keys.items()}
+    said["tie_word_embeddings"] = architecture.tied(config)
+    with _refusals():
+        made = AutoConfig.for_model(**_copied(said))
+    kinds = getattr(made, "layer_types", None) or ()
+    if "sliding_attention" in kinds and made.sliding_window is None:
+        raise CheckpointError(
+            "config.json: sliding_window is null, but by layer_types some layers have one: give its size in tokens"
+        )
+    return made
+
+
+def new_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model for a config.json with the weights that transformers begins a training with."""
+    from transformers import AutoModelForCausalLM
+
+    made = transformers_config(config)
+    with _refusals():
+        return AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
+
+
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> Any:
+    """transformers' model for a config.json: matrices on meta, small buffers (rotary tables, ...) real."""
+    with _EmptyOnMeta():
+        model = new_model(config, dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval().requires_grad_(False)
+
+
+def _copied(value: Any) -> Any:
+    """The same JSON again: transformers writes into the objects that it is given."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Inside, what transformers raises for a config that it cannot take is one line about config.json.
+
+    It has its own validator, and wrong values that this passes end in whatever they end in.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"config.json: transformers refuses it: {said[:300]}") from None
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Allocations of uninitialised memory, which is how modules make their matrices, go to the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

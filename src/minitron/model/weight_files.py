@@ -1,0 +1,132 @@
+"""Which files of a model directory are its weights, and where in them each tensor lies.
+
+Decided here for everyone: streamed or in memory, a tensor has one place.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+from minitron.errors import CheckpointError
+from minitron.model.config_json import ADAPTER, adapter_alone
+from minitron.model.weights import StoredTensor, read_header, same_values
+from minitron.reading import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_WEIGHTS = ("*.safetensors", INDEX, *_PICKLES)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a model directory names weights, whole or in part and in any format; links to nothing count too."""
+    return any(fnmatch(file.name, pattern) for file in path.iterdir() for pattern in _WEIGHTS)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights: those of the index, or the single one.
+
+    Raises: CheckpointError if there are none, some are missing, or both are there and not the same.
+    """
+    return [path / name for name in _decided(path)[0]]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by its name, from the files' headers.
+
+    Raises: CheckpointError; also for a tensor that is stored twice with different values.
+    """
+    names, said = _decided(path)
+    headers = {name: read_header(path / name) for name in names}
+    tensors: dict[str, StoredTensor] = {}
+    for name, header in headers.items():
+        for tensor, stored in header.items():
+            if tensor in tensors and not same_values(tensors[tensor], stored):
+                raise CheckpointError(
+                    f"{path} stores {tensor} twice with different values, in {tensors[tensor].file.name} and in "
+                    f"{name}: keep the one that is meant"
+                )
+            if tensor not in tensors or said.get(tensor) == name:
+                tensors[tensor] = stored
+    for tensor, name in said.items():
+        if tensor in tensors and tensor not in headers[name]:
+            raise CheckpointError(
+                f"{path / INDEX} says that {tensor} lies in {name}, but it lies in {tensors[tensor].file.name}: the "
+                "index is of other files; write it again, or copy the model again"
+            )
+    return tensors
+
+
+def _decided(path: Path) -> tuple[list[str], Mapping[str, str]]:
+    """The names of the files that are the weights, and what the index says of each tensor."""
+    index, single = _entry(path / INDEX), _entry(path / SINGLE)
+    said = _read_index(path) if index else {}
+    names = sorted(set(said.values()))
+    there = [name for name in names if _entry(path / name)]
+    if single and names != [SINGLE]:
+        if there:
+            raise CheckpointError(
+                f"{path} holds two models: {SINGLE}, and {INDEX} with {len(there)} of its {len(names)} shards "
+                f"({there[0]}, ...): remove the one that is not meant, the index with its shards or the single file"
+            )
+        names, said = [SINGLE], {}
+    elif index and len(there) < len(names):
+        missing = [name for name in names if name not in there]
+        raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+    adapters = [name for name in (*_ADAPTERS, ADAPTER) if (path / name).exists()]
+    if adapters and names:
+        raise CheckpointError(
+            f"{path} holds a whole model ({names[0]}) and an adapter ({adapters[0]}): merge them (peft: "
+            "merge_and_unload) and save the result, or remove the adapter's files"
+        )
+    if not names:
+        raise CheckpointError(_nothing(path))
+    return names, said
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path / INDEX, CheckpointError, keys_once=True)
+    said = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(said, dict) or not said or not all(isinstance(name, str) for name in said.values()):
+        raise CheckpointError(f"{path / INDEX} is not a safetensors index: it has no weight_map of tensors and files")
+    for name in said.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path / INDEX} names {name!r}: a shard is a .safetensors file in the model's own directory"
+            )
+    return said
+
+
+def _entry(file: Path) -> bool:
+    """Whether a file is there.
+
+    Raises: CheckpointError for what has its name and is no file, or is a link to one that is gone.
+    """
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file} is a link to {file.readlink()}, which does not exist: download or copy the model again"
+        )
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is not a file, so it holds no weights")
+    return file.is_file()
+
+
+def _nothing(path: Path) -> str:
+    """What a directory without weights that can be read has in their place."""
+    if (path / ADAPTER).is_file():
+        return adapter_alone(path)
+    others = sorted(path.glob("*.safetensors"))
+    if others:
+        return (
+            f"{path} has no weights that can be told: neither {SINGLE} nor {INDEX}, but {others[0].name}"
+            f"{' and others' if len(others) > 1 else ''}: shards need their index, and a model in another format must "
+            "be converted to Hugging Face's"
+        )
+    pickles = [file for pattern in _PICKLES for file in path.glob(pattern)]
+    if pickles:
+        return (
+            f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded: "
+            "convert them to safetensors with a tool you trust, then try again"
+        )
+    return f"{path} has no weights: neither {SINGLE} nor {INDEX}"
