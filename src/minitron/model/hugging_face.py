@@ -33,6 +33,11 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             "config.json: sliding_window is null, but by layer_types some layers have one: give its size in tokens"
         )
+    pad = getattr(made, "pad_token_id", None)
+    if pad is not None and pad >= shape.vocab:
+        raise CheckpointError(
+            f"config.json: pad_token_id is {pad}, beyond the vocabulary of {shape.vocab}: set it to null, or to a token"
+        )
     return made
 
 
