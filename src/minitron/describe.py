@@ -12,8 +12,9 @@ from minitron.model.model_config import ModelConfig
 
 
 def describe(model: Checkpoint | ModelConfig) -> dict[str, Any]:
-    """Family, shape, exact parameters and bytes."""
-    return describe_shape(model.architecture, model.config, model.shape, model.dtype)
+    """Family, shape, exact parameters and bytes; without weights also whether the dtype is assumed."""
+    facts = describe_shape(model.architecture, model.config, model.shape, model.dtype)
+    return facts | ({"dtype_assumed": model.dtype_assumed} if isinstance(model, ModelConfig) else {})
 
 
 def describe_shape(

@@ -47,9 +47,10 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
             console.result({"draft": draft.to_dict()}, draft.text())
         raise
     shape, parameters = facts["shape"], facts["parameters"]
+    dtype = facts["dtype"] + (" (assumed, config.json says none)" if facts.get("dtype_assumed") else "")
     weights = size(facts["weight_bytes"]) if facts["weights"] else f"{size(facts['weight_bytes'])} of weights, not here"
     lines = [
-        f"{args.model}: {facts['family']}, {facts['dtype']}, {weights}",
+        f"{args.model}: {facts['family']}, {dtype}, {weights}",
         "",
         *(f"  {dim:<14}{number:>16,}" for dim, number in shape.items()),
         "",

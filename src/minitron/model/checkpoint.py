@@ -29,6 +29,7 @@ from minitron.model.weights import (
     gather_rows,
     plan_shards,
     read_rows,
+    require_fits,
     same_values,
     write_shard,
 )
@@ -280,9 +281,11 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     checkpoint = open_checkpoint(path)
     dtype = dtype or checkpoint.dtype
     model = empty_model(checkpoint.config, dtype)
-    for name in checkpoint.stored:
+    for name, stored in checkpoint.stored.items():
         module, _, own = name.rpartition(".")
-        setattr(model.get_submodule(module), own, nn.Parameter(checkpoint.read(name).to(dtype, copy=True)))
+        tensor = checkpoint.read(name)
+        require_fits(tensor, stored, dtype)
+        setattr(model.get_submodule(module), own, nn.Parameter(tensor.to(dtype, copy=True)))
     model.tie_weights()
     assert not any(parameter.is_meta for parameter in model.parameters()), "the family's table names every tensor"
     file = path / "generation_config.json"

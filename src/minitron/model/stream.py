@@ -22,7 +22,7 @@ from minitron.large_files import ALIGNED, aligned
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import CPU, empty_model
-from minitron.model.weights import bytes_of
+from minitron.model.weights import bytes_of, require_fits
 from minitron.packing import Batch, Separator
 
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
@@ -166,13 +166,16 @@ class Stream:
             yield module
 
     def head_pieces(self) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
-        """The output projection in float32, in runs of rows of HEAD_BYTES, each with the number of its first."""
-        checkpoint = self.checkpoint
+        """The output projection in float32, in runs of rows of HEAD_BYTES, each with the number of its first.
+
+        One that is stored in more bits than the embedding is rounded to its dtype, as it is in memory.
+        """
+        checkpoint, dtype = self.checkpoint, torch.promote_types(self.checkpoint.dtype, self.dtype)
         vocab, hidden = checkpoint.stored[checkpoint.head].shape
         num_rows = max(1, HEAD_BYTES // (4 * hidden))
         for first in range(0, vocab, num_rows):
             piece = checkpoint.read_rows(checkpoint.head, first, min(first + num_rows, vocab))
-            yield first, piece.to(self.device).float()
+            yield first, piece.to(dtype).to(self.device).float()
 
     def _inputs(self, rows: slice) -> dict[str, Tensor]:
         return Batch(self.tokens[rows].to(self.device), self._separator).inputs
@@ -228,6 +231,7 @@ class Stream:
                 own = name.removeprefix(prefix)
                 if own not in weights:
                     weights[own] = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+                require_fits(tensor, self.checkpoint.stored[name], self.dtype)
                 weights[own].copy_(tensor)
         return weights
 

@@ -159,6 +159,15 @@ def require_finite(tensor: Tensor, name: str, file: Path) -> None:
         raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
 
 
+def require_fits(tensor: Tensor, stored: StoredTensor, dtype: torch.dtype) -> None:
+    """Raises: CheckpointError for values that become infinite in float16, whose largest is 65,504."""
+    if dtype == torch.float16 and stored.dtype != dtype and tensor.abs().max() > torch.finfo(dtype).max:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} holds values beyond 65,504, the largest in float16, which the "
+            "model is to run in: a checkpoint runs in the dtype of its embedding; convert it to bfloat16 or float32"
+        )
+
+
 def plan_shards(tensors: Mapping[str, TensorType], shard_bytes: int) -> list[dict[str, TensorType]]:
     """The tensors in their order, in shards of at most `shard_bytes` (or one tensor)."""
     shards: list[dict[str, TensorType]] = [{}]
