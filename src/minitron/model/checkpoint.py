@@ -18,6 +18,8 @@ from torch import Tensor
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
 from minitron.model.families import family_of
+from minitron.model.tokenizer import load_tokenizer as load_tokenizer
+from minitron.model.tokenizer import make_portable
 from minitron.model.weights import (
     WAY_OUT,
     StoredTensor,
@@ -218,6 +220,7 @@ def write_checkpoint(
     (out / "config.json").write_text(json.dumps(config, indent=2))
     for carried in carried_files(carry_from):
         shutil.copyfile(carried, out / carried.name)
+    make_portable(out)
     return digests
 
 
@@ -229,20 +232,6 @@ def model_files(path: Path) -> list[Path]:
 
 def carried_files(path: Path) -> list[Path]:
     return sorted({file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()})
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The directory's tokenizer.
-
-    Raises: CheckpointError if there is none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minitron.errors import CheckpointError
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream
 
@@ -36,6 +37,12 @@ def score_tokens(
         for states in branches:
             for rows, before in stream.batches(states):
                 states[rows] = norm(before)
+    vocab = stream.checkpoint.shape.vocab
+    if len(scored.token) and not 0 <= int(scored.token.min()) <= int(scored.token.max()) < vocab:
+        raise CheckpointError(
+            f"{stream.checkpoint.path}: token {int(scored.token.max())} is to be scored, and the model's vocabulary has "
+            f"{vocab}: the tokens are of another tokenizer"
+        )
     targets = scored.token.to(stream.device)
     running = torch.full((3, len(branches), len(targets)), -torch.inf, device=stream.device)
     sums, best, own = running
