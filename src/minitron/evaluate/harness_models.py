@@ -74,7 +74,7 @@ class _Model(HFLM):
 
     def tok_batch_encode(
         self,
-        strings: list[str],
+        strings: Sequence[str],
         padding_side: str = "left",
         left_truncate_len: int | None = None,
         truncation: bool = False,

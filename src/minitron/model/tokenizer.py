@@ -19,6 +19,7 @@ from minitron.reading import parse_json, read_json, read_text
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
 GENERAL_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
 ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 # Files that another kind of tokenizer consists of, and what it is called.
@@ -65,11 +66,12 @@ def make_portable(path: Path) -> None:
         return
     if _read_alike(path, ours):
         return
-    said = {key: value for key, value in _object(path / CONFIG).items() if key != "auto_map"}
     roles = {f"{role}_token": getattr(ours, f"{role}_token") for role in ROLES}
+    said = {key: value for key, value in _object(path / CONFIG).items() if key != "auto_map" and key not in roles}
     said |= {"tokenizer_class": GENERAL_CLASS} | {key: token for key, token in roles.items() if token is not None}
     (path / CONFIG).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
-    if _puts_by_config(path):
+    (path / SPECIAL).unlink(missing_ok=True)  # all that it said is in the other now
+    if not _read_alike(path, ours):  # such as where only tokenizer_config.json said that BOS is put before a text
         (path / FILE).write_text(ours.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if not _read_alike(path, ours):
         warnings.warn(
@@ -87,7 +89,16 @@ def _read_alike(path: Path, ours: Any) -> bool:
     except Exception:  # whatever is wrong there, it is not read as ours is
         return False
     roles = all(getattr(other, f"{role}_token_id") == getattr(ours, f"{role}_token_id") for role in ("bos", "eos"))
-    return roles and all(other(text).input_ids == ours(text).input_ids for text in PROBES)
+    return roles and all(_ids(other, text) == _ids(ours, text) for text in PROBES)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int] | None:
+    """None for a text that has letters for which the tokenizer has no tokens, and none for unknown ones."""
+    try:
+        ids: list[int] = tokenizer(text).input_ids
+        return ids
+    except Exception:
+        return None
 
 
 def _of_json(path: Path) -> Any:
@@ -110,7 +121,7 @@ def _of_json(path: Path) -> Any:
         core.no_padding()
     _require_template(file, stored)
     with _damage_named(file):
-        by_config = _puts_by_config(path, core.num_special_tokens_to_add(False) > 0)
+        by_config = {} if core.num_special_tokens_to_add(False) else _put_by_config(path)
     _require_ids(file, stored, core)
     _require_same_added(path, core)
     with _damage_named(file):
@@ -155,6 +166,12 @@ def _of_merges(path: Path) -> Any:
             f"{path} has no {FILE}, and its tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library: "
             f"make one with {_MAKE}"
         )
+    vocabulary = _object(path / "vocab.json")
+    if not vocabulary.items() <= tokenizer.get_vocab().items():
+        raise CheckpointError(
+            f"{path} has no {FILE}, and {type(tokenizer).__name__}, which transformers makes of it, does not have the "
+            f"tokens of vocab.json: make {FILE} with the class that the vocabulary is of"
+        )
     return tokenizer
 
 
@@ -162,7 +179,7 @@ def _roles(path: Path, stored: Mapping[str, Any], core: Any) -> dict[str, str]:
     """Which tokens have a role: by tokenizer_config.json and special_tokens_map.json; where neither names a BOS or EOS
     token, by the ids in config.json."""
     added = {token["content"]: token for token in stored.get("added_tokens") or []}
-    files = [path / CONFIG, path / "special_tokens_map.json"]
+    files = [path / CONFIG, path / SPECIAL]
     named: dict[str, str] = {}
     for role in ROLES:
         found = {file: _content(file, role) for file in files}
@@ -183,7 +200,7 @@ def _roles(path: Path, stored: Mapping[str, Any], core: Any) -> dict[str, str]:
             ids = config.get(f"{role}_token_id")
             first = ids[0] if isinstance(ids, list) and ids else ids
             own = core.id_to_token(first) if isinstance(first, int) and first >= 0 else None
-            if own in added and added[own].get("special"):
+            if own is not None and added.get(own, {}).get("special"):
                 named[f"{role}_token"] = own
     return named
 
@@ -196,14 +213,10 @@ def _content(file: Path, role: str) -> str | None:
     return text or None
 
 
-def _puts_by_config(path: Path, by_itself: bool | None = None) -> dict[str, bool]:
+def _put_by_config(path: Path) -> dict[str, bool]:
     """What tokenizer_config.json says is put around a text, which counts where tokenizer.json puts nothing."""
-    if by_itself is None:
-        from tokenizers import Tokenizer
-
-        by_itself = Tokenizer.from_file(str(path / FILE)).num_special_tokens_to_add(False) > 0
     said = _object(path / CONFIG)
-    return {} if by_itself else {key: True for key in ("add_bos_token", "add_eos_token") if said.get(key) is True}
+    return {key: True for key in ("add_bos_token", "add_eos_token") if said.get(key) is True}
 
 
 def _chat_template(path: Path) -> str | dict[str, str] | None:
@@ -225,6 +238,8 @@ def _require_template(file: Path, stored: Mapping[str, Any]) -> None:
     """The library ends in a panic for a post_processor that names a token it does not describe."""
     for part in _templates(stored):
         known = part["special_tokens"]
+        if sum(piece.get("Sequence", {}).get("id") == "A" for piece in part["single"]) != 1:
+            raise CheckpointError(f"{file}: its post_processor does not have the text itself once, as $A")
         for piece in [*part["single"], *part["pair"]]:
             name = piece.get("SpecialToken", {}).get("id")
             if name is not None and name not in known:
@@ -274,9 +289,11 @@ def _require_same_added(path: Path, core: Any) -> None:
     for file, of_file in tokens.items():
         for id, text in of_file.items():
             if core.token_to_id(text) != id:
+                own = core.token_to_id(text)
                 raise CheckpointError(
-                    f"{file} has {text!r} as token {id}, and in {FILE} it is token {core.token_to_id(text)}: the two "
-                    f"are of different times; correct one of them"
+                    f"{file} has {text!r} as token {id}, and {FILE} has "
+                    f"{'no such token' if own is None else f'it as token {own}'}: the two are of different times; "
+                    "correct one of them"
                 )
 
 

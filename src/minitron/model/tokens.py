@@ -141,7 +141,7 @@ def require_within(ids: Iterable[int], rows: int, tokenizer: Any, where: str) ->
 
 
 def require_unicode(text: str) -> None:
-    """Raises: DataError for text with half of a surrogate pair, as a byte that is no UTF-8 becomes on a command line."""
+    """Raises: DataError for half of a surrogate pair, which a byte that is no UTF-8 becomes on a command line."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
