@@ -219,7 +219,7 @@ def test_documents_that_are_kept_apart_are_told_by_their_delimiter(tokenizer: An
     source = write_rows(tmp_path / "rows.jsonl", NAMED)
     options: dict[str, Any] = {"delimiter": choice, "separate_documents": True, "block": 16}
     if choice == "none":
-        with pytest.raises(DataError, match=r"is 'none' and no token stands between documents: set it to one of bos, "):
+        with pytest.raises(DataError, match=r"is 'none' and no token stands between documents: set it to one of "):
             prepared(source, tokenizer, tmp_path / "out", **options)
         return
     if tokenizer.bos_token is None and choice in ("bos", "both"):

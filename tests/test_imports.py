@@ -13,7 +13,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
     ("config", "files", "reading", "device", "parallel", "packing", "child"),
-    ("model", "data"),
+    ("model",),
+    ("data",),
     ("describe",),
     ("sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
@@ -38,13 +39,13 @@ STAGES = {
     ),
     "distill": ("losses", "low_precision", "soap", "optimizer", "state", "trackers", "settings", "train"),
     "evaluate": (
-        *("quality", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
+        *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),
     ),
     "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
     "model": (
-        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face", "checkpoint"),
-        *("states", "stream", "divided", "likelihood"),
+        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face"),
+        *("tokens", "tokenizer", "checkpoint", "states", "stream", "divided", "likelihood"),
     ),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

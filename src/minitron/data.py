@@ -21,7 +21,8 @@ import numpy as np
 from pydantic import Field
 
 from minitron.config import Section
-from minitron.errors import DataError
+from minitron.errors import CheckpointError, DataError
+from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 from minitron.packing import Separator
 
 BUILTIN = "builtin"
@@ -42,7 +43,8 @@ class DataConfig(Section):
     text_field: str = "text"
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
     delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
-    """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each."""
+    """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each, else the
+    start token before each; a tokenizer that has neither gets none."""
     separate_documents: bool = False
     """Keep the documents of a block apart: attention stays within a document, positions begin anew with each, and the
     first token of one is not predicted from the last of another. They are told apart by the delimiter's tokens."""
@@ -170,16 +172,15 @@ def prepare(
         progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
 
     Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
-        knows more tokens than the model (`vocab`).
+        makes text of tokens that the model (`vocab`) does not have.
     """
-    if len(tokenizer) > vocab:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {vocab}: "
-            "they do not belong together, or the model's embedding was never resized; use the model's own tokenizer"
-        )
+    try:
+        require_rows(tokenizer, vocab)
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
     prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
     apart = separator(config, tokenizer)
-    writer = _Writer(out, tokenizer, prefix, suffix, dtype="uint16" if vocab <= 2**16 else "uint32")
+    writer = _Writer(out, tokenizer, prefix, suffix, vocab)
     with writer:
         for document in documents or read_documents(config.source, config):
             held = config.heldout is None and is_heldout(document, config.heldout_fraction)
@@ -401,18 +402,25 @@ def _fraction(key: str) -> float:
 
 
 def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
-    """Token ids before and after each document, and the resolved choice."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    """Token ids before and after each document, and the resolved choice.
+
+    Raises: DataError for a choice that asks for a token that the tokenizer does not have.
+    """
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    there = [name for name, id in ids.items() if id is not None]
     if choice == "auto":
-        ids = tokenizer("a").input_ids
-        starts, ends = bos is not None and ids[:1] == [bos], eos is not None and ids[-1:] == [eos]
-        choice = {(True, True): "both", (True, False): "bos"}.get((starts, ends), "eos")
-    for name, id in (("bos", bos), ("eos", eos)):
+        before, behind = put_around(tokenizer)
+        starts, ends = ids["bos"] in before[:1], ids["eos"] in behind[-1:]
+        own = {(True, True): "both", (True, False): "bos"}.get((starts, ends), "eos")
+        choice = own if own == "both" or own in there else (*there, "none")[0]
+    for name, id in ids.items():
         if choice in (name, "both") and id is None:
             raise DataError(
-                f"data.delimiter is {choice!r} but the tokenizer has no {name} token; set it to one of bos, eos, none"
+                f"data.delimiter is {choice!r} but the tokenizer has no {name} token; "
+                f"set it to {' or '.join([*there, 'none'])}"
             )
-    return [bos] * (choice in ("bos", "both")), [eos] * (choice in ("eos", "both")), choice
+    prefix, suffix = (["bos"] if choice in ("bos", "both") else []), (["eos"] if choice in ("eos", "both") else [])
+    return [ids[name] for name in prefix], [ids[name] for name in suffix], choice
 
 
 def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
@@ -425,9 +433,12 @@ def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
     prefix, suffix, choice = delimiters(config.delimiter, tokenizer)
     if choice == "none" or prefix == suffix:
         reason = "no token stands between documents" if choice == "none" else "BOS and EOS are the same token"
+        there = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is not None]
+        choices = [*there, *(["both"] if choice == "none" and len(there) == 2 else [])]
         raise DataError(
             f"data.separate_documents tells documents apart by their delimiter, but data.delimiter is {choice!r} and "
-            f"{reason}: set it to one of {'bos, eos, both' if choice == 'none' else 'bos, eos'}"
+            f"{reason}: "
+            + (f"set it to one of {', '.join(choices)}" if there else "the tokenizer has none, so leave it out")
         )
     return Separator((prefix or suffix)[0], leads=bool(prefix))
 
@@ -437,8 +448,9 @@ class _Writer:
 
     BATCH_CHARS = 1 << 20
 
-    def __init__(self, out: Path, tokenizer: Any, prefix: list[int], suffix: list[int], dtype: str):
-        self.out, self.tokenizer, self.prefix, self.suffix, self.dtype = out, tokenizer, prefix, suffix, dtype
+    def __init__(self, out: Path, tokenizer: Any, prefix: list[int], suffix: list[int], vocab: int):
+        self.out, self.tokenizer, self.prefix, self.suffix, self.vocab = out, tokenizer, prefix, suffix, vocab
+        self.dtype = "uint16" if vocab <= 2**16 else "uint32"
         self.documents = {"train": 0, "heldout": 0}
         self.tokens = {"train": 0, "heldout": 0}
         self.pending: list[tuple[Document, bool]] = []
@@ -485,8 +497,8 @@ class _Writer:
         if not self.pending:
             return
         texts = [document.text for document, _ in self.pending]
-        all_ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for (document, heldout), ids in zip(self.pending, all_ids, strict=True):
+        for (document, heldout), ids in zip(self.pending, texts_ids(self.tokenizer, texts), strict=True):
+            require_within(ids, self.vocab, self.tokenizer, f"the text {document.text[:40]!r}")
             self._append(document, np.array([*self.prefix, *ids, *self.suffix], dtype=self.dtype), heldout)
         self.pending, self.pending_chars = [], 0
 
@@ -513,8 +525,7 @@ class _Writer:
         A token ends at a character; what it adds is the text between the end before and its own. So the counts sum
         to the document's length whatever spaces or byte pieces the tokenizer makes.
         """
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = np.maximum.accumulate([0] + [end for _, end in offsets["offset_mapping"]])
+        ends = np.maximum.accumulate([0, *text_ends(self.tokenizer, text)])
         ends[-1] = len(text)  # byte-level tokenizers trim spaces off their offsets
         bytes_before = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
         counts = np.diff(bytes_before[ends])

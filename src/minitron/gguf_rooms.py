@@ -16,8 +16,10 @@ from torch import Tensor
 
 from minitron import data
 from minitron.errors import GgufError, MinitronError
+from minitron.evaluate.generate import require_room, require_temperature
 from minitron.files import atomic_directory
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.model.tokens import require_unicode
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.publish.ladder import QuantizeConfig
 from minitron.publish.llama_cpp import Runtime
@@ -111,15 +113,16 @@ def inspect_gguf(file: Path) -> dict[str, Any]:
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
     """The continuation of a prompt by llama.cpp."""
-    if temperature < 0:
-        raise MinitronError(f"temperature {temperature} is negative; 0 is greedy, and higher is more random")
+    require_temperature(temperature)
+    require_unicode(prompt)
     room = len(prompt.encode()) + new_tokens + 8
     with Runtime(file, context=room, threads=os.cpu_count() or 1) as runtime:
-        tokens = runtime.tokenize(prompt)
+        tokens = runtime.prompt(prompt)
         if not tokens:
             raise MinitronError(
                 "the prompt is empty and the tokenizer adds no start token: give at least one character"
             )
+        require_room(len(tokens), new_tokens, inspect_gguf(file)["shape"]["context"])
         made = runtime.generate(tokens, new_tokens, temperature=temperature, seed=seed)
         # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
         return runtime.text(tokens + made)[len(runtime.text(tokens)) :]

@@ -18,7 +18,7 @@ from minitron.distill.teacher import require_same_tokenizer, require_same_vocabu
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, PlanError, RunError
 from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate
+from minitron.evaluate.generate import generate, prompt_of, require_room, require_temperature
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.files import atomic_directory, readable_os_errors
@@ -370,7 +370,7 @@ def evaluate_model(
     guide = None
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
-        require_same_vocabulary(reference, checkpoint)
+        require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
     if whole:
@@ -413,9 +413,12 @@ def benchmark_models(
 
 def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
     """The continuation of a prompt by a model on disk."""
-    path = open_checkpoint(resolve_model(model)).path
-    loaded = load_model(path).to(pick_device())
-    return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    require_temperature(temperature)
+    checkpoint = open_checkpoint(resolve_model(model))
+    tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
+    require_room(len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab)), new_tokens, context)
+    loaded = load_model(checkpoint.path).to(pick_device())
+    return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
 def keep_sampled(corpus: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ from minitron.device import settle_precision
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
+from minitron.evaluate.generate import prompt_of
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -66,6 +67,8 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
+    for prompt in recipe.evaluate.prompts:
+        prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from minitron.data import DataConfig, delimiters, is_heldout, keyed
 from minitron.device import pick_device
-from minitron.errors import CheckpointError, DataError
+from minitron.errors import CheckpointError
 from minitron.files import readable_os_errors
 from minitron.model.checkpoint import load_model
+from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
 # A model that says little may never fill the held-out part: sampling ends at so many times what is to be expected.
 PATIENCE = 4
@@ -89,7 +90,7 @@ def sample_text(
                 temperature=config.sample_temperature,
                 top_k=config.sample_top_k,
                 top_p=config.sample_top_p,
-                vocab=len(tokenizer),
+                vocab=num_rows_needed(tokenizer),
                 step=step,
             )
             for row in (_decoded(ids, ends, tokenizer) for ids in batch):
@@ -105,13 +106,7 @@ def sample_text(
 
 def start_token(tokenizer: Any) -> int:
     """Raises: DataError if the tokenizer has neither a BOS nor an EOS token."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise DataError(
-        "text cannot be sampled from the teacher: its tokenizer has neither a BOS nor an EOS token to start from; "
-        "give text as data.source"
-    )
+    return first_token(tokenizer, "text cannot be sampled from the teacher", "give text as data.source")
 
 
 def end_tokens(tokenizer: Any, model: Any) -> set[int]:
@@ -216,7 +211,7 @@ class _Goal:
         self.drawn += row.tokens
         if not row.text.strip():
             return  # no document
-        tokens = len(self.tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids) + self.num_delimiters
+        tokens = len(text_ids(self.tokenizer, row.text)) + self.num_delimiters
         if self.config.heldout is None and is_heldout(keyed(row.text), self.config.heldout_fraction):
             self.heldout += tokens
         else:

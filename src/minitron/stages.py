@@ -117,6 +117,8 @@ def make_corpus(
         documents=documents,
         progress=listener.progress,
     )
+    if (config.delimiter, corpus.delimiter) == ("auto", "none"):
+        listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")
     return asdict_without_path(corpus) | facts
 
 

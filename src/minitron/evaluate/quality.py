@@ -83,7 +83,8 @@ def evaluate(
     """Measure a loaded model, running it in its own dtype with float32 logits.
 
     Args:
-        teacher: a loaded model of the same vocabulary; None leaves KL and agreement out.
+        teacher: a loaded model of the same vocabulary; None leaves KL and agreement out. Where one of the two has more
+            rows, of padding, both are compared on those that both have.
 
     Raises: CheckpointError if the loss is not finite.
     """
@@ -128,6 +129,8 @@ def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) 
             sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
             if teacher is not None:
                 reference = teacher.rows(rows)
+                both = min(reference.shape[1], logits.shape[1])
+                reference, logits = reference[:, :both], logits[:, :both]
                 log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
                 sums[1] += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
                 sums[2] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()

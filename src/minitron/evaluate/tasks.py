@@ -21,7 +21,7 @@ from minitron.files import digest_files, write_json
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
-KEY_FORMAT = 1  # another one makes all results be measured again
+KEY_FORMAT = 2  # another one makes all results be measured again
 # A model is streamed where its weights are more than this share of free memory: activations need some too.
 SHARE_FOR_WEIGHTS = 0.8
 

@@ -21,6 +21,8 @@ from minitron.model.architecture import Architecture, Axis, Parameters, Shape, T
 from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config
 from minitron.model.families import family_of
 from minitron.model.hugging_face import empty_model
+from minitron.model.tokenizer import load_tokenizer as load_tokenizer
+from minitron.model.tokenizer import make_portable
 from minitron.model.weight_files import INDEX, SINGLE, stored_tensors, weight_files
 from minitron.model.weights import (
     StoredTensor,
@@ -212,6 +214,7 @@ def write_checkpoint(
             shutil.copyfile(carried, out / carried.name)
         else:
             (out / carried.name).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
+    make_portable(out)
     return digests
 
 
@@ -254,20 +257,6 @@ def carried_files(path: Path) -> list[Path]:
                 f"{file} is a link to {file.readlink()}, which does not exist: download or copy the model again"
             )
     return found
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The directory's tokenizer.
-
-    Raises: CheckpointError if there is none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:

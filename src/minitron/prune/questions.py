@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minitron.errors import DataError, did_you_mean
+from minitron.model.tokens import first_token, put_around, text_ids
 
 # Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
 Result = tuple[float, bool]
@@ -96,12 +97,13 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     texts = (context, context + continuation)
-    before, whole = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begins = start is not None and tokenizer("a").input_ids[:1] == [start]
-    prefix = [start] if begins else []
+    before, whole = (text_ids(tokenizer, text) for text in texts)
+    prefix = put_around(tokenizer)[0]
     if not prefix and not before:
-        prefix = [start if start is not None else end]
+        need = (
+            f"the question that goes on with {continuation[:40]!r} has an empty context, and the model cannot be asked"
+        )
+        prefix = [first_token(tokenizer, need, "give questions with a context")]
     count = max(1, len(whole) - len(before))
     return [*prefix, *whole], min(count, len(prefix) + len(whole) - 1)
 

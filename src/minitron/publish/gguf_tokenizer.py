@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_tokenizer
+from minitron.model.tokens import put_around
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -177,9 +178,8 @@ def _special(path: Path) -> dict[str, Any]:
     keys: dict[str, Any] = {
         f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None
     }
-    sample = tokenizer("a")["input_ids"]
-    keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and sample[0] == ids["bos"]
-    keys["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and sample[-1] == ids["eos"]
+    keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and ids["bos"] in put_around(tokenizer)[0]
+    keys["tokenizer.ggml.add_eos_token"] = False  # llama.cpp would put it behind every prompt
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

@@ -76,6 +76,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_vocab_bos": (c_int32, [c_void_p]),
+    "llama_vocab_get_add_bos": (c_bool, [c_void_p]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
 }
@@ -266,8 +268,15 @@ class Runtime:
             count = detokenize(self.vocab, ids, len(tokens), room, len(room), True, False)
         return room.raw[:count].decode(errors="replace")
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from: behind BOS where the file says so, and before nothing."""
+        call = self.library.functions
+        before = [call.llama_vocab_bos(self.vocab)] if call.llama_vocab_get_add_bos(self.vocab) else []
+        return before + self.tokenize(text, special=False)
+
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with what the file says is put before and behind it if `special`."""
+        """Token ids of a text, with what the file says is put before and behind it if `special`. What spells a special
+        token is text."""
         encoded = text.encode()
         room = (c_int32 * (len(encoded) + 8))()
         count = self.library.functions.llama_tokenize(

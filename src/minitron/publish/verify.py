@@ -21,6 +21,7 @@ from minitron.child import Child, ChildEnded
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
+from minitron.model.tokens import prompt_ids, text_ids
 from minitron.publish.gguf import describe
 from minitron.publish.llama_cpp import Runtime
 
@@ -67,8 +68,9 @@ class Comparison:
     def add(
         self, wanted: Float[Tensor, "tokens vocab"], found: Float[Tensor, "tokens vocab"], block: Int[Tensor, " tokens"]
     ) -> None:
-        """The logits of both behind each token of a block."""
-        ours, other = found[:-1, : wanted.shape[1]].log_softmax(-1), wanted[:-1].log_softmax(-1)
+        """The logits of both behind each token of a block; where one has more rows, of padding, those of both count."""
+        both = min(wanted.shape[1], found.shape[1])
+        ours, other = found[:-1, :both].log_softmax(-1), wanted[:-1, :both].log_softmax(-1)
         targets = block[1:, None]
         self._sums += torch.stack(
             [
@@ -162,7 +164,7 @@ def logits_of(model: Any, block: Int[Tensor, " tokens"]) -> Float[Tensor, "token
 def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file: Path) -> bool:
     for text in (tokenizer.decode(blocks[0].tolist(), skip_special_tokens=True), HARD_TEXT):
         text = "".join(letter for letter in text if _has_tokens(tokenizer, letter))
-        wanted, found = tokenizer(text)["input_ids"], runtime.tokenize(text)
+        wanted, found = prompt_ids(tokenizer, text), runtime.prompt(text)
         if wanted != found:
             place = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), -1)
             nearby = tokenizer.decode(wanted[max(0, place - 3) : place + 3])
@@ -176,7 +178,7 @@ def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file:
 
 def _has_tokens(tokenizer: Any, letter: str) -> bool:
     unknown = tokenizer.unk_token_id
-    return unknown is None or unknown not in tokenizer(letter, add_special_tokens=False)["input_ids"]
+    return unknown is None or unknown not in text_ids(tokenizer, letter)
 
 
 def _read_back(file: Path, path: Path) -> float:
