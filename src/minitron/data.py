@@ -31,6 +31,7 @@ from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
 from minitron.sources import builtin_documents as builtin_documents
 from minitron.sources import is_hub_id as is_hub_id
 from minitron.sources import keyed as keyed
+from minitron.sources import local_path as local_path
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
 SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
