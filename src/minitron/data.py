@@ -275,8 +275,9 @@ def _shared(writer: "_Writer", config: DataConfig) -> str:
     """
     if writer.documents["train"] == 0:
         raise DataError(
-            f"the training text {config.source!r} and the held-out text {config.heldout!r} are the same: nothing is "
-            "left to train on; give another text as data.heldout, or none, and a part of the source is held out"
+            f"the training text {config.source!r} and the held-out text {config.heldout!r} are the same, or the one is "
+            "a part of the other: nothing is left to train on; give another text as data.heldout, or none, and a part "
+            "of the source is held out"
         )
     return (
         f"the held-out text {config.heldout} is also in the training text {config.source}: "

@@ -76,7 +76,7 @@ def require_text(text: str, where: str, error: Kind) -> str:
     if "\0" in text:
         raise error(
             f"{where} is binary: it holds a NUL character at position {text.index(chr(0))}; take it out, "
-            "or check that this is text"
+            "or check that this is UTF-8 text"
         )
     try:
         text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
@@ -148,8 +148,8 @@ def json_name(value: Any) -> str:
     """What a value is that is no text, in words."""
     if value is None:
         return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
 def parse_json(text: str, where: str, error: Kind, *, unique_keys: bool = False) -> Any:
@@ -214,7 +214,7 @@ def find_files(folder: Path, suffixes: Sequence[str], error: Kind) -> Folder:
                 require_file(path, error)
                 files.append(path)
             else:
-                kind = "link to a folder" if os.path.isdir(path) else path.suffix.lower() or "without a suffix"
+                kind = "linked folders" if os.path.isdir(path) else path.suffix.lower() or "without a suffix"
                 others.setdefault(kind, []).append(path)
     files.sort()
     known: dict[tuple[int, int], Path] = {}

@@ -117,7 +117,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a source that is no local path can only be a dataset on the hub."""
     path = local_path(source)
     named_as_file = path.suffix.lower() in (*TEXT_SUFFIXES, *_WAYS_OUT)
-    looks_right = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not named_as_file
+    looks_right = re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", source) and not named_as_file
     return source not in (BUILTIN, TEACHER) and bool(looks_right) and not os.path.lexists(path)
 
 
@@ -233,15 +233,16 @@ def _require_text_column(schema: Any, field: str, path: Path) -> None:
 def _read_hub(source: str, field: str) -> Iterator[Document]:
     import datasets
     import pyarrow
-    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    # What the library and those below it raise where a network, a file or a layout is not as it should be.
-    kinds = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, HTTPError, pyarrow.ArrowException)
+    # What the library and those below it raise where a network, a file or a layout is not as it should be. The HTTP
+    # library's own error, whichever library that is, is a base of the hub's.
+    kinds = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, pyarrow.ArrowException)
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
             yield keyed(_text_of(row, field, f"dataset {source}, row {number}"))
-    except (*kinds, datasets.exceptions.DatasetsError) as error:
+    except (*kinds, *HfHubHTTPError.__bases__, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{source!r} is neither a local path nor a readable hub dataset: {reason}") from None
 

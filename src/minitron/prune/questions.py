@@ -166,7 +166,7 @@ def _texts(value: Any) -> list[str]:
 def _number(value: Any) -> int:
     """Some datasets write it as text."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError(f"{json_name(value)} where the number of the answer is expected")
+        raise TypeError(f"{value!r} where the number of the answer is expected")
     return int(value)
 
 
