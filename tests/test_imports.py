@@ -13,6 +13,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
     ("config", "files", "reading", "device", "parallel", "packing", "child"),
+    ("sources",),
+    ("overlap",),
     ("model",),
     ("data",),
     ("describe",),

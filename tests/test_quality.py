@@ -1,17 +1,20 @@
 """Quality is what a naive float64 loop over transformers' logits finds."""
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import tiny
 import torch
 
 from minitron.data import Blocks, Corpus
+from minitron.errors import CheckpointError, DataError
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.packing import Batch, Separator
@@ -136,6 +139,24 @@ def test_documents_kept_apart_are_measured_as_documents_alone(pair: tuple[Any, A
     assert found.top1_agreement == agreeing / count
     counted = Batch(torch.from_numpy(blocks.select(slice(None))), separator).predicted.numpy()
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / blocks.bytes[counted].sum(), rel=1e-5)
+
+
+def test_text_of_which_no_token_is_predicted_is_refused(pair: tuple[Any, Any, Corpus]) -> None:
+    model, _, corpus = pair
+    end = int(corpus.train.tokens.min())
+    blocks = replace(corpus.heldout.head(2), separator=Separator(end, leads=False))
+    for empty in (blocks.head(0), replace(blocks, tokens=np.full_like(blocks.tokens, end))):
+        with pytest.raises(DataError, match="no token of the held-out text is predicted"):
+            evaluate(model, empty)
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_named(pair: tuple[Any, Any, Corpus]) -> None:
+    model, teacher, corpus = pair
+    teacher = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(math.nan)
+    with pytest.raises(CheckpointError, match="KL to the teacher is not finite: the teacher's weights are damaged"):
+        evaluate(model, corpus.heldout.head(2), teacher=teacher)
 
 
 def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:

@@ -3,16 +3,16 @@
 A corpus on disk is a directory:
 
     train.bin, heldout.bin    one long stream of token ids each (uint16 or uint32)
-    heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint16)
-    corpus.json               written last: dtype, block length, counts, delimiter, separator, digest
+    heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint32)
+    corpus.json               written last: dtypes, block length, counts, delimiter, separator, digest
 
 Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 """
 
 import hashlib
 import json
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +23,19 @@ from pydantic import Field
 from minitron.config import Section
 from minitron.errors import CheckpointError, DataError
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
+from minitron.overlap import HeldOut
 from minitron.packing import Separator
+from minitron.reading import read_json
+from minitron.sources import BUILTIN, Document, find_source, read_source
+from minitron.sources import TEACHER as TEACHER
+from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
+from minitron.sources import builtin_documents as builtin_documents
+from minitron.sources import is_hub_id as is_hub_id
+from minitron.sources import keyed as keyed
+from minitron.sources import local_path as local_path
 
-BUILTIN = "builtin"
-TEACHER = "teacher"  # text that `sampling` draws from the teacher
-SAMPLED = "sampled.jsonl"  # where that lies, in a run's data directory
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-# Generated tables, not source text that a person wrote.
-_NOT_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
-_TESTS = {"test", "tests", "idle_test", "testsuite"}
+BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
+SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
 
 
 class DataConfig(Section):
@@ -39,7 +43,8 @@ class DataConfig(Section):
     """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
     of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
     heldout: str | None = None
-    """A second source, held out whole. Without one, `heldout_fraction` of the documents of `source` is held out."""
+    """A second source, held out whole; documents of `source` that stand in it are not trained on. Without one,
+    `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
     delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
@@ -69,12 +74,6 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class Document:
-    key: str  # decides the split; equal texts of one source have equal keys
-    text: str
-
-
-@dataclass(frozen=True)
 class Blocks:
     """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token;
     `separator` tells documents apart that are to be kept so."""
@@ -98,6 +97,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Corpus:
+    """
+    bytes_dtype: of heldout_bytes.bin; corpora that do not say have uint16.
+    shared_documents, shared_chars: what of the training text was left out, for the held-out text has it too: documents
+        of which nothing is left, and characters.
+    """
+
     path: Path
     block_tokens: int
     dtype: str
@@ -108,6 +113,9 @@ class Corpus:
     heldout_tokens: int
     digest: str
     separator: Separator | None = None  # where documents are to be kept apart
+    bytes_dtype: str = "uint16"
+    shared_documents: int = 0
+    shared_chars: int = 0
 
     @property
     def train(self) -> Blocks:
@@ -115,10 +123,13 @@ class Corpus:
 
     @property
     def heldout(self) -> Blocks:
-        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"), self.separator)
+        return Blocks(
+            self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", self.bytes_dtype), self.separator
+        )
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
-        stream = np.memmap(self.path / name, dtype=dtype, mode="r")
+        file = self.path / name
+        stream = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
         num_blocks = len(stream) // self.block_tokens
         return stream[: num_blocks * self.block_tokens].reshape(num_blocks, self.block_tokens)
 
@@ -126,14 +137,26 @@ class Corpus:
 def open_corpus(path: Path) -> Corpus:
     """Open a corpus that `prepare` wrote.
 
-    Raises: DataError if the directory holds none.
+    Raises: DataError if the directory holds none, or a part of one.
     """
-    try:
-        meta = json.loads((path / "corpus.json").read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json") from None
+    if not (path / "corpus.json").exists():
+        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json")
+    meta = read_json(path / "corpus.json", DataError)
     separator = meta.pop("separator", None)
-    return Corpus(path=path, separator=separator and Separator(**separator), **meta)
+    corpus = Corpus(path=path, separator=separator and Separator(**separator), **meta)
+    for name, tokens, dtype in (
+        ("train.bin", corpus.train_tokens, corpus.dtype),
+        ("heldout.bin", corpus.heldout_tokens, corpus.dtype),
+        ("heldout_bytes.bin", corpus.heldout_tokens, corpus.bytes_dtype),
+    ):
+        file, expected = path / name, tokens * np.dtype(dtype).itemsize
+        found = file.stat().st_size if file.exists() else 0
+        if found != expected:
+            raise DataError(
+                f"{file} has {found:,} bytes, and corpus.json beside it says {expected:,}: it is damaged; "
+                "delete the directory, and the text is tokenized again"
+            )
+    return corpus
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -155,6 +178,10 @@ def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarr
     return rows
 
 
+def _python_warning(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def prepare(
     config: DataConfig,
     tokenizer: Any,
@@ -163,37 +190,40 @@ def prepare(
     block_tokens: int,
     out: Path,
     documents: Iterable[Document] | None = None,
+    whole: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    warn: Callable[[str], None] = _python_warning,
 ) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
 
     Args:
         documents: those of the source, where it is none that could be read.
+        whole: hold out all of the source; then there is no training part, and `config.heldout` is not read.
         progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
+        warn: hears what is not read of a directory, and what is not trained on because it is held out.
 
-    Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
-        makes text of tokens that the model (`vocab`) does not have.
+    Raises: DataError for text that is missing, empty, binary, or shorter than one block, for training text that is all
+        held out, and for a tokenizer that makes text of tokens that the model (`vocab`) does not have.
     """
     try:
         require_rows(tokenizer, vocab)
     except CheckpointError as error:
         raise DataError(str(error)) from None
+    if whole:
+        config = config.model_copy(update={"heldout": None})
+    for source in dict.fromkeys(filter(None, (config.source, config.heldout))):
+        if left_out := find_source(source).left_out:
+            warn(left_out)
     prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
     apart = separator(config, tokenizer)
     writer = _Writer(out, tokenizer, prefix, suffix, vocab)
     with writer:
-        for document in documents or read_documents(config.source, config):
-            held = config.heldout is None and is_heldout(document, config.heldout_fraction)
-            if writer.add(document, heldout=held):
-                progress(sum(writer.tokens.values()), 0, "tokens")
-            if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
-                break
-        if config.heldout is not None:
-            for document in read_documents(config.heldout, config):
-                writer.add(document, heldout=True)
+        _write(writer, config, documents or read_documents(config.source, config), whole, progress)
+    if writer.shared_chars:
+        warn(_shared(writer, config))
     if writer.documents["heldout"] == 0:
         writer.hold_out_lowest(config.source)
-    _require_blocks(writer, config, block_tokens)
+    _require_blocks(writer, config, block_tokens, ("heldout",) if whole else ("train", "heldout"))
     corpus = Corpus(
         path=out,
         block_tokens=block_tokens,
@@ -205,6 +235,9 @@ def prepare(
         heldout_tokens=writer.tokens["heldout"],
         digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
         separator=apart,
+        bytes_dtype=BYTES_DTYPE,
+        shared_documents=writer.shared_documents,
+        shared_chars=writer.shared_chars,
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -212,188 +245,66 @@ def prepare(
     return corpus
 
 
+def _write(
+    writer: "_Writer",
+    config: DataConfig,
+    documents: Iterable[Document],
+    whole: bool,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    heldout = None
+    if config.heldout is not None:
+        heldout = HeldOut()
+        for document in read_documents(config.heldout, config):
+            heldout.add(document.text)
+            writer.add(document, heldout=True)
+        writer.flush()
+    for document in documents:
+        held = whole or (heldout is None and is_heldout(document, config.heldout_fraction))
+        if heldout is not None:
+            document = writer.take_out(document, heldout.without(document))
+        if document.text and writer.add(document, heldout=held):
+            progress(sum(writer.tokens.values()), 0, "tokens")
+        if config.max_tokens is not None and not whole and writer.tokens["train"] >= config.max_tokens:
+            break
+
+
+def _shared(writer: "_Writer", config: DataConfig) -> str:
+    """What was left out of the training text.
+
+    Raises: DataError if that is all of it.
+    """
+    if writer.documents["train"] == 0:
+        raise DataError(
+            f"the training text {config.source!r} and the held-out text {config.heldout!r} are the same, or the one is "
+            "a part of the other: nothing is left to train on; give another text as data.heldout, or none, and a part "
+            "of the source is held out"
+        )
+    return (
+        f"the held-out text {config.heldout} is also in the training text {config.source}: "
+        f"{writer.shared_documents:,} documents and {writer.shared_chars:,} characters in all are not trained on"
+    )
+
+
 def read_documents(source: str, config: DataConfig) -> Iterator[Document]:
     """The documents of a source, in a fixed order; blank ones are skipped.
 
     Raises: DataError if there is no such source, or it holds no text.
     """
-    found = False
-    for document in _open_source(source, config):
-        if document.text.strip():
-            found = True
-            yield document
-    if not found:
-        raise DataError(f"data source {source!r} holds no text: every document in it is empty")
-
-
-def builtin_documents(*, tests: bool = False) -> Iterator[Document]:
-    """Python source files of the running interpreter's standard library, keyed by module path.
-
-    Keyed by path and not by content, so that a file is on the same side of the split under every Python version.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _library_files(tests=tests):
-        try:
-            yield Document(key=path.relative_to(root).as_posix(), text=path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            continue  # a handful of library files are in other encodings on purpose
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no local path can only be a dataset on the hub."""
-    path = Path(source).expanduser()
-    looks_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES
-    return source not in (BUILTIN, TEACHER) and not looks_local and source.count("/") <= 1
+    return read_source(source, text_field=config.text_field, max_chars=config.max_document_chars)
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that the sources consist of; none for a hub dataset."""
-    files: list[Path] = []
-    for source in filter(None, (config.source, config.heldout)):
-        path = Path(source).expanduser()
-        if source == BUILTIN:
-            files += _library_files(tests=False)
-        elif source == TEACHER:
-            continue
-        elif path.is_dir():
-            files += _text_files(path)
-        elif path.exists():
-            files.append(path)
-    return files
+    """The files that the sources consist of; none for a hub dataset.
+
+    Raises: DataError for a source that is not there, or a file that cannot be read.
+    """
+    return [file for source in filter(None, (config.source, config.heldout)) for file in find_source(source).files]
 
 
 def is_heldout(document: Document, fraction: float) -> bool:
     """Whether the default split holds this document out."""
     return _fraction(document.key) < fraction
-
-
-def _library_files(*, tests: bool) -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    parts = {path: set(path.relative_to(root).parts) for path in sorted(root.rglob("*.py"))}
-    return [path for path, names in parts.items() if not _NOT_SOURCE & names and bool(_TESTS & names) == tests]
-
-
-def _text_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.suffix in TEXT_SUFFIXES)
-
-
-def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
-    if source == BUILTIN:
-        return builtin_documents()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = _text_files(path)
-        if not files:
-            raise DataError(f"directory {source} holds no {', '.join(TEXT_SUFFIXES)} file")
-        return (document for file in files for document in _read_file(file, config))
-    if path.exists():
-        return _read_file(path, config)
-    if is_hub_id(source):
-        return _read_hub(source, config)
-    raise DataError(f"data source {source!r} does not exist; give a file, a directory, a dataset id or {BUILTIN!r}")
-
-
-def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
-    match path.suffix:
-        case ".txt" | ".md":
-            yield from (keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
-        case ".jsonl":
-            yield from _read_jsonl(path, config.text_field)
-        case ".parquet":
-            yield from _read_parquet(path, config.text_field)
-        case suffix:
-            raise DataError(f"{path} has the suffix {suffix!r}; data files end in {', '.join(TEXT_SUFFIXES)}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or check that it is text"
-        ) from None
-    if "\x00" in text:
-        raise DataError(f"{path} is binary: it holds a NUL character at position {text.index(chr(0))}")
-    return text
-
-
-def _sections(text: str, max_chars: int) -> Iterator[str]:
-    """Cut long text at the first blank line (else at the first line end) after each `max_chars` characters."""
-    start = 0
-    while len(text) - start > max_chars:
-        cut = text.find("\n\n", start + max_chars)
-        if cut < 0 or cut > start + 2 * max_chars:
-            cut = text.find("\n", start + max_chars)
-        if cut < 0:
-            break
-        yield text[start:cut]
-        start = cut + 1
-    yield text[start:]
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
-        yield keyed(_text_of(row, field, f"{path}, line {number}"))
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            yield from lines
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: convert it, or check that it is text") from None
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
-    columns = table.schema_arrow.names
-    if field not in columns:
-        raise DataError(f"{path} has no column {field!r} (data.text_field); it has {', '.join(columns)}")
-    for batch in table.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
-            yield keyed(_text_of({field: text}, field, str(path)))
-
-
-def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, split="train", streaming=True)
-        for row in rows:
-            yield keyed(_text_of(row, config.text_field, f"dataset {source}"))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source!r} is neither a local path nor a readable hub dataset: {error}") from None
-
-
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        raise DataError(f"{where}: no field {field!r} (data.text_field); it has {', '.join(map(str, row))}")
-    if not isinstance(row[field], str):
-        raise DataError(f"{where}: field {field!r} holds {type(row[field]).__name__}, not text")
-    try:
-        row[field].encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} is no Unicode text: {error.reason}") from None
-    return row[field]
-
-
-def keyed(text: str) -> Document:
-    """A document of text from anywhere but the built-in corpus."""
-    return Document(key=hashlib.sha256(text.encode()).hexdigest(), text=text)
 
 
 def _fraction(key: str) -> float:
@@ -444,7 +355,7 @@ def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
 
 
 class _Writer:
-    """Tokenizes documents in batches and appends each to the stream of its split."""
+    """Tokenizes documents in batches and appends each to the stream of its split; those without a token are none."""
 
     BATCH_CHARS = 1 << 20
 
@@ -453,6 +364,7 @@ class _Writer:
         self.dtype = "uint16" if vocab <= 2**16 else "uint32"
         self.documents = {"train": 0, "heldout": 0}
         self.tokens = {"train": 0, "heldout": 0}
+        self.shared_documents = self.shared_chars = 0
         self.pending: list[tuple[Document, bool]] = []
         self.pending_chars = 0
         # The training document with the lowest hash, and (start, length) in the train stream of it and its equals.
@@ -464,7 +376,7 @@ class _Writer:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
-            self._flush()
+            self.flush()
         for file in self.files.values():
             file.close()
 
@@ -474,8 +386,14 @@ class _Writer:
         self.pending_chars += len(document.text)
         if self.pending_chars < self.BATCH_CHARS:
             return False
-        self._flush()
+        self.flush()
         return True
+
+    def take_out(self, document: Document, rest: str) -> Document:
+        """The document with the rest of its text, where the other part is held out."""
+        self.shared_documents += not rest
+        self.shared_chars += len(document.text) - len(rest)
+        return replace(document, text=rest)
 
     def hold_out_lowest(self, source: str) -> None:
         """Move the training document with the lowest hash, and its equals, to the held-out split if that is empty."""
@@ -493,11 +411,13 @@ class _Writer:
         self.documents = {"train": self.documents["train"] - len(spans), "heldout": len(spans)}
         self.tokens = {"train": self.tokens["train"] - len(held), "heldout": len(held)}
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if not self.pending:
             return
         texts = [document.text for document, _ in self.pending]
         for (document, heldout), ids in zip(self.pending, texts_ids(self.tokenizer, texts), strict=True):
+            if not ids:
+                continue  # what a tokenizer drops, such as spaces: a delimiter alone would be no document
             require_within(ids, self.vocab, self.tokenizer, f"the text {document.text[:40]!r}")
             self._append(document, np.array([*self.prefix, *ids, *self.suffix], dtype=self.dtype), heldout)
         self.pending, self.pending_chars = [], 0
@@ -527,21 +447,31 @@ class _Writer:
         """
         ends = np.maximum.accumulate([0, *text_ends(self.tokenizer, text)])
         ends[-1] = len(text)  # byte-level tokenizers trim spaces off their offsets
-        bytes_before = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
-        counts = np.diff(bytes_before[ends])
-        zeros = [np.zeros(len(part)) for part in (self.prefix, self.suffix)]
-        return np.concatenate([zeros[0], counts, zeros[1]]).astype(np.uint16)
+        counts = np.diff(_bytes_before(text)[ends])
+        zeros = [np.zeros(len(part), dtype=BYTES_DTYPE) for part in (self.prefix, self.suffix)]
+        return np.concatenate([zeros[0], counts.astype(BYTES_DTYPE), zeros[1]])
 
 
-def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int) -> None:
-    for split, way_out in (
-        ("train", "give more text, or lower data.block_tokens"),
-        ("heldout", "raise data.heldout_fraction, give data.heldout, or lower data.block_tokens"),
-    ):
+def _bytes_before(text: str) -> np.ndarray:
+    """UTF-8 bytes before each character of a text, and in all of it."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    lengths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int, splits: Sequence[str]) -> None:
+    lower = "" if config.heldout else ", lower data.heldout_fraction"
+    ways_out = {
+        "train": f"give more text{lower}, or lower data.block_tokens",
+        "heldout": "raise data.heldout_fraction, give data.heldout, or lower data.block_tokens",
+    }
+    if "train" not in splits:
+        ways_out["heldout"] = "give more text, or lower data.block_tokens"
+    for split in splits:
         if writer.tokens[split] < block_tokens:
             raise DataError(
                 f"the {split} part of {config.source!r} has {writer.tokens[split]} tokens, "
-                f"fewer than one block of {block_tokens}: {way_out}"
+                f"fewer than one block of {block_tokens}: {ways_out[split]}"
             )
 
 

@@ -112,7 +112,7 @@ def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
     """
     total = hashlib.sha256()
     for file in sorted(files):
-        total.update(f"{file.name}\0{_cached_digest(file, cache)}\n".encode())
+        total.update(os.fsencode(file.name) + f"\0{_cached_digest(file, cache)}\n".encode())
     return total.hexdigest()
 
 

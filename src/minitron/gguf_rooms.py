@@ -142,11 +142,9 @@ def evaluate_gguf(
     Args:
         teacher: a model directory or another GGUF file with the same tokenizer.
     """
-    if whole:
-        data_config = data_config.model_copy(update={"heldout": data_config.source})
     with ExitStack() as stack:
         facts = inspect_gguf(file)
-        corpus = stack.enter_context(_corpus(file, facts, data_config, listener))
+        corpus = stack.enter_context(_corpus(file, facts, data_config, whole, listener))
         rows = corpus.heldout.head(blocks).select(slice(None))
         threads, length = os.cpu_count() or 1, rows.shape[1]
         runtime = stack.enter_context(Runtime(file, context=length, threads=threads))
@@ -173,7 +171,9 @@ def evaluate_gguf(
 
 
 @contextmanager
-def _corpus(file: Path, facts: dict[str, Any], config: data.DataConfig, listener: Listener) -> Iterator[data.Corpus]:
+def _corpus(
+    file: Path, facts: dict[str, Any], config: data.DataConfig, whole: bool, listener: Listener
+) -> Iterator[data.Corpus]:
     """Text in the file's own tokens, gone after the block."""
     import tempfile
 
@@ -188,4 +188,5 @@ def _corpus(file: Path, facts: dict[str, Any], config: data.DataConfig, listener
     with tempfile.TemporaryDirectory(prefix="minitron-") as path:
         listener.stage("data", "running")
         vocab = facts["shape"]["vocab"] or len(tokenizer)
-        yield data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=Path(path))
+        options: dict[str, Any] = {"whole": whole, "warn": listener.warn}
+        yield data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=Path(path), **options)

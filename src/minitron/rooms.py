@@ -373,9 +373,7 @@ def evaluate_model(
         require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
-    if whole:
-        data_config = data_config.model_copy(update={"heldout": data_config.source})
-    with corpus_for(checkpoint, data_config, listener) as corpus:
+    with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
         quality = evaluate(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
@@ -429,18 +427,25 @@ def keep_sampled(corpus: Path, out: Path) -> None:
 
 @contextmanager
 def corpus_for(
-    checkpoint: Checkpoint, config: data.DataConfig, listener: Listener, samples: int | None = None, seed: int = 0
+    checkpoint: Checkpoint,
+    config: data.DataConfig,
+    listener: Listener,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    whole: bool = False,
 ) -> Iterator[data.Corpus]:
     """A corpus that is gone after the block.
 
     Args:
         samples: training blocks that are needed of text without end, which may be the checkpoint's own.
         seed: of text that is sampled.
+        whole: hold out all of the text.
     """
     listener.stage("data", "running")
     if samples is not None:
         config = bounded(config, samples * block_length(config, checkpoint))
     with tempfile.TemporaryDirectory(prefix="minitron-") as path:
         tokenizer = load_tokenizer(checkpoint.path)
-        make_corpus(config, checkpoint, tokenizer, seed=seed, out=Path(path), listener=listener)
+        make_corpus(config, checkpoint, tokenizer, seed=seed, out=Path(path), whole=whole, listener=listener)
         yield data.open_corpus(Path(path))

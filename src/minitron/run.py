@@ -1,5 +1,6 @@
 """The whole pipeline on one screen. Only this module and those beside it in docs/design.md compose the rooms."""
 
+import os
 from pathlib import Path
 
 from minitron import data
@@ -189,5 +190,5 @@ def require_correctable(config: settings.DistillConfig, text: data.DataConfig) -
 
 def _whole_path(source: str) -> str:
     """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and path.exists() else source
+    path = data.local_path(source)
+    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and os.path.exists(path) else source

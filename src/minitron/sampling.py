@@ -22,10 +22,11 @@ from torch import Tensor
 
 from minitron.data import DataConfig, delimiters, is_heldout, keyed
 from minitron.device import pick_device
-from minitron.errors import CheckpointError
+from minitron.errors import CheckpointError, DataError
 from minitron.files import readable_os_errors
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
+from minitron.reading import read_rows
 
 # A model that says little may never fill the held-out part: sampling ends at so many times what is to be expected.
 PATIENCE = 4
@@ -221,6 +222,7 @@ class _Goal:
 def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> Sampled:
     ended = ids[-1] in ends
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = text.replace("\0", "")  # a token of most tokenizers, and no character of text
     # The length may cut a character in two.
     return Sampled(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
 
@@ -231,4 +233,9 @@ def _resume(path: Path, batch: int) -> list[Sampled]:
     whole = sum(line.endswith(b"\n") for line in lines) // batch * batch
     if path.exists():
         os.truncate(path, sum(map(len, lines[:whole])))
-    return [Sampled(**json.loads(line)) for line in lines[:whole]]
+    try:
+        return [Sampled(**row) for _, row in read_rows(path, DataError)] if path.exists() else []
+    except (DataError, TypeError) as problem:
+        raise DataError(
+            f"{path}, the text sampled so far, is damaged ({problem}): delete it, and sampling begins anew"
+        ) from None

@@ -86,12 +86,14 @@ def make_corpus(
     seed: int,
     out: Path,
     state: Path | None = None,
+    whole: bool = False,
     listener: Listener,
 ) -> dict[str, Any]:
     """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
 
     Args:
         state: where sampled text is kept from one call to the next.
+        whole: hold out all of the text.
 
     Returns what a record should say of it.
     """
@@ -115,7 +117,9 @@ def make_corpus(
         block_tokens=block_tokens,
         out=out,
         documents=documents,
+        whole=whole,
         progress=listener.progress,
+        warn=listener.warn,
     )
     if (config.delimiter, corpus.delimiter) == ("auto", "none"):
         listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron.config import Section
 from minitron.data import Blocks
-from minitron.errors import CheckpointError
+from minitron.errors import CheckpointError, DataError
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
 from minitron.packing import Batch
 
@@ -86,7 +86,7 @@ def evaluate(
         teacher: a loaded model of the same vocabulary; None leaves KL and agreement out. Where one of the two has more
             rows, of padding, both are compared on those that both have.
 
-    Raises: CheckpointError if the loss is not finite.
+    Raises: CheckpointError if the loss is not finite; DataError if no token is predicted.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
     count = text_bytes = 0
@@ -100,9 +100,13 @@ def evaluate(
         if blocks.bytes is not None:
             text_bytes += int(blocks.bytes[rows][here.predicted.cpu().numpy()].sum(dtype="int64"))
         progress(min(start + batch, len(blocks)), len(blocks))
+    if count == 0:
+        raise DataError("no token of the held-out text is predicted: every document in it is a single token")
     nats, kl, agreeing = (sums / count).tolist()
     if not math.isfinite(nats):
         raise CheckpointError("the model's loss on held-out text is not finite: its weights are damaged")
+    if not math.isfinite(kl):
+        raise CheckpointError("the KL to the teacher is not finite: the teacher's weights are damaged")
     return Evaluation(
         lm_loss=nats,
         perplexity=math.exp(nats) if nats < 700 else math.inf,

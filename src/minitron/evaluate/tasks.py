@@ -93,6 +93,8 @@ def plan_tasks(
     if not benchmarks:
         raise TaskError("no task is named: give --tasks, --suite or --tasks-dir")
     local = {one.task: read_task(folders[one.task]) for one in benchmarks if one.task in folders}
+    for note in filter(None, (one.left_out for one in local.values())):
+        warn(note)
     for one in benchmarks:
         definitions.require_known(one, local.get(one.task), allow_code=options.allow_code)
     if any(_runs_code(one, local.get(one.task)) for one in benchmarks):
