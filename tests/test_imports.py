@@ -41,7 +41,17 @@ STAGES = {
         *("quality", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),
     ),
-    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    "publish": (
+        "ladder",
+        "llama_cpp",
+        "gguf_tokenizer",
+        "gguf_config",
+        "gguf",
+        "imatrix",
+        "quantize",
+        "verify",
+        "mixing",
+    ),
     "model": ("architecture", "families", "weights", "checkpoint", "states", "stream", "divided", "likelihood"),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

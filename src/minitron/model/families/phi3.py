@@ -18,5 +18,5 @@ PHI3 = Architecture(
         "model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",
     },
     norms=LLAMA.norms,
-    gguf=Gguf("phi3"),
+    gguf=Gguf("phi3", scalings=("default", "longrope"), partial_rotary=True),
 )
