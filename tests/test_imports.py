@@ -12,7 +12,7 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
-    ("config", "files", "reading", "device", "parallel", "packing", "child"),
+    ("config", "files", "reading", "device", "parallel", "packing", "child", "naming"),
     ("model", "data"),
     ("describe",),
     ("sampling", "prune", "distill", "evaluate", "publish"),

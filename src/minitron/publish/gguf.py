@@ -24,6 +24,7 @@ from minitron.files import atomic_file
 from minitron.large_files import CHUNK_BYTES, ahead, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
+from minitron.naming import model_name
 from minitron.publish.gguf_config import Keys, query_factor, read_config, require_runnable, rope, table_of, windows
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 
@@ -69,6 +70,11 @@ class GgufModel:
     @property
     def table(self) -> Gguf:
         return table_of(self.checkpoint)
+
+    @property
+    def context(self) -> int:
+        """Tokens up to which llama.cpp runs the model as transformers does."""
+        return self.keys[f"{self.table.name}.context_length"]
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
         """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
@@ -116,7 +122,7 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
     """What a GGUF file of a checkpoint says and holds, but for the types of its tensors. No weights are read.
 
     Args:
-        name: of the model; default the directory's.
+        name: of the model; default by its directory.
         pre: llama.cpp's name of the tokenizer's splitting rule, where it cannot be told from tokenizer.json.
 
     Raises: GgufError for a model that llama.cpp has no way to run as it is.
@@ -141,7 +147,7 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
     }
     keys: Keys = {
         "general.type": "model",
-        "general.name": name or checkpoint.path.resolve().name,
+        "general.name": name or model_name(checkpoint.path),
         **{f"{table.name}.{key}": value for key, value in own.items()},
         **tokenizer_keys(checkpoint.path, shape.vocab, pre),
     }
