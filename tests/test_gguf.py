@@ -12,16 +12,18 @@ import tiny
 import torch
 from gguf import GGMLQuantizationType as BlockType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
+from minitron.packing import Batch, Separator
 from minitron.publish import gguf_config, gguf_tokenizer
 from minitron.publish.gguf import describe, file_bytes, plain_types, write_gguf
 from minitron.publish.gguf_file import is_gguf, read_gguf, require_language_model
 from minitron.publish.llama_cpp import Runtime
-from minitron.publish.verify import HARD_TEXT
+from minitron.publish.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
 
 TOKENS = 240
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -394,3 +396,31 @@ def test_a_directory_is_no_gguf_file_whatever_its_name_and_a_file_is_by_what_it_
     said(tmp_path / "sha256-0123", "llama")
     assert not is_gguf(str(tmp_path / "model.gguf")) and is_gguf(str(tmp_path / "sha256-0123"))
     assert is_gguf(str(tmp_path / "missing.gguf")) and not is_gguf(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_documents_kept_apart_are_read_anew_as_transformers_reads_them(leads: bool, tmp_path: Path) -> None:
+    path = tiny.checkpoint("llama", tmp_path)
+    file, _ = float32_file(path)
+    tokens = tiny.tokens(1, 60).clamp(min=4)
+    tokens[0, ::7] = 3
+    batch, model, seen, other = Batch(tokens, Separator(3, leads)), tiny.model(path), Comparison(), Comparison()
+    with Runtime(file, context=60, threads=1, exact=True) as runtime:
+        found = llama_cpp_logits(runtime, batch)
+        seen.add(found, logits_of(model, batch), batch)
+        other.add(llama_cpp_logits(runtime, Batch(tokens)), None, Batch(tokens))
+    documents = len(tokens[0, ::7]) + (not leads)
+    assert seen.tokens == batch.num_predicted == 60 - documents and seen.kl < 1e-6
+    assert abs(seen.nats - seen.nats_of_other) < 1e-4 < abs(seen.nats - other.nats)
+    alone = cross_entropy(tiny.logits(model, tokens[:, :7])[0, :-1], tokens[0, 1:7]) if leads else None
+    assert leads is False or abs(float(cross_entropy(found[:6], tokens[0, 1:7]) - alone)) < 1e-4
+
+
+def test_rows_of_padding_are_left_out_of_the_comparison_and_not_of_the_loss() -> None:
+    tokens, found = torch.tensor([[1, 2, 3]]), torch.randn(3, 8)
+    seen, alone = Comparison(), Comparison()
+    seen.add(found, found[:, :6], Batch(tokens))
+    alone.add(found, None, Batch(tokens))
+    assert seen.kl == pytest.approx(0, abs=1e-7) and seen.top1 == 1 and seen.nats == alone.nats
+    assert (seen + alone).tokens == 4 and (seen + alone).nats == pytest.approx(seen.nats)
+    assert perplexity(1e4) == float("inf") and perplexity(1.0) == pytest.approx(2.718281828)
