@@ -12,7 +12,7 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
-    ("config", "files", "reading", "device", "parallel", "packing", "child"),
+    ("config", "files", "reading", "device", "parallel", "packing", "child", "naming"),
     ("sources",),
     ("overlap",),
     ("model",),
@@ -44,7 +44,9 @@ STAGES = {
         *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),
     ),
-    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    "publish": (
+        *("ladder", "llama_cpp", "gguf_tokenizer", "gguf_config", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    ),
     "model": (
         *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face"),
         *("tokens", "tokenizer", "checkpoint", "states", "stream", "divided", "likelihood"),

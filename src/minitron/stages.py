@@ -37,6 +37,7 @@ from minitron.model.checkpoint import (
     open_checkpoint,
 )
 from minitron.model.model_config import ModelConfig
+from minitron.naming import run_name
 from minitron.packing import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
@@ -495,7 +496,7 @@ def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: data.Corpu
     from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize
 
     config, seed = recipe.gguf, recipe.seed
-    name = f"{Path(recipe.model).name}-{recipe.prune.target or 'small'}".replace("%", "pct")
+    name = run_name(recipe.model, recipe.prune.target)
 
     def work(out: Path) -> dict[str, Any]:
         tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), seed)

@@ -64,6 +64,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
 
 
 def compress(args: argparse.Namespace, console: Console) -> None:
+    from minitron.naming import model_name
     from minitron.recipe import build_recipe
 
     raw: dict[str, Any] = {
@@ -74,7 +75,7 @@ def compress(args: argparse.Namespace, console: Console) -> None:
         "prune": {"target": args.target_params},
         "distill": {"tokens": args.tokens},
     }
-    name = f"{Path(args.model).name}-{args.target_params.rstrip('%')}"
+    name = f"{model_name(args.model)}-{args.target_params.rstrip('%')}"
     _run_recipe(build_recipe(raw, args.set), args.out or Path("runs") / name, args, console)
 
 
@@ -230,7 +231,7 @@ def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from minitron.rooms import benchmark_models
 
     for model in (args.model, args.teacher):
-        if model is not None and model.endswith(".gguf"):
+        if model is not None and _is_gguf(model):
             raise MinitronError(
                 f"{model}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
                 "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
@@ -257,12 +258,11 @@ def generate(args: argparse.Namespace, console: Console) -> None:
 
 def _is_gguf(model: str) -> bool:
     """Whether MODEL is a GGUF file, for which the packages must be there."""
-    if not model.endswith(".gguf"):
-        return False
+    from minitron.publish.gguf_file import is_gguf
     from minitron.publish.ladder import require_installed
 
-    if not Path(model).is_file():
-        raise MinitronError(f"{model} does not exist")
+    if not is_gguf(model):
+        return False
     require_installed()
     return True
 

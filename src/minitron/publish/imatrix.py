@@ -93,8 +93,12 @@ def read_importance(file: Path) -> ImportanceMatrix:
     try:
         with file.open("rb") as data:
             is_gguf = data.read(4) == b"GGUF"
-        return _read_gguf(file) if is_gguf else _read_legacy(file)
-    except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+        found = _read_gguf(file) if is_gguf else _read_legacy(file)
+        for name, sums in found.sums.items():
+            if not (sums.isfinite().all() and (sums >= 0).all() and sums.any()):
+                raise ValueError(f"what it has of {name} is no sum of squares")
+        return found
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError, struct.error) as error:
         raise GgufError(
             f"{file} is no importance matrix: {error}; make one with `minitron quantize --calibration TEXT`, "
             "or with llama.cpp's llama-imatrix"
@@ -156,7 +160,8 @@ def _read_gguf(file: Path) -> ImportanceMatrix:
     counts = {name: round(stored[f"{name}{_COUNTS}"].sum().item()) for name in sums}
     datasets = said("imatrix.datasets")
     chunks, chunk_tokens = said("imatrix.chunk_count"), said("imatrix.chunk_size")
-    assert isinstance(datasets, list) and isinstance(chunks, int) and isinstance(chunk_tokens, int)
+    if not (isinstance(datasets, list) and isinstance(chunks, int) and isinstance(chunk_tokens, int)):
+        raise ValueError(f"its datasets, chunks and their size are {datasets!r}, {chunks!r} and {chunk_tokens!r}")
     return ImportanceMatrix(sums, counts, chunks, chunk_tokens, tuple(datasets))
 
 
