@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.errors import DataError
 from minitron.packing import Separator
 
@@ -34,10 +34,10 @@ _TESTS = {"test", "tests", "idle_test", "testsuite"}
 
 
 class DataConfig(Section):
-    source: str = BUILTIN
+    source: UserPath = BUILTIN
     """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
     of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
-    heldout: str | None = None
+    heldout: UserPath | None = None
     """A second source, held out whole. Without one, `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from minitron import data
 from minitron.errors import GgufError, MinitronError
-from minitron.files import atomic_directory
-from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.files import atomic_directory, prove_directory, require_room, scratch_directory, scratch_errors
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_model
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.publish.ladder import QuantizeConfig
 from minitron.publish.llama_cpp import Runtime
@@ -44,15 +44,18 @@ def quantize_model(
     Args:
         data_config: None for no calibration.
     """
+    prove_directory(out, inputs=[model])
     checkpoint = open_checkpoint(resolve_model(model))
-    require_possible(checkpoint, config, informed=data_config is not None or importance_file is not None)
+    informed = data_config is not None or importance_file is not None
+    require_possible(checkpoint, config, informed=informed)
     with ExitStack() as stack:
         partial, text = stack.enter_context(atomic_directory(out)), None
+        require_room(out, _bytes_of(checkpoint, config, informed=informed), partial)
         if data_config is not None:
             if data_config.block_tokens is None:
                 usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
                 data_config = data_config.model_copy(update={"block_tokens": usual})
-            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples))
+            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
             tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), 0)
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
             text = Text(tokens, heldout, data_config.source)
@@ -64,6 +67,13 @@ def quantize_model(
         )
     listener.stage("quantize", "done")
     return table
+
+
+def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
+    """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
+    mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]
+    files = [row["bytes"] for row in plan_files(checkpoint, config, informed=informed)]
+    return round(sum(files) + sum(config.sizes) + sum(mixtures))
 
 
 def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
@@ -172,8 +182,6 @@ def evaluate_gguf(
 @contextmanager
 def _corpus(file: Path, facts: dict[str, Any], config: data.DataConfig, listener: Listener) -> Iterator[data.Corpus]:
     """Text in the file's own tokens, gone after the block."""
-    import tempfile
-
     from transformers import AutoTokenizer
 
     try:
@@ -182,7 +190,9 @@ def _corpus(file: Path, facts: dict[str, Any], config: data.DataConfig, listener
         raise GgufError(f"{file} has no tokenizer that transformers can read: {error}") from None
     context = facts["shape"]["context"] or QUANTIZE_TOKENS
     length = config.block_tokens or min(QUANTIZE_TOKENS, context)
-    with tempfile.TemporaryDirectory(prefix="minitron-") as path:
+    with scratch_directory() as path:
         listener.stage("data", "running")
         vocab = facts["shape"]["vocab"] or len(tokenizer)
-        yield data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=Path(path))
+        with scratch_errors():
+            corpus = data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path)
+        yield corpus

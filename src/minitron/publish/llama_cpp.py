@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from minitron.errors import GgufError
+from minitron.paths import expanded
 
 PARTS = 4  # of rows that are quantized together, for each thread
 LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
@@ -155,7 +156,7 @@ def llama_cpp() -> LlamaCpp:
     """
     named = os.environ.get(LIBRARY)
     if named:
-        return LlamaCpp(Path(named))
+        return LlamaCpp(Path(expanded(named)))
     from importlib.util import find_spec
 
     package = find_spec("xllamacpp")
