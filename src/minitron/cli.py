@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minitron import arguments, verbs
-from minitron.console import Console
+from minitron.console import Console, complain, flush_result, open_streams
 from minitron.errors import Interrupted, MinitronError
 
 EXAMPLES = {
@@ -47,10 +47,43 @@ HELP = {
     "push": "upload the student, its card and its GGUF files to the Hugging Face hub",
 }
 
+# In what torch says where it gets no memory.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
-    args = build_parser().parse_args(argv)
+    """Run one command; returns the exit code (0 done, 1 the user's mistake or the machine's, 130 interrupted; 2 is
+    argparse's)."""
+    open_streams()
+    try:
+        _run(_parsed(argv))
+    except Interrupted as error:
+        _complain(f"interrupted: {error}")
+        return 130
+    except KeyboardInterrupt:
+        _complain("interrupted; what was finished is kept, run the same command to go on")
+        return 130
+    except MinitronError as error:
+        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = _of_the_machine(error)
+        if reason is None:
+            raise
+        _complain(f"error: {' '.join(reason.split())}")
+        return 1
+    return 0
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return build_parser().parse_args(argv)
+    except SystemExit:
+        flush_result()  # of --help: here, where an error can be told
+        raise
+
+
+def _run(args: argparse.Namespace) -> None:
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
@@ -65,20 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
         args.verb(args, console)
-    except Interrupted as error:
-        _complain(f"interrupted: {error}")
-        return 130
-    except KeyboardInterrupt:
-        _complain("interrupted; what was finished is kept, run the same command to go on")
-        return 130
-    except MinitronError as error:
-        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         console.close()
-    return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine cannot do, in a line; None for an error of the program."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        return f"not enough memory{f' ({text})' if text else ''}: free some, or ask for less: a smaller batch or block"
+    if "can't start new thread" in text:
+        return f"{text}: raise the limit of processes (ulimit -u), or set OMP_NUM_THREADS to fewer"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -356,7 +389,7 @@ def _complain(text: str) -> None:
 
     rank = parallel.ranks().rank
     if rank == 0 or parallel.is_computing():
-        print(text if rank == 0 else f"process {rank}: {text}", file=sys.stderr)
+        complain(text if rank == 0 else f"process {rank}: {text}")
 
 
 def _interrupt(*_: object) -> None:
