@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=meaning)
+    parser.add_argument("--set", type=words, action="append", default=[], metavar="KEY=VALUE", help=meaning)
 
 
 def data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -158,6 +159,17 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def words(text: str) -> str:
+    """Text of the command line as the UTF-8 that it is, whatever encoding the environment names.
+
+    Raises: MinitronError, which argparse lets through.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise MinitronError(f"{text!a} is not UTF-8 text: give it in UTF-8") from None
 
 
 def named(text: str) -> str:

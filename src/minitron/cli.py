@@ -275,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
     )
-    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--prompt", type=arguments.words, required=True)
     generate.add_argument("--new-tokens", type=arguments.count, default=200)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     generate.add_argument("--seed", type=arguments.seed, default=0)

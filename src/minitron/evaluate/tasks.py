@@ -205,7 +205,10 @@ def _usable(cache: Path, warn: Warn) -> Path | None:
             cache.mkdir(parents=True, exist_ok=True)
             write_json(cache / ".probe", None)
             (cache / ".probe").unlink()
-    except (OSError, RunError) as error:
+    except OSError as error:
+        _without(warn, f"cannot write {cache}: {error.strerror}")
+        return None
+    except RunError as error:
         _without(warn, str(error).split(";")[0])
         return None
     return cache
