@@ -11,8 +11,9 @@ ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("large_files",),
-    ("config", "files", "reading", "device", "parallel", "packing", "child", "naming"),
+    ("large_files", "paths"),
+    ("config", "files", "reading", "device", "parallel", "packing", "naming"),
+    ("child",),
     ("sources",),
     ("overlap",),
     ("model",),

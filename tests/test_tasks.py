@@ -256,6 +256,25 @@ def test_results_are_kept_by_what_they_depend_on(model: Path, rows: Path, tmp_pa
     for file in cache.glob("*.json"):
         file.write_text(file.read_text()[:-9])
     assert run()[1] == 2 and run()[1] == 0
+    for file in cache.glob("*.json"):
+        raw = json.loads(file.read_text())
+        if "result" in raw:
+            file.write_text(json.dumps(raw | {"result": raw["result"] | {"value": 0.99}}))
+    assert run()[0]["model"]["stories"] == first["model"]["stories"], "a number that was changed is none"
+
+
+@pytest.mark.parametrize("cache", ["file", "file/deep", "~unknown"])
+def test_a_cache_that_cannot_be_written_is_one_warning_and_no_error(
+    model: Path, rows: Path, tmp_path: Path, cache: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    said: list[str] = []
+    plan = plan_tasks(["piqa"], rows, TaskOptions(limit=2))
+    where = Path(cache) if cache.startswith("~") else tmp_path / cache
+    found = measure_tasks({"a": model, "b": model}, plan, cache=where, warn=said.append)
+    assert found["a"]["piqa"].n == 2 and len(said) == 1
+    assert said[0].startswith("results are not kept: ") and "set MINITRON_CACHE to a directory" in said[0]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_nothing_is_kept_where_nothing_is_wanted(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from minitron.files import scratch_errors, temporary_directory
+
 Result = TypeVar("Result")
 
 
@@ -32,7 +34,8 @@ class Child:
     """Calls functions in a process of its own, one after the other. It ends with its parent, however that ends."""
 
     def __init__(self) -> None:
-        self._last_words = tempfile.NamedTemporaryFile()  # noqa: SIM115: it lives as long as the process
+        with scratch_errors():
+            self._last_words = tempfile.NamedTemporaryFile(dir=temporary_directory())
         self._pool = _new_pool(self._last_words.name)
 
     def __enter__(self) -> "Child":

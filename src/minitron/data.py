@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.errors import CheckpointError, DataError
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 from minitron.overlap import HeldOut
@@ -39,10 +39,10 @@ SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run'
 
 
 class DataConfig(Section):
-    source: str = BUILTIN
+    source: UserPath = BUILTIN
     """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
     of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
-    heldout: str | None = None
+    heldout: UserPath | None = None
     """A second source, held out whole; documents of `source` that stand in it are not trained on. Without one,
     `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"

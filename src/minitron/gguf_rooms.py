@@ -16,10 +16,10 @@ from torch import Tensor
 from minitron import data
 from minitron.child import Child, ChildEnded
 from minitron.errors import GgufError, MinitronError
-from minitron.evaluate.generate import require_temperature
+from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
-from minitron.files import atomic_directory
-from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.tokens import require_unicode, text_ids
 from minitron.naming import model_name
 from minitron.packing import Batch, Separator
@@ -60,16 +60,18 @@ def quantize_model(
     Args:
         data_config: None for no calibration.
     """
+    prove_directory(out, inputs=[model])
     checkpoint = open_checkpoint(resolve_model(model))
     informed = data_config is not None or importance_file is not None
     require_possible(checkpoint, config, informed=informed, importance_file=importance_file)
     with ExitStack() as stack:
         partial, text = stack.enter_context(atomic_directory(out)), None
+        require_free_space(out, _bytes_of(checkpoint, config, informed=informed), partial)
         if data_config is not None:
             if data_config.block_tokens is None:
                 usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
                 data_config = data_config.model_copy(update={"block_tokens": usual})
-            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples))
+            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
             tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), 0)
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
             text = Text(tokens, heldout, data_config.source)
@@ -81,6 +83,13 @@ def quantize_model(
         )
     listener.stage("quantize", "done")
     return table
+
+
+def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
+    """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
+    mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]
+    files = [row["bytes"] for row in plan_files(checkpoint, config, informed=informed)]
+    return round(sum(files) + sum(config.sizes) + sum(mixtures))
 
 
 def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
@@ -121,8 +130,8 @@ def inspect_gguf(file: Path) -> dict[str, Any]:
     }
 
 
-def generate_gguf(file: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
-    """The continuation of a prompt by llama.cpp; it ends where the model's context does."""
+def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
+    """The continuation of a prompt by llama.cpp."""
     require_temperature(temperature)
     require_unicode(prompt)
     model = read_gguf(file)
@@ -130,21 +139,18 @@ def generate_gguf(file: Path, prompt: str, *, new_tokens: int, temperature: floa
     return _in_child(file, _continued, file, prompt, new_tokens, temperature, seed, model.context)
 
 
-def _continued(file: Path, prompt: str, new_tokens: int, temperature: float, seed: int, context: int | None) -> str:
+def _continued(
+    file: Path, prompt: str, new_tokens: int | None, temperature: float, seed: int, context: int | None
+) -> str:
     with Runtime(file, context=8, threads=_threads()) as runtime:
         tokens = runtime.prompt(prompt)
         if not tokens:
             raise MinitronError(
                 "the prompt is empty and the tokenizer adds no start token: give at least one character"
             )
-        if context is not None and len(tokens) >= context:
-            raise MinitronError(
-                f"the prompt has {len(tokens):,} tokens, and the context of {file} is {context:,}: shorten it"
-            )
-        room = len(tokens) + new_tokens
-        room = room if context is None else min(room, context)
-        runtime.make_room(room)
-        made = runtime.generate(tokens, room - len(tokens), temperature=temperature, seed=seed)
+        new_tokens = num_new_tokens(len(tokens), new_tokens, context)
+        runtime.make_room(len(tokens) + new_tokens)
+        made = runtime.generate(tokens, new_tokens, temperature=temperature, seed=seed)
         # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
         return runtime.text(tokens + made)[len(runtime.text(tokens)) :]
 
@@ -269,18 +275,18 @@ def _corpus(
     model: GgufFile, guide: Path | None, config: data.DataConfig, whole: bool, listener: Listener
 ) -> Iterator[data.Corpus]:
     """Text in the file's own tokens, gone after the block."""
-    import tempfile
-
     context = model.context or QUANTIZE_TOKENS
     length = config.block_tokens or min(QUANTIZE_TOKENS, context)
     if length > context:
         raise GgufError(f"--block-tokens {length} is longer than the context of {model.path}, {context} tokens")
     tokenizer = _tokenizer(model, guide)
-    with tempfile.TemporaryDirectory(prefix="minitron-") as path:
+    with scratch_directory() as path:
         listener.stage("data", "running")
         vocab = max(model.vocab, len(tokenizer))
         options: dict[str, Any] = {"whole": whole, "warn": listener.warn}
-        yield data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=Path(path), **options)
+        with scratch_errors():
+            corpus = data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, **options)
+        yield corpus
 
 
 def _tokenizer(model: GgufFile, guide: Path | None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.data import DataConfig
 from minitron.distill.settings import DistillConfig
 from minitron.errors import RecipeError, did_you_mean
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 class Recipe(Section):
-    model: str
+    model: UserPath
     """The teacher: a local directory, or a Hugging Face hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""

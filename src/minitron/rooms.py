@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +15,21 @@ from minitron.device import pick_device
 from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
-from minitron.errors import DataError, PlanError, RunError
+from minitron.errors import DataError, PlanError
 from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate, prompt_of, require_room, require_temperature
+from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
-from minitron.files import atomic_directory, readable_os_errors
-from minitron.model.architecture import PRUNABLE
+from minitron.files import (
+    atomic_directory,
+    beside,
+    prove_directory,
+    put_directory,
+    require_free_space,
+    scratch_directory,
+    scratch_errors,
+)
+from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     load_model,
@@ -54,7 +61,7 @@ from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, sc
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.run import bounded, require_correctable
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
 from minitron.stages import (
     block_length,
     calibrate_on,
@@ -97,12 +104,14 @@ def calibrate_model(
 ) -> Statistics:
     """Calibrate one model and write its statistics to `out`; under torchrun, with all its processes."""
     with parallel.process_group() as here:
+        if here.rank == 0:
+            prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
             separator = data.separator(data_config, load_tokenizer(teacher.path))
             return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
         with atomic_directory(out) as partial:
-            with corpus_for(teacher, data_config, listener, config.samples, seed) as corpus:
+            with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
                 statistics = calibrate_tokens(
                     teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
@@ -134,7 +143,7 @@ def search_model(
         corpus = None
         if data_config is not None:
             corpus = stack.enter_context(corpus_for(teacher, data_config, listener, calibration.samples))
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
+        work = stack.enter_context(scratch_directory())
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
@@ -173,15 +182,17 @@ def prune_model(
     Args:
         samples: blocks of that text, which the repair is fitted to also where statistics are given.
     """
+    prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
         given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
         fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
         steps = resolve_repair(repair, teacher, fixed).steps or []
-        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, partial, listener)
+        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
         if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
             plan = given
+            known.require_free_space(plan.student)
         else:
             plan = _choose(known, given)
         needed = needed_steps(steps, plan)
@@ -216,14 +227,24 @@ class _Known:
     statistics_dir: Path | None
     data_config: Callable[[], data.DataConfig]
     samples: int
+    out: Path
     work: Path
     listener: Listener
+
+    def require_free_space(self, student: Shape) -> None:
+        """Raises: RunError if the disk has no room for a student of that shape."""
+        counts = [
+            self.teacher.architecture.count(shape, self.teacher.config) for shape in (student, self.teacher.shape)
+        ]
+        # By share, for not every tensor need have the dtype of the embedding.
+        require_free_space(self.out, round(self.teacher.weight_bytes * counts[0].total / counts[1].total), self.work)
 
     @cached_property
     def scoring(self) -> Scoring:
         calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
         tokenizer = load_tokenizer(self.teacher.path)
-        with corpus_for(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
+        samples = calibration.samples
+        with corpus_for(self.teacher, self.data_config(), self.listener, samples, scratch=self.work) as corpus:
             scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
         return replace(scoring, scratch=self.work)
 
@@ -249,6 +270,7 @@ class _Known:
 def _choose(known: _Known, given: Given) -> Plan:
     teacher, config = known.teacher, known.config
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
+    known.require_free_space(shape)
     by_number = given_layers(config, teacher.shape)
     given = given if by_number.layers is None else replace(given, layers=by_number.layers)
     if not needs_scores(teacher.shape, shape, given):
@@ -280,23 +302,24 @@ def distill_models(
     """Distil a student of any origin; under torchrun, with all its processes.
 
     State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
-    teacher ends in `<out>.corrected`.
+    teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
     trackers.require_installed(config.log_to)
+    work, corrected = beside(out, "work"), beside(out, CORRECTED) if config.correction else None
     with parallel.process_group() as here:
+        if here.rank == 0:
+            inputs = [teacher, student, data_config.source, data_config.heldout]
+            for made in filter(None, (out, corrected)):
+                prove_directory(made, inputs=inputs)
+            prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
         require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
         require_same_tokenizer(guide, pupil)
-        work = out.with_name(f"{out.name}.work")
         if here.rank > 0:
             _assist(guide, pupil, config, seed, work)
             return {}
         data_config = bounded(data_config, config.tokens)
-        corrected = out.with_name(f"{out.name}.{CORRECTED}") if config.correction else None
-        for made in (out, corrected):
-            if made is not None and made.exists() and (not made.is_dir() or any(made.iterdir())):
-                raise RunError(f"{made} exists and is not empty; remove it, or choose another --out")
         with RunDirectory(work, None, listener) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
             parallel.require_all_well()  # the others wait for the text
@@ -314,10 +337,9 @@ def distill_models(
             trackers.keep(work / "distill", made)
             keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
-            with readable_os_errors(out):
-                made.rename(out)
-                if corrected is not None:
-                    (work / CORRECTED).rename(corrected)
+            if corrected is not None:
+                put_directory(work / CORRECTED, corrected)
+            put_directory(made, out)
             shutil.rmtree(work)
     return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
 
@@ -409,12 +431,17 @@ def benchmark_models(
     return facts
 
 
-def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
-    """The continuation of a prompt by a model on disk."""
+def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
+    """The continuation of a prompt by a model on disk.
+
+    Args:
+        new_tokens: None for USUAL_NEW_TOKENS, or as many as the model's context has room for.
+    """
     require_temperature(temperature)
     checkpoint = open_checkpoint(resolve_model(model))
     tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
-    require_room(len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab)), new_tokens, context)
+    num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
+    new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
     return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
@@ -434,6 +461,7 @@ def corpus_for(
     seed: int = 0,
     *,
     whole: bool = False,
+    scratch: Path | None = None,
 ) -> Iterator[data.Corpus]:
     """A corpus that is gone after the block.
 
@@ -441,11 +469,13 @@ def corpus_for(
         samples: training blocks that are needed of text without end, which may be the checkpoint's own.
         seed: of text that is sampled.
         whole: hold out all of the text.
+        scratch: an existing directory to keep it in; default the system's temporary directory.
     """
     listener.stage("data", "running")
     if samples is not None:
         config = bounded(config, samples * block_length(config, checkpoint))
-    with tempfile.TemporaryDirectory(prefix="minitron-") as path:
+    with scratch_directory(scratch) as path:
         tokenizer = load_tokenizer(checkpoint.path)
-        make_corpus(config, checkpoint, tokenizer, seed=seed, out=Path(path), whole=whole, listener=listener)
-        yield data.open_corpus(Path(path))
+        with scratch_errors(scratch):
+            make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
+        yield data.open_corpus(path)

@@ -9,6 +9,7 @@ from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import prompt_of
+from minitron.files import prove_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -24,7 +25,7 @@ from minitron.prune.shapes import needs_machine
 from minitron.publish import ladder
 from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
 from minitron.stages import (
     STATISTICS,
     block_length,
@@ -62,6 +63,8 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
+    inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
+    prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
     if recipe.gguf.wanted:
         ladder.require_installed()

@@ -21,8 +21,23 @@ import torch
 from minitron.config import Section
 from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
-from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
+from minitron.files import (
+    atomic_directory,
+    digest_files,
+    read_digests,
+    readable_os_errors,
+    remember_digest,
+    require_directory,
+    write_json,
+    write_text,
+)
 from minitron.recipe import Recipe, dump_recipe
+
+# What a run makes in its directory, of which no input may be a part.
+RUN_ENTRIES = (
+    *("data", "data-state", "statistics", "scores", "plan", "search", "search-state", "lessons", "corrected", "pruned"),
+    *("student", "distill", "distill-corrected", "distill-scratch", "scratch", "evaluations", "gguf"),
+)
 
 
 @runtime_checkable
@@ -62,11 +77,10 @@ class RunDirectory:
     _digests: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "RunDirectory":
-        if self.out.exists() and not self.out.is_dir():
-            raise RunError(f"{self.out} is a file; the output must be a directory: choose another --out")
         with readable_os_errors(self.out):
-            self._created = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
+            end = require_directory(self.out)
+            self._created = not end.exists()
+            end.mkdir(parents=True, exist_ok=True)
             self._lock = (self.out / ".lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,8 +89,7 @@ class RunDirectory:
             raise RunError(
                 f"run directory {self.out} is in use by another process; wait for it, or choose another --out"
             ) from None
-        cache = self.out / ".digests.json"
-        self._digests = json.loads(cache.read_text()) if cache.exists() else {}
+        self._digests = read_digests(self.out / ".digests.json")
         if not (self.out / "recipe.yaml").exists():
             self._write_recipe()
         return self
@@ -85,7 +98,9 @@ class RunDirectory:
         if kind is None:
             self._write_recipe()  # not before every stage has agreed to it
         elif self._created and (issubclass(kind, CheckpointError) or not any(self.out.glob("*/"))):
-            shutil.rmtree(self.out)  # bad input: leave nothing behind; text tokenized for a damaged model is no use
+            shutil.rmtree(
+                self.out.resolve()
+            )  # bad input: leave nothing behind; text tokenized for a damaged model is no use
         self._lock.close()
 
     def settle(self, **sections: Section) -> Recipe:
@@ -157,10 +172,7 @@ class RunDirectory:
     def _write_recipe(self) -> None:
         if self.recipe is None:
             return
-        with readable_os_errors(self.out):
-            partial = self.out / "recipe.yaml.partial"
-            partial.write_text(dump_recipe(self.recipe))
-            partial.replace(self.out / "recipe.yaml")
+        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
 
 def hardware() -> dict[str, Any]:

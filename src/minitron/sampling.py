@@ -23,7 +23,6 @@ from torch import Tensor
 from minitron.data import DataConfig, delimiters, is_heldout, keyed
 from minitron.device import pick_device
 from minitron.errors import CheckpointError, DataError
-from minitron.files import readable_os_errors
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
 from minitron.reading import read_rows
@@ -79,7 +78,7 @@ def sample_text(
 
     loaded = load_model(model).to(pick_device())
     ends = end_tokens(tokenizer, loaded)
-    with readable_os_errors(file), file.open("a", encoding="utf-8") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         while not goal.reached:
             number = len(rows) // config.sample_batch
             draws = np.random.default_rng([seed, number]).random((config.sample_batch, block_tokens - 1), np.float32)

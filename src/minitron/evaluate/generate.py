@@ -14,6 +14,7 @@ import torch
 from minitron.errors import MinitronError
 from minitron.model.tokens import prompt_ids, require_within
 
+USUAL_NEW_TOKENS = 200
 LEAST_TEMPERATURE = 1e-3  # below it, logits divided by it overflow
 
 
@@ -67,12 +68,18 @@ def prompt_of(tokenizer: Any, prompt: str, context: int | None, *, rows: int) ->
     if not ids:
         raise MinitronError("the prompt is empty and the tokenizer adds no start token: give at least one character")
     require_within(ids, rows, tokenizer, "the prompt")
-    require_room(len(ids), 1, context)
+    num_new_tokens(len(ids), 1, context)
     return ids
 
 
-def require_room(num_ids: int, new_tokens: int, context: int | None) -> None:
-    """Raises: MinitronError if a prompt and what is to be written after it are more than the model's context."""
+def num_new_tokens(num_ids: int, asked: int | None, context: int | None) -> int:
+    """How many tokens follow a prompt: as many as are asked for; None for the usual number, if there is room for it.
+
+    Raises: MinitronError if a prompt and what is to be written after it are more than the model's context.
+    """
+    new_tokens = USUAL_NEW_TOKENS if asked is None else asked
+    if asked is None and context is not None:
+        new_tokens = max(1, min(new_tokens, context - num_ids))
     if context is not None and num_ids + new_tokens > context:
         most = context - num_ids
         way_out = f"ask for at most {most} new tokens" if most > 0 else "shorten the prompt"
@@ -80,6 +87,7 @@ def require_room(num_ids: int, new_tokens: int, context: int | None) -> None:
             f"a prompt of {num_ids} tokens and {new_tokens} new ones are more than the model's context of {context}: "
             f"{way_out}"
         )
+    return new_tokens
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.data import Blocks
 from minitron.errors import CheckpointError, DataError
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
     tasks: list[str] = Field(default=[])
     """Benchmarks of teacher and student: tasks of lm-evaluation-harness, folders of `tasks_dir`, or `minitron`, the
     nine of the papers. See docs/evaluation.md."""
-    tasks_dir: str | None = None
+    tasks_dir: UserPath | None = None
     """Directory of local rows, one folder per task; without `tasks`, all of its tasks are measured."""
     limit: int | None = Field(default=None, ge=1)
     """Items of each task to measure on, at most; null for all."""

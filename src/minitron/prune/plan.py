@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.errors import PlanError, did_you_mean
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
 from minitron.prune.calibrate import PER_LAYER
@@ -43,7 +43,7 @@ class PruneConfig(Section):
     """How layers are scored: by the cosine between input and output, which costs nothing; by the LM loss without each
     one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
     without each one."""
-    layer_task: str | None = None
+    layer_task: UserPath | None = None
     """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or, where lm-evaluation-harness is
     installed, the name of one of its tasks or a .yaml file of one."""
     layer_samples: int = Field(default=128, ge=1)

@@ -5,7 +5,6 @@ student's layer. A matrix of products of a layer's neurons is hundreds of megaby
 a time, and none is stored.
 """
 
-import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from minitron.config import Section
 from minitron.device import pick_device
 from minitron.errors import PlanError
+from minitron.files import scratch_directory
 from minitron.model.architecture import PRUNABLE, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
@@ -174,10 +174,10 @@ def repaired_cut(
 
     if "refit" not in needed:
         return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)
-    with tempfile.TemporaryDirectory(dir=scratch or out.parent, prefix="minitron-unfitted-") as path:
+    with scratch_directory(scratch or out.parent, prefix="minitron-unfitted-") as path:
         steps = [step for step in needed if step != "refit"]
-        made = _cut(stream(checkpoint), plan, Path(path), steps, residual, scores, shard_bytes, progress)
-        unfitted = open_checkpoint(Path(path))
+        made = _cut(stream(checkpoint), plan, path, steps, residual, scores, shard_bytes, progress)
+        unfitted = open_checkpoint(path)
         digests = refit(
             stream(checkpoint),
             stream(unfitted),

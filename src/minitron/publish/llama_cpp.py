@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minitron.child import say_last
 from minitron.errors import GgufError
+from minitron.paths import expanded
 
 PARTS = 4  # of rows that are quantized together, for each thread
 MOST_THREADS = 512  # that llama.cpp runs a model with
@@ -179,7 +180,7 @@ def llama_cpp() -> LlamaCpp:
     """
     named = os.environ.get(LIBRARY)
     if named:
-        return LlamaCpp(Path(named))
+        return LlamaCpp(Path(expanded(named)))
     from importlib.util import find_spec
 
     package = find_spec("xllamacpp")

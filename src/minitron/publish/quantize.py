@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import gguf
 from gguf import GGMLQuantizationType as BlockType
@@ -18,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitron.errors import GgufError
+from minitron.files import scratch_directory, scratch_errors
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
 from minitron.publish.gguf_tokenizer import RULES
 from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits
@@ -152,8 +152,8 @@ def require_importance(model: GgufModel, mixed: Mixture, importance: ImportanceM
 
 def require_known_rule(model: GgufModel) -> None:
     """Raises: GgufError if llama.cpp has no splitting rule of the name that a file of the model would say."""
-    with TemporaryDirectory(prefix="minitron-") as path:
-        file = Path(path) / "tokenizer.gguf"
+    with scratch_directory() as path, scratch_errors():
+        file = path / "tokenizer.gguf"
         write_gguf(replace(model, tensors=()), file, {}, keys={})
         said = llama_cpp().load_problem(file)  # it misses the tensors, after it has read the tokenizer
     if "pre-tokenizer" in said:
