@@ -87,7 +87,7 @@ def data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.data is None:
         console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
     return {
-        "source": args.data or "builtin",
+        "source": "builtin" if args.data is None else args.data,
         "text_field": args.text_field,
         "separate_documents": args.separate_documents,
     }
