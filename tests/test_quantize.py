@@ -411,18 +411,17 @@ def test_an_option_that_would_change_nothing_is_refused(wide: GgufModel, tmp_pat
     with pytest.raises(GgufError, match="GGUF type Q8_0 is named twice"):
         QuantizeConfig(types=["Q8_0", "q8_0"])
     columns = {tensor.name: tensor.shape[1] for tensor in wide.tensors if tensor.is_matrix and tensor.layer == 0}
-    sums = {name: torch.ones(count) for name, count in columns.items()}
+    whole = {name: torch.ones(count) for name, count in columns.items()}
     file = tmp_path / "imatrix.gguf"
-    write_importance(ImportanceMatrix(sums, dict.fromkeys(sums, 1), 1, 1, ("text",)), file)
+
+    def write(sums: dict[str, torch.Tensor]) -> None:
+        write_importance(ImportanceMatrix(sums, dict.fromkeys(sums, 1), 1, 1, ("text",)), file)
+
+    write(whole)
     attempt(r"--imatrix .*imatrix.gguf changes nothing of F16, Q8_0", file, types=["F16", "Q8_0"])
     attempt(r"IQ2_XS needs .*blk.1.attn_k.weight .* the one given has nothing of it", file, types=["IQ2_XS"])
-    for wrong in (float("nan"), -1.0, float("inf")):
-        write_importance(
-            ImportanceMatrix(
-                sums | {"blk.0.ffn_up.weight": torch.full((256,), wrong)}, dict.fromkeys(sums, 1), 1, 1, ()
-            ),
-            file,
-        )
+    for wrong in (float("nan"), -1.0, float("inf"), 0.0):
+        write(whole | {"blk.0.ffn_up.weight": torch.full((256,), wrong)})
         attempt("what it has of blk.0.ffn_up.weight is no sum of squares", file, types=["Q4_0"])
 
 

@@ -271,6 +271,8 @@ def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
     from minitron.gguf_rooms import inspect_gguf
     from minitron.publish.formats import share, size
 
+    if args.revision is not None:
+        raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
     facts = inspect_gguf(Path(args.model))
     total = facts["parameters"]["total"]
     lines = [
