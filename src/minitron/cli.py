@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from minitron import arguments, verbs
@@ -51,10 +52,27 @@ HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
     args = build_parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
+    try:
+        _perform(args)
+    except Interrupted as error:
+        return _interrupted(f"interrupted: {error}")
+    except KeyboardInterrupt:
+        return _interrupted("interrupted; what was finished is kept, run the same command to go on")
+    except MinitronError as error:
+        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _perform(args: argparse.Namespace) -> None:
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
@@ -65,20 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
         args.verb(args, console)
-    except Interrupted as error:
-        _complain(f"interrupted: {error}")
-        return 130
-    except KeyboardInterrupt:
-        _complain("interrupted; what was finished is kept, run the same command to go on")
-        return 130
-    except MinitronError as error:
-        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         console.close()
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -328,8 +334,19 @@ def _complain(text: str) -> None:
     from minitron import parallel
 
     rank = parallel.ranks().rank
-    if rank == 0 or parallel.is_computing():
+    if rank == 0 or parallel.is_alone():
         print(text if rank == 0 else f"process {rank}: {text}", file=sys.stderr)
+
+
+def _interrupted(text: str) -> int:
+    """Say so, for all processes: a signal goes to each of them. What it ends has been put in order; another ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0":  # torch may not be there yet
+        with suppress(OSError):  # the terminal that has hung up
+            print(text, file=sys.stderr, flush=True)
+    return 130
 
 
 def _interrupt(*_: object) -> None:

@@ -99,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str, *, way_out: str = ROOM) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
-    with atomic_file(path, way_out=way_out) as partial, partial.open("w") as file:
+    with atomic_file(path, way_out=way_out) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

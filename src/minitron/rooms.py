@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -290,15 +290,18 @@ def distill_models(
         require_same_vocabulary(guide, pupil)
         require_same_tokenizer(guide, pupil)
         work = out.with_name(f"{out.name}.work")
+        final = {"student": out}
+        final |= {CORRECTED: out.with_name(f"{out.name}.{CORRECTED}")} if config.correction else {}
         if here.rank > 0:
-            _assist(guide, pupil, config, seed, work)
+            _assist(guide, pupil, config, seed, work, final)
             return {}
         data_config = bounded(data_config, config.tokens)
-        corrected = out.with_name(f"{out.name}.{CORRECTED}") if config.correction else None
-        for made in (out, corrected):
-            if made is not None and made.exists() and (not made.is_dir() or any(made.iterdir())):
-                raise RunError(f"{made} exists and is not empty; remove it, or choose another --out")
-        with RunDirectory(work, None, listener) as stages:
+        _forget(work)
+        if not _is_complete(out, work):
+            for made in final.values():
+                if made.exists() and (not made.is_dir() or any(made.iterdir())):
+                    raise RunError(f"{made} exists and is not empty; remove it, or choose another --out")
+        with RunDirectory(work, None, listener, final) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
             parallel.require_all_well()  # the others wait for the text
             config = _resolved(config, guide, pupil, corpus)
@@ -309,32 +312,64 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
-            if config.correction == "before":
-                (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
-            trackers.keep(work / "distill", made)
-            keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
+            if made != out:
+                _keep_metrics(work / "distill", made)
+                if config.correction == "before":
+                    _keep_metrics(work / f"distill-{CORRECTED}", work / CORRECTED)
+                trackers.keep(work / "distill", made)
+                keep_sampled(corpus.path, made)
             with readable_os_errors(out):
-                made.rename(out)
-                if corrected is not None:
-                    (work / CORRECTED).rename(corrected)
-            shutil.rmtree(work)
-    return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
+                for name, place in final.items():
+                    if (work / name).exists():  # it was moved, where this was interrupted just here
+                        (work / name).rename(place)
+                work.rename(_leftover(work))
+        _forget(work)
+    return {"out": str(out)} | ({CORRECTED: str(final[CORRECTED])} if CORRECTED in final else {}) | facts
 
 
-def _assist(guide: Checkpoint, pupil: Checkpoint, config: settings.DistillConfig, seed: int, work: Path) -> None:
+def _is_complete(out: Path, work: Path) -> bool:
+    """Whether what `work` was for is done, but for moving it to `out` and beside it."""
+    return work.is_dir() and any((student / "record.json").exists() for student in (work / "student", out))
+
+
+def _keep_metrics(work: Path, made: Path) -> None:
+    if (work / "metrics.jsonl").exists():
+        (work / "metrics.jsonl").replace(made / "metrics.jsonl")
+
+
+def _leftover(work: Path) -> Path:
+    """The name of a `work` that is no longer needed."""
+    return work.with_name(f"{work.name}.partial")
+
+
+def _forget(work: Path) -> None:
+    shutil.rmtree(_leftover(work), ignore_errors=True)
+
+
+def _assist(
+    guide: Checkpoint,
+    pupil: Checkpoint,
+    config: settings.DistillConfig,
+    seed: int,
+    work: Path,
+    final: Mapping[str, Path],
+) -> None:
     """What processes other than the first do of a distillation."""
+
+    def done(stage: str) -> bool:
+        return any((path / "record.json").exists() for path in (work / stage, final[stage]))
+
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
-    if config.correction == "before" and not (work / CORRECTED / "record.json").exists():
+    if config.correction == "before" and not done(CORRECTED):
         own = settings.of_correction(config)
         train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
     parallel.require_all_well()
     source = work / CORRECTED if config.correction == "before" else guide.path
     source = work / "lessons" if config.teacher == "recorded" else source
-    if not (work / "student" / "record.json").exists():
+    if not done("student"):
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 

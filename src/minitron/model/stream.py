@@ -5,6 +5,7 @@ that the model would give it: they are recorded from the model's own forward wit
 """
 
 import ctypes
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -270,7 +271,7 @@ class Stream:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # Unlinked once mapped: the space returns when the tensor goes, even if the process is killed.
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="minitron-states-") as file:
-            file.truncate(num_bytes)
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, and later a signal
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
 
 

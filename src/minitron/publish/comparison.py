@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import RunError
-from minitron.files import readable_os_errors
+from minitron.files import readable_os_errors, write_text
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     MISSING,
@@ -45,7 +45,7 @@ def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
     """
     with readable_os_errors(out, way_out="choose another --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render_comparison(runs), encoding="utf-8")
+        write_text(out, render_comparison(runs), way_out="choose another --out")
     return out
 
 

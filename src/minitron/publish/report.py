@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from minitron.data import TEACHER
-from minitron.files import readable_os_errors
+from minitron.files import readable_os_errors, write_text
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     BENCHMARK_NOTE,
@@ -55,7 +55,7 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
     path = out or records.path / "report.html"
     with readable_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(records), encoding="utf-8")
+        write_text(path, render(records))
     return path
 
 
