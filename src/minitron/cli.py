@@ -52,9 +52,7 @@ HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
     args = build_parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _interrupt)
+    _at_signals(_interrupt)
     try:
         _perform(args)
     except Interrupted as error:
@@ -340,13 +338,17 @@ def _complain(text: str) -> None:
 
 def _interrupted(text: str) -> int:
     """Say so, for all processes: a signal goes to each of them. What it ends has been put in order; another ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    _at_signals(signal.SIG_DFL)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0":  # torch may not be there yet
         with suppress(OSError):  # the terminal that has hung up
             print(text, file=sys.stderr, flush=True)
     return 130
+
+
+def _at_signals(act: Callable[..., None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+            signal.signal(number, act)
 
 
 def _interrupt(*_: object) -> None:

@@ -297,5 +297,5 @@ def _is_loss(error: Exception) -> bool:
 def _loss(error: Exception) -> RunError:
     global _lost
     _lost = True
-    number = dist.get_world_size()
-    return _Elsewhere(f"another of the {number} processes was ended; run the same command to go on ({error})")
+    number, reason = dist.get_world_size(), str(error).partition("] ")[2].partition(". ")[0] or str(error)
+    return _Elsewhere(f"another of the {number} processes was ended; run the same command to go on ({reason})")
