@@ -289,7 +289,7 @@ class Running:
         reading, writing = os.pipe()
         begun: dict[int, int | None] = {}
         for rank in range(size):
-            pid = os.fork()
+            pid = forked()
             if pid == 0:
                 os.close(reading)
                 become(job, place, rank, size, port, lambda rank=rank: (prepare(rank), os.close(writing)))
@@ -593,13 +593,25 @@ def job_directory(job: Job) -> str:
     return f"undisturbed {job.name}/here"
 
 
+def forked() -> int:
+    """`os.fork`, on a machine that has no room for another process at the moment."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return os.fork()
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
 def in_a_fork(work: Callable[[], Any], directory: Path) -> Any:
     """The result of a function that is called in a fork of this process, so that this one starts no thread."""
     import pickle
 
     file = directory / "answer"
     file.unlink(missing_ok=True)
-    pid = os.fork()
+    pid = forked()
     if pid == 0:
         code = 1
         try:
