@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable
@@ -36,13 +37,22 @@ class Child:
     def __init__(self) -> None:
         with scratch_errors():
             self._last_words = tempfile.NamedTemporaryFile(dir=temporary_directory())
-        self._pool = _new_pool(self._last_words.name)
+        self._start()
+
+    def _start(self) -> None:
+        # What ends the process at once: it waits for the other side of the pipe to close.
+        followed, self._held = multiprocessing.Pipe(duplex=False)
+        context, told = multiprocessing.get_context("spawn"), (followed, self._last_words.name)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=told)
 
     def __enter__(self) -> "Child":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._held.close()  # nobody waits for its answer
         self._pool.shutdown()
+        self._held.close()
         self._last_words.close()
 
     def call(self, function: Callable[..., Result], *arguments: object) -> Result:
@@ -54,27 +64,24 @@ class Child:
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             self._pool.shutdown()
+            self._held.close()
             said = " ".join(Path(self._last_words.name).read_text(errors="replace").split())
             self._last_words.truncate(0)
-            self._pool = _new_pool(self._last_words.name)
+            self._start()
             raise ChildEnded(said or "it said nothing") from None
 
 
-def _new_pool(last_words: str) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(last_words,))
-
-
-def _begin(last_words: str) -> None:
-    """What the process does first: it draws no progress, and follows its parent, even if that is killed."""
+def _begin(followed: connection.Connection, last_words: str) -> None:
+    """What the process does first: it draws no progress, leaves Ctrl-C to its parent, and follows that to its end."""
     global _last_words
     _last_words = os.open(last_words, os.O_WRONLY | os.O_APPEND)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
-        connection.wait([parent.sentinel])
+        connection.wait([parent.sentinel, followed])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

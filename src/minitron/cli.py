@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from minitron import arguments, verbs
@@ -55,14 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake or the machine's, 130 interrupted; 2 is
     argparse's)."""
     open_streams()
+    _at_signals(_interrupt)
     try:
         _run(_parsed(argv))
     except Interrupted as error:
-        _complain(f"interrupted: {error}")
-        return 130
+        return _interrupted(f"interrupted: {error}")
     except KeyboardInterrupt:
-        _complain("interrupted; what was finished is kept, run the same command to go on")
-        return 130
+        return _interrupted("interrupted; what was finished is kept, run the same command to go on")
     except MinitronError as error:
         _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
         return 1
@@ -87,7 +87,6 @@ def _run(args: argparse.Namespace) -> None:
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
@@ -390,8 +389,23 @@ def _complain(text: str) -> None:
     from minitron import parallel
 
     rank = parallel.ranks().rank
-    if rank == 0 or parallel.is_computing():
+    if rank == 0 or parallel.is_alone():
         complain(text if rank == 0 else f"process {rank}: {text}")
+
+
+def _interrupted(text: str) -> int:
+    """Say so, for all processes: a signal goes to each of them. What it ends has been put in order; another ends it."""
+    _at_signals(signal.SIG_DFL)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0":  # torch may not be there yet
+        with suppress(OSError):  # the terminal that has hung up
+            print(text, file=sys.stderr, flush=True)
+    return 130
+
+
+def _at_signals(act: Callable[..., None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+            signal.signal(number, act)
 
 
 def _interrupt(*_: object) -> None:

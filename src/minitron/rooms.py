@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -305,22 +305,25 @@ def distill_models(
     teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
     trackers.require_installed(config.log_to)
-    work, corrected = beside(out, "work"), beside(out, CORRECTED) if config.correction else None
+    work, final = beside(out, "work"), {"student": out}
+    final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
     with parallel.process_group() as here:
         if here.rank == 0:
             inputs = [teacher, student, data_config.source, data_config.heldout]
-            for made in filter(None, (out, corrected)):
-                prove_directory(made, inputs=inputs)
+            _forget(work)
+            if not _is_complete(out, work):
+                for made in final.values():
+                    prove_directory(made, inputs=inputs)
             prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
         require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
         require_same_tokenizer(guide, pupil)
         if here.rank > 0:
-            _assist(guide, pupil, config, seed, work)
+            _assist(guide, pupil, config, seed, work, final)
             return {}
         data_config = bounded(data_config, config.tokens)
-        with RunDirectory(work, None, listener) as stages:
+        with RunDirectory(work, None, listener, final) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
             parallel.require_all_well()  # the others wait for the text
             config = _resolved(config, guide, pupil, corpus)
@@ -331,31 +334,63 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
-            if config.correction == "before":
-                (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
-            trackers.keep(work / "distill", made)
-            keep_sampled(corpus.path, made)
             facts = json.loads((made / "record.json").read_text())["result"]
-            if corrected is not None:
-                put_directory(work / CORRECTED, corrected)
-            put_directory(made, out)
-            shutil.rmtree(work)
-    return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
+            if made != out:
+                _keep_metrics(work / "distill", made)
+                if config.correction == "before":
+                    _keep_metrics(work / f"distill-{CORRECTED}", work / CORRECTED)
+                trackers.keep(work / "distill", made)
+                keep_sampled(corpus.path, made)
+            for name, place in final.items():
+                if (work / name).exists():  # it was moved, where this was interrupted just here
+                    put_directory(work / name, place)
+            work.rename(_leftover(work))
+        _forget(work)
+    return {"out": str(out)} | ({CORRECTED: str(final[CORRECTED])} if CORRECTED in final else {}) | facts
 
 
-def _assist(guide: Checkpoint, pupil: Checkpoint, config: settings.DistillConfig, seed: int, work: Path) -> None:
+def _is_complete(out: Path, work: Path) -> bool:
+    """Whether what `work` was for is done, but for moving it to `out` and beside it."""
+    return work.is_dir() and any((student / "record.json").exists() for student in (work / "student", out))
+
+
+def _keep_metrics(work: Path, made: Path) -> None:
+    if (work / "metrics.jsonl").exists():
+        (work / "metrics.jsonl").replace(made / "metrics.jsonl")
+
+
+def _leftover(work: Path) -> Path:
+    """The name of a `work` that is no longer needed."""
+    return work.with_name(f"{work.name}.partial")
+
+
+def _forget(work: Path) -> None:
+    shutil.rmtree(_leftover(work), ignore_errors=True)
+
+
+def _assist(
+    guide: Checkpoint,
+    pupil: Checkpoint,
+    config: settings.DistillConfig,
+    seed: int,
+    work: Path,
+    final: Mapping[str, Path],
+) -> None:
     """What processes other than the first do of a distillation."""
+
+    def done(stage: str) -> bool:
+        return any((path / "record.json").exists() for path in (work / stage, final[stage]))
+
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
-    if config.correction == "before" and not (work / CORRECTED / "record.json").exists():
+    if config.correction == "before" and not done(CORRECTED):
         own = settings.of_correction(config)
         train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
     parallel.require_all_well()
     source = work / CORRECTED if config.correction == "before" else guide.path
     source = work / "lessons" if config.teacher == "recorded" else source
-    if not (work / "student" / "record.json").exists():
+    if not done("student"):
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 

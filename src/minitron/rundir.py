@@ -74,6 +74,7 @@ class RunDirectory:
     out: Path
     recipe: Recipe | None = None  # None for a single room's work
     listener: Listener = SILENT
+    final: Mapping[str, Path] = field(default_factory=dict)  # where stages go in the end, and may be already
     _digests: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "RunDirectory":
@@ -97,10 +98,11 @@ class RunDirectory:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self._write_recipe()  # not before every stage has agreed to it
-        elif self._created and (issubclass(kind, CheckpointError) or not any(self.out.glob("*/"))):
-            shutil.rmtree(
-                self.out.resolve()
-            )  # bad input: leave nothing behind; text tokenized for a damaged model is no use
+        elif self._created:
+            # Bad input leaves nothing behind; text tokenized for a damaged model is no use.
+            of_no_use = {"data"} if issubclass(kind, CheckpointError) else set()
+            if {path.name for path in self.out.glob("*/")} <= of_no_use:
+                shutil.rmtree(self.out.resolve())
         self._lock.close()
 
     def settle(self, **sections: Section) -> Recipe:
@@ -140,10 +142,11 @@ class RunDirectory:
         """
         path = self.out / name
         plain = {key: _plain(value) for key, value in config.items()}
-        if (path / "record.json").exists():
-            _require_same(path, json.loads((path / "record.json").read_text()), inputs, plain)
-            self.listener.stage(name, "unchanged")
-            return path
+        for made in (path, self.final.get(name, path)):
+            if (made / "record.json").exists():
+                _require_same(made, json.loads((made / "record.json").read_text()), inputs, plain)
+                self.listener.stage(name, "unchanged")
+                return made
         if state is not None:
             _require_same_start(state, {"inputs": dict(inputs), "config": plain})
         self.listener.stage(name, "running")

@@ -243,8 +243,9 @@ def _newest(work: Path) -> tuple[tuple[Path, Facts] | None, dict[Path, str]]:
     """The newest state that can be used, and why those after it cannot."""
     unusable: dict[Path, str] = {}
     for path in sorted(work.glob("state-*"), reverse=True):
-        if path.suffix == ".partial":
-            shutil.rmtree(path)  # was being written by a process that was killed
+        if path.suffix == ".partial":  # was being written by a process that was killed
+            if joined().rank == 0:
+                shutil.rmtree(path)
             continue
         try:
             return (path, _checked_facts(path)), unusable

@@ -76,7 +76,7 @@ def _run(program: str, limits: Limits) -> Outcome:
     if not sys.platform.startswith("linux"):
         raise TaskError(f"generated code runs only in a sandbox, which needs Linux and is not there on {sys.platform}")
     token = secrets.token_hex(16)
-    job = json.dumps({"program": program, "token": token} | asdict(limits)).encode()
+    job = json.dumps({"program": program, "token": token, "parent": os.getpid()} | asdict(limits)).encode()
     with scratch_directory(prefix="minitron-sandbox-") as empty:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(CONFINED)],
