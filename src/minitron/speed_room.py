@@ -88,6 +88,8 @@ def measure_models(
         )
     if engine == "llama.cpp" and dtype != "auto":
         raise MinitronError(f"--dtype {dtype}: the types in a GGUF file are its own; leave --dtype out")
+    if threads is not None and threads > (os.cpu_count() or 1):
+        raise MinitronError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most as many")
     facts = {name: _describe(source, engine) for name, source in named.items()}
     limit = min((fact["context"] for fact in facts.values() if fact["context"]), default=None)
     contexts = _contexts(contexts, limit, new_tokens)
