@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from minitron.errors import GgufError
-from minitron.model.checkpoint import open_checkpoint
+from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.tokens import prompt_ids
 from minitron.publish import gguf_tokenizer
 from minitron.publish.gguf import describe, file_bytes, plain_types, write_gguf
 from minitron.publish.llama_cpp import Runtime
@@ -250,3 +251,20 @@ def test_what_llama_cpp_cannot_load_is_said_in_its_own_words(tmp_path: Path) -> 
     (tmp_path / "no.gguf").write_bytes(b"GGUF and nothing more")
     with pytest.raises(GgufError, match=r"llama.cpp cannot load .*no.gguf: .*fail"):
         Runtime(tmp_path / "no.gguf", context=16, threads=1)
+
+
+def test_a_prompt_is_the_tokenizers_with_one_start_token_and_what_spells_a_special_token_is_text(
+    tmp_path: Path,
+) -> None:
+    path = tiny.checkpoint("llama", tmp_path)
+    tiny.tokenizer(path, adds_bos=True)
+    stored = json.loads((path / "tokenizer.json").read_text())
+    stored["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    stored["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer("x").input_ids[-1] == tokenizer.eos_token_id
+    file, _ = float32_file(path)
+    with Runtime(file, context=64, threads=1) as runtime:
+        for text in (" the rain", "a</s>b <s>", "", HARD_TEXT):
+            assert runtime.prompt(text) == prompt_ids(tokenizer, text)

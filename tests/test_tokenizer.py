@@ -19,67 +19,6 @@ CONFIG = "tokenizer_config.json"
 Change = Callable[[dict[str, Any]], Any]
 
 
-def sentencepiece(path: Path, *, bos: bool = True, special: bool = True) -> Path:
-    """A Llama-like directory: a space is a letter that is put before the text, and BOS before all."""
-    letters = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
-    special_tokens = ["<unk>", "<s>", "</s>"] if special else []
-    vocabulary = {text: index for index, text in enumerate([*special_tokens, *letters, "▁t", "he", "▁the"])}
-    merges = [["▁", "t"], ["h", "e"], ["▁t", "he"]]
-    added = [token(text, index) for index, text in enumerate(special_tokens)]
-    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] if bos and special else []
-    stored = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*template, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if template else {},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>" if special else None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if special else {}
-    (path / "tokenizer.json").write_text(json.dumps(stored))
-    (path / CONFIG).write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, **roles}))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(vocabulary)}))
-    return path
-
-
-def token(content: str, id: int, special: bool = True) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": id, "content": content, **flags, "special": special}
-
-
 def edit(file: Path, change: Change) -> None:
     value = json.loads(file.read_text()) if file.exists() else {}
     change(value)
@@ -96,7 +35,7 @@ def of_library(path: Path, text: str, **options: Any) -> list[int]:
 def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(
     tmp_path: Path, model_type: str, named: str | None
 ) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     edit(path / CONFIG, lambda said: said.update(tokenizer_class=named))
     edit(path / "config.json", lambda said: said.update(model_type=model_type))
     tokenizer = load_tokenizer(path)
@@ -110,7 +49,7 @@ def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(
 def test_code_of_the_directory_is_not_run(
     tmp_path: Path, with_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     monkeypatch.setattr("builtins.input", lambda text: "y")
     (path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Own: pass")
     edit(path / CONFIG, lambda c: c.update(tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}))
@@ -149,8 +88,8 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "merge": (model(merges=[["q", "zz"]]), "is damaged, or of another kind"),
     "normalizer": (lambda s: s.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AA"}), "is damaged"),
     "one id twice": (lambda stored: stored["model"]["vocab"].update(zz=5), r"' and '.*' are both token 5"),
-    "a gap": (added(token("<x>", 900)), "'<x>' has the id 900 there, and is token 102 to the tokenizers library"),
-    "one id for two": (added(token("<x>", 102), token("<y>", 102)), "'<y>' has the id 102 there, and is token 103"),
+    "a gap": (added(tiny.token("<x>", 900)), "'<x>' has the id 900 there, and is token 102 to the tokenizers library"),
+    "one id for two": (added(tiny.token("<x>", 102), tiny.token("<y>", 102)), "'<y>' has the id 102 there"),
     "another id": (lambda stored: stored["added_tokens"][1].update(id=5), "'<s>' has the id 5 there, and is token 1"),
     "dropout": (model(dropout=0.1), "model.dropout is 0.1, so a text would be other tokens each time"),
     "who": (processor(special_tokens={}), "puts '<s>' around a text and does not say what tokens that is"),
@@ -164,7 +103,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     change, message = DAMAGE[damage]
     edit(path / "tokenizer.json", change)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -191,7 +130,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("file", BESIDE)
 def test_what_other_files_contradict_is_refused(tmp_path: Path, file: str) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     name, said, message = BESIDE[file]
     edit(path / name, lambda value: value.update(said))
     with pytest.raises(CheckpointError, match=message):
@@ -199,7 +138,7 @@ def test_what_other_files_contradict_is_refused(tmp_path: Path, file: str) -> No
 
 
 def test_truncation_padding_and_a_byte_order_mark_of_the_file_change_no_text(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     expected = of_library(path, "the rain")
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     edit(path / "tokenizer.json", lambda stored: stored.update(truncation=truncation))
@@ -234,7 +173,7 @@ def test_a_vocabulary_with_merges_is_a_tokenizer_too(tmp_path: Path) -> None:
 
 
 def test_roles_that_no_tokenizer_file_names_are_those_of_config_json(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     (path / CONFIG).unlink()
     edit(path / "config.json", lambda config: config.update(bos_token_id=1, eos_token_id=[2, 1]))
     tokenizer = load_tokenizer(path)
@@ -244,17 +183,17 @@ def test_roles_that_no_tokenizer_file_names_are_those_of_config_json(tmp_path: P
 
 
 def test_bos_is_put_by_tokenizer_json_else_by_its_config(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model", bos=False)
+    path = tiny.sentencepiece(tmp_path / "model", bos=False)
     assert put_around(load_tokenizer(path)) == ([1], [])
     edit(path / CONFIG, lambda said: said.pop("add_bos_token"))
     assert put_around(load_tokenizer(path)) == ([], [])
-    path = sentencepiece(tmp_path / "other")
+    path = tiny.sentencepiece(tmp_path / "other")
     edit(path / CONFIG, lambda said: said.update(add_bos_token=False))
     assert put_around(load_tokenizer(path)) == ([1], [])
 
 
 def test_chat_templates_are_found_where_they_are(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     several = [{"name": "default", "template": "x"}, {"name": "tool", "template": "y"}]
     edit(path / CONFIG, lambda said: said.update(chat_template=several))
     assert load_tokenizer(path).chat_template == {"default": "x", "tool": "y"}
@@ -274,7 +213,7 @@ def unposted(stored: dict[str, Any]) -> None:
 def test_auto_tokenizer_reads_a_written_directory_as_it_is_read_here(
     tmp_path: Path, named: str, change: Change | None
 ) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     edit(path / CONFIG, lambda said: said.update(tokenizer_class=named))
     if change:
         edit(path / "tokenizer.json", change)
@@ -287,7 +226,7 @@ def test_auto_tokenizer_reads_a_written_directory_as_it_is_read_here(
 
 
 def test_where_auto_tokenizer_cannot_be_told_a_warning_is_given(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     edit(path / "config.json", lambda said: said.update(model_type="qwen2"))
     with pytest.warns(UserWarning, match=r"load the tokenizer with PreTrainedTokenizerFast\.from_pretrained"):
         make_portable(path)
@@ -309,7 +248,7 @@ SPELLED = ["a</s>b", "<s>the", "the <unk> </s>", "<|user|>the</s>"]
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_what_spells_a_special_token_is_text(tmp_path: Path, text: str) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     tokenizer = load_tokenizer(path)
     edit(path / "tokenizer.json", lambda stored: stored.update(added_tokens=[]))
     expected = of_library(path, text, add_special_tokens=False)
@@ -320,15 +259,15 @@ def test_what_spells_a_special_token_is_text(tmp_path: Path, text: str) -> None:
 
 
 def test_added_tokens_that_are_not_special_stay_tokens(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
-    edit(path / "tokenizer.json", added(token("rain", 102, special=False)))
+    path = tiny.sentencepiece(tmp_path / "model")
+    edit(path / "tokenizer.json", added(tiny.token("rain", 102, special=False)))
     edit(path / "config.json", lambda config: config.update(vocab_size=103))
     ids = text_ids(load_tokenizer(path), "the rain</s>")
     assert ids.count(102) == 1 and 2 not in ids
 
 
 def test_a_prompt_has_one_bos_and_no_eos(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     bos, eos = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("<s>", "</s>"))
     known = {name: {"id": name, "ids": [id], "tokens": [name]} for name, id in (("<s>", 1), ("</s>", 2))}
     single = [bos, bos, {"Sequence": {"id": "A", "type_id": 0}}, eos]
@@ -339,7 +278,7 @@ def test_a_prompt_has_one_bos_and_no_eos(tmp_path: Path) -> None:
 
 
 def test_special_tokens_of_a_chat_template_are_such_and_those_of_messages_are_text(tmp_path: Path) -> None:
-    path = sentencepiece(tmp_path / "model")
+    path = tiny.sentencepiece(tmp_path / "model")
     tokenizer = load_tokenizer(path)
     said = "the</s> end"
     marked = quoted(tokenizer, said)
@@ -361,10 +300,10 @@ def test_a_vocabulary_that_spells_its_special_tokens_itself_is_refused_on_such_t
 
 
 def test_text_that_is_none_is_one_line(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "model"))
+    tokenizer = load_tokenizer(tiny.sentencepiece(tmp_path / "model"))
     with pytest.raises(DataError, match="is no Unicode text: surrogates not allowed at character 1; give UTF-8"):
         prompt_ids(tokenizer, "a\udcff")
-    (strict := sentencepiece(tmp_path / "strict"))
+    (strict := tiny.sentencepiece(tmp_path / "strict"))
     edit(strict / "tokenizer.json", model(unk_token="<nope>"))
     with pytest.raises(DataError, match="the tokenizer cannot read 'é': Unk token `<nope>` not found"):
         text_ids(load_tokenizer(strict), "é")
