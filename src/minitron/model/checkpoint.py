@@ -18,8 +18,8 @@ from torch import Tensor
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
 from minitron.model.families import family_of
+from minitron.model.tokenizer import end_ids, make_portable
 from minitron.model.tokenizer import load_tokenizer as load_tokenizer
-from minitron.model.tokenizer import make_portable
 from minitron.model.weights import (
     WAY_OUT,
     StoredTensor,
@@ -239,9 +239,12 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 
     Raises: CheckpointError if a weight is NaN or infinite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+    ends = GenerationConfig(eos_token_id=end_ids(path) or None)  # all that counts of generation_config.json
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype or "auto", local_files_only=True, generation_config=ends
+    ).eval()
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), name, path)
     return model
