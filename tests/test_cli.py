@@ -613,12 +613,20 @@ def test_a_run_directory_in_use_is_refused(desk: Desk) -> None:
 
 def test_vocabularies_that_differ_are_refused(desk: Desk) -> None:
     other = small.teacher(desk.path / "other", vocab_size=336)
-    for command in (
-        ("distill", "--student", other, "--out", desk.path / "out"),
-        ("evaluate", other),
-    ):
-        line = desk.refuses(*command, "--teacher", desk.teacher, "--data", desk.text)
-        assert "teacher and student vocabularies differ" in line and "336" in line and "320" in line
+    command = (
+        "distill",
+        "--student",
+        other,
+        "--out",
+        desk.path / "out",
+        "--teacher",
+        desk.teacher,
+        "--data",
+        desk.text,
+    )
+    line = desk.refuses(*command)
+    assert "teacher and student vocabularies differ" in line and "336" in line and "320" in line
+    assert "only rows of padding differ" in line and "model.resize_token_embeddings(320)" in line
 
 
 def test_tokenizers_that_differ_are_refused(desk: Desk) -> None:

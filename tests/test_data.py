@@ -33,6 +33,7 @@ from minitron.data import (
 )
 from minitron.errors import DataError
 from minitron.files import digest_files
+from minitron.model.checkpoint import load_tokenizer
 from minitron.packing import Batch
 
 BLOCK = 8
@@ -680,3 +681,33 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(simple: Any, tmp_path
     source = write_rows(tmp_path / "rows.jsonl", NAMED)
     with pytest.raises(DataError, match=f"tokenizer has {len(simple)} tokens but the model's vocabulary only 100"):
         prepare(DataConfig(source=str(source)), simple, vocab=100, block_tokens=BLOCK, out=tmp_path)
+
+
+def test_special_tokens_of_a_stream_are_its_delimiters_alone(tokenizer: Any, tmp_path: Path) -> None:
+    spelled = [f"<s>{text}</s> and more{number}</s>" for number, text in enumerate(NAMED)]
+    source = write_rows(tmp_path / "rows.jsonl", spelled)
+    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(source))
+    ids = stream(corpus, "train").tolist()
+    for token, name in ((tokenizer.bos_token_id, "bos"), (tokenizer.eos_token_id, "eos")):
+        assert token is None or ids.count(token) == len(spelled) * (corpus.delimiter == name)
+    assert int(stream(corpus, "heldout_bytes").sum()) == sum(len(text.encode()) for text in spelled)
+
+
+def test_nothing_stands_between_documents_where_the_tokenizer_has_no_token_for_it(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.sentencepiece(tmp_path / "model", special=False))
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(source))
+    expected = [id for text in NAMED for id in tokenizer(text).input_ids]
+    assert corpus.delimiter == "none" and stream(corpus, "train").tolist() == expected
+    with pytest.raises(DataError, match=r"data\.delimiter is 'eos' but the tokenizer has no eos token; set it to none"):
+        prepared(source, tokenizer, tmp_path / "out", delimiter="eos")
+    with pytest.raises(DataError, match="no token stands between documents: the tokenizer has none, so leave it out"):
+        prepared(source, tokenizer, tmp_path / "out", separate_documents=True)
+
+
+def test_a_start_token_alone_stands_before_each_document(tmp_path: Path) -> None:
+    path = tiny.sentencepiece(tmp_path / "model", bos=False)
+    (path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    source = write_rows(tmp_path / "rows.jsonl", NAMED)
+    corpus = prepared(source, load_tokenizer(path), tmp_path / "out", heldout=str(source))
+    assert corpus.delimiter == "bos" and stream(corpus, "train").tolist().count(1) == len(NAMED)

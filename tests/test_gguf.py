@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from minitron.errors import GgufError
-from minitron.model.checkpoint import open_checkpoint
+from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
+from minitron.model.tokens import prompt_ids
 from minitron.packing import Batch, Separator
 from minitron.publish import gguf_config, gguf_tokenizer
 from minitron.publish.gguf import describe, file_bytes, plain_types, write_gguf
@@ -424,3 +425,20 @@ def test_rows_of_padding_are_left_out_of_the_comparison_and_not_of_the_loss() ->
     assert seen.kl == pytest.approx(0, abs=1e-7) and seen.top1 == 1 and seen.nats == alone.nats
     assert (seen + alone).tokens == 4 and (seen + alone).nats == pytest.approx(seen.nats)
     assert perplexity(1e4) == float("inf") and perplexity(1.0) == pytest.approx(2.718281828)
+
+
+def test_a_prompt_is_the_tokenizers_with_one_start_token_and_what_spells_a_special_token_is_text(
+    tmp_path: Path,
+) -> None:
+    path = tiny.checkpoint("llama", tmp_path)
+    tiny.tokenizer(path, adds_bos=True)
+    stored = json.loads((path / "tokenizer.json").read_text())
+    stored["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    stored["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer("x").input_ids[-1] == tokenizer.eos_token_id
+    file, _ = float32_file(path)
+    with Runtime(file, context=64, threads=1) as runtime:
+        for text in (" the rain", "a</s>b <s>", "", HARD_TEXT):
+            assert runtime.prompt(text) == prompt_ids(tokenizer, text)

@@ -164,3 +164,21 @@ def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(model, corpus.heldout.head(7), batch=3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_models_that_differ_by_rows_of_padding_are_compared_on_the_rows_that_both_have(
+    pair: tuple[Any, Any, Corpus], tmp_path: Path
+) -> None:
+    model, teacher, corpus = pair
+    blocks, vocab = corpus.heldout.head(3), model.config.vocab_size
+    expected = evaluate(model, blocks, teacher=teacher)
+    for name, of in (("teacher", teacher), ("model", model)):
+        of.save_pretrained(tmp_path / name)
+        wide = tiny.model(tmp_path / name)
+        wide.resize_token_embeddings(vocab + 16, mean_resizing=False)
+        with torch.no_grad():
+            wide.get_output_embeddings().weight[vocab:] = 3.0
+        found = evaluate(model, blocks, teacher=wide) if name == "teacher" else evaluate(wide, blocks, teacher=teacher)
+        assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=1e-5)
+        assert found.top1_agreement == expected.top1_agreement
+        assert (found.lm_loss > expected.lm_loss) == (name == "model")  # its own rows all count

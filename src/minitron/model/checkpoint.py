@@ -21,8 +21,8 @@ from minitron.model.architecture import Architecture, Axis, Parameters, Shape, T
 from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config
 from minitron.model.families import family_of
 from minitron.model.hugging_face import empty_model
+from minitron.model.tokenizer import end_ids, make_portable
 from minitron.model.tokenizer import load_tokenizer as load_tokenizer
-from minitron.model.tokenizer import make_portable
 from minitron.model.weight_files import INDEX, SINGLE, stored_tensors, weight_files
 from minitron.model.weights import (
     StoredTensor,
@@ -267,6 +267,8 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 
     Raises: CheckpointError if a weight cannot be read, or is NaN or infinite.
     """
+    from transformers import GenerationConfig
+
     checkpoint = open_checkpoint(path)
     dtype = dtype or checkpoint.dtype
     model = empty_model(checkpoint.config, dtype)
@@ -277,20 +279,9 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
         setattr(model.get_submodule(module), own, nn.Parameter(tensor.to(dtype, copy=True)))
     model.tie_weights()
     assert not any(parameter.is_meta for parameter in model.parameters()), "the family's table names every tensor"
-    file = path / "generation_config.json"
-    if model.can_generate() and file.exists():
-        model.generation_config = _generation_config(file)
+    # All that counts of generation_config.json.
+    model.generation_config = GenerationConfig(eos_token_id=end_ids(path) or None)
     return model.requires_grad_(True)
-
-
-def _generation_config(file: Path) -> Any:
-    from transformers import GenerationConfig
-
-    said = read_json(file, CheckpointError)
-    try:
-        return GenerationConfig.from_dict({key: value for key, value in said.items() if key not in CODE_KEYS})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no generation config that transformers takes: {error}") from None
 
 
 def _require_match(

@@ -51,6 +51,19 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def end_ids(path: Path) -> list[int]:
+    """The tokens that end a model's text, by generation_config.json, or by config.json where there is none of those.
+
+    Raises: CheckpointError if what is named there are no ids.
+    """
+    file = next(file for name in ("generation_config.json", "config.json") if (file := path / name).exists())
+    named = _object(file).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(id) is int and id >= 0 for id in ids):
+        raise CheckpointError(f"{file}: eos_token_id must be the number of a token, or a list of them, not {named!r}")
+    return ids
+
+
 def make_portable(path: Path) -> None:
     """Have transformers' AutoTokenizer read the tokenizer.json of a directory as it is, by its tokenizer_config.json.
 

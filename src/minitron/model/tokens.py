@@ -110,16 +110,16 @@ def num_rows_needed(tokenizer: Any) -> int:
 
 
 def require_rows(tokenizer: Any, rows: int) -> None:
-    """Added tokens beyond the embedding are no fault by themselves: some models have such, for images that they never
-    read. Where one occurs, `require_within` refuses it.
+    """Special tokens beyond the embedding are no fault by themselves: some models have such, for images that they never
+    read, and no text is made of them. Where one occurs, in a chat, `require_within` refuses it.
 
     Raises: CheckpointError if a token that text is made of, or that stands around texts, has no row.
     """
-    vocabulary: dict[str, int] = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     around = {*(id for ids in put_around(tokenizer) for id in ids), tokenizer.bos_token_id, tokenizer.eos_token_id}
-    beyond = {text: id for text, id in vocabulary.items() if id >= rows and text not in added}
-    beyond |= {tokenizer.convert_ids_to_tokens(id): id for id in around if id is not None and id >= rows}
+    beyond = {
+        text: id for text, id in tokenizer.get_vocab().items() if id >= rows and (text not in special or id in around)
+    }
     if beyond:
         text = max(beyond, key=lambda text: beyond[text])
         raise CheckpointError(
