@@ -11,6 +11,7 @@ from pathlib import Path
 from minitron import arguments, verbs
 from minitron.console import Console
 from minitron.errors import Interrupted, MinitronError
+from minitron.option_rules import given_options, require_options
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -50,12 +51,14 @@ HELP = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(words)
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _interrupt)
-    _quiet_libraries()
+    if not args.verbose:
+        _quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
@@ -64,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"torchrun started {ranks().size} processes, and this command runs in one: start it without torchrun; "
                 "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
+        args.given = given_options(args.parser, args, words[words.index(args.command) + 1 :])
+        require_options(args)
         args.verb(args, console)
     except Interrupted as error:
         _complain(f"interrupted: {error}")
@@ -86,11 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="minitron", description="Make a smaller language model from a pretrained one."
     )
     parser.add_argument("--version", action="version", version=_version())
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, verb: Callable[[argparse.Namespace, Console], None]) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=HELP[name], description=HELP[name], epilog=f"example: {EXAMPLES[name]}")
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, parser=sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
         sub.add_argument("-v", "--verbose", action="store_true", help="also the libraries' own messages")
@@ -175,7 +180,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = add("prune", verbs.prune)
     prune.add_argument("model", metavar="MODEL")
-    prune.set_defaults(usage_error=prune.error)
     prune.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
     prune.add_argument("--shape", type=arguments.sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
     prune.add_argument("--layers", type=arguments.layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
@@ -231,7 +235,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     quantize = add("quantize", verbs.quantize)
     quantize.add_argument("model", metavar="MODEL")
-    quantize.set_defaults(usage_error=quantize.error)
     quantize.add_argument(
         "--types", type=arguments.names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files"
     )
@@ -337,8 +340,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _quiet_libraries() -> None:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging
 
