@@ -727,5 +727,7 @@ def test_benchmarks_of_a_model_and_its_teacher(desk: Desk, monkeypatch: pytest.M
     assert "did you mean 'piqa'" in refused("--tasks", "piqqa")
     assert "allow it with --allow-code" in refused("--tasks-dir", rows)
     assert "has no chat template" in refused("--tasks", "piqa", "--tasks-dir", rows, "--chat")
-    assert "--limit is of benchmarks, and none is named" in refused("--limit", 3)
+    assert "--limit has an effect only with benchmarks; leave it out, or give --tasks, --suite or" in refused(
+        "--limit", 3
+    )
     assert "model.gguf: benchmarks are measured on checkpoints" in refused("--tasks", "piqa", model=Path("model.gguf"))

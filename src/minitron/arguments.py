@@ -223,9 +223,12 @@ def seed(text: str) -> int:
 def sizes(text: str) -> dict[str, int]:
     """hidden=3072,ffn=9216 -> dict, for argparse."""
     try:
-        return {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), int(number)) for name, number in (part.split("=") for part in text.split(","))]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a size twice: give it once")
+    return dict(pairs)
 
 
 def layers(text: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from minitron import arguments, verbs
 from minitron.console import Console, complain, flush_result, open_streams
 from minitron.errors import Interrupted, MinitronError
+from minitron.option_rules import given_options, require_options
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -56,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 the user's mistake or the machine's, 130 interrupted; 2 is
     argparse's)."""
     open_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
     _at_signals(_interrupt)
     try:
-        _run(_parsed(argv))
+        _run(_parsed(words), words)
     except Interrupted as error:
         return _interrupted(f"interrupted: {error}")
     except KeyboardInterrupt:
@@ -75,19 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
     try:
-        return build_parser().parse_args(argv)
+        return build_parser().parse_args(words)
     except SystemExit:
         flush_result()  # of --help: here, where an error can be told
         raise
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, words: list[str]) -> None:
+    """
+    Args:
+        words: of the command line, which tell the options that are given from those that are not.
+    """
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
-    _quiet_libraries()
+    if not args.verbose:
+        _quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
@@ -96,6 +103,8 @@ def _run(args: argparse.Namespace) -> None:
                 f"torchrun started {ranks().size} processes, and this command runs in one: start it without torchrun; "
                 "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
+        args.given = given_options(args.parser, args, words[words.index(args.command) + 1 :])
+        require_options(args)
         args.verb(args, console)
     finally:
         console.close()
@@ -118,11 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="minitron", description="Make a smaller language model from a pretrained one."
     )
     parser.add_argument("--version", action="version", version=_version())
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, verb: Callable[[argparse.Namespace, Console], None]) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=HELP[name], description=HELP[name], epilog=f"example: {EXAMPLES[name]}")
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, parser=sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
         sub.add_argument("-v", "--verbose", action="store_true", help="also the libraries' own messages")
@@ -214,7 +223,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = add("prune", verbs.prune)
     prune.add_argument("model", type=arguments.named, metavar="MODEL")
-    prune.set_defaults(usage_error=prune.error)
     prune.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
     prune.add_argument("--shape", type=arguments.sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
     prune.add_argument("--layers", type=arguments.layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
@@ -283,7 +291,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     quantize = add("quantize", verbs.quantize)
     quantize.add_argument("model", type=arguments.named, metavar="MODEL")
-    quantize.set_defaults(usage_error=quantize.error)
     quantize.add_argument(
         "--types", type=arguments.names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files"
     )
@@ -413,8 +420,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _quiet_libraries() -> None:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging
 

@@ -47,7 +47,16 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for text and `off` for false; here they are a number and text, as in YAML 1.2."""
+    """YAML 1.1 takes 1e-4 for text and `off` for false; here they are a number and text, as in YAML 1.2.
+
+    A key that is there twice is an error: of two values one would not be read.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise yaml.YAMLError(f"in the mapping at line {node.start_mark.line + 1}, key {twice[0]!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -55,11 +55,12 @@ from minitron.prune.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
+from minitron.prune.repair import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
+from minitron.recipe_rules import require_distill_effects
 from minitron.run import bounded, require_correctable
 from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
 from minitron.stages import (
@@ -171,6 +172,7 @@ def prune_model(
     statistics_dir: Path | None,
     data_config: Callable[[], data.DataConfig],
     samples: int = CalibrateConfig().samples,
+    check: Callable[[CutNeeds], None] = lambda needs: None,
     out: Path,
     listener: Listener = SILENT,
 ) -> tuple[Plan, dict[str, Any]]:
@@ -181,6 +183,7 @@ def prune_model(
 
     Args:
         samples: blocks of that text, which the repair is fitted to also where statistics are given.
+        check: told what the cut needs before anything is read or chosen; may refuse.
     """
     prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
@@ -188,13 +191,13 @@ def prune_model(
         given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
         fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
         steps = resolve_repair(repair, teacher, fixed).steps or []
-        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
         if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
-            plan = given
+        check(_needs(teacher, config, given, steps, with_statistics=statistics_dir is not None))
+        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
+        plan = given if isinstance(given, Plan) else _choose(known, given)
+        if isinstance(given, Plan):
             known.require_free_space(plan.student)
-        else:
-            plan = _choose(known, given)
         needed = needed_steps(steps, plan)
         listener.stage("prune", "running")
         if needed:
@@ -215,6 +218,25 @@ def prune_model(
         facts = describe(open_checkpoint(partial)) | {"repairs": needed}
     listener.stage("prune", "done")
     return plan, facts
+
+
+def _needs(
+    teacher: Checkpoint, config: PruneConfig, given: Plan | Given, steps: Sequence[Step], *, with_statistics: bool
+) -> CutNeeds:
+    if isinstance(given, Plan):
+        shape, listed = given.student, Given(**{dim: getattr(given, dim) for dim in PRUNABLE})
+    else:
+        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
+        by_number = given_layers(config, teacher.shape)
+        listed = given if by_number.layers is None else replace(given, layers=by_number.layers)
+    choice = choice_left(teacher.architecture, config, teacher.shape, shape, listed, steps)
+    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
+    scored = needs_scores(teacher.shape, shape, listed)
+    return CutNeeds(
+        choice,
+        statistics=scored or bool(choice.repairs),
+        text=bool(choice.repairs) or (scored and (passes or not with_statistics)),
+    )
 
 
 @dataclass
@@ -304,6 +326,7 @@ def distill_models(
     State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
     teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
+    require_distill_effects(config)
     trackers.require_installed(config.log_to)
     work, final = beside(out, "work"), {"student": out}
     final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}

@@ -18,13 +18,15 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
-from minitron.prune.plan import target_shape
+from minitron.prune.plan import given_layers, target_shape
+from minitron.prune.repair import choice_left
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import score_units
 from minitron.prune.shapes import needs_machine
 from minitron.publish import ladder
 from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
+from minitron.recipe_rules import require_choice_effects, require_recipe_effects
 from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
 from minitron.stages import (
     STATISTICS,
@@ -120,7 +122,11 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
-    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest."""
+    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest.
+
+    Raises: NoEffect for a key that could not change anything.
+    """
+    require_recipe_effects(recipe)
     require_correctable(recipe.distill, recipe.data)
     if recipe.search.level == "off":
         shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
@@ -128,6 +134,9 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
         machine = machine_for(recipe.search, teacher.dtype) if needs_machine(recipe.search) else None
         shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     repair = resolve_repair(recipe.repair, teacher)
+    given = given_layers(recipe.prune, teacher.shape)
+    left = choice_left(teacher.architecture, recipe.prune, teacher.shape, shape, given, repair.steps or [])
+    require_choice_effects(recipe, left)
     basis = "basis" in (repair.steps or []) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
     tokens = recipe.distill.tokens and max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)

@@ -361,11 +361,7 @@ def target_shape(
 
     Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
     """
-    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
-        raise PlanError(
-            f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
-            "the criterion 'task' needs a task, and no other criterion has use for one"
-        )
+    require_task_fits(prune)
     explicit = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
     if (prune.target is not None) == explicit:
         raise PlanError(
@@ -390,6 +386,15 @@ def target_shape(
         f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
         f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
     )
+
+
+def require_task_fits(prune: PruneConfig) -> None:
+    """Raises: PlanError for a task without the criterion that reads it, and the other way round."""
+    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
+        raise PlanError(
+            f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
+            "the criterion 'task' needs a task, and no other criterion has use for one"
+        )
 
 
 def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given) -> Shape:
