@@ -1,9 +1,9 @@
 """What does minitron do with damaged files: is each refused in one line that names it, and nothing left behind?
 
-    python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--target NAME ...] [--out benchmarks/results/bad_input_....md]
+    python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--out benchmarks/results/bad_input_....md]
 
-Every kind of file that minitron reads (tests/bad_input.py has the table) is damaged as hypothesis draws it, one place at
-a time, and given to a command in a process of its own. What the law is stands in tests/bad_input.py too.
+Every kind of file that minitron reads (tests/bad_input.py has the table) is damaged as hypothesis draws it, one place
+at a time, and given to a command in a process of its own. What the law is stands in tests/bad_input.py too.
 """
 
 import argparse
@@ -125,8 +125,8 @@ def report(found: dict[str, list[Outcome]], broken: list[str], seed_number: int,
     return "\n".join(
         [
             header("Damaged input"),
-            f"Drawn by hypothesis {hypothesis.__version__} with seed {seed_number}; a row is a file that is damaged and "
-            "a command that reads it. A result is the weights, the plan or the page that the command makes, or what it "
+            f"Drawn by hypothesis {hypothesis.__version__} with seed {seed_number}; a row is a file that is damaged "
+            "and a command that reads it. A result is the weights, plan or page that the command makes, or what it "
             f"prints. It took {seconds / 60:.0f} minutes.",
             "",
             table(COLUMNS, [*rows, ["all", *cells(every)]]),

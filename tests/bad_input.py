@@ -99,28 +99,68 @@ def _targets() -> Iterator[Target]:
     tasks = ("evaluate", "teacher", "--tasks-dir", "tasks", "--shots", "0", "--limit", "3", "--no-cache")
     for task in ("winogrande", "hellaswag", "arc_easy"):
         yield Target(
-            f"rows of {task}", f"tasks/{task}/dev.jsonl", "lines", tasks, ("tasks", task), needs=("teacher", f"tasks/{task}")
+            f"rows of {task}",
+            f"tasks/{task}/dev.jsonl",
+            "lines",
+            tasks,
+            ("tasks", task),
+            needs=("teacher", f"tasks/{task}"),
         )
     chat = (*tasks, "--chat")
     yield Target(
-        "chat_template.jinja", "teacher/chat_template.jinja", "text", chat, ("chat", "template"), needs=("teacher", "tasks/winogrande")
+        "chat_template.jinja",
+        "teacher/chat_template.jinja",
+        "text",
+        chat,
+        ("chat", "template"),
+        needs=("teacher", "tasks/winogrande"),
     )
 
     run = ("run", "recipe.yaml", "--out", "run")
-    yield Target("recipe: run --dry-run", "recipe.yaml", "yaml", (*run, "--dry-run"), ("RECIPE",), needs=("teacher", "text.jsonl"))
+    yield Target(
+        "recipe: run --dry-run",
+        "recipe.yaml",
+        "yaml",
+        (*run, "--dry-run"),
+        ("RECIPE",),
+        needs=("teacher", "text.jsonl"),
+    )
     yield Target("recipe: run", "recipe.yaml", "yaml", run, ("RECIPE",), kept=("run",), needs=("teacher", "text.jsonl"))
-    yield Target("--set: run --dry-run", None, "set", (*run, "--dry-run"), ("--set",), needs=("recipe.yaml", "teacher", "text.jsonl"))
+    yield Target(
+        "--set: run --dry-run",
+        None,
+        "set",
+        (*run, "--dry-run"),
+        ("--set",),
+        needs=("recipe.yaml", "teacher", "text.jsonl"),
+    )
     distill = ("distill", "--teacher", "teacher", "--student", "pruned", *TEXT, *TRAINING, "--out", "student")
     needs = ("teacher", "pruned", "text.jsonl")
     yield Target("--set: distill", None, "set distill", distill, ("--set",), "student", ("student.work",), needs)
 
     planned = ("prune", "teacher", "--plan", "plan.json", "--repair", "none", "--out", "student")
     yield Target("plan.json, whole", "plan.json", "json", planned, ("plan",), "student", needs=("teacher",))
-    listed = ("prune", "teacher", "--plan", "units.json", "--repair", "none", *TEXT[:2], "--samples", "4", "--out", "student")
-    yield Target("plan.json, some units", "units.json", "json", listed, ("plan",), "student", needs=("teacher", "text.jsonl"))
+    listed = (
+        "prune",
+        "teacher",
+        "--plan",
+        "units.json",
+        "--repair",
+        "none",
+        *TEXT[:2],
+        "--samples",
+        "4",
+        "--out",
+        "student",
+    )
+    yield Target(
+        "plan.json, some units", "units.json", "json", listed, ("plan",), "student", needs=("teacher", "text.jsonl")
+    )
     asked = ("--layer-criterion", "task", "--layer-task", "questions.jsonl", "--samples", "4")
     task = ("prune", "teacher", "--shape", "layers=2", "--repair", "none", *asked, *TEXT[:2], "--out", "student")
-    yield Target("questions.jsonl", "questions.jsonl", "lines", task, ("layer_task",), "student", needs=("teacher", "text.jsonl"))
+    yield Target(
+        "questions.jsonl", "questions.jsonl", "lines", task, ("layer_task",), "student", needs=("teacher", "text.jsonl")
+    )
 
     for file, form in (("statistics.json", "json"), ("statistics.safetensors", "safetensors")):
         with_statistics = ("--statistics", "statistics")
@@ -128,7 +168,9 @@ def _targets() -> Iterator[Target]:
         needs = ("teacher", "statistics")
         yield Target(f"{file}: prune", f"statistics/{file}", form, pruned, ("statistics",), "student", needs=needs)
         search = ("search", "teacher", "--target-params", "60%", "--dims", "ffn=16,24", "layers=2,3", *QUICK_SEARCH)
-        yield Target(f"{file}: search", f"statistics/{file}", form, (*search, *with_statistics), ("statistics",), needs=needs)
+        yield Target(
+            f"{file}: search", f"statistics/{file}", form, (*search, *with_statistics), ("statistics",), needs=needs
+        )
 
     whole = ("evaluate", "teacher", "--data", "text.txt", "--block-tokens", "16", "--whole", "--blocks", "2")
     yield Target("text: text.txt", "text.txt", "text", whole, ("text",), needs=("teacher",))
@@ -137,7 +179,9 @@ def _targets() -> Iterator[Target]:
         yield Target(f"text: {file}", file, form, read, ("text",), "statistics", needs=("teacher",))
 
     yield Target("GGUF: inspect", "model.gguf", "binary", ("inspect", "model.gguf"))
-    yield Target("GGUF: generate", "model.gguf", "binary", ("generate", "model.gguf", "--prompt", PROMPT, "--new-tokens", "2"))
+    yield Target(
+        "GGUF: generate", "model.gguf", "binary", ("generate", "model.gguf", "--prompt", PROMPT, "--new-tokens", "2")
+    )
     for file in ("imatrix.gguf", "imatrix.dat"):
         quantize = ("quantize", "teacher", "--types", "IQ4_NL", "--no-verify", "--imatrix", file, "--out", "gguf")
         yield Target(f"imatrix: {file}", file, "binary", quantize, ("importance",), "gguf", needs=("teacher",))
@@ -186,7 +230,15 @@ def _targets() -> Iterator[Target]:
         "evaluations/record.json": "json",
     }
     for file, form in files.items():
-        yield Target(f"run again: {file}", f"run/{file}", form, run, (Path(file).parent.name or "recipe",), kept=("run",), needs=("recipe.yaml", "teacher", "text.jsonl", "run"))
+        yield Target(
+            f"run again: {file}",
+            f"run/{file}",
+            form,
+            run,
+            (Path(file).parent.name or "recipe",),
+            kept=("run",),
+            needs=("recipe.yaml", "teacher", "text.jsonl", "run"),
+        )
     shown = {
         "recipe.yaml": "yaml",
         "evaluations/student.json": "json",
@@ -213,7 +265,15 @@ def _targets() -> Iterator[Target]:
     for file in ("evaluations/student.json", "recipe.yaml"):
         compare = ("report", "run", "other", "--out", "comparison.html")
         form = "yaml" if file.endswith("yaml") else "json"
-        yield Target(f"report of two: {file}", f"other/{file}", form, compare, ("other",), "comparison.html", needs=("run", "other"))
+        yield Target(
+            f"report of two: {file}",
+            f"other/{file}",
+            form,
+            compare,
+            ("other",),
+            "comparison.html",
+            needs=("run", "other"),
+        )
 
 
 RECORDED = ("--set", "distill.teacher=recorded", "--set", "distill.top_k=8", "--set", "distill.intermediate=off")
@@ -339,10 +399,18 @@ class Room:
 
     def _result(self, target: Target, ended: Ended) -> dict[str, str]:
         """What a command made, as digests, or where it makes nothing what it printed."""
-        places = [target.out] if target.out else [kept for kept in target.kept]
+        places = [target.out] if target.out else list(target.kept)
         files = [file for place in places for file in [self.desk / place, *(self.desk / place).rglob("*")]]
-        wanted = [file for file in files if file.suffix in (".safetensors", ".gguf", ".html") or file.name in ("plan.json", "README.md")]
-        found = {str(file.relative_to(self.desk)): hashlib.sha256(file.read_bytes()).hexdigest() for file in wanted if file.is_file()}
+        wanted = [
+            file
+            for file in files
+            if file.suffix in (".safetensors", ".gguf", ".html") or file.name in ("plan.json", "README.md")
+        ]
+        found = {
+            str(file.relative_to(self.desk)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in wanted
+            if file.is_file()
+        }
         return found or {"stdout": ended.stdout}
 
 
@@ -355,16 +423,20 @@ def _make_inputs(room: Room) -> None:
     tiny.tokenizer(desk / "teacher")
     tiny.checkpoint("llama", desk / "sharded", **SIZES, shard="40KB")
     tiny.tokenizer(desk / "sharded")
-    special = {"eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}}
+    special = {
+        "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    }
     (desk / "teacher" / "special_tokens_map.json").write_text(json.dumps(special))
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     (desk / "teacher" / "chat_template.jinja").write_text(template)
     small.text(desk / "text.jsonl", documents=20)
     texts = [json.loads(line)["text"] for line in (desk / "text.jsonl").read_text().splitlines()]
     (desk / "text.txt").write_text("\n\n".join(texts))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), desk / "text.parquet")
     bench.write(desk / "tasks", ("winogrande", "hellaswag", "arc_easy"), 6)
-    rows = [{"ctx": row["ctx_a"], **{key: row[key] for key in ("endings", "label")}} for row in bench.rows("hellaswag", 6)]
+    rows = [
+        {"ctx": row["ctx_a"], **{key: row[key] for key in ("endings", "label")}} for row in bench.rows("hellaswag", 6)
+    ]
     bench.dump(desk / "questions.jsonl", rows)
     units = {"layers": [0, 2], "hidden": list(range(0, 32, 2)), "kv_heads": [[0], [1]]}
     (desk / "units.json").write_text(json.dumps(units))
@@ -373,7 +445,17 @@ def _make_inputs(room: Room) -> None:
     room.made("calibrate", "teacher", *TEXT, *calibration)
     room.made("prune", "teacher", *SHAPE, "--statistics", "statistics", "--out", "pruned")
     shutil.copy(desk / "pruned" / "plan.json", desk / "plan.json")
-    quantize = ("quantize", "teacher", "--types", "Q8_0", "--calibration", "text.jsonl", "--block-tokens", "16", "--no-verify")
+    quantize = (
+        "quantize",
+        "teacher",
+        "--types",
+        "Q8_0",
+        "--calibration",
+        "text.jsonl",
+        "--block-tokens",
+        "16",
+        "--no-verify",
+    )
     room.made(*quantize, "--out", "gguf")
     next((desk / "gguf").glob("*Q8_0.gguf")).rename(desk / "model.gguf")
     (desk / "gguf" / "imatrix.gguf").rename(desk / "imatrix.gguf")
@@ -415,14 +497,24 @@ def _write_legacy(source: Path, file: Path) -> None:
 @cache
 def _settings(keys: tuple[str, ...], form: str) -> st.SearchStrategy[Mutation]:
     """Values of --set."""
-    values = [json.dumps(value) for value in mutations.VALUES] + ["a: b: c", "[", "*x", "!!python/name:os", "{1: 2}", "~", "&a [*a]"]
+    values = [json.dumps(value) for value in mutations.VALUES] + [
+        "a: b: c",
+        "[",
+        "*x",
+        "!!python/name:os",
+        "{1: 2}",
+        "~",
+        "&a [*a]",
+    ]
     section = "distill." if form.endswith("distill") else ""
 
     def made(key: str, value: str, equals: str) -> Mutation:
         text = f"{section}{key}{equals}{value}".replace("\x00", "?").replace("\\ud800", "?")
         return Mutation(f"--set {text[:80]!r}", text.encode(), tuple(key.split(".")))
 
-    return st.builds(made, st.sampled_from(keys), st.sampled_from(values), st.sampled_from(["=", "=", "=", "", "==", " = "]))
+    return st.builds(
+        made, st.sampled_from(keys), st.sampled_from(values), st.sampled_from(["=", "=", "=", "", "==", " = "])
+    )
 
 
 def _of_the_end(target: Target, mutation: Mutation, ended: Ended, room: Room) -> Iterator[str]:
@@ -512,14 +604,17 @@ def _last_line(text: str) -> str:
 
 
 def _snapshot(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """File or directory -> kind, size and time of its last change; of directories no time, for files in them come and go."""
+    """File or directory -> kind, size and time of its last change; of directories the kind, for files come and go."""
     found: dict[str, tuple[int, int, int]] = {}
     for here, directories, files in os.walk(directory):
         for name in (*directories, *files):
             path = Path(here, name)
             stat = path.lstat()
             is_directory = path.is_dir() and not path.is_symlink()
-            found[str(path.relative_to(directory))] = (stat.st_mode, *((0, 0) if is_directory else (stat.st_size, stat.st_mtime_ns)))
+            found[str(path.relative_to(directory))] = (
+                stat.st_mode,
+                *((0, 0) if is_directory else (stat.st_size, stat.st_mtime_ns)),
+            )
     return found
 
 

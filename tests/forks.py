@@ -92,13 +92,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _import_everything() -> None:
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
-    import matplotlib.backends.backend_svg
-    import matplotlib.pyplot
-    import pyarrow.parquet
-    import torch.distributed.fsdp
-    import transformers.models.llama.modeling_llama
     import xllamacpp  # noqa: F401
 
     import minitron.cli

@@ -5,6 +5,7 @@ Each draws a Mutation of the one file it is given. The simplest come first, whic
 
 import codecs
 import copy
+import itertools
 import json
 import re
 import struct
@@ -44,7 +45,25 @@ NUMBERS: tuple[Any, ...] = (
     *(True, False, 255, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400),
 )
 TEXTS: tuple[str, ...] = (
-    *("", " ", "x", "0", "12", "-1", "1e3", "nan", "null", "true", "auto", "float16", "../../up", "/", ".", "~", "é漢🙂"),
+    *(
+        "",
+        " ",
+        "x",
+        "0",
+        "12",
+        "-1",
+        "1e3",
+        "nan",
+        "null",
+        "true",
+        "auto",
+        "float16",
+        "../../up",
+        "/",
+        ".",
+        "~",
+        "é漢🙂",
+    ),
     *("\x00", "a\nb", "\ud800", "\u202e\ufeff", "{}", "[[]]", "%s {0} {x}", "<script>", "x" * 5000),
 )
 VALUES: tuple[Any, ...] = (None, *NUMBERS, *TEXTS, [], {}, [None], [0], {"x": 0}, [[[]]], [1, "x"], [[0, 1], [2]])
@@ -65,7 +84,9 @@ def of_bytes(draw: Draw, data: bytes, *, front: int = 400) -> Mutation:
     match act:
         case "flip":
             bit = draw(st.integers(0, 7))
-            return Mutation(f"bit {bit} of byte {at} flipped", data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            return Mutation(
+                f"bit {bit} of byte {at} flipped", data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+            )
         case "set":
             value = draw(st.sampled_from([0, 0xFF, 0x20, 0x7B, 0x0A, 0x80, 0xC0]))
             return Mutation(f"byte {at} set to {value:#x}", data[:at] + bytes([value]) + data[at + 1 :])
@@ -194,7 +215,7 @@ def _near(old: Any) -> st.SearchStrategy[Any]:
         case str():
             return st.sampled_from([old + "x", old.upper(), old[:-1], old[::-1], [old], f" {old}", old.encode().hex()])
         case list():
-            return st.sampled_from([old[:1], old[1:], old + [None], dict(enumerate(map(str, old))), None, [old]])
+            return st.sampled_from([old[:1], old[1:], [*old, None], dict(enumerate(map(str, old))), None, [old]])
         case dict():
             return st.sampled_from([list(old), list(old.values()), dict.fromkeys(old), None, {}, [old]])
     return st.sampled_from([0, "", False, "None", [], {}])
@@ -247,7 +268,10 @@ YAML_ODDITIES: Mapping[str, Callable[[bytes], bytes]] = {
 def _laughs() -> bytes:
     names = "abcdefghi"
     lines = ["x0: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"x{n}: &{name} [{', '.join([f'*{before}'] * 9)}]" for n, (before, name) in enumerate(zip(names, names[1:], strict=False), 1)]
+    lines += [
+        f"x{n}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+        for n, (before, name) in enumerate(itertools.pairwise(names), 1)
+    ]
     return "\n".join(["", *lines, ""]).encode()
 
 
@@ -262,11 +286,15 @@ def of_lines(draw: Draw, data: bytes) -> Mutation:
     at = draw(st.integers(0, len(lines) - 1))
     act = draw(st.sampled_from(["one", "all", "raw", "cut", "short", "few"]))
     if act == "raw":
-        raw = draw(st.sampled_from([b"null", b"[]", b"3", b'"text"', b"{", b"", b"\xff", b"{}", b"[" * 100_000, b"NaN"]))
+        raw = draw(
+            st.sampled_from([b"null", b"[]", b"3", b'"text"', b"{", b"", b"\xff", b"{}", b"[" * 100_000, b"NaN"])
+        )
         put = [line.encode() for line in lines]
         return Mutation(f"line {at + 1} is {raw[:20]!r}", b"\n".join([*put[:at], raw, *put[at + 1 :]]))
     if act == "cut":
-        return Mutation(f"line {at + 1} is cut short", "\n".join([*lines[:at], lines[at][:-3], *lines[at + 1 :]]).encode())
+        return Mutation(
+            f"line {at + 1} is cut short", "\n".join([*lines[:at], lines[at][:-3], *lines[at + 1 :]]).encode()
+        )
     if act == "few":
         return Mutation(f"{at} lines", "\n".join(lines[:at]).encode())
     if act == "short":
@@ -274,7 +302,9 @@ def of_lines(draw: Draw, data: bytes) -> Mutation:
     changed, how, keys = draw(of_tree(json.loads(lines[at])))
     if act == "all":
         return Mutation(f"every line: {how}", "\n".join([json.dumps(changed)] * len(lines)).encode(), keys)
-    return Mutation(f"line {at + 1}: {how}", "\n".join([*lines[:at], json.dumps(changed), *lines[at + 1 :]]).encode(), keys)
+    return Mutation(
+        f"line {at + 1}: {how}", "\n".join([*lines[:at], json.dumps(changed), *lines[at + 1 :]]).encode(), keys
+    )
 
 
 @st.composite

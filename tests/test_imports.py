@@ -13,6 +13,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("large_files",),
     ("config", "files", "reading", "device", "parallel", "packing", "child"),
+    ("typed_files",),
+    ("layouts",),
     ("model", "data"),
     ("describe",),
     ("sampling", "prune", "distill", "evaluate", "publish"),

@@ -13,16 +13,18 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from minitron import layouts
 from minitron.config import Section
 from minitron.errors import DataError
 from minitron.packing import Separator
+from minitron.typed_files import read_typed
 
 BUILTIN = "builtin"
 TEACHER = "teacher"  # text that `sampling` draws from the teacher
@@ -106,6 +108,7 @@ class Corpus:
     heldout_tokens: int
     digest: str
     separator: Separator | None = None  # where documents are to be kept apart
+    bytes_digest: str = ""  # of the bytes behind each held-out token; older versions did not keep it
 
     @property
     def train(self) -> Blocks:
@@ -126,12 +129,27 @@ def open_corpus(path: Path) -> Corpus:
 
     Raises: DataError if the directory holds none.
     """
-    try:
-        meta = json.loads((path / "corpus.json").read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json") from None
-    separator = meta.pop("separator", None)
-    return Corpus(path=path, separator=separator and Separator(**separator), **meta)
+    file = path / "corpus.json"
+    if not file.exists():
+        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json")
+    again = f"remove {path} and run the same command to prepare the text again"
+    meta = read_typed(file, layouts.CORPUS, DataError, way_out=again)
+    apart = meta.get("separator")
+    known = {one.name: meta[one.name] for one in fields(Corpus) if one.name in meta and one.name != "separator"}
+    corpus = Corpus(path=path, separator=apart and Separator(**apart), **known)
+    itemsize = np.dtype(corpus.dtype).itemsize
+    for name, size in (
+        ("train.bin", itemsize * corpus.train_tokens),
+        ("heldout.bin", itemsize * corpus.heldout_tokens),
+        ("heldout_bytes.bin", 2 * corpus.heldout_tokens),
+    ):
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise DataError(f"{path / name} has not the {size:,} bytes that corpus.json says: it is damaged; {again}")
+    if _corpus_digest(path, corpus.block_tokens, corpus.separator) != corpus.digest:
+        raise DataError(f"train.bin or heldout.bin in {path} are not those that corpus.json is of: damaged; {again}")
+    if corpus.bytes_digest and _digest_files(path / "heldout_bytes.bin", salt="") != corpus.bytes_digest:
+        raise DataError(f"{path / 'heldout_bytes.bin'} is not the one that corpus.json is of: it is damaged; {again}")
+    return corpus
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -202,8 +220,9 @@ def prepare(
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
         heldout_tokens=writer.tokens["heldout"],
-        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
+        digest=_corpus_digest(out, block_tokens, apart),
         separator=apart,
+        bytes_digest=_digest_files(out / "heldout_bytes.bin", salt=""),
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -532,6 +551,10 @@ def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int) -> N
                 f"the {split} part of {config.source!r} has {writer.tokens[split]} tokens, "
                 f"fewer than one block of {block_tokens}: {way_out}"
             )
+
+
+def _corpus_digest(path: Path, block_tokens: int, apart: Separator | None) -> str:
+    return _digest_files(path / "train.bin", path / "heldout.bin", salt=f"{block_tokens}{apart or ''}")
 
 
 def _digest_files(*paths: Path, salt: str) -> str:

@@ -1,6 +1,5 @@
 """Each room on its own, as the command line's single verbs use it."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +54,7 @@ from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, sc
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.run import bounded, require_correctable
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.rundir import SILENT, Listener, RunDirectory, read_record
 from minitron.stages import (
     block_length,
     calibrate_on,
@@ -314,7 +313,7 @@ def distill_models(
                 (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
             trackers.keep(work / "distill", made)
             keep_sampled(corpus.path, made)
-            facts = json.loads((made / "record.json").read_text())["result"]
+            facts = read_record(made)["result"]
             with readable_os_errors(out):
                 made.rename(out)
                 if corrected is not None:

@@ -18,11 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from minitron import layouts
 from minitron.config import Section
 from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
 from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
 from minitron.recipe import Recipe, dump_recipe
+from minitron.typed_files import read_typed
 
 
 @runtime_checkable
@@ -126,7 +128,7 @@ class RunDirectory:
         path = self.out / name
         plain = {key: _plain(value) for key, value in config.items()}
         if (path / "record.json").exists():
-            _require_same(path, json.loads((path / "record.json").read_text()), inputs, plain)
+            _require_same(path, read_record(path), inputs, plain)
             self.listener.stage(name, "unchanged")
             return path
         if state is not None:
@@ -161,6 +163,20 @@ class RunDirectory:
             partial = self.out / "recipe.yaml.partial"
             partial.write_text(dump_recipe(self.recipe))
             partial.replace(self.out / "recipe.yaml")
+
+
+def read_record(stage: Path) -> dict[str, Any]:
+    """What a finished stage's record.json says.
+
+    Raises: RunError if it cannot be read or is no record.
+    """
+    record: dict[str, Any] = read_typed(
+        stage / "record.json",
+        layouts.RECORD,
+        RunError,
+        way_out=f"remove {stage} and run the same command to make it again",
+    )
+    return record
 
 
 def hardware() -> dict[str, Any]:
@@ -200,7 +216,8 @@ def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str],
 def _require_same_start(state: Path, start: dict[str, Any]) -> None:
     file = state / "inputs.json"
     if file.exists():
-        _require_same(state, json.loads(file.read_text()), start["inputs"], start["config"])
+        known = read_typed(file, layouts.INPUTS, RunError, way_out=f"remove {state} to start again")
+        _require_same(state, known, start["inputs"], start["config"])
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)

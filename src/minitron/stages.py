@@ -134,7 +134,7 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
         inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
         config={"calibrate": config, "seed": seed},
     )
-    return Statistics.load(stages.out / "statistics")
+    return Statistics.load_of_shape(teacher, stages.out / "statistics")
 
 
 def make_plan(
@@ -168,7 +168,7 @@ def make_plan(
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        scores = Scores.load(stages.out / "scores")
+        scores = Scores.load(stages.out / "scores", teacher.shape)
         made = plan_student(teacher, lambda _: scores, shape, replace(scoring, scratch=out), given)
         made.save(out / "plan.json")
         return {"plan": str(made)}
