@@ -2,7 +2,7 @@
 
     python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--out benchmarks/results/bad_input_....md]
 
-Every kind of file that minitron reads (tests/bad_input.py has the table) is damaged as hypothesis draws it, one place
+Every kind of file that minitron reads (tests/bad_targets.py has the table) is damaged as hypothesis draws it, one place
 at a time, and given to a command in a process of its own. What the law is stands in tests/bad_input.py too.
 """
 
@@ -20,7 +20,8 @@ from measure import header, publish, table
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import hypothesis
-from bad_input import TARGETS, Outcome, Room, Target, kind_of
+from bad_input import Outcome, Room, kind_of
+from bad_targets import TARGETS, Target
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis.errors import NoSuchExample
 from mutations import Mutation

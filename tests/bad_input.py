@@ -13,18 +13,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import bench
+import good_input
 import mutations
-import pyarrow
-import pyarrow.parquet
-import small
 import tiny
-import yaml
+from bad_targets import SET_DISTILL_KEYS, SET_KEYS, Target
 from forks import CRASHED, Ended, Forks
 from hypothesis import strategies as st
 from mutations import Mutation
@@ -32,261 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 LIMIT_SECONDS = 60
-SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-PROMPT = "the rain in"
-SHAPE = ("--shape", "ffn=16", "--repair", "none")
-TEXT = ("--data", "text.jsonl", "--block-tokens", "16")
-TRAINING = ("--tokens", "512", "--set", "distill.batch_blocks=4", "--set", "distill.evaluate_blocks=2")
-QUICK_SEARCH = ("--bytes-per-second", "10GB", "--flops-per-second", "1e11")
 # Directories of a desk that any command may fill: they are the user's cache.
 CACHE = "cache"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file that a command reads, and the command.
-
-    file: the damaged file; None where an argument is. form: of its contents, a key of `mutations.FORMS`.
-    command: one that succeeds with the undamaged file. words: name the damaged thing, besides the file's own name and
-    the keys in it. out: what the command makes: there whole after success, else not there. kept: what it may write
-    besides, after a failure too. needs: what it reads, besides the file. same: success must mean the result of the
-    undamaged file.
-    """
-
-    name: str
-    file: str | None
-    form: str
-    command: tuple[str, ...]
-    words: tuple[str, ...] = ()
-    out: str | None = None
-    kept: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    same: bool = False
-
-
-def _targets() -> Iterator[Target]:
-    layers = ("--layers", "keep=0,2", "--repair", "none", "--out", "student")
-    readers: dict[str, tuple[tuple[str, ...], str | None]] = {
-        "inspect": (("inspect", "{model}"), None),
-        "prune": (("prune", "{model}", *layers), "student"),
-        "evaluate": (("evaluate", "{model}", *TEXT, "--whole", "--blocks", "2"), None),
-        "generate": (("generate", "{model}", "--prompt", PROMPT, "--new-tokens", "4"), None),
-        "calibrate": (("calibrate", "{model}", *TEXT, "--samples", "4", "--out", "statistics"), "statistics"),
-        "quantize": (("quantize", "{model}", "--types", "F16", "--no-verify", "--out", "gguf"), "gguf"),
-    }
-
-    def model(verb: str, file: str, form: str, *words: str, directory: str = "teacher") -> Target:
-        command, out = readers[verb]
-        command = tuple(word.format(model=directory) for word in command)
-        return Target(
-            f"{file}: {verb}", f"{directory}/{file}", form, command, words, out, needs=(directory, "text.jsonl")
-        )
-
-    for verb in readers:
-        yield model(verb, "config.json", "json", "model_type")
-    for verb in ("inspect", "prune", "evaluate"):
-        yield model(verb, "model.safetensors", "safetensors")
-        yield model(verb, "model.safetensors.index.json", "json", directory="sharded")
-    yield model("calibrate", "model-00002-of-00004.safetensors", "safetensors", directory="sharded")
-    for verb in ("calibrate", "generate", "quantize"):
-        yield model(verb, "tokenizer.json", "json", "tokenizer")
-        yield model(verb, "tokenizer_config.json", "json", "tokenizer")
-    yield model("generate", "special_tokens_map.json", "json", "tokenizer")
-    yield model("generate", "generation_config.json", "json")
-    yield model("prune", "generation_config.json", "json")
-
-    tasks = ("evaluate", "teacher", "--tasks-dir", "tasks", "--shots", "0", "--limit", "3", "--no-cache")
-    for task in ("winogrande", "hellaswag", "arc_easy"):
-        yield Target(
-            f"rows of {task}",
-            f"tasks/{task}/dev.jsonl",
-            "lines",
-            tasks,
-            ("tasks", task),
-            needs=("teacher", f"tasks/{task}"),
-        )
-    chat = (*tasks, "--chat")
-    yield Target(
-        "chat_template.jinja",
-        "teacher/chat_template.jinja",
-        "text",
-        chat,
-        ("chat", "template"),
-        needs=("teacher", "tasks/winogrande"),
-    )
-
-    run = ("run", "recipe.yaml", "--out", "run")
-    yield Target(
-        "recipe: run --dry-run",
-        "recipe.yaml",
-        "yaml",
-        (*run, "--dry-run"),
-        ("RECIPE",),
-        needs=("teacher", "text.jsonl"),
-    )
-    yield Target("recipe: run", "recipe.yaml", "yaml", run, ("RECIPE",), kept=("run",), needs=("teacher", "text.jsonl"))
-    yield Target(
-        "--set: run --dry-run",
-        None,
-        "set",
-        (*run, "--dry-run"),
-        ("--set",),
-        needs=("recipe.yaml", "teacher", "text.jsonl"),
-    )
-    distill = ("distill", "--teacher", "teacher", "--student", "pruned", *TEXT, *TRAINING, "--out", "student")
-    needs = ("teacher", "pruned", "text.jsonl")
-    yield Target("--set: distill", None, "set distill", distill, ("--set",), "student", ("student.work",), needs)
-
-    planned = ("prune", "teacher", "--plan", "plan.json", "--repair", "none", "--out", "student")
-    yield Target("plan.json, whole", "plan.json", "json", planned, ("plan",), "student", needs=("teacher",))
-    listed = (
-        "prune",
-        "teacher",
-        "--plan",
-        "units.json",
-        "--repair",
-        "none",
-        *TEXT[:2],
-        "--samples",
-        "4",
-        "--out",
-        "student",
-    )
-    yield Target(
-        "plan.json, some units", "units.json", "json", listed, ("plan",), "student", needs=("teacher", "text.jsonl")
-    )
-    asked = ("--layer-criterion", "task", "--layer-task", "questions.jsonl", "--samples", "4")
-    task = ("prune", "teacher", "--shape", "layers=2", "--repair", "none", *asked, *TEXT[:2], "--out", "student")
-    yield Target(
-        "questions.jsonl", "questions.jsonl", "lines", task, ("layer_task",), "student", needs=("teacher", "text.jsonl")
-    )
-
-    for file, form in (("statistics.json", "json"), ("statistics.safetensors", "safetensors")):
-        with_statistics = ("--statistics", "statistics")
-        pruned = ("prune", "teacher", *SHAPE, *with_statistics, "--out", "student")
-        needs = ("teacher", "statistics")
-        yield Target(f"{file}: prune", f"statistics/{file}", form, pruned, ("statistics",), "student", needs=needs)
-        search = ("search", "teacher", "--target-params", "60%", "--dims", "ffn=16,24", "layers=2,3", *QUICK_SEARCH)
-        yield Target(
-            f"{file}: search", f"statistics/{file}", form, (*search, *with_statistics), ("statistics",), needs=needs
-        )
-
-    whole = ("evaluate", "teacher", "--data", "text.txt", "--block-tokens", "16", "--whole", "--blocks", "2")
-    yield Target("text: text.txt", "text.txt", "text", whole, ("text",), needs=("teacher",))
-    for file, form in (("text.jsonl", "lines"), ("text.parquet", "binary")):
-        read = ("calibrate", "teacher", "--data", file, "--block-tokens", "16", "--samples", "4", "--out", "statistics")
-        yield Target(f"text: {file}", file, form, read, ("text",), "statistics", needs=("teacher",))
-
-    yield Target("GGUF: inspect", "model.gguf", "binary", ("inspect", "model.gguf"))
-    yield Target(
-        "GGUF: generate", "model.gguf", "binary", ("generate", "model.gguf", "--prompt", PROMPT, "--new-tokens", "2")
-    )
-    for file in ("imatrix.gguf", "imatrix.dat"):
-        quantize = ("quantize", "teacher", "--types", "IQ4_NL", "--no-verify", "--imatrix", file, "--out", "gguf")
-        yield Target(f"imatrix: {file}", file, "binary", quantize, ("importance",), "gguf", needs=("teacher",))
-
-    state = "student.work/distill"
-    files = {
-        "student.work/.digests.json": "json",
-        "student.work/data/corpus.json": "json",
-        "student.work/data/record.json": "json",
-        "student.work/data/train.bin": "numbers",
-        "student.work/data/heldout.bin": "numbers",
-        f"{state}/inputs.json": "json",
-        f"{state}/metrics.jsonl": "lines",
-        f"{state}/STATE/state.json": "json",
-        f"{state}/STATE/student.safetensors": "safetensors",
-        f"{state}/STATE/optimizer.safetensors": "safetensors",
-        f"{state}/STATE/random.safetensors": "safetensors",
-    }
-    for file, form in files.items():
-        name = f"training: {Path(file).name}"
-        words = (Path(file).parent.name,)
-        needs = ("teacher", "pruned", "text.jsonl", "student.work")
-        yield Target(name, file, form, distill, words, "student", ("student.work",), needs, same=True)
-    recorded = (*distill, *RECORDED)
-    for file, form in (("lessons.json", "json"), ("shard-00000.safetensors", "safetensors"), ("record.json", "json")):
-        yield Target(
-            f"lessons: {file}", f"recorded/student.work/lessons/{file}", form, recorded, ("lessons",), "student",
-            ("student.work",), ("teacher", "pruned", "text.jsonl", "recorded/student.work"), same=True,
-        )  # fmt: skip
-
-    files = {
-        "recipe.yaml": "yaml",
-        ".digests.json": "json",
-        "data/corpus.json": "json",
-        "data/record.json": "json",
-        "statistics/statistics.json": "json",
-        "statistics/record.json": "json",
-        "scores/scores.json": "json",
-        "scores/record.json": "json",
-        "plan/plan.json": "json",
-        "search/candidates.json": "json",
-        "search/record.json": "json",
-        "pruned/config.json": "json",
-        "pruned/record.json": "json",
-        "student/record.json": "json",
-        "evaluations/record.json": "json",
-    }
-    for file, form in files.items():
-        yield Target(
-            f"run again: {file}",
-            f"run/{file}",
-            form,
-            run,
-            (Path(file).parent.name or "recipe",),
-            kept=("run",),
-            needs=("recipe.yaml", "teacher", "text.jsonl", "run"),
-        )
-    shown = {
-        "recipe.yaml": "yaml",
-        "evaluations/student.json": "json",
-        "evaluations/teacher.json": "json",
-        "evaluations/generations.json": "json",
-        "evaluations/speed.json": "json",
-        "evaluations/record.json": "json",
-        "distill/metrics.jsonl": "lines",
-        "scores/scores.json": "json",
-        "plan/plan.json": "json",
-        "pruned/plan.json": "json",
-        "pruned/record.json": "json",
-        "student/record.json": "json",
-        "statistics/record.json": "json",
-        "search/candidates.json": "json",
-        "gguf/quantization.json": "json",
-    }
-    for file, form in shown.items():
-        for verb, out in (("report", "run/report.html"), ("card", "run/student/README.md")):
-            yield Target(f"{verb}: {file}", f"run/{file}", form, (verb, "run"), kept=(out,), needs=("run",))
-    for file in ("recipe.yaml", "gguf/quantization.json", "student/config.json", "student/model.safetensors"):
-        form = {"yaml": "yaml", "json": "json", "safetensors": "safetensors"}[file.rpartition(".")[2]]
-        yield Target(f"push: {file}", f"run/{file}", form, ("push", "run", "me/small", "--dry-run"), needs=("run",))
-    for file in ("evaluations/student.json", "recipe.yaml"):
-        compare = ("report", "run", "other", "--out", "comparison.html")
-        form = "yaml" if file.endswith("yaml") else "json"
-        yield Target(
-            f"report of two: {file}",
-            f"other/{file}",
-            form,
-            compare,
-            ("other",),
-            "comparison.html",
-            needs=("run", "other"),
-        )
-
-
-RECORDED = ("--set", "distill.teacher=recorded", "--set", "distill.top_k=8", "--set", "distill.intermediate=off")
-TARGETS = {target.name: target for target in _targets()}
-SET_KEYS = (
-    *("model", "seed", "data.source", "data.block_tokens", "data.heldout_fraction", "data.max_tokens", "prune.target"),
-    *("prune.shape", "prune.shape.ffn", "prune.drop_layers", "calibrate.samples", "search.level", "search.dims"),
-    *("repair.steps", "distill", "gguf.types", "evaluate.prompts", "evaluate.tasks", "x", "", "a.b.c", "data.source.x"),
-)
-SET_DISTILL_KEYS = (
-    *("tokens", "loss", "batch_blocks", "learning_rate", "temperature", "top_k", "optimizer", "warmup_fraction"),
-    *("evaluate_blocks", "intermediate", "teacher", "correction", "log_to", "weights", "weight_decay", "x", ""),
-)
 
 
 @dataclass(frozen=True)
@@ -313,7 +57,9 @@ class Room:
         self.desk.mkdir()
         for name in PLACES.values():
             (self.desk / name).mkdir(exist_ok=True)
-        _make_inputs(self)
+        good_input.make(self.desk, self.made)
+        for name in set(PLACES.values()):
+            shutil.rmtree(self.desk / name)
         self.desk.rename(self.good)
 
     def close(self) -> None:
@@ -415,83 +161,6 @@ class Room:
 
 
 PLACES = {"HOME": "home", "TMPDIR": "tmp", "MINITRON_CACHE": CACHE, "XDG_CACHE_HOME": CACHE, "MPLCONFIGDIR": CACHE}
-
-
-def _make_inputs(room: Room) -> None:
-    desk = room.desk
-    tiny.checkpoint("llama", desk / "teacher", **SIZES)
-    tiny.tokenizer(desk / "teacher")
-    tiny.checkpoint("llama", desk / "sharded", **SIZES, shard="40KB")
-    tiny.tokenizer(desk / "sharded")
-    special = {
-        "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    }
-    (desk / "teacher" / "special_tokens_map.json").write_text(json.dumps(special))
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    (desk / "teacher" / "chat_template.jinja").write_text(template)
-    small.text(desk / "text.jsonl", documents=20)
-    texts = [json.loads(line)["text"] for line in (desk / "text.jsonl").read_text().splitlines()]
-    (desk / "text.txt").write_text("\n\n".join(texts))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), desk / "text.parquet")
-    bench.write(desk / "tasks", ("winogrande", "hellaswag", "arc_easy"), 6)
-    rows = [
-        {"ctx": row["ctx_a"], **{key: row[key] for key in ("endings", "label")}} for row in bench.rows("hellaswag", 6)
-    ]
-    bench.dump(desk / "questions.jsonl", rows)
-    units = {"layers": [0, 2], "hidden": list(range(0, 32, 2)), "kv_heads": [[0], [1]]}
-    (desk / "units.json").write_text(json.dumps(units))
-    (desk / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
-    calibration = ("--samples", "4", "--second-moment", "--out", "statistics")
-    room.made("calibrate", "teacher", *TEXT, *calibration)
-    room.made("prune", "teacher", *SHAPE, "--statistics", "statistics", "--out", "pruned")
-    shutil.copy(desk / "pruned" / "plan.json", desk / "plan.json")
-    quantize = (
-        "quantize",
-        "teacher",
-        "--types",
-        "Q8_0",
-        "--calibration",
-        "text.jsonl",
-        "--block-tokens",
-        "16",
-        "--no-verify",
-    )
-    room.made(*quantize, "--out", "gguf")
-    next((desk / "gguf").glob("*Q8_0.gguf")).rename(desk / "model.gguf")
-    (desk / "gguf" / "imatrix.gguf").rename(desk / "imatrix.gguf")
-    _write_legacy(desk / "imatrix.gguf", desk / "imatrix.dat")
-    distill = ("distill", "--teacher", "teacher", "--student", "pruned", *TEXT, *TRAINING, "--out", "student")
-    room.made(*distill, *RECORDED, killed_after_saves=2)
-    (desk / "recorded").mkdir()
-    (desk / "student.work").rename(desk / "recorded" / "student.work")
-    room.made(*distill, killed_after_saves=3)
-    room.made("run", "recipe.yaml", "--out", "run")
-    shutil.copytree(desk / "run", desk / "other")
-    for name in (*PLACES.values(), "gguf"):
-        shutil.rmtree(desk / name, ignore_errors=True)
-
-
-RECIPE: dict[str, Any] = {
-    "model": "teacher",
-    "seed": 1,
-    "data": {"source": "text.jsonl", "block_tokens": 16, "heldout_fraction": 0.2},
-    "calibrate": {"samples": 4, "second_moment": False},
-    "prune": {"target": "60%", "criterion": "activation"},
-    "search": {
-        "level": "predicted", "dims": {"ffn": "16,24", "layers": "2,3"}, "window": 0.5,
-        "bytes_per_second": 1e10, "flops_per_second": 1e11,
-    },
-    "repair": {"steps": []},
-    "distill": {"tokens": 256, "batch_blocks": 4, "loss": {"forward_kl": 1.0}, "learning_rate": 0.001},
-    "evaluate": {"blocks": 2, "prompts": [PROMPT], "new_tokens": 2, "speed": True},
-    "gguf": {"types": ["Q8_0"], "verify": False},
-}  # fmt: skip
-
-
-def _write_legacy(source: Path, file: Path) -> None:
-    from minitron.publish.imatrix import read_importance, write_importance
-
-    write_importance(read_importance(source), file)
 
 
 @cache
@@ -621,7 +290,3 @@ def _snapshot(directory: Path) -> dict[str, tuple[int, int, int]]:
 def kind_of(violation: str) -> str:
     """Violations of one kind, without what differs from input to input."""
     return re.sub(r"\d+|'[^']*'|\"[^\"]*\"|/\S+", "…", violation)[:120]
-
-
-def with_command(target: Target, *words: str) -> Target:
-    return replace(target, command=(*target.command, *words))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,6 +48,7 @@ class Forks:
         """
         self.base = base
         places = {"PYTHONPATH": str(HERE.parents[1] / "src"), "HF_HOME": str(base / "hub"), "HF_HUB_OFFLINE": "1"}
+        places |= {"TMPDIR": str(base)}
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._server = subprocess.Popen(
             [sys.executable, str(HERE)],
@@ -113,6 +115,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         os.killpg(child, signal.SIGKILL)
     os.close(watch)
     _, status = os.waitpid(child, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it left running
     code = os.waitstatus_to_exitcode(status)
     return {"code": code, "seconds": round(time.monotonic() - started, 3), "timed_out": not ended}
 

@@ -73,7 +73,7 @@ class Record(Inputs):
     hardware: Machine
 
 
-class Sizes(Layout):
+class Sizes(Layout, extra="forbid"):
     layers: Positive
     hidden: Positive
     ffn: Positive
@@ -92,9 +92,7 @@ class Parts(Layout):
     norm: Count
 
 
-class PlanSizes(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class PlanSizes(Layout, extra="forbid"):
     layers: int
     hidden: int
     ffn: int
