@@ -14,6 +14,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("large_files", "paths"),
     ("config", "files", "reading", "device", "parallel", "packing", "naming"),
     ("child", "effects"),
+    ("typed_files",),
+    ("layouts",),
     ("sources",),
     ("overlap",),
     ("model",),

@@ -13,19 +13,19 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from minitron import layouts
 from minitron.config import Section, UserPath
 from minitron.errors import CheckpointError, DataError
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 from minitron.overlap import HeldOut
 from minitron.packing import Separator
-from minitron.reading import read_json
 from minitron.sources import BUILTIN, Document, find_source, read_source
 from minitron.sources import TEACHER as TEACHER
 from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
@@ -33,6 +33,7 @@ from minitron.sources import builtin_documents as builtin_documents
 from minitron.sources import is_hub_id as is_hub_id
 from minitron.sources import keyed as keyed
 from minitron.sources import local_path as local_path
+from minitron.typed_files import read_typed
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
 SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
@@ -116,6 +117,7 @@ class Corpus:
     bytes_dtype: str = "uint16"
     shared_documents: int = 0
     shared_chars: int = 0
+    bytes_digest: str = ""  # of the bytes behind each held-out token; older versions did not keep it
 
     @property
     def train(self) -> Blocks:
@@ -139,24 +141,43 @@ def open_corpus(path: Path) -> Corpus:
 
     Raises: DataError if the directory holds none, or a part of one.
     """
-    if not (path / "corpus.json").exists():
+    file = path / "corpus.json"
+    if not file.exists():
         raise DataError(f"{path} is not a prepared corpus: it has no corpus.json")
-    meta = read_json(path / "corpus.json", DataError)
-    separator = meta.pop("separator", None)
-    corpus = Corpus(path=path, separator=separator and Separator(**separator), **meta)
+    meta = read_typed(file, layouts.CORPUS, DataError, way_out=_again(path))
+    apart = meta.get("separator")
+    known = {one.name: meta[one.name] for one in fields(Corpus) if one.name in meta and one.name != "separator"}
+    corpus = Corpus(path=path, separator=apart and Separator(**apart), **known)
     for name, tokens, dtype in (
         ("train.bin", corpus.train_tokens, corpus.dtype),
         ("heldout.bin", corpus.heldout_tokens, corpus.dtype),
         ("heldout_bytes.bin", corpus.heldout_tokens, corpus.bytes_dtype),
     ):
-        file, expected = path / name, tokens * np.dtype(dtype).itemsize
-        found = file.stat().st_size if file.exists() else 0
+        expected = tokens * np.dtype(dtype).itemsize
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
         if found != expected:
             raise DataError(
-                f"{file} has {found:,} bytes, and corpus.json beside it says {expected:,}: it is damaged; "
-                "delete the directory, and the text is tokenized again"
+                f"{path / name} has {found:,} bytes, and corpus.json beside it says {expected:,}: it is damaged; "
+                f"{_again(path)}"
             )
     return corpus
+
+
+def require_undamaged(corpus: Corpus) -> None:
+    """Raises: DataError if the tokens of a corpus are not those that were written. All of them are read."""
+    path = corpus.path
+    if _corpus_digest(path, corpus.block_tokens, corpus.separator) != corpus.digest:
+        raise DataError(
+            f"train.bin or heldout.bin in {path} are not those that corpus.json is of: damaged; {_again(path)}"
+        )
+    if corpus.bytes_digest and _digest_files(path / "heldout_bytes.bin", salt="") != corpus.bytes_digest:
+        raise DataError(
+            f"{path / 'heldout_bytes.bin'} is not the one that corpus.json is of: it is damaged; {_again(path)}"
+        )
+
+
+def _again(path: Path) -> str:
+    return f"remove {path} and run the same command to prepare the text again"
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -233,11 +254,12 @@ def prepare(
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
         heldout_tokens=writer.tokens["heldout"],
-        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
+        digest=_corpus_digest(out, block_tokens, apart),
         separator=apart,
         bytes_dtype=BYTES_DTYPE,
         shared_documents=writer.shared_documents,
         shared_chars=writer.shared_chars,
+        bytes_digest=_digest_files(out / "heldout_bytes.bin", salt=""),
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -473,6 +495,10 @@ def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int, spli
                 f"the {split} part of {config.source!r} has {writer.tokens[split]} tokens, "
                 f"fewer than one block of {block_tokens}: {ways_out[split]}"
             )
+
+
+def _corpus_digest(path: Path, block_tokens: int, apart: Separator | None) -> str:
+    return _digest_files(path / "train.bin", path / "heldout.bin", salt=f"{block_tokens}{apart or ''}")
 
 
 def _digest_files(*paths: Path, salt: str) -> str:

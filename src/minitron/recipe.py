@@ -19,6 +19,7 @@ from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
 from minitron.publish.ladder import QuantizeConfig
+from minitron.typed_files import parse_yaml, read_yaml, short
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -86,12 +87,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises: RecipeError naming the path of every key that is unknown or has a bad value.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+    raw = read_yaml(path, _Loader, RecipeError)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must be a mapping of recipe keys")
     return build_recipe(raw, overrides, where=str(path))
@@ -135,10 +131,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator:
         raise RecipeError(f"--set {override!r}: write it as section.key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from None
+    value = parse_yaml(text, f"--set {override!r}: the value", _Loader, RecipeError)
     *sections, key = path.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
@@ -152,7 +145,9 @@ def _explain(error: Any, kind: type[Section]) -> str:
     path = ".".join(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "dict[")))
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
-    return f"{path}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{path} is missing"
+    return (
+        f"{path}: {error['msg']} (got {short(error['input'])})" if error["type"] != "missing" else f"{path} is missing"
+    )
 
 
 def _keys_at(kind: type[Section], path: tuple[Any, ...]) -> list[str]:

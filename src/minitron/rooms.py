@@ -1,6 +1,5 @@
 """Each room on its own, as the command line's single verbs use it."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,7 +61,7 @@ from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_distill_effects
 from minitron.run import bounded, require_correctable
-from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
+from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory, read_record
 from minitron.stages import (
     block_length,
     calibrate_on,
@@ -357,7 +356,7 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            facts = json.loads((made / "record.json").read_text())["result"]
+            facts = read_record(made)["result"]
             if made != out:
                 _keep_metrics(work / "distill", made)
                 if config.correction == "before":

@@ -5,7 +5,6 @@ stage whose record is there and whose inputs are unchanged is done. Inputs that 
 """
 
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from minitron import layouts
 from minitron.config import Section
 from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
@@ -32,6 +32,7 @@ from minitron.files import (
     write_text,
 )
 from minitron.recipe import Recipe, dump_recipe
+from minitron.typed_files import read_typed
 
 # What a run makes in its directory, of which no input may be a part.
 RUN_ENTRIES = (
@@ -144,7 +145,7 @@ class RunDirectory:
         plain = {key: _plain(value) for key, value in config.items()}
         for made in (path, self.final.get(name, path)):
             if (made / "record.json").exists():
-                _require_same(made, json.loads((made / "record.json").read_text()), inputs, plain)
+                _require_same(made, read_record(made), inputs, plain)
                 self.listener.stage(name, "unchanged")
                 return made
         if state is not None:
@@ -176,6 +177,20 @@ class RunDirectory:
         if self.recipe is None:
             return
         write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+
+
+def read_record(stage: Path) -> dict[str, Any]:
+    """What a finished stage's record.json says.
+
+    Raises: RunError if it cannot be read or is no record.
+    """
+    record: dict[str, Any] = read_typed(
+        stage / "record.json",
+        layouts.RECORD,
+        RunError,
+        way_out=f"remove {stage} and run the same command to make it again",
+    )
+    return record
 
 
 def hardware() -> dict[str, Any]:
@@ -215,7 +230,8 @@ def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str],
 def _require_same_start(state: Path, start: dict[str, Any]) -> None:
     file = state / "inputs.json"
     if file.exists():
-        _require_same(state, json.loads(file.read_text()), start["inputs"], start["config"])
+        known = read_typed(file, layouts.INPUTS, RunError, way_out=f"remove {state} to start again")
+        _require_same(state, known, start["inputs"], start["config"])
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)

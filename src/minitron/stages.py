@@ -76,7 +76,9 @@ def prepare_data(
     stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    return data.open_corpus(stages.out / "data")
+    corpus = data.open_corpus(stages.out / "data")
+    data.require_undamaged(corpus)  # it may have lain there for long
+    return corpus
 
 
 def make_corpus(
@@ -141,7 +143,7 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
         inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
         config={"calibrate": config, "seed": seed},
     )
-    return Statistics.load(stages.out / "statistics")
+    return Statistics.load_of_shape(teacher, stages.out / "statistics")
 
 
 def make_plan(
@@ -175,7 +177,7 @@ def make_plan(
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        scores = Scores.load(stages.out / "scores")
+        scores = Scores.load(stages.out / "scores", teacher.shape)
         made = plan_student(teacher, lambda _: scores, shape, replace(scoring, scratch=out), given)
         made.save(out / "plan.json")
         return {"plan": str(made)}
