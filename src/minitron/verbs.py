@@ -73,7 +73,7 @@ def compress(args: argparse.Namespace, console: Console) -> None:
         "prune": {"target": args.target_params},
         "distill": {"tokens": args.tokens},
     }
-    name = f"{Path(args.model).name}-{args.target_params.rstrip('%')}"
+    name = f"{Path(args.model).absolute().name}-{args.target_params.rstrip('%')}"
     _run_recipe(build_recipe(raw, args.set), args.out or Path("runs") / name, args, console)
 
 
