@@ -207,8 +207,8 @@ for out in ("readonly/new", "readonly/deep/new"):
 
 def test_mount_points_are_filled_from_inside_and_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     mounts = """
-        mkdir tmpfs bound source readonly readonly/writable && mount -t tmpfs tmpfs tmpfs &&
-        mount --bind source bound &&
+        mkdir tmpfs bound source readonly readonly/writable &&
+        mount -t tmpfs tmpfs tmpfs && mount --bind source bound &&
         mount --bind readonly readonly && mount -o remount,ro,bind readonly &&
         mount -t tmpfs tmpfs readonly/writable || exit 77
         exec "$0" -c "$1"

@@ -152,8 +152,8 @@ def atomic_file(path: Path, *, way_out: str | None = None) -> Iterator[Path]:
     """
     with readable_os_errors(path, way_out=way_out):
         end = Path(os.path.realpath(path))
-        if end.exists() and not end.is_file() and not end.is_dir():
-            yield end
+        if _is_device(path):
+            yield path
             return
         if end.is_dir():
             raise RunError(f"{path} is a directory; the output must be a file: {way_out or ELSEWHERE}")
@@ -180,7 +180,7 @@ def prove_file(path: Path, *, keeps: Iterable[Path] = ()) -> None:
         kept = next((each for each in keeps if Path(os.path.realpath(each)) in end.parents), None)
         if kept is not None and end.exists() and end.suffix != ".html":
             raise RunError(f"{path} is a file of {kept}, which is read: {ELSEWHERE}")
-        if not end.exists() or end.is_file():
+        if not _is_device(path):
             end.parent.mkdir(parents=True, exist_ok=True)
             _probe(end.parent)
 
@@ -371,6 +371,11 @@ def _require_apart(path: Path, place: _Place, inputs: Iterable[str | Path | None
         inner = source.relative_to(place.end).parts[0] if place.end in source.parents else None
         if inner in writes or place.partial in (source, *source.parents):
             raise RunError(f"{given}, which is read, lies where {path} is filled: {ELSEWHERE}")
+
+
+def _is_device(path: Path) -> bool:
+    """Or a pipe, which a link such as /dev/stdout leads to under no name."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _probe(directory: Path) -> None:
