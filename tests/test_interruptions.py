@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from minitron.child import Child
 from minitron.distill import train
 from minitron.distill.train import graceful_stop
 from minitron.evaluate import sandbox
+from minitron.large_files import ahead
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 
@@ -180,6 +183,33 @@ def test_nobody_waits_for_a_child_whose_caller_was_interrupted() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         child.call(time.sleep, 1000)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_caller_that_is_interrupted_twice_leaves_what_is_being_made_ahead_alone() -> None:
+    """The second time while it waits for the thread, which is making an item."""
+    closed, left = threading.Event(), 2
+
+    def items() -> Generator[int, None, None]:
+        try:
+            while True:
+                time.sleep(0.3)
+                yield 0
+        finally:
+            closed.set()
+
+    def stop(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        raise Stopped
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    with pytest.raises(Stopped), closing(ahead(items())) as running:
+        next(running)
+    signal.signal(signal.SIGALRM, before)
+    assert left == 0 and closed.wait(PATIENCE_SECONDS)
 
 
 def _run_asleep() -> None:
