@@ -95,7 +95,10 @@ def test_a_config_error_names_the_file(model: Path) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a positive integer of at most 2147483647"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
         ({"layer_types": ["full_attention"]}, "layer_types is a list of 1; .* one entry for each of the 4 layers"),
-        ({"layer_types": ["linear_attention"] * 4}, "layer_types holds 'linear_attention'; its entries must be full_attention or"),
+        (
+            {"layer_types": ["linear_attention"] * 4},
+            "layer_types holds 'linear_attention'; its entries must be full_attention or",
+        ),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number from 0"),
     ):
         before = (model / "config.json").read_text()
