@@ -97,7 +97,7 @@ def test_a_config_error_names_the_file(model: Path) -> None:
         ({"layer_types": ["full_attention"]}, "layer_types is a list of 1; .* one entry for each of the 4 layers"),
         (
             {"layer_types": ["linear_attention"] * 4},
-            "layer_types holds 'linear_attention'; its entries must be full_a",
+            "layer_types holds 'linear_attention'; its entries must be full_attention or",
         ),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number from 0"),
     ):

@@ -295,7 +295,7 @@ class CorpusFacts(Layout):
     dtype: Annotated[str, Field(pattern=r"^uint(16|32)$")]
     delimiter: str
     train_documents: Count
-    train_tokens: Positive
+    train_tokens: Count  # none where all of the text is held out
     heldout_documents: Count
     heldout_tokens: Positive
     digest: str

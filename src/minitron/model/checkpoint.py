@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
-from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config
+from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of
 from minitron.model.hugging_face import empty_model
 from minitron.model.tokenizer import end_ids, make_portable
@@ -170,6 +170,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _require_shape(checkpoint, spec)
     if tied and architecture.head in stored:
         _require_tied(path, stored[architecture.embedding], stored[architecture.head])
+    require_entry_per_layer(path, config, architecture, shape.layers)
     for file in carried_files(path):
         _without_code(file)
     return checkpoint

@@ -127,8 +127,18 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     architecture = family_of(config)
     shape = architecture.shape(config)
     for key in architecture.per_layer_keys:
-        _require_entry_per_layer(key, config.get(key), shape.layers)
+        _require_list(key, config.get(key))
     return _one_rope(config, architecture, shape)
+
+
+def require_entry_per_layer(path: Path, config: Mapping[str, Any], architecture: Architecture, layers: int) -> None:
+    """Raises: CheckpointError for a list of another length than the number of layers."""
+    for key in architecture.per_layer_keys:
+        if config.get(key) is not None and len(config[key]) != layers:
+            raise CheckpointError(
+                f"{path / CONFIG}: {key} is a list of {len(config[key])}; it must be a list with one entry for each of "
+                f"the {layers} layers"
+            )
 
 
 def adapter_alone(path: Path) -> str:
@@ -155,14 +165,12 @@ def _short(value: Any) -> str:
     return said if len(said) <= 100 else f"{said[:100]}..."
 
 
-def _require_entry_per_layer(key: str, value: Any, layers: int) -> None:
+def _require_list(key: str, value: Any) -> None:
+    """Of a key with one entry per layer."""
     if value is None:
         return
-    if not isinstance(value, list) or len(value) != layers:
-        said = f"a list of {len(value)}" if isinstance(value, list) else _short(value)
-        raise CheckpointError(
-            f"{CONFIG}: {key} is {said}; it must be a list with one entry for each of the {layers} layers"
-        )
+    if not isinstance(value, list):
+        raise CheckpointError(f"{CONFIG}: {key} is {_short(value)}; it must be a list with one entry for each layer")
     known: tuple[Any, ...] = LAYER_KINDS if key == "layer_types" else (0, 1)
     strange = [entry for entry in value if entry not in known]
     if strange:

@@ -9,7 +9,7 @@ import torch
 
 from minitron.errors import CheckpointError
 from minitron.model.architecture import Architecture, Parameters, Shape
-from minitron.model.config_json import DTYPE_KEYS, read_config
+from minitron.model.config_json import DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of
 
 _CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,4 +44,6 @@ def open_config(path: Path) -> ModelConfig:
     if name not in _CONFIG_DTYPES:
         known = ", ".join(sorted(_CONFIG_DTYPES))
         raise CheckpointError(f"{path / 'config.json'}: dtype is {name!r}; supported are {known}")
-    return ModelConfig(path, config, architecture, architecture.shape(config), _CONFIG_DTYPES[name], said is None)
+    shape = architecture.shape(config)
+    require_entry_per_layer(path, config, architecture, shape.layers)
+    return ModelConfig(path, config, architecture, shape, _CONFIG_DTYPES[name], said is None)
