@@ -6,6 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -40,13 +41,19 @@ def forked(size: int, script: str, *words: object, cwd: Path) -> subprocess.Comp
     return subprocess.CompletedProcess(arguments, max(abs(process.exitcode) for process in processes), *said)
 
 
-def begun(size: int, script: str, *words: object, cwd: Path) -> list[ForkServerProcess]:
-    """The processes of `forked`, that do their work while this one goes on."""
+def begun(
+    size: int, script: str, *words: object, cwd: Path, prepare: Callable[[int], None] | None = None
+) -> list[ForkServerProcess]:
+    """The processes of `forked`, that do their work while this one goes on.
+
+    Args:
+        prepare: called in each with its rank, before the script; can be pickled.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [script, *(str(word) for word in words)]
-    processes = [CONTEXT.Process(target=_run, args=(rank, size, port, arguments, cwd)) for rank in range(size)]
+    processes = [CONTEXT.Process(target=_run, args=(rank, size, port, arguments, cwd, prepare)) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
@@ -56,7 +63,9 @@ def _output(cwd: Path, rank: int, name: str) -> Path:
     return cwd / f".{name}{rank}"
 
 
-def _run(rank: int, size: int, port: int, arguments: list[str], cwd: Path) -> None:
+def _run(
+    rank: int, size: int, port: int, arguments: list[str], cwd: Path, prepare: Callable[[int], None] | None
+) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         with _output(cwd, rank, name).open("w") as file:
             os.dup2(file.fileno(), number)
@@ -64,6 +73,8 @@ def _run(rank: int, size: int, port: int, arguments: list[str], cwd: Path) -> No
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})
     sys.argv = arguments
+    if prepare is not None:
+        prepare(rank)
     if arguments[0].endswith(".py"):
         runpy.run_path(arguments[0], run_name="__main__")
     else:

@@ -246,8 +246,8 @@ def test_defaults_follow_from_the_teacher_and_the_text(bench: Bench) -> None:
     [
         (
             ["correction_tokens=5000"],
-            "distill.correction_tokens=5,000 is of no use while the teacher is not corrected: set distill.correction "
-            "to before or parallel, or leave it out",
+            "distill.correction_tokens has an effect only while the teacher is corrected; leave it out, or set "
+            "distill.correction to before or parallel",
         ),
         (
             ["correction=before", "loss=cross_entropy"],

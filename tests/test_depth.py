@@ -177,14 +177,22 @@ def test_long_and_short_continuations_are_compared_per_character() -> None:
 
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
-    "no json": ("{", "line 1: not JSON"),
-    "list": ("[1]", "line 1: a row must be a JSON object, not list"),
+    "no json": ("{", "line 1, is not JSON"),
+    "list": ("[1]", "line 1: a row must be a JSON object, not a list"),
     "other fields": (
         {"text": "a"},
         "line 1 has the fields text, and a question has those of one of: ctx, endings, lab",
     ),
     "answer": ({"ctx": "a", "endings": ["b"], "label": 1}, "line 1: the answer is number 1 of 1, or one of them is"),
     "label": ({"ctx": "a", "endings": ["b"], "label": "b"}, "ctx, endings, label do not make a question: ValueError"),
+    "a part of a number": (
+        {"ctx": "a", "endings": ["b"], "label": 0.5},
+        "0.5 where the number of the answer is expected",
+    ),
+    "endings in one": ({"ctx": "a", "endings": "bc", "label": 1}, "a string where a list of texts is expected"),
+    "no ending": ({"ctx": "a", "endings": ["b", None], "label": 0}, "null where text is expected"),
+    "no blank": ({"sentence": "a", "option1": "b", "option2": "c", "answer": "1"}, "the sentence has no blank _"),
+    "NUL": ({"ctx": "a\0", "endings": ["b"], "label": 0}, "line 1 is binary: it holds a NUL character"),
 }
 
 

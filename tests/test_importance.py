@@ -153,4 +153,4 @@ def test_save_and_load_round_trip(measured: Any, tmp_path: Path) -> None:
     scores = activation_scores(statistics, shape, "mean", "l2")
     scores.save(tmp_path)
     for field in fields(Scores):
-        assert torch.equal(getattr(Scores.load(tmp_path), field.name), getattr(scores, field.name))
+        assert torch.equal(getattr(Scores.load(tmp_path, shape), field.name), getattr(scores, field.name))

@@ -11,12 +11,19 @@ ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("large_files",),
-    ("config", "files", "reading", "device", "parallel", "packing", "child"),
-    ("model", "data"),
+    ("large_files", "paths"),
+    ("config", "files", "reading", "device", "parallel", "packing", "naming"),
+    ("child", "effects"),
+    ("typed_files",),
+    ("layouts",),
+    ("sources",),
+    ("overlap",),
+    ("model",),
+    ("data",),
     ("describe",),
     ("sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
+    ("recipe_rules",),
     ("rundir",),
     ("student_shape", "quantizing"),
     ("stages",),
@@ -25,7 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("gguf_rooms",),
     ("speed_room",),
     ("console",),
-    ("arguments", "result_text"),
+    ("arguments", "option_rules", "result_text"),
     ("verbs",),
     ("cli",),
     ("__main__",),
@@ -38,13 +45,15 @@ STAGES = {
     ),
     "distill": ("losses", "low_precision", "soap", "optimizer", "state", "trackers", "settings", "train"),
     "evaluate": (
-        *("quality", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
+        *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),
     ),
-    "publish": ("ladder", "llama_cpp", "gguf_tokenizer", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    "publish": (
+        *("ladder", "llama_cpp", "gguf_tokenizer", "gguf_config", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    ),
     "model": (
-        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face", "checkpoint"),
-        *("states", "stream", "divided", "likelihood"),
+        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face"),
+        *("tokens", "tokenizer", "checkpoint", "states", "stream", "divided", "likelihood"),
     ),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

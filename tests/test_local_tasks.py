@@ -69,6 +69,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mmlu", {"answer": "B"}, "key 'answer' is \"B\"; the number of the right choice, from 0 to 3 is expected"),
     ("gsm8k", {"answer": "42"}, "text with the answer behind #### is expected"),
     ("truthfulqa_mc", {"mc2_targets": {"choices": ["a"], "labels": [2]}}, "a label 1 or 0 for each choice"),
+    ("truthfulqa_mc", {"mc2_targets": {"choices": ["a"], "labels": [[1]]}}, "a label 1 or 0 for each choice"),
+    ("hellaswag", {"label": "1" * 5000}, "the number of the right one of the endings, from 0 is expected"),
     ("mbpp", {"test_list": ["assert True"]}, "a list of at least three texts is expected"),
     ("piqa", {"label": True}, "key 'label' is true; 0 or 1 is expected"),
     ("lambada_openai", {"text": "word"}, "text of at least two words is expected"),
@@ -100,15 +102,36 @@ def test_what_is_no_row_is_named(tmp_path: Path) -> None:
     file = bench.dump(tmp_path / "piqa" / "dev.jsonl", bench.rows("piqa", 1))
     good = file.read_text()
     for text, message in (
-        (f"{good}\n{{oops", r"dev.jsonl, line 3: not JSON \(.*one JSON object per line is expected"),
-        (f"{good}[1]\n", "dev.jsonl, line 2: a JSON object is expected, and this is list"),
+        (f"{good}\n{{oops", r"dev.jsonl, line 3, is not JSON: .* one JSON object a line"),
+        (f"{good}[1]\n", "dev.jsonl, line 2: a row must be a JSON object, not a list"),
         ("\n", "dev.jsonl has no rows"),
     ):
         file.write_text(text)
         with pytest.raises(TaskError, match=message):
             read_task(file.parent)
     file.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(TaskError, match="line 1: not JSON"):
+    with pytest.raises(TaskError, match="line 1, is UTF-16 text, by its byte order mark"):
+        read_task(file.parent)
+    for change, message in (
+        ({"goal": "a\0b"}, "line 1 is binary: .* NUL"),
+        ({"goal": "\ud83d"}, "line 1 is no Unicode"),
+    ):
+        bench.dump(file, [bench.rows("piqa", 1)[0] | change])
+        with pytest.raises(TaskError, match=message):
+            read_task(file.parent)
+
+
+def test_rows_of_hidden_files_are_not_measured_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    file = bench.dump(tmp_path / "piqa" / "DEV.JSONL", bench.rows("piqa", 3))
+    bench.dump(tmp_path / "piqa" / ".ipynb_checkpoints" / "dev-checkpoint.jsonl", bench.rows("piqa", 3))
+    (tmp_path / "piqa" / "test.jsonl.gz").write_bytes(b"")
+    bench.dump(tmp_path / ".hidden" / "dev.jsonl", bench.rows("piqa", 3))
+    read = read_task(file.parent)
+    assert len(read.parts[""]) == 3 and find_folders(tmp_path) == {"piqa": file.parent}
+    assert read.left_out and "1 .gz (test.jsonl.gz)" in read.left_out and "1 hidden" in read.left_out
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(TaskError, match="is a link to nowhere, which does not exist"):
         read_task(file.parent)
 
 

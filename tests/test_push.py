@@ -33,8 +33,15 @@ def run(tmp_path: Path) -> Path:
     for name in (*NEVER, *(f"gguf/{file}" for file in GGUF)):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(f"content of {name}")
-    measured = {"kl": 0.01, "top1": 0.9, "perplexity": 4.0}
-    row = {"file": GGUF[0], "bytes": 10, "bits_per_weight": 4.8, "informed": True, "measured": measured}
+    measured = {"kl": 0.01, "top1": 0.9, "perplexity": 4.0, "reference_perplexity": 4.0, "tokens": 100}
+    row = {
+        "name": "Q4_K_M",
+        "file": GGUF[0],
+        "bytes": 10,
+        "bits_per_weight": 4.8,
+        "informed": True,
+        "measured": measured,
+    }
     (path / "gguf" / "quantization.json").write_text(json.dumps({"files": [row], "notes": []}))
     write_card(read_run(path))
     return path

@@ -1,17 +1,20 @@
 """Quality is what a naive float64 loop over transformers' logits finds."""
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import tiny
 import torch
 
 from minitron.data import Blocks, Corpus
+from minitron.errors import CheckpointError, DataError
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.packing import Batch, Separator
@@ -138,8 +141,44 @@ def test_documents_kept_apart_are_measured_as_documents_alone(pair: tuple[Any, A
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / blocks.bytes[counted].sum(), rel=1e-5)
 
 
+def test_text_of_which_no_token_is_predicted_is_refused(pair: tuple[Any, Any, Corpus]) -> None:
+    model, _, corpus = pair
+    end = int(corpus.train.tokens.min())
+    blocks = replace(corpus.heldout.head(2), separator=Separator(end, leads=False))
+    for empty in (blocks.head(0), replace(blocks, tokens=np.full_like(blocks.tokens, end))):
+        with pytest.raises(DataError, match="no token of the held-out text is predicted"):
+            evaluate(model, empty)
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_named(pair: tuple[Any, Any, Corpus]) -> None:
+    model, teacher, corpus = pair
+    teacher = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(math.nan)
+    with pytest.raises(CheckpointError, match="KL to the teacher is not finite: the teacher's weights are damaged"):
+        evaluate(model, corpus.heldout.head(2), teacher=teacher)
+
+
 def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:
     model, _, corpus = pair
     seen: list[tuple[int, int]] = []
     evaluate(model, corpus.heldout.head(7), batch=3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_models_that_differ_by_rows_of_padding_are_compared_on_the_rows_that_both_have(
+    pair: tuple[Any, Any, Corpus], tmp_path: Path
+) -> None:
+    model, teacher, corpus = pair
+    blocks, vocab = corpus.heldout.head(3), model.config.vocab_size
+    expected = evaluate(model, blocks, teacher=teacher)
+    for name, of in (("teacher", teacher), ("model", model)):
+        of.save_pretrained(tmp_path / name)
+        wide = tiny.model(tmp_path / name)
+        wide.resize_token_embeddings(vocab + 16, mean_resizing=False)
+        with torch.no_grad():
+            wide.get_output_embeddings().weight[vocab:] = 3.0
+        found = evaluate(model, blocks, teacher=wide) if name == "teacher" else evaluate(wide, blocks, teacher=teacher)
+        assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=1e-5)
+        assert found.top1_agreement == expected.top1_agreement
+        assert (found.lm_loss > expected.lm_loss) == (name == "model")  # its own rows all count

@@ -1,6 +1,7 @@
 """Quantized files: ggml's blocks, llama.cpp's mixtures, importance matrices, mixtures of our own, and the proof."""
 
 import json
+import os
 import platform
 import struct
 from pathlib import Path
@@ -32,7 +33,9 @@ from minitron.publish.quantize import (
     require_importance,
     write_quantized,
 )
-from minitron.quantizing import IMPORTANCE, TABLE, Text, quantize
+from minitron.publish.verify import Measured
+from minitron.quantizing import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
+from minitron.rundir import SILENT, Listener
 
 TEXT = tiny.tokens(2, 24, seed=1)
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
@@ -339,6 +342,98 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(wide: GgufModel,
     with pytest.raises(GgufError, match="verifying needs text: give --calibration TEXT, or --no-verify"):
         quantize(wide.checkpoint, QuantizeConfig(types=["F16"]), tmp_path, text=None)
     assert not [*tmp_path.iterdir()]
+
+
+def measured(kl: float) -> Measured:
+    return Measured(1.0, kl, 1.0, 1.0, 1, 0.0, None, "")
+
+
+@pytest.mark.parametrize(
+    ("types", "kls", "words"),
+    [
+        (
+            ["F16"],
+            {"F16": 0.5},
+            r"plain F16 file of .* are 0.5 nats a token \(KL\) from the model's, where at most 0.01",
+        ),
+        (["F32"], {"F32": 0.005}, "plain F32 file .* where at most 0.001 is rounding"),
+        (["Q4_0", "F16"], {"F16": 0.5}, "plain F16 file"),
+        (["Q8_0"], {"Q8_0": 0.5, "BF16": 0.5}, "plain BF16 file"),
+        (["Q4_0"], {"Q8_0": 0.5, "BF16": 0.5}, "plain BF16 file"),
+        (["Q4_0"], {"Q8_0": 0.005, "Q4_0": 3.0}, None),
+        (["Q4_0"], {"Q8_0": 0.5, "BF16": 0.005, "Q4_0": 3.0}, None),
+        (["Q8_0"], {"Q8_0": 0.5, "BF16": 0.005}, None),
+        (["Q4_0", "F16"], {"F16": 0.005, "Q4_0": 3.0}, None),
+    ],
+)
+def test_what_a_file_loses_is_believed_only_of_a_conversion_that_a_plain_file_proves(
+    types: list[str], kls: dict[str, float], words: str | None, wide: GgufModel, tmp_path: Path
+) -> None:
+    """A proof that finds what the table says; files of types that were not asked for are gone."""
+    proven: list[str] = []
+
+    def prove(file: Path) -> Measured:
+        proven.append(file.stem.rpartition("-")[2])
+        return measured(kls[proven[-1]])
+
+    work = _Work(wide, {}, QuantizeConfig(types=types, threads=1), tmp_path, None, None, SILENT)
+    work.prove = prove
+    if words is None:
+        assert [work.rung(kind).measured.kl for kind in sorted(types, key=["F16", "Q8_0", "Q4_0"].index)]
+        assert {file.stem.rpartition("-")[2] for file in tmp_path.iterdir()} == set(types)
+    else:
+        with pytest.raises(GgufError, match=words):
+            for kind in sorted(types, key=["F32", "F16", "Q8_0", "Q4_0"].index):
+                work.rung(kind)
+        assert not [*tmp_path.iterdir()]
+    assert set(proven) == kls.keys()
+
+
+def test_an_option_that_would_change_nothing_is_refused(wide: GgufModel, tmp_path: Path) -> None:
+    def attempt(words: str, importance: Path | None = None, **config: object) -> None:
+        with pytest.raises(GgufError, match=words):
+            require_possible(
+                wide.checkpoint,
+                QuantizeConfig(**config),
+                informed=True,
+                importance_file=importance,  # type: ignore[arg-type]
+            )
+
+    attempt(r"llama.cpp has no splitting rule of that name; .*gpt-2", types=["F16"], pre="my-own")
+    assert require_possible(wide.checkpoint, QuantizeConfig(pre="llama-bpe"), informed=False)
+    attempt(
+        "every matrix with the pattern 'ffn_up' has a type by an earlier", tensor_types={"ffn": "F16", "ffn_up": "Q8_0"}
+    )
+    attempt("4.5bpw is asked for twice", bits_per_weight=[4.5, 4.5])
+    for bad in ([0.0], [float("inf")], [float("nan")], [-1.0]):
+        with pytest.raises(GgufError, match="give a number above 0"):
+            QuantizeConfig(bits_per_weight=bad)
+    with pytest.raises(GgufError, match="GGUF type Q8_0 is named twice"):
+        QuantizeConfig(types=["Q8_0", "q8_0"])
+    columns = {tensor.name: tensor.shape[1] for tensor in wide.tensors if tensor.is_matrix and tensor.layer == 0}
+    whole = {name: torch.ones(count) for name, count in columns.items()}
+    file = tmp_path / "imatrix.gguf"
+
+    def write(sums: dict[str, torch.Tensor]) -> None:
+        write_importance(ImportanceMatrix(sums, dict.fromkeys(sums, 1), 1, 1, ("text",)), file)
+
+    write(whole)
+    attempt(r"--imatrix .*imatrix.gguf changes nothing of F16, Q8_0", file, types=["F16", "Q8_0"])
+    attempt(r"IQ2_XS needs .*blk.1.attn_k.weight .* the one given has nothing of it", file, types=["IQ2_XS"])
+    for wrong in (float("nan"), -1.0, float("inf"), 0.0):
+        write(whole | {"blk.0.ffn_up.weight": torch.full((256,), wrong)})
+        attempt("what it has of blk.0.ffn_up.weight is no sum of squares", file, types=["Q4_0"])
+
+
+def test_more_threads_than_cores_are_not_taken(wide: GgufModel, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Hears(Listener):
+        def warn(self, text: str) -> None:
+            said.append(text)
+
+    work = _Work(wide, {}, QuantizeConfig(types=["F16"], threads=10**9), tmp_path, None, None, Hears())
+    assert work.threads == os.cpu_count() and "1,000,000,000 threads are more than this machine has" in said[0]
 
 
 def test_the_command_line_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

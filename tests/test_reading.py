@@ -39,6 +39,16 @@ def test_text_that_is_no_json_is_refused_with_its_place(text: str, said: str) ->
     assert str(problem.value).startswith("here.json") and said in str(problem.value)
 
 
+def test_the_texts_of_a_value_are_all_looked_at_however_deep_they_are(tmp_path: Path) -> None:
+    value: object = "bad\0"
+    for _ in range(5000):
+        value = [value]
+    for broken in (value, {"a": [{"b": "half \ud83d"}]}, {"key\0": 1}):
+        with pytest.raises(DataError, match=r"^here (is binary|is no Unicode text)"):
+            reading.require_texts(broken, "here", DataError)
+    reading.require_texts({"a": ["fine", 1, None, {"b": "🙂"}]}, "here", DataError)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"ok\nok \xff")
     (tmp_path / "dangling").symlink_to("nowhere")

@@ -161,7 +161,7 @@ def test_a_bad_override_is_named(override: str, message: str) -> None:
         (b"model: [", "recipe.yaml is not YAML"),
         (b"- model", "recipe.yaml must be a mapping of recipe keys"),
         (b"", "recipe.yaml must be a mapping"),
-        (b"model: caf\xe9", "recipe.yaml is not YAML"),
+        (b"model: caf\xe9", "recipe.yaml is not UTF-8 text"),
         (b"model: !!python/object/apply:os.getcwd []", "recipe.yaml is not YAML"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_file_that_is_no_recipe_says_so(tmp_path: Path, content: bytes, messag
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"cannot read recipe .*nothing.yaml: No such file"):
+    with pytest.raises(RecipeError, match=r"cannot read .*nothing.yaml: No such file"):
         load_recipe(tmp_path / "nothing.yaml")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minitron.device import EnergyCounter
-from minitron.errors import RunError
+from minitron.errors import CheckpointError, RunError
 from minitron.recipe import Recipe, build_recipe, load_recipe
 from minitron.rundir import RunDirectory
 
@@ -112,6 +112,28 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as stages:
         path = stages.do("scores", Steps(), inputs={}, config={})
     assert files(path) == {"made.txt", "record.json"} and not (tmp_path / "scores.partial").exists()
+
+
+def test_a_damaged_model_removes_the_text_that_was_tokenized_for_it_and_no_work_that_was_done(tmp_path: Path) -> None:
+    for stages_done, left in ((["data"], set()), (["data", "pruned"], {"run", "run/data", "run/pruned"})):
+        with pytest.raises(CheckpointError), RunDirectory(tmp_path / "run", recipe(), Steps()) as stages:
+            for name in stages_done:
+                stages.do(name, Steps(), inputs=INPUTS, config={})
+            raise CheckpointError("logits are not finite")
+        assert {name for name in files(tmp_path) if (tmp_path / name).is_dir()} == left
+
+
+def test_a_stage_that_was_moved_to_its_final_place_is_done(tmp_path: Path) -> None:
+    work, final = Steps(), {"student": tmp_path / "student"}
+    for _ in range(2):
+        with RunDirectory(tmp_path / "work", None, work, final) as stages:
+            made = stages.do("student", work, inputs=INPUTS, config={})
+            if made != final["student"]:
+                made.rename(final["student"])
+    assert made == final["student"] and work.states == ["student running", "student done", "student unchanged"]
+    changed = pytest.raises(RunError, match=r"student was made from other inputs; changed: data")
+    with changed, RunDirectory(tmp_path / "work", None, work, final) as stages:
+        stages.do("student", work, inputs=INPUTS | {"data": "other"}, config={})
 
 
 def test_a_failure_before_any_stage_is_done_leaves_no_directory(tmp_path: Path) -> None:

@@ -213,6 +213,23 @@ def test_an_interrupted_sampling_ends_with_the_bytes_of_an_undisturbed_one(
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
+def test_sampled_text_can_be_read_whatever_tokens_were_drawn(teacher: Path) -> None:
+    tokenizer = load_tokenizer(teacher)
+    ids = [*tokenizer("the rain").input_ids, *tokenizer("\0").input_ids, *tokenizer(" remains").input_ids, 0]
+    assert sampling._decoded(ids, {0}, tokenizer).text == "the rain remains"
+
+
+def test_a_damaged_file_of_sampled_text_is_named(teacher: Path, tmp_path: Path) -> None:
+    sampled(teacher, tmp_path / "rows")
+    lines = (tmp_path / "rows").read_text().split("\n")
+    for damaged, message in (("{oops", "line 2, is not JSON"), ('{"text": "a"}', "missing")):
+        (tmp_path / "rows").write_text("\n".join([lines[0], damaged, *lines[2:]]))
+        with pytest.raises(
+            DataError, match=f"rows, the text sampled so far, is damaged .*{message}.* sampling begins anew"
+        ):
+            sampled(teacher, tmp_path / "rows")
+
+
 def test_what_is_complete_is_not_sampled_again(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sampled(teacher, tmp_path / "rows")
     monkeypatch.setattr(sampling, "load_model", None)

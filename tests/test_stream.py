@@ -199,3 +199,12 @@ def test_the_default_batch_keeps_activations_within_their_budget(
 ) -> None:
     assert default_batch(replace(SHAPE, ffn=ffn), num_tokens, dtype) == batch
     assert batch == 1 or batch * 3 * ffn * num_tokens * dtype.itemsize <= stream.ACTIVATION_BYTES
+
+
+@pytest.mark.parametrize("wrong", [-1, tiny.SIZES["vocab_size"], 99999])
+def test_a_token_that_the_embedding_has_no_row_for_is_refused(llama: Path, wrong: int) -> None:
+    tokens = tiny.tokens(2, 8)
+    tokens[1, 3] = wrong
+    stream = Stream(open_checkpoint(llama), tokens, dtype=torch.float32, batch=1)
+    with pytest.raises(CheckpointError, match=f"embed_tokens.weight has 320 rows, and row {wrong} is asked for"):
+        stream.embed()

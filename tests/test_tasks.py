@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import small
 import tiny
 import torch
+from tokenizers import Tokenizer
 
-from minitron.errors import TaskError
+from minitron.errors import CheckpointError, TaskError
 from minitron.evaluate import definitions, harness
 from minitron.evaluate.benchmarks import SUITE, TaskResult, chosen, kept
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
@@ -256,6 +258,25 @@ def test_results_are_kept_by_what_they_depend_on(model: Path, rows: Path, tmp_pa
     for file in cache.glob("*.json"):
         file.write_text(file.read_text()[:-9])
     assert run()[1] == 2 and run()[1] == 0
+    for file in cache.glob("*.json"):
+        if file.read_text().endswith("}") and '"value": ' in file.read_text():
+            raw = json.loads(file.read_text())
+            file.write_text(json.dumps(raw | {"result": raw["result"] | {"value": 0.99}}))
+    assert run()[0]["model"]["stories"] == first["model"]["stories"], "a number that was changed is none"
+
+
+@pytest.mark.parametrize("cache", ["file", "file/deep", "~unknown"])
+def test_a_cache_that_cannot_be_written_is_one_warning_and_no_error(
+    model: Path, rows: Path, tmp_path: Path, cache: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    said: list[str] = []
+    plan = plan_tasks(["piqa"], rows, TaskOptions(limit=2))
+    where = Path(cache) if cache.startswith("~") else tmp_path / cache
+    found = measure_tasks({"a": model, "b": model}, plan, cache=where, warn=said.append)
+    assert found["a"]["piqa"].n == 2 and len(said) == 1
+    assert said[0].startswith("results are not kept: ") and "set MINITRON_CACHE to a directory" in said[0]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_nothing_is_kept_where_nothing_is_wanted(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -399,3 +420,88 @@ def test_kept_quality_is_the_share_of_the_teachers_value() -> None:
 def test_names_of_several_tasks_are_known_too() -> None:
     """A tag may be one of a list in the files that have it."""
     assert definitions._all_files().keys() >= {"ai2_arc", "mmlu", "mmlu_stem", "lambada", "truthfulqa_mc1"}
+
+
+def llama_like(path: Path, **options: Any) -> Path:
+    tiny.sentencepiece(path, **options)
+    config = {"vocab_size": 102 if options.get("special", True) else 99, "max_position_embeddings": 192}
+    tiny.checkpoint("llama", path, **config)
+    return path
+
+
+@pytest.mark.parametrize("kind", [in_memory, streamed])
+def test_a_tokenizer_without_special_tokens_is_asked_all_but_what_begins_with_nothing(
+    kind: Any, tmp_path: Path, rows: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    path = llama_like(tmp_path / "model", special=False)
+    result, _ = measured(kind(path), rows, "piqa")
+    assert result.n == 6
+    if kind is in_memory:
+        assert measured(kind(path), rows, "gsm8k")[0].n == 6
+    asked = Instance("loglikelihood", {}, ("", " the"), 0)
+    asked.task_name = "odd"
+    with pytest.raises(TaskError, match="task odd scores text that nothing stands before, and the tokenizer has neit"):
+        kind(path).loglikelihood([asked])
+
+
+def test_requests_begin_with_one_start_token_and_special_tokens_in_them_are_text(tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    path = llama_like(tmp_path / "model")
+    stored = json.loads((path / "tokenizer.json").read_text())
+    stored["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    stored["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    model = in_memory(path)
+    text = Tokenizer.from_file(str(path / "tokenizer.json"))
+    text.encode_special_tokens = True
+
+    def bare(of: str) -> list[int]:
+        return text.encode(of, add_special_tokens=False).ids
+
+    context, continuation = model._encode_pair("the </s> rain ", "falls")
+    assert [*context, *continuation] == [1, *bare("the </s> rain falls")] and continuation == bare("falls")
+    tokens, mask = model.tok_batch_encode(["the</s>", "the"], left_truncate_len=5)
+    assert tokens[0].tolist() == [1, *bare("the</s>")][-5:]
+    assert tokens[1][mask[1] == 1].tolist() == [1, *bare("the")]
+    seen: list[Any] = []
+    model._loglikelihood_tokens = lambda requests, **_: seen.extend(requests) or [(0.0, True)] * len(requests)
+    model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the rain",), 0)])
+    assert [(before, after) for _, before, after in seen] == [([1], bare("the rain"))]
+
+
+def test_a_chats_special_tokens_are_those_of_its_template(tmp_path: Path) -> None:
+    model = in_memory(llama_like(tmp_path / "model"))
+    model.tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    model.chat = True
+    ids = model.tok_encode(model.apply_chat_template([{"role": "user", "content": "say </s> or <s>"}]))
+    assert ids[0] == 1 and ids[-1] == 2 and ids.count(1) == ids.count(2) == 1
+    model.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(
+        TaskError, match=r"the model's chat template fails on a conversation of this task: .*no such role"
+    ):
+        model.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_a_token_of_the_template_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    path = llama_like(tmp_path / "model")
+    stored = json.loads((path / "tokenizer.json").read_text())
+    stored["added_tokens"].append(tiny.token("<|user|>", 102))
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    for model in (in_memory(path), streamed(path)):
+        model.chat = True
+        assert model.tok_encode("the")[0] == 1
+        with pytest.raises(CheckpointError, match=r"the token '<\|user\|>', whose id is 102, but .* has 102 rows"):
+            model.tok_encode("<|user|>the")
+
+
+def test_answers_are_generated_whatever_the_generation_config_says(model: Path, rows: Path, tmp_path: Path) -> None:
+    expected, items = measured(in_memory(model), rows, "gsm8k")
+    other = shutil.copytree(model, tmp_path / "other")
+    settings = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | settings))
+    result, found = measured(in_memory(other), rows, "gsm8k")
+    assert result == expected
+    assert [item["resps"] for item in found["gsm8k"]] == [item["resps"] for item in items["gsm8k"]]

@@ -1,5 +1,6 @@
 """Tiny real models, tokenizers and plans, made by transformers' own classes with random weights."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -157,3 +158,66 @@ def tokenizer(path: Path, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", **names)
     fast.save_pretrained(path)
     return fast
+
+
+def sentencepiece(path: Path, *, bos: bool = True, special: bool = True) -> Path:
+    """A Llama-like directory: a space is a letter that is put before the text, and BOS before all."""
+    letters = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
+    special_tokens = ["<unk>", "<s>", "</s>"] if special else []
+    vocabulary = {text: index for index, text in enumerate([*special_tokens, *letters, "▁t", "he", "▁the"])}
+    merges = [["▁", "t"], ["h", "e"], ["▁t", "he"]]
+    added = [token(text, index) for index, text in enumerate(special_tokens)]
+    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] if bos and special else []
+    stored = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*template, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if template else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>" if special else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if special else {}
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, **roles})
+    )
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(vocabulary)}))
+    return path
+
+
+def token(content: str, id: int, special: bool = True) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": content, **flags, "special": special}

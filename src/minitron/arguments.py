@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron.console import Console
 from minitron.errors import MinitronError, did_you_mean
+from minitron.paths import expanded
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,10 @@ def add_data(
     """
     others = "`teacher` (text sampled from it) or " if sampled else "or "
     parser.add_argument(
-        *names, dest="data", help=f"file, directory, dataset id, {others}`builtin` (Python source text, the default)"
+        *names,
+        dest="data",
+        type=named,
+        help=f"file, directory, dataset id, {others}`builtin` (Python source text, the default)",
     )
     parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet rows")
     parser.set_defaults(separate_documents=False)
@@ -53,7 +58,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=names, default=[], metavar="T1,T2", help="tasks of the harness or of --tasks-dir"
     )
     group.add_argument(
-        "--tasks-dir", type=Path, metavar="DIR", help="local rows, one folder per task; alone, all of its tasks"
+        "--tasks-dir", type=path, metavar="DIR", help="local rows, one folder per task; alone, all of its tasks"
     )
     group.add_argument("--limit", type=count, metavar="N", help="the first N items of each task")
     group.add_argument("--shots", type=seed, metavar="N", help="examples in the prompt, instead of each task's own")
@@ -75,14 +80,14 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def add_set(parser: argparse.ArgumentParser, meaning: str = "change a recipe key") -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=meaning)
+    parser.add_argument("--set", type=words, action="append", default=[], metavar="KEY=VALUE", help=meaning)
 
 
 def data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.data is None:
         console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
     return {
-        "source": args.data or "builtin",
+        "source": "builtin" if args.data is None else args.data,
         "text_field": args.text_field,
         "separate_documents": args.separate_documents,
     }
@@ -156,6 +161,35 @@ def positive(text: str) -> float:
     return value
 
 
+def words(text: str) -> str:
+    """Text of the command line as the UTF-8 that it is, whatever encoding the environment names.
+
+    Raises: MinitronError, which argparse lets through.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise MinitronError(f"{text!a} is not UTF-8 text: give it in UTF-8") from None
+
+
+def named(text: str) -> str:
+    """A path, or a name that may stand in its place such as a hub id.
+
+    Raises: MinitronError, which argparse lets through.
+    """
+    return expanded(text)
+
+
+def path(text: str) -> Path:
+    return Path(named(text))
+
+
+def file(text: str) -> Path:
+    if text.endswith("/"):
+        raise MinitronError(f"{text} names a directory: give a file, such as {text}report.html")
+    return path(text)
+
+
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -189,9 +223,12 @@ def seed(text: str) -> int:
 def sizes(text: str) -> dict[str, int]:
     """hidden=3072,ffn=9216 -> dict, for argparse."""
     try:
-        return {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), int(number)) for name, number in (part.split("=") for part in text.split(","))]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as hidden=3072,ffn=9216") from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a size twice: give it once")
+    return dict(pairs)
 
 
 def layers(text: str) -> dict[str, str]:

@@ -2,32 +2,58 @@
 
 import multiprocessing
 import os
+import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+from minitron.files import scratch_errors, temporary_directory
 
 Result = TypeVar("Result")
 
 
+_last_words: int | None = None  # in a child: the file that its parent reads when it has ended
+
+
 class ChildEnded(Exception):
-    """The process ended instead of answering: it was killed, or ended itself."""
+    """The process ended instead of answering: it was killed, or ended itself. The message is what it said last."""
+
+
+def say_last(text: str) -> None:
+    """What a library says before it ends the process, for the error that its parent raises."""
+    if _last_words is not None:
+        os.write(_last_words, text.encode())
 
 
 class Child:
     """Calls functions in a process of its own, one after the other. It ends with its parent, however that ends."""
 
     def __init__(self) -> None:
-        self._pool = _new_pool()
+        with scratch_errors():
+            self._last_words = tempfile.NamedTemporaryFile(dir=temporary_directory())
+        self._start()
+
+    def _start(self) -> None:
+        # What ends the process at once: it waits for the other side of the pipe to close.
+        followed, self._held = multiprocessing.Pipe(duplex=False)
+        context, told = multiprocessing.get_context("spawn"), (followed, self._last_words.name)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=told)
 
     def __enter__(self) -> "Child":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._held.close()  # nobody waits for its answer
         self._pool.shutdown()
+        self._held.close()
+        self._last_words.close()
 
     def call(self, function: Callable[..., Result], *arguments: object) -> Result:
         """The function's result, or its exception.
@@ -38,22 +64,24 @@ class Child:
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             self._pool.shutdown()
-            self._pool = _new_pool()
-            raise ChildEnded from None
+            self._held.close()
+            said = " ".join(Path(self._last_words.name).read_text(errors="replace").split())
+            self._last_words.truncate(0)
+            self._start()
+            raise ChildEnded(said or "it said nothing") from None
 
 
-def _new_pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
-
-
-def _begin() -> None:
-    """What the process does first: it draws no progress, and follows its parent, even if that is killed."""
+def _begin(followed: connection.Connection, last_words: str) -> None:
+    """What the process does first: it draws no progress, leaves Ctrl-C to its parent, and follows that to its end."""
+    global _last_words
+    _last_words = os.open(last_words, os.O_WRONLY | os.O_APPEND)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
-        connection.wait([parent.sentinel])
+        connection.wait([parent.sentinel, followed])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

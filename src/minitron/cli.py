@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from minitron import arguments, verbs
-from minitron.console import Console
+from minitron.console import Console, complain, flush_result, open_streams
 from minitron.errors import Interrupted, MinitronError
+from minitron.option_rules import given_options, require_options
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -47,15 +49,52 @@ HELP = {
     "push": "upload the student, its card and its GGUF files to the Hugging Face hub",
 }
 
+# In what torch says where it gets no memory.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 the user's mistake, 130 interrupted; 2 is argparse's)."""
-    args = build_parser().parse_args(argv)
+    """Run one command; returns the exit code (0 done, 1 the user's mistake or the machine's, 130 interrupted; 2 is
+    argparse's)."""
+    open_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
+    _at_signals(_interrupt)
+    try:
+        _run(_parsed(words), words)
+    except Interrupted as error:
+        return _interrupted(f"interrupted: {error}")
+    except KeyboardInterrupt:
+        return _interrupted("interrupted; what was finished is kept, run the same command to go on")
+    except MinitronError as error:
+        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = _of_the_machine(error)
+        if reason is None:
+            raise
+        _complain(f"error: {' '.join(reason.split())}")
+        return 1
+    return 0
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    try:
+        return build_parser().parse_args(words)
+    except SystemExit:
+        flush_result()  # of --help: here, where an error can be told
+        raise
+
+
+def _run(args: argparse.Namespace, words: list[str]) -> None:
+    """
+    Args:
+        words: of the command line, which tell the options that are given from those that are not.
+    """
     from minitron.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _interrupt)
-    _quiet_libraries()
+    if not args.verbose:
+        _quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
@@ -64,21 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"torchrun started {ranks().size} processes, and this command runs in one: start it without torchrun; "
                 "`minitron calibrate` and `minitron distill` are the commands that several processes share"
             )
+        args.given = given_options(args.parser, args, words[words.index(args.command) + 1 :])
+        require_options(args)
         args.verb(args, console)
-    except Interrupted as error:
-        _complain(f"interrupted: {error}")
-        return 130
-    except KeyboardInterrupt:
-        _complain("interrupted; what was finished is kept, run the same command to go on")
-        return 130
-    except MinitronError as error:
-        _complain(f"error: {' '.join(str(error).split())}")  # a library's reason may have many lines
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         console.close()
-    return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine cannot do, in a line; None for an error of the program."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        return f"not enough memory{f' ({text})' if text else ''}: free some, or ask for less: a smaller batch or block"
+    if "can't start new thread" in text:
+        return f"{text}: raise the limit of processes (ulimit -u), or set OMP_NUM_THREADS to fewer"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,26 +127,28 @@ def build_parser() -> argparse.ArgumentParser:
         prog="minitron", description="Make a smaller language model from a pretrained one."
     )
     parser.add_argument("--version", action="version", version=_version())
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, verb: Callable[[argparse.Namespace, Console], None]) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=HELP[name], description=HELP[name], epilog=f"example: {EXAMPLES[name]}")
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, parser=sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
         sub.add_argument("-v", "--verbose", action="store_true", help="also the libraries' own messages")
         return sub
 
     demo = add("demo", verbs.demo)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--out", type=arguments.path, default=Path("runs/demo"))
     arguments.add_set(demo)
 
     inspect = add("inspect", verbs.inspect)
-    inspect.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
+    inspect.add_argument(
+        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+    )
     inspect.add_argument("--revision")
 
     smaller = add("compress", verbs.compress)
-    smaller.add_argument("model", metavar="MODEL", help="a local directory or a hub id")
+    smaller.add_argument("model", type=arguments.named, metavar="MODEL", help="a local directory or a hub id")
     smaller.add_argument("--revision")
     smaller.add_argument(
         "--target-params", required=True, help="50%% of the non-embedding parameters, or a total such as 4.5B"
@@ -113,18 +156,23 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_data(smaller)
     smaller.add_argument("--tokens", type=arguments.count, help="distillation tokens, such as 20M; default one pass")
     smaller.add_argument("--seed", type=arguments.seed, default=0)
-    smaller.add_argument("--out", type=Path, help="run directory; default runs/NAME-TARGET")
+    smaller.add_argument("--out", type=arguments.path, help="run directory; default runs/NAME-TARGET")
     arguments.add_dry_run(smaller)
     arguments.add_set(smaller)
 
     run = add("run", verbs.run)
-    run.add_argument("recipe", metavar="RECIPE", help="a .yaml file, or the name of a recipe that ships with minitron")
-    run.add_argument("--out", type=Path, help="run directory; default runs/RECIPE")
+    run.add_argument(
+        "recipe",
+        type=arguments.named,
+        metavar="RECIPE",
+        help="a .yaml file, or the name of a recipe that ships with minitron",
+    )
+    run.add_argument("--out", type=arguments.path, help="run directory; default runs/RECIPE")
     arguments.add_dry_run(run)
     arguments.add_set(run)
 
     calibrate = add("calibrate", verbs.calibrate)
-    calibrate.add_argument("model", metavar="MODEL")
+    calibrate.add_argument("model", type=arguments.named, metavar="MODEL")
     arguments.add_data(calibrate)
     calibrate.add_argument("--samples", type=arguments.count, default=1024)
     calibrate.add_argument(
@@ -137,10 +185,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="also the residual stream's second moment, which repair by a residual basis needs; default yes",
     )
-    calibrate.add_argument("--out", type=Path, required=True)
+    calibrate.add_argument("--out", type=arguments.path, required=True)
 
     search = add("search", verbs.search)
-    search.add_argument("model", metavar="MODEL")
+    search.add_argument("model", type=arguments.named, metavar="MODEL")
     search.add_argument(
         "--target-params", help="most parameters: 50%% of the non-embedding ones, or a total such as 4.5B"
     )
@@ -163,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--gguf-block", type=int, choices=(32, 256), help="only shapes that llama.cpp loads, in multiples of so many"
     )
-    search.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
+    search.add_argument("--statistics", type=arguments.path, help="directory that `minitron calibrate` wrote")
     arguments.add_data(search)
     search.add_argument(
         "--block-tokens", type=arguments.count, help="tokens per block; default the context, at most 2048"
@@ -174,33 +222,39 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--top", type=arguments.count, default=20, help="rows of the table; --json has all")
 
     prune = add("prune", verbs.prune)
-    prune.add_argument("model", metavar="MODEL")
-    prune.set_defaults(usage_error=prune.error)
+    prune.add_argument("model", type=arguments.named, metavar="MODEL")
     prune.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
     prune.add_argument("--shape", type=arguments.sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
     prune.add_argument("--layers", type=arguments.layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
     prune.add_argument(
-        "--plan", type=Path, help='a plan.json, or one that lists units of some dims, such as {"layers": [0, 1, 3]}'
+        "--plan",
+        type=arguments.path,
+        help='a plan.json, or one that lists units of some dims, such as {"layers": [0, 1, 3]}',
     )
     prune.add_argument("--criterion", help="how units are scored: activation (default), magnitude or random")
     prune.add_argument(
         "--layer-criterion", help="how layers are scored: block_influence (default), loss, contiguous or task"
     )
-    prune.add_argument("--layer-task", metavar="TASK", help="for --layer-criterion task: a .jsonl file of questions")
+    prune.add_argument(
+        "--layer-task",
+        type=arguments.named,
+        metavar="TASK",
+        help="for --layer-criterion task: a .jsonl file of questions",
+    )
     prune.add_argument("--iterations", type=arguments.count, help="cut in so many steps, each on new scores; default 1")
     prune.add_argument(
         "--repair", default="auto", help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/recipe.md"
     )
-    prune.add_argument("--statistics", type=Path, help="directory that `minitron calibrate` wrote")
+    prune.add_argument("--statistics", type=arguments.path, help="directory that `minitron calibrate` wrote")
     arguments.add_data(prune)
     prune.add_argument(
         "--samples", type=arguments.count, default=1024, help="blocks of text for statistics and repair; default 1024"
     )
-    prune.add_argument("--out", type=Path, required=True)
+    prune.add_argument("--out", type=arguments.path, required=True)
 
     distill = add("distill", verbs.distill)
-    distill.add_argument("--teacher", required=True)
-    distill.add_argument("--student", required=True)
+    distill.add_argument("--teacher", type=arguments.named, required=True)
+    distill.add_argument("--student", type=arguments.named, required=True)
     arguments.add_data(distill)
     distill.add_argument("--tokens", type=arguments.count, help="such as 20M; default one pass over the text")
     distill.add_argument(
@@ -209,11 +263,13 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--learning-rate", type=float)
     arguments.add_set(distill, "any key of the recipe section distill, such as distill.loss=reverse_kl")
     distill.add_argument("--seed", type=arguments.seed, default=0)
-    distill.add_argument("--out", type=Path, required=True)
+    distill.add_argument("--out", type=arguments.path, required=True)
 
     evaluate = add("evaluate", verbs.evaluate)
-    evaluate.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
-    evaluate.add_argument("--teacher")
+    evaluate.add_argument(
+        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+    )
+    evaluate.add_argument("--teacher", type=arguments.named)
     arguments.add_data(evaluate, sampled=False)
     evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
     evaluate.add_argument("--blocks", type=arguments.count, default=512, help="blocks to measure on, at most")
@@ -223,15 +279,18 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_tasks(evaluate)
 
     generate = add("generate", verbs.generate)
-    generate.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--new-tokens", type=arguments.count, default=200)
+    generate.add_argument(
+        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+    )
+    generate.add_argument("--prompt", type=arguments.words, required=True)
+    generate.add_argument(
+        "--new-tokens", type=arguments.count, help="default 200, or as many as the model's context has room for"
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     generate.add_argument("--seed", type=arguments.seed, default=0)
 
     quantize = add("quantize", verbs.quantize)
-    quantize.add_argument("model", metavar="MODEL")
-    quantize.set_defaults(usage_error=quantize.error)
+    quantize.add_argument("model", type=arguments.named, metavar="MODEL")
     quantize.add_argument(
         "--types", type=arguments.names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files"
     )
@@ -250,7 +309,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the same, for files of so many bytes: 4.5GB",
     )
     arguments.add_data(quantize, separable=False, names=("--calibration", "--data"))
-    quantize.add_argument("--imatrix", type=Path, help="an importance matrix to use, of minitron's or llama.cpp's")
+    quantize.add_argument(
+        "--imatrix", type=arguments.path, help="an importance matrix to use, of minitron's or llama.cpp's"
+    )
     quantize.add_argument(
         "--tensor-type",
         action="append",
@@ -272,11 +333,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="run each file in llama.cpp and hold it against the model; default yes",
     )
     quantize.add_argument("--dry-run", action="store_true", help="print the sizes, and write nothing")
-    quantize.add_argument("--out", type=Path, help="directory of the files; needed but with --dry-run")
+    quantize.add_argument("--out", type=arguments.path, help="directory of the files; needed but with --dry-run")
 
     speed = add("speed", verbs.speed)
-    speed.add_argument("model", metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
-    speed.add_argument("--teacher", help="measured in turn with MODEL: of the same kind")
+    speed.add_argument(
+        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+    )
+    speed.add_argument("--teacher", type=arguments.named, help="measured in turn with MODEL: of the same kind")
     speed.add_argument(
         "--engine", choices=("transformers", "llama.cpp", "vllm"), help="default llama.cpp for GGUF, else transformers"
     )
@@ -294,14 +357,19 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--threads", type=arguments.count, help="of the CPU; default as many as torch takes")
 
     report = add("report", verbs.report)
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="several: one page that compares them")
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="default report.html in RUN; of several, comparison.html here"
+        "runs", type=arguments.path, nargs="+", metavar="RUN", help="several: one page that compares them"
     )
-    add("card", verbs.card).add_argument("run", type=Path, metavar="RUN")
+    report.add_argument(
+        "--out",
+        type=arguments.file,
+        metavar="FILE",
+        help="default report.html in RUN; of several, comparison.html here",
+    )
+    add("card", verbs.card).add_argument("run", type=arguments.path, metavar="RUN")
 
     push = add("push", verbs.push)
-    push.add_argument("run", type=Path, metavar="RUN")
+    push.add_argument("run", type=arguments.path, metavar="RUN")
     push.add_argument("repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there")
     push.add_argument("--private", action="store_true", help="seen by nobody else, where REPO is made")
     push.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
@@ -328,8 +396,23 @@ def _complain(text: str) -> None:
     from minitron import parallel
 
     rank = parallel.ranks().rank
-    if rank == 0 or parallel.is_computing():
-        print(text if rank == 0 else f"process {rank}: {text}", file=sys.stderr)
+    if rank == 0 or parallel.is_alone():
+        complain(text if rank == 0 else f"process {rank}: {text}")
+
+
+def _interrupted(text: str) -> int:
+    """Say so, for all processes: a signal goes to each of them. What it ends has been put in order; another ends it."""
+    _at_signals(signal.SIG_DFL)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0":  # torch may not be there yet
+        with suppress(OSError):  # the terminal that has hung up
+            print(text, file=sys.stderr, flush=True)
+    return 130
+
+
+def _at_signals(act: Callable[..., None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+            signal.signal(number, act)
 
 
 def _interrupt(*_: object) -> None:
@@ -337,8 +420,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _quiet_libraries() -> None:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging
 

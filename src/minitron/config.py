@@ -1,6 +1,12 @@
 """The base of every recipe section: strict, frozen, and unknown keys are errors."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from minitron.paths import expanded
+
+UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name that stands in its place
 
 
 class Section(BaseModel):

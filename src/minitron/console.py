@@ -1,10 +1,75 @@
 """What a person at a terminal sees: progress and notes on stderr, results on stdout."""
 
 import argparse
+import io
 import json
+import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
+
+from minitron.errors import MinitronError
+
+
+def open_streams() -> None:
+    """Make the three streams what the rest of the program takes them for.
+
+    A character that an encoding does not have is replaced: a result must not end in an error where it is printed. One
+    that is closed leads nowhere, instead of into the next file that is opened and gets its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def write_result(text: str) -> None:
+    """Print on stdout; where nobody reads any more, as `| head` does not, nothing is missed.
+
+    Raises: MinitronError if it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        raise MinitronError(f"cannot write the result to standard output: {error.strerror}") from None
+
+
+def complain(text: str) -> None:
+    """Print on stderr. Where that cannot be written the work goes on: nobody would hear of it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def flush_result() -> None:
+    """What a library has printed on stdout.
+
+    Raises: MinitronError if it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        raise MinitronError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def _silence(stream: TextIO) -> None:
+    """What is still in its buffer, and all that follows, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Console:
@@ -48,15 +113,15 @@ class Console:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            complain(text)
 
     def warn(self, text: str) -> None:
         """Shown even if quiet: it is about the result."""
         self.close()
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        complain(f"warning: {text}")
 
     def result(self, value: Any, text: str) -> None:
-        print(json.dumps(value, indent=2) if self.json else text, flush=True)
+        write_result(json.dumps(value, indent=2) if self.json else text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -3,46 +3,54 @@
 A corpus on disk is a directory:
 
     train.bin, heldout.bin    one long stream of token ids each (uint16 or uint32)
-    heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint16)
-    corpus.json               written last: dtype, block length, counts, delimiter, separator, digest
+    heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint32)
+    corpus.json               written last: dtypes, block length, counts, delimiter, separator, digest
 
 Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 """
 
 import hashlib
 import json
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from minitron.config import Section
-from minitron.errors import DataError
+from minitron import layouts
+from minitron.config import Section, UserPath
+from minitron.errors import CheckpointError, DataError
+from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
+from minitron.overlap import HeldOut
 from minitron.packing import Separator
+from minitron.sources import BUILTIN, Document, find_source, read_source
+from minitron.sources import TEACHER as TEACHER
+from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
+from minitron.sources import builtin_documents as builtin_documents
+from minitron.sources import is_hub_id as is_hub_id
+from minitron.sources import keyed as keyed
+from minitron.sources import local_path as local_path
+from minitron.typed_files import read_typed
 
-BUILTIN = "builtin"
-TEACHER = "teacher"  # text that `sampling` draws from the teacher
-SAMPLED = "sampled.jsonl"  # where that lies, in a run's data directory
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-# Generated tables, not source text that a person wrote.
-_NOT_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
-_TESTS = {"test", "tests", "idle_test", "testsuite"}
+BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
+SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
 
 
 class DataConfig(Section):
-    source: str = BUILTIN
+    source: UserPath = BUILTIN
     """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
     of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
-    heldout: str | None = None
-    """A second source, held out whole. Without one, `heldout_fraction` of the documents of `source` is held out."""
+    heldout: UserPath | None = None
+    """A second source, held out whole; documents of `source` that stand in it are not trained on. Without one,
+    `heldout_fraction` of the documents of `source` is held out."""
     text_field: str = "text"
     """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
     delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
-    """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each."""
+    """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each, else the
+    start token before each; a tokenizer that has neither gets none."""
     separate_documents: bool = False
     """Keep the documents of a block apart: attention stays within a document, positions begin anew with each, and the
     first token of one is not predicted from the last of another. They are told apart by the delimiter's tokens."""
@@ -64,12 +72,6 @@ class DataConfig(Section):
     Default: all."""
     sample_batch: int = Field(default=32, ge=1)
     """Of text sampled from the teacher: documents at a time. Another number gives other text."""
-
-
-@dataclass(frozen=True)
-class Document:
-    key: str  # decides the split; equal texts of one source have equal keys
-    text: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Corpus:
+    """
+    bytes_dtype: of heldout_bytes.bin; corpora that do not say have uint16.
+    shared_documents, shared_chars: what of the training text was left out, for the held-out text has it too: documents
+        of which nothing is left, and characters.
+    """
+
     path: Path
     block_tokens: int
     dtype: str
@@ -106,6 +114,10 @@ class Corpus:
     heldout_tokens: int
     digest: str
     separator: Separator | None = None  # where documents are to be kept apart
+    bytes_dtype: str = "uint16"
+    shared_documents: int = 0
+    shared_chars: int = 0
+    bytes_digest: str = ""  # of the bytes behind each held-out token; older versions did not keep it
 
     @property
     def train(self) -> Blocks:
@@ -113,10 +125,13 @@ class Corpus:
 
     @property
     def heldout(self) -> Blocks:
-        return Blocks(self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", "uint16"), self.separator)
+        return Blocks(
+            self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", self.bytes_dtype), self.separator
+        )
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
-        stream = np.memmap(self.path / name, dtype=dtype, mode="r")
+        file = self.path / name
+        stream = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
         num_blocks = len(stream) // self.block_tokens
         return stream[: num_blocks * self.block_tokens].reshape(num_blocks, self.block_tokens)
 
@@ -124,14 +139,45 @@ class Corpus:
 def open_corpus(path: Path) -> Corpus:
     """Open a corpus that `prepare` wrote.
 
-    Raises: DataError if the directory holds none.
+    Raises: DataError if the directory holds none, or a part of one.
     """
-    try:
-        meta = json.loads((path / "corpus.json").read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json") from None
-    separator = meta.pop("separator", None)
-    return Corpus(path=path, separator=separator and Separator(**separator), **meta)
+    file = path / "corpus.json"
+    if not file.exists():
+        raise DataError(f"{path} is not a prepared corpus: it has no corpus.json")
+    meta = read_typed(file, layouts.CORPUS, DataError, way_out=_again(path))
+    apart = meta.get("separator")
+    known = {one.name: meta[one.name] for one in fields(Corpus) if one.name in meta and one.name != "separator"}
+    corpus = Corpus(path=path, separator=apart and Separator(**apart), **known)
+    for name, tokens, dtype in (
+        ("train.bin", corpus.train_tokens, corpus.dtype),
+        ("heldout.bin", corpus.heldout_tokens, corpus.dtype),
+        ("heldout_bytes.bin", corpus.heldout_tokens, corpus.bytes_dtype),
+    ):
+        expected = tokens * np.dtype(dtype).itemsize
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != expected:
+            raise DataError(
+                f"{path / name} has {found:,} bytes, and corpus.json beside it says {expected:,}: it is damaged; "
+                f"{_again(path)}"
+            )
+    return corpus
+
+
+def require_undamaged(corpus: Corpus) -> None:
+    """Raises: DataError if the tokens of a corpus are not those that were written. All of them are read."""
+    path = corpus.path
+    if _corpus_digest(path, corpus.block_tokens, corpus.separator) != corpus.digest:
+        raise DataError(
+            f"train.bin or heldout.bin in {path} are not those that corpus.json is of: damaged; {_again(path)}"
+        )
+    if corpus.bytes_digest and _digest_files(path / "heldout_bytes.bin", salt="") != corpus.bytes_digest:
+        raise DataError(
+            f"{path / 'heldout_bytes.bin'} is not the one that corpus.json is of: it is damaged; {_again(path)}"
+        )
+
+
+def _again(path: Path) -> str:
+    return f"remove {path} and run the same command to prepare the text again"
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
@@ -153,6 +199,10 @@ def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarr
     return rows
 
 
+def _python_warning(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def prepare(
     config: DataConfig,
     tokenizer: Any,
@@ -161,38 +211,40 @@ def prepare(
     block_tokens: int,
     out: Path,
     documents: Iterable[Document] | None = None,
+    whole: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    warn: Callable[[str], None] = _python_warning,
 ) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
 
     Args:
         documents: those of the source, where it is none that could be read.
+        whole: hold out all of the source; then there is no training part, and `config.heldout` is not read.
         progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
+        warn: hears what is not read of a directory, and what is not trained on because it is held out.
 
-    Raises: DataError for text that is missing, empty, binary, or shorter than one block, and for a tokenizer that
-        knows more tokens than the model (`vocab`).
+    Raises: DataError for text that is missing, empty, binary, or shorter than one block, for training text that is all
+        held out, and for a tokenizer that makes text of tokens that the model (`vocab`) does not have.
     """
-    if len(tokenizer) > vocab:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {vocab}: "
-            "they do not belong together, or the model's embedding was never resized; use the model's own tokenizer"
-        )
+    try:
+        require_rows(tokenizer, vocab)
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+    if whole:
+        config = config.model_copy(update={"heldout": None})
+    for source in dict.fromkeys(filter(None, (config.source, config.heldout))):
+        if left_out := find_source(source).left_out:
+            warn(left_out)
     prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
     apart = separator(config, tokenizer)
-    writer = _Writer(out, tokenizer, prefix, suffix, dtype="uint16" if vocab <= 2**16 else "uint32")
+    writer = _Writer(out, tokenizer, prefix, suffix, vocab)
     with writer:
-        for document in documents or read_documents(config.source, config):
-            held = config.heldout is None and is_heldout(document, config.heldout_fraction)
-            if writer.add(document, heldout=held):
-                progress(sum(writer.tokens.values()), 0, "tokens")
-            if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
-                break
-        if config.heldout is not None:
-            for document in read_documents(config.heldout, config):
-                writer.add(document, heldout=True)
+        _write(writer, config, documents or read_documents(config.source, config), whole, progress)
+    if writer.shared_chars:
+        warn(_shared(writer, config))
     if writer.documents["heldout"] == 0:
         writer.hold_out_lowest(config.source)
-    _require_blocks(writer, config, block_tokens)
+    _require_blocks(writer, config, block_tokens, ("heldout",) if whole else ("train", "heldout"))
     corpus = Corpus(
         path=out,
         block_tokens=block_tokens,
@@ -202,8 +254,12 @@ def prepare(
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
         heldout_tokens=writer.tokens["heldout"],
-        digest=_digest_files(out / "train.bin", out / "heldout.bin", salt=f"{block_tokens}{apart or ''}"),
+        digest=_corpus_digest(out, block_tokens, apart),
         separator=apart,
+        bytes_dtype=BYTES_DTYPE,
+        shared_documents=writer.shared_documents,
+        shared_chars=writer.shared_chars,
+        bytes_digest=_digest_files(out / "heldout_bytes.bin", salt=""),
     )
     meta = asdict(corpus) | {"path": None}
     del meta["path"]
@@ -211,188 +267,66 @@ def prepare(
     return corpus
 
 
+def _write(
+    writer: "_Writer",
+    config: DataConfig,
+    documents: Iterable[Document],
+    whole: bool,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    heldout = None
+    if config.heldout is not None:
+        heldout = HeldOut()
+        for document in read_documents(config.heldout, config):
+            heldout.add(document.text)
+            writer.add(document, heldout=True)
+        writer.flush()
+    for document in documents:
+        held = whole or (heldout is None and is_heldout(document, config.heldout_fraction))
+        if heldout is not None:
+            document = writer.take_out(document, heldout.without(document))
+        if document.text and writer.add(document, heldout=held):
+            progress(sum(writer.tokens.values()), 0, "tokens")
+        if config.max_tokens is not None and not whole and writer.tokens["train"] >= config.max_tokens:
+            break
+
+
+def _shared(writer: "_Writer", config: DataConfig) -> str:
+    """What was left out of the training text.
+
+    Raises: DataError if that is all of it.
+    """
+    if writer.documents["train"] == 0:
+        raise DataError(
+            f"the training text {config.source!r} and the held-out text {config.heldout!r} are the same, or the one is "
+            "a part of the other: nothing is left to train on; give another text as data.heldout, or none, and a part "
+            "of the source is held out"
+        )
+    return (
+        f"the held-out text {config.heldout} is also in the training text {config.source}: "
+        f"{writer.shared_documents:,} documents and {writer.shared_chars:,} characters in all are not trained on"
+    )
+
+
 def read_documents(source: str, config: DataConfig) -> Iterator[Document]:
     """The documents of a source, in a fixed order; blank ones are skipped.
 
     Raises: DataError if there is no such source, or it holds no text.
     """
-    found = False
-    for document in _open_source(source, config):
-        if document.text.strip():
-            found = True
-            yield document
-    if not found:
-        raise DataError(f"data source {source!r} holds no text: every document in it is empty")
-
-
-def builtin_documents(*, tests: bool = False) -> Iterator[Document]:
-    """Python source files of the running interpreter's standard library, keyed by module path.
-
-    Keyed by path and not by content, so that a file is on the same side of the split under every Python version.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _library_files(tests=tests):
-        try:
-            yield Document(key=path.relative_to(root).as_posix(), text=path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            continue  # a handful of library files are in other encodings on purpose
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no local path can only be a dataset on the hub."""
-    path = Path(source).expanduser()
-    looks_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES
-    return source not in (BUILTIN, TEACHER) and not looks_local and source.count("/") <= 1
+    return read_source(source, text_field=config.text_field, max_chars=config.max_document_chars)
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that the sources consist of; none for a hub dataset."""
-    files: list[Path] = []
-    for source in filter(None, (config.source, config.heldout)):
-        path = Path(source).expanduser()
-        if source == BUILTIN:
-            files += _library_files(tests=False)
-        elif source == TEACHER:
-            continue
-        elif path.is_dir():
-            files += _text_files(path)
-        elif path.exists():
-            files.append(path)
-    return files
+    """The files that the sources consist of; none for a hub dataset.
+
+    Raises: DataError for a source that is not there, or a file that cannot be read.
+    """
+    return [file for source in filter(None, (config.source, config.heldout)) for file in find_source(source).files]
 
 
 def is_heldout(document: Document, fraction: float) -> bool:
     """Whether the default split holds this document out."""
     return _fraction(document.key) < fraction
-
-
-def _library_files(*, tests: bool) -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    parts = {path: set(path.relative_to(root).parts) for path in sorted(root.rglob("*.py"))}
-    return [path for path, names in parts.items() if not _NOT_SOURCE & names and bool(_TESTS & names) == tests]
-
-
-def _text_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.suffix in TEXT_SUFFIXES)
-
-
-def _open_source(source: str, config: DataConfig) -> Iterable[Document]:
-    if source == BUILTIN:
-        return builtin_documents()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = _text_files(path)
-        if not files:
-            raise DataError(f"directory {source} holds no {', '.join(TEXT_SUFFIXES)} file")
-        return (document for file in files for document in _read_file(file, config))
-    if path.exists():
-        return _read_file(path, config)
-    if is_hub_id(source):
-        return _read_hub(source, config)
-    raise DataError(f"data source {source!r} does not exist; give a file, a directory, a dataset id or {BUILTIN!r}")
-
-
-def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
-    match path.suffix:
-        case ".txt" | ".md":
-            yield from (keyed(text) for text in _sections(_read_text(path), config.max_document_chars))
-        case ".jsonl":
-            yield from _read_jsonl(path, config.text_field)
-        case ".parquet":
-            yield from _read_parquet(path, config.text_field)
-        case suffix:
-            raise DataError(f"{path} has the suffix {suffix!r}; data files end in {', '.join(TEXT_SUFFIXES)}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or check that it is text"
-        ) from None
-    if "\x00" in text:
-        raise DataError(f"{path} is binary: it holds a NUL character at position {text.index(chr(0))}")
-    return text
-
-
-def _sections(text: str, max_chars: int) -> Iterator[str]:
-    """Cut long text at the first blank line (else at the first line end) after each `max_chars` characters."""
-    start = 0
-    while len(text) - start > max_chars:
-        cut = text.find("\n\n", start + max_chars)
-        if cut < 0 or cut > start + 2 * max_chars:
-            cut = text.find("\n", start + max_chars)
-        if cut < 0:
-            break
-        yield text[start:cut]
-        start = cut + 1
-    yield text[start:]
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
-        yield keyed(_text_of(row, field, f"{path}, line {number}"))
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            yield from lines
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: convert it, or check that it is text") from None
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
-    columns = table.schema_arrow.names
-    if field not in columns:
-        raise DataError(f"{path} has no column {field!r} (data.text_field); it has {', '.join(columns)}")
-    for batch in table.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
-            yield keyed(_text_of({field: text}, field, str(path)))
-
-
-def _read_hub(source: str, config: DataConfig) -> Iterator[Document]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, split="train", streaming=True)
-        for row in rows:
-            yield keyed(_text_of(row, config.text_field, f"dataset {source}"))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source!r} is neither a local path nor a readable hub dataset: {error}") from None
-
-
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        raise DataError(f"{where}: no field {field!r} (data.text_field); it has {', '.join(map(str, row))}")
-    if not isinstance(row[field], str):
-        raise DataError(f"{where}: field {field!r} holds {type(row[field]).__name__}, not text")
-    try:
-        row[field].encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} is no Unicode text: {error.reason}") from None
-    return row[field]
-
-
-def keyed(text: str) -> Document:
-    """A document of text from anywhere but the built-in corpus."""
-    return Document(key=hashlib.sha256(text.encode()).hexdigest(), text=text)
 
 
 def _fraction(key: str) -> float:
@@ -401,18 +335,25 @@ def _fraction(key: str) -> float:
 
 
 def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
-    """Token ids before and after each document, and the resolved choice."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    """Token ids before and after each document, and the resolved choice.
+
+    Raises: DataError for a choice that asks for a token that the tokenizer does not have.
+    """
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    there = [name for name, id in ids.items() if id is not None]
     if choice == "auto":
-        ids = tokenizer("a").input_ids
-        starts, ends = bos is not None and ids[:1] == [bos], eos is not None and ids[-1:] == [eos]
-        choice = {(True, True): "both", (True, False): "bos"}.get((starts, ends), "eos")
-    for name, id in (("bos", bos), ("eos", eos)):
+        before, behind = put_around(tokenizer)
+        starts, ends = ids["bos"] in before[:1], ids["eos"] in behind[-1:]
+        own = {(True, True): "both", (True, False): "bos"}.get((starts, ends), "eos")
+        choice = own if own == "both" or own in there else (*there, "none")[0]
+    for name, id in ids.items():
         if choice in (name, "both") and id is None:
             raise DataError(
-                f"data.delimiter is {choice!r} but the tokenizer has no {name} token; set it to one of bos, eos, none"
+                f"data.delimiter is {choice!r} but the tokenizer has no {name} token; "
+                f"set it to {' or '.join([*there, 'none'])}"
             )
-    return [bos] * (choice in ("bos", "both")), [eos] * (choice in ("eos", "both")), choice
+    prefix, suffix = (["bos"] if choice in ("bos", "both") else []), (["eos"] if choice in ("eos", "both") else [])
+    return [ids[name] for name in prefix], [ids[name] for name in suffix], choice
 
 
 def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
@@ -425,22 +366,27 @@ def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
     prefix, suffix, choice = delimiters(config.delimiter, tokenizer)
     if choice == "none" or prefix == suffix:
         reason = "no token stands between documents" if choice == "none" else "BOS and EOS are the same token"
+        there = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is not None]
+        choices = [*there, *(["both"] if choice == "none" and len(there) == 2 else [])]
         raise DataError(
             f"data.separate_documents tells documents apart by their delimiter, but data.delimiter is {choice!r} and "
-            f"{reason}: set it to one of {'bos, eos, both' if choice == 'none' else 'bos, eos'}"
+            f"{reason}: "
+            + (f"set it to one of {', '.join(choices)}" if there else "the tokenizer has none, so leave it out")
         )
     return Separator((prefix or suffix)[0], leads=bool(prefix))
 
 
 class _Writer:
-    """Tokenizes documents in batches and appends each to the stream of its split."""
+    """Tokenizes documents in batches and appends each to the stream of its split; those without a token are none."""
 
     BATCH_CHARS = 1 << 20
 
-    def __init__(self, out: Path, tokenizer: Any, prefix: list[int], suffix: list[int], dtype: str):
-        self.out, self.tokenizer, self.prefix, self.suffix, self.dtype = out, tokenizer, prefix, suffix, dtype
+    def __init__(self, out: Path, tokenizer: Any, prefix: list[int], suffix: list[int], vocab: int):
+        self.out, self.tokenizer, self.prefix, self.suffix, self.vocab = out, tokenizer, prefix, suffix, vocab
+        self.dtype = "uint16" if vocab <= 2**16 else "uint32"
         self.documents = {"train": 0, "heldout": 0}
         self.tokens = {"train": 0, "heldout": 0}
+        self.shared_documents = self.shared_chars = 0
         self.pending: list[tuple[Document, bool]] = []
         self.pending_chars = 0
         # The training document with the lowest hash, and (start, length) in the train stream of it and its equals.
@@ -452,7 +398,7 @@ class _Writer:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
-            self._flush()
+            self.flush()
         for file in self.files.values():
             file.close()
 
@@ -462,8 +408,14 @@ class _Writer:
         self.pending_chars += len(document.text)
         if self.pending_chars < self.BATCH_CHARS:
             return False
-        self._flush()
+        self.flush()
         return True
+
+    def take_out(self, document: Document, rest: str) -> Document:
+        """The document with the rest of its text, where the other part is held out."""
+        self.shared_documents += not rest
+        self.shared_chars += len(document.text) - len(rest)
+        return replace(document, text=rest)
 
     def hold_out_lowest(self, source: str) -> None:
         """Move the training document with the lowest hash, and its equals, to the held-out split if that is empty."""
@@ -481,12 +433,14 @@ class _Writer:
         self.documents = {"train": self.documents["train"] - len(spans), "heldout": len(spans)}
         self.tokens = {"train": self.tokens["train"] - len(held), "heldout": len(held)}
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if not self.pending:
             return
         texts = [document.text for document, _ in self.pending]
-        all_ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for (document, heldout), ids in zip(self.pending, all_ids, strict=True):
+        for (document, heldout), ids in zip(self.pending, texts_ids(self.tokenizer, texts), strict=True):
+            if not ids:
+                continue  # what a tokenizer drops, such as spaces: a delimiter alone would be no document
+            require_within(ids, self.vocab, self.tokenizer, f"the text {document.text[:40]!r}")
             self._append(document, np.array([*self.prefix, *ids, *self.suffix], dtype=self.dtype), heldout)
         self.pending, self.pending_chars = [], 0
 
@@ -513,25 +467,38 @@ class _Writer:
         A token ends at a character; what it adds is the text between the end before and its own. So the counts sum
         to the document's length whatever spaces or byte pieces the tokenizer makes.
         """
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = np.maximum.accumulate([0] + [end for _, end in offsets["offset_mapping"]])
+        ends = np.maximum.accumulate([0, *text_ends(self.tokenizer, text)])
         ends[-1] = len(text)  # byte-level tokenizers trim spaces off their offsets
-        bytes_before = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
-        counts = np.diff(bytes_before[ends])
-        zeros = [np.zeros(len(part)) for part in (self.prefix, self.suffix)]
-        return np.concatenate([zeros[0], counts, zeros[1]]).astype(np.uint16)
+        counts = np.diff(_bytes_before(text)[ends])
+        zeros = [np.zeros(len(part), dtype=BYTES_DTYPE) for part in (self.prefix, self.suffix)]
+        return np.concatenate([zeros[0], counts.astype(BYTES_DTYPE), zeros[1]])
 
 
-def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int) -> None:
-    for split, way_out in (
-        ("train", "give more text, or lower data.block_tokens"),
-        ("heldout", "raise data.heldout_fraction, give data.heldout, or lower data.block_tokens"),
-    ):
+def _bytes_before(text: str) -> np.ndarray:
+    """UTF-8 bytes before each character of a text, and in all of it."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    lengths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int, splits: Sequence[str]) -> None:
+    lower = "" if config.heldout else ", lower data.heldout_fraction"
+    ways_out = {
+        "train": f"give more text{lower}, or lower data.block_tokens",
+        "heldout": "raise data.heldout_fraction, give data.heldout, or lower data.block_tokens",
+    }
+    if "train" not in splits:
+        ways_out["heldout"] = "give more text, or lower data.block_tokens"
+    for split in splits:
         if writer.tokens[split] < block_tokens:
             raise DataError(
                 f"the {split} part of {config.source!r} has {writer.tokens[split]} tokens, "
-                f"fewer than one block of {block_tokens}: {way_out}"
+                f"fewer than one block of {block_tokens}: {ways_out[split]}"
             )
+
+
+def _corpus_digest(path: Path, block_tokens: int, apart: Separator | None) -> str:
+    return _digest_files(path / "train.bin", path / "heldout.bin", salt=f"{block_tokens}{apart or ''}")
 
 
 def _digest_files(*paths: Path, salt: str) -> str:

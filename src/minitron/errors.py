@@ -8,6 +8,7 @@ MinitronError
 ├── GgufError                    a GGUF file that cannot be made, read or run
 ├── TaskError                    a benchmark that is not there, or cannot be run with this model or on this machine
 ├── RecipeError                  a recipe that does not validate
+├── NoEffect                     an option or a recipe key that could not change anything
 └── RunError                     a run directory that is locked, stale, or cannot be written
     └── Interrupted              a signal arrived; the state is saved (exit code 130)
 """
@@ -46,6 +47,10 @@ class GgufError(MinitronError):
 
 
 class TaskError(MinitronError):
+    pass
+
+
+class NoEffect(MinitronError):
     pass
 
 

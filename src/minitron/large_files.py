@@ -33,7 +33,7 @@ def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
 
     An error in `items` is raised where its item is asked for. When the caller stops asking, the thread ends.
     """
-    with closing(items), ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, _END) for _ in range(AHEAD))
         try:
             while (item := waiting.popleft().result()) is not _END:
@@ -42,6 +42,7 @@ def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
         finally:
             for future in waiting:
                 future.cancel()
+            thread.submit(items.close).result()  # in the thread, which may be making one when the caller is interrupted
 
 
 def buffers() -> Iterator[UInt8[Tensor, " bytes"]]:

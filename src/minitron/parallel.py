@@ -43,6 +43,8 @@ class Ranks:
 
 # Whether the processes exchange parts of layers, where no error can be passed on. One a process.
 _computing = False
+# Whether the connection to the others has broken.
+_lost = False
 
 
 class _Elsewhere(RunError):
@@ -80,7 +82,9 @@ def process_group() -> Iterator[Ranks]:
         yield here
         require_all_well()
     except Exception as error:
-        if _computing:
+        if _computing and _is_loss(error):
+            raise _loss(error) from None
+        if _computing or _lost:
             raise  # the others may wait inside a layer: torchrun ends them when this process has left
         with suppress(RuntimeError):  # the others are gone already
             if not isinstance(error, _Elsewhere):
@@ -225,9 +229,9 @@ def computing_together() -> Iterator[None]:
     _computing = False
 
 
-def is_computing() -> bool:
-    """Whether `computing_together` is under way, or was when an error came."""
-    return _computing
+def is_alone() -> bool:
+    """Whether an error of this process cannot be told to the others: they compute together, or a connection broke."""
+    return _computing or _lost
 
 
 def require_all_well() -> None:
@@ -282,4 +286,16 @@ def _loss_as_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises when a connection breaks
-        raise _Elsewhere(f"another of the {dist.get_world_size()} processes was ended: {error}") from None
+        raise _loss(error) from None
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether an error says that a connection broke: gloo's are known by their text alone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _loss(error: Exception) -> RunError:
+    global _lost
+    _lost = True
+    number, reason = dist.get_world_size(), str(error).partition("] ")[2].partition(". ")[0] or str(error)
+    return _Elsewhere(f"another of the {number} processes was ended; run the same command to go on ({reason})")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +20,15 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.prune.calibrate import calibrate
 from minitron.publish.formats import size
 from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
-from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.publish.imatrix import (
+    ImportanceMatrix,
+    importance_of,
+    read_importance,
+    require_importance_fits,
+    write_importance,
+)
 from minitron.publish.ladder import LADDER, UNINFORMED, QuantizeConfig
+from minitron.publish.llama_cpp import MOST_THREADS
 from minitron.publish.mixing import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
 from minitron.publish.quantize import (
     Mixture,
@@ -29,9 +36,10 @@ from minitron.publish.quantize import (
     mixture,
     quantized_bytes,
     require_importance,
+    require_known_rule,
     write_quantized,
 )
-from minitron.publish.verify import Measured, Prover
+from minitron.publish.verify import MOST_KL, Measured, Prover
 from minitron.rundir import SILENT, Listener
 
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
@@ -88,7 +96,12 @@ def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool
 
 
 def require_possible(
-    checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool, name: str | None = None
+    checkpoint: Checkpoint,
+    config: QuantizeConfig,
+    *,
+    informed: bool,
+    name: str | None = None,
+    importance_file: Path | None = None,
 ) -> tuple[GgufModel, dict[str, BlockType]]:
     """The model as a file describes it, and the config's types of single tensors.
 
@@ -97,10 +110,17 @@ def require_possible(
     overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
     model = describe(checkpoint, name=name, pre=config.pre)
     fixed = fixed_types(model, overrides)
+    if config.pre is not None:
+        require_known_rule(model)
+    if importance_file is not None:
+        _require_importance_fits(model, config, overrides, importance_file)
     if not informed:
         for kind in config.types:
             require_importance(model, mixture(model, kind, informed=False, overrides=overrides))
     smallest = smallest_mixture(model, fixed).types
+    labels = [f"{bits:g}bpw" for bits in config.bits_per_weight] + [_size_label(most) for most in config.sizes]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise GgufError(f"{twice[0]} is asked for twice: name each size once")
     for bits in config.bits_per_weight:
         if bits < bits_per_weight(model, smallest):
             raise GgufError(
@@ -136,7 +156,9 @@ def quantize(
         does not run like the model.
     """
     informed = text is not None or importance_file is not None
-    model, overrides = require_possible(checkpoint, config, informed=informed, name=name)
+    model, overrides = require_possible(
+        checkpoint, config, informed=informed, name=name, importance_file=importance_file
+    )
     for note in model.notes:
         listener.warn(note)
     if config.verify and text is None:
@@ -145,18 +167,19 @@ def quantize(
         raise GgufError("a mixture of minitron's own needs text to measure on: give --calibration TEXT")
     importance = _importance(checkpoint, text, importance_file, out, listener)
     work = _Work(model, overrides, config, out, importance, text, listener)
-    rows = []
+    if text is not None:
+        _say_what_is_short(config, text, listener)
     with ExitStack() as stack:
-        prove = None
         if config.verify:
             assert text is not None
-            prove = stack.enter_context(
-                Prover(checkpoint.path, text.heldout[: config.blocks], threads=work.threads)
-            ).measure
-        for kind in config.types:
-            rows.append(work.rung(kind, prove))
+            # Beyond the file's context, which may be a window that llama.cpp has not, it need not be the same.
+            blocks = text.heldout[: config.blocks, : model.context]
+            work.prove = stack.enter_context(Prover(checkpoint.path, blocks, threads=work.threads)).measure
+        # What proves the conversion first, so that a wrong one is never taken for what quantizing loses.
+        made = {kind: work.rung(kind) for kind in sorted(config.types, key=lambda kind: kind not in MOST_KL)}
+        rows = [made[kind] for kind in config.types]
         for label, most in work.budgets():
-            rows.append(work.own(label, most, prove))
+            rows.append(work.own(label, most))
     table = {"model": model.keys["general.name"], "notes": list(model.notes), "files": [row.to_dict() for row in rows]}
     (out / TABLE).write_text(json.dumps(table, indent=2))
     return table
@@ -176,7 +199,9 @@ class _Work:
         listener: Listener,
     ):
         self.model, self.config, self.out, self.importance, self.text = model, config, out, importance, text
-        self.listener, self.threads = listener, config.threads or os.cpu_count() or 1
+        self.listener, self.threads = listener, _threads(config, listener)
+        self.prove: Callable[[Path], Measured] | None = None
+        self.proven = False  # that llama.cpp runs a file of this model as the model
         self.overrides, self.fixed = overrides, fixed_types(model, overrides)
         self._damage: Damage | None = None
 
@@ -187,21 +212,21 @@ class _Work:
         beside = file_bytes(self.model, types, {}) - weights_bytes(self.model, types)
         by_bits = [(f"{bits:g}bpw", int(bits * weights / 8)) for bits in self.config.bits_per_weight]
         # What a file says of its importance matrix comes on top.
-        by_size = [(size(most).replace(" ", ""), int(most) - beside - 1024) for most in self.config.sizes]
+        by_size = [(_size_label(most), int(most) - beside - 1024) for most in self.config.sizes]
         return by_bits + by_size
 
-    def rung(self, kind: str, prove: Callable[[Path], Measured] | None) -> File:
+    def rung(self, kind: str) -> File:
         """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
 
         def mixed(informed: bool) -> Mixture:
             return mixture(self.model, kind, informed=informed, overrides=self.overrides)
 
         with_it = self.importance is not None and kind not in UNINFORMED
-        made = self._write(kind, kind, mixed(with_it), prove, informed=with_it)
-        if not with_it or prove is None or self._needs_importance(mixed(False)):
+        made = self._write(kind, kind, mixed(with_it), informed=with_it)
+        if not with_it or self.prove is None or self._needs_importance(mixed(False)):
             return made
         assert made.measured is not None
-        other = self._write(kind, f"{kind}.plain", mixed(False), prove, informed=False)
+        other = self._write(kind, f"{kind}.plain", mixed(False), informed=False)
         assert other.measured is not None
         if other.measured.kl < made.measured.kl:
             (self.out / other.file).replace(self.out / made.file)
@@ -228,14 +253,21 @@ class _Work:
         )
         return self._damage
 
-    def own(self, label: str, most: int, prove: Callable[[Path], Measured] | None) -> File:
+    def own(self, label: str, most: int) -> File:
         mixed = best_mixture(self.model, self.damage(most), most, self.fixed)
-        return self._write(label, label, mixed, prove, informed=True)
+        return self._write(label, label, mixed, informed=True)
 
-    def _write(
-        self, kind: str, label: str, mixed: Mixture, prove: Callable[[Path], Measured] | None, *, informed: bool
-    ) -> File:
+    def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
+        if self.prove is not None and (kind not in MOST_KL or self.overrides):
+            self._require_proven(("Q8_0", "BF16"))
         file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
+        try:
+            return self._made(file, kind, label, mixed, informed=informed)
+        except GgufError:
+            file.unlink(missing_ok=True)
+            raise
+
+    def _made(self, file: Path, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
         digest = write_quantized(
             self.model,
             mixed,
@@ -245,10 +277,44 @@ class _Work:
             threads=self.threads,
             progress=lambda done, total: self.listener.progress(done, total, f"tensors of {label}"),
         )
-        measured = None if prove is None else prove(file)
+        measured = None if self.prove is None else self.prove(file)
+        if measured is not None and kind in MOST_KL and not self.overrides:
+            self._hold(kind, measured)
         bits = bits_per_weight(self.model, mixed.types)
         fallbacks = len(mixed.fallbacks)
         return File(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
+
+    def _hold(self, kind: str, measured: Measured) -> None:
+        """Raises: GgufError for a plain file that is not the model; Q8_0 may lose more than usual, if BF16 does not."""
+        if measured.kl <= MOST_KL[kind]:
+            self.proven = True
+        elif kind == "Q8_0":
+            self._require_proven(("BF16",))
+        else:
+            raise GgufError(
+                f"llama.cpp runs a plain {kind} file of {self.model.checkpoint.path} with logits that are "
+                f"{measured.kl:.2g} nats a token (KL) from the model's, where at most {MOST_KL[kind]:g} is rounding: "
+                "it computes another model, so no file is kept. If BF16 is near and F16 is not, F16 is too small for "
+                "this model's activations; else llama.cpp does not follow something in its config.json"
+            )
+
+    def _require_proven(self, kinds: Sequence[str]) -> None:
+        """Prove the conversion by files that are not kept, where no file that was asked for has done so.
+
+        Raises: GgufError if the last of the kinds is not the model.
+        """
+        for kind in kinds:
+            if self.proven:
+                return
+            assert self.prove is not None
+            file = self.out / f"proof-{kind}.gguf"
+            try:
+                write_quantized(self.model, mixture(self.model, kind, informed=False), file, threads=self.threads)
+                measured = self.prove(file)
+            finally:
+                file.unlink(missing_ok=True)
+            if kind != "Q8_0" or measured.kl <= MOST_KL[kind]:
+                self._hold(kind, measured)
 
     def _needs_importance(self, mixed: Mixture) -> bool:
         try:
@@ -256,6 +322,38 @@ class _Work:
         except GgufError:
             return True
         return False
+
+
+def _require_importance_fits(
+    model: GgufModel, config: QuantizeConfig, overrides: dict[str, BlockType], file: Path
+) -> None:
+    """Raises: GgufError for an importance matrix that is damaged or of another model, or that changes no file."""
+    columns = {tensor.name: tensor.shape[1] for tensor in model.tensors if tensor.is_matrix}
+    importance = read_importance(file)
+    require_importance_fits(importance, columns, str(file))
+    own = bool(config.bits_per_weight or config.sizes)
+    if not own and all(kind in UNINFORMED for kind in config.types) and not overrides:
+        raise GgufError(f"--imatrix {file} changes nothing of {', '.join(config.types)}: leave it out")
+    for kind in config.types:
+        require_importance(model, mixture(model, kind, informed=True, overrides=overrides), importance)
+
+
+def _say_what_is_short(config: QuantizeConfig, text: Text, listener: Listener) -> None:
+    given = {"samples": (config.samples, len(text.calibration)), "blocks": (config.blocks, len(text.heldout))}
+    for name, (asked, there) in given.items():
+        if there < asked and name in config.model_fields_set:
+            listener.warn(f"the text has {there:,} blocks for --{name} {asked:,}: all of them are read")
+
+
+def _size_label(most: float) -> str:
+    return size(most).replace(" ", "")
+
+
+def _threads(config: QuantizeConfig, listener: Listener) -> int:
+    most = min(os.cpu_count() or 1, MOST_THREADS)
+    if config.threads is not None and config.threads > most:
+        listener.warn(f"{config.threads:,} threads are more than this machine has cores: {most} are used")
+    return min(config.threads or most, most)
 
 
 def _importance(

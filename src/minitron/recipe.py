@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.data import DataConfig
 from minitron.distill.settings import DistillConfig
 from minitron.errors import RecipeError, did_you_mean
@@ -19,13 +19,14 @@ from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
 from minitron.publish.ladder import QuantizeConfig
+from minitron.typed_files import parse_yaml, read_yaml, short
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"
 
 
 class Recipe(Section):
-    model: str
+    model: UserPath
     """The teacher: a local directory, or a Hugging Face hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -47,7 +48,16 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for text and `off` for false; here they are a number and text, as in YAML 1.2."""
+    """YAML 1.1 takes 1e-4 for text and `off` for false; here they are a number and text, as in YAML 1.2.
+
+    A key that is there twice is an error: of two values one would not be read.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise yaml.YAMLError(f"in the mapping at line {node.start_mark.line + 1}, key {twice[0]!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -77,12 +87,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises: RecipeError naming the path of every key that is unknown or has a bad value.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+    raw = read_yaml(path, _Loader, RecipeError)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must be a mapping of recipe keys")
     return build_recipe(raw, overrides, where=str(path))
@@ -126,10 +131,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator:
         raise RecipeError(f"--set {override!r}: write it as section.key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from None
+    value = parse_yaml(text, f"--set {override!r}: the value", _Loader, RecipeError)
     *sections, key = path.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
@@ -143,7 +145,9 @@ def _explain(error: Any, kind: type[Section]) -> str:
     path = ".".join(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "dict[")))
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
-    return f"{path}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{path} is missing"
+    return (
+        f"{path}: {error['msg']} (got {short(error['input'])})" if error["type"] != "missing" else f"{path} is missing"
+    )
 
 
 def _keys_at(kind: type[Section], path: tuple[Any, ...]) -> list[str]:

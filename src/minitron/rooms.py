@@ -1,9 +1,7 @@
 """Each room on its own, as the command line's single verbs use it."""
 
-import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,13 +14,21 @@ from minitron.device import pick_device
 from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
-from minitron.errors import DataError, PlanError, RunError
+from minitron.errors import DataError, PlanError
 from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate
+from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
-from minitron.files import atomic_directory, readable_os_errors
-from minitron.model.architecture import PRUNABLE
+from minitron.files import (
+    atomic_directory,
+    beside,
+    prove_directory,
+    put_directory,
+    require_free_space,
+    scratch_directory,
+    scratch_errors,
+)
+from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,
     load_model,
@@ -48,13 +54,14 @@ from minitron.prune.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.prune.repair import RepairConfig, Step, needed_steps, repaired_cut
+from minitron.prune.repair import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
+from minitron.recipe_rules import require_distill_effects
 from minitron.run import bounded, require_correctable
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory, read_record
 from minitron.stages import (
     block_length,
     calibrate_on,
@@ -97,12 +104,14 @@ def calibrate_model(
 ) -> Statistics:
     """Calibrate one model and write its statistics to `out`; under torchrun, with all its processes."""
     with parallel.process_group() as here:
+        if here.rank == 0:
+            prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
             separator = data.separator(data_config, load_tokenizer(teacher.path))
             return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
         with atomic_directory(out) as partial:
-            with corpus_for(teacher, data_config, listener, config.samples, seed) as corpus:
+            with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
                 statistics = calibrate_tokens(
                     teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
@@ -134,7 +143,7 @@ def search_model(
         corpus = None
         if data_config is not None:
             corpus = stack.enter_context(corpus_for(teacher, data_config, listener, calibration.samples))
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minitron-")))
+        work = stack.enter_context(scratch_directory())
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
@@ -162,6 +171,7 @@ def prune_model(
     statistics_dir: Path | None,
     data_config: Callable[[], data.DataConfig],
     samples: int = CalibrateConfig().samples,
+    check: Callable[[CutNeeds], None] = lambda needs: None,
     out: Path,
     listener: Listener = SILENT,
 ) -> tuple[Plan, dict[str, Any]]:
@@ -172,18 +182,21 @@ def prune_model(
 
     Args:
         samples: blocks of that text, which the repair is fitted to also where statistics are given.
+        check: told what the cut needs before anything is read or chosen; may refuse.
     """
+    prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
         given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
         fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
         steps = resolve_repair(repair, teacher, fixed).steps or []
-        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, partial, listener)
         if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
-            plan = given
-        else:
-            plan = _choose(known, given)
+        check(_needs(teacher, config, given, steps, with_statistics=statistics_dir is not None))
+        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
+        plan = given if isinstance(given, Plan) else _choose(known, given)
+        if isinstance(given, Plan):
+            known.require_free_space(plan.student)
         needed = needed_steps(steps, plan)
         listener.stage("prune", "running")
         if needed:
@@ -206,6 +219,25 @@ def prune_model(
     return plan, facts
 
 
+def _needs(
+    teacher: Checkpoint, config: PruneConfig, given: Plan | Given, steps: Sequence[Step], *, with_statistics: bool
+) -> CutNeeds:
+    if isinstance(given, Plan):
+        shape, listed = given.student, Given(**{dim: getattr(given, dim) for dim in PRUNABLE})
+    else:
+        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
+        by_number = given_layers(config, teacher.shape)
+        listed = given if by_number.layers is None else replace(given, layers=by_number.layers)
+    choice = choice_left(teacher.architecture, config, teacher.shape, shape, listed, steps)
+    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
+    scored = needs_scores(teacher.shape, shape, listed)
+    return CutNeeds(
+        choice,
+        statistics=scored or bool(choice.repairs),
+        text=bool(choice.repairs) or (scored and (passes or not with_statistics)),
+    )
+
+
 @dataclass
 class _Known:
     """What a cut is chosen by and its repair fitted to, got when it is first needed."""
@@ -216,14 +248,24 @@ class _Known:
     statistics_dir: Path | None
     data_config: Callable[[], data.DataConfig]
     samples: int
+    out: Path
     work: Path
     listener: Listener
+
+    def require_free_space(self, student: Shape) -> None:
+        """Raises: RunError if the disk has no room for a student of that shape."""
+        counts = [
+            self.teacher.architecture.count(shape, self.teacher.config) for shape in (student, self.teacher.shape)
+        ]
+        # By share, for not every tensor need have the dtype of the embedding.
+        require_free_space(self.out, round(self.teacher.weight_bytes * counts[0].total / counts[1].total), self.work)
 
     @cached_property
     def scoring(self) -> Scoring:
         calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
         tokenizer = load_tokenizer(self.teacher.path)
-        with corpus_for(self.teacher, self.data_config(), self.listener, calibration.samples) as corpus:
+        samples = calibration.samples
+        with corpus_for(self.teacher, self.data_config(), self.listener, samples, scratch=self.work) as corpus:
             scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
         return replace(scoring, scratch=self.work)
 
@@ -249,6 +291,7 @@ class _Known:
 def _choose(known: _Known, given: Given) -> Plan:
     teacher, config = known.teacher, known.config
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
+    known.require_free_space(shape)
     by_number = given_layers(config, teacher.shape)
     given = given if by_number.layers is None else replace(given, layers=by_number.layers)
     if not needs_scores(teacher.shape, shape, given):
@@ -280,24 +323,29 @@ def distill_models(
     """Distil a student of any origin; under torchrun, with all its processes.
 
     State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
-    teacher ends in `<out>.corrected`.
+    teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
+    require_distill_effects(config)
     trackers.require_installed(config.log_to)
+    work, final = beside(out, "work"), {"student": out}
+    final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
     with parallel.process_group() as here:
+        if here.rank == 0:
+            inputs = [teacher, student, data_config.source, data_config.heldout]
+            _forget(work)
+            if not _is_complete(out, work):
+                for made in final.values():
+                    prove_directory(made, inputs=inputs)
+            prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
         require_correctable(config, data_config)
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
         require_same_tokenizer(guide, pupil)
-        work = out.with_name(f"{out.name}.work")
         if here.rank > 0:
-            _assist(guide, pupil, config, seed, work)
+            _assist(guide, pupil, config, seed, work, final)
             return {}
         data_config = bounded(data_config, config.tokens)
-        corrected = out.with_name(f"{out.name}.{CORRECTED}") if config.correction else None
-        for made in (out, corrected):
-            if made is not None and made.exists() and (not made.is_dir() or any(made.iterdir())):
-                raise RunError(f"{made} exists and is not empty; remove it, or choose another --out")
-        with RunDirectory(work, None, listener) as stages:
+        with RunDirectory(work, None, listener, final) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
             parallel.require_all_well()  # the others wait for the text
             config = _resolved(config, guide, pupil, corpus)
@@ -308,32 +356,63 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            (work / "distill" / "metrics.jsonl").replace(made / "metrics.jsonl")
-            if config.correction == "before":
-                (work / f"distill-{CORRECTED}" / "metrics.jsonl").replace(work / CORRECTED / "metrics.jsonl")
-            trackers.keep(work / "distill", made)
-            keep_sampled(corpus.path, made)
-            facts = json.loads((made / "record.json").read_text())["result"]
-            with readable_os_errors(out):
-                made.rename(out)
-                if corrected is not None:
-                    (work / CORRECTED).rename(corrected)
-            shutil.rmtree(work)
-    return {"out": str(out)} | ({CORRECTED: str(corrected)} if corrected else {}) | facts
+            facts = read_record(made)["result"]
+            if made != out:
+                _keep_metrics(work / "distill", made)
+                if config.correction == "before":
+                    _keep_metrics(work / f"distill-{CORRECTED}", work / CORRECTED)
+                trackers.keep(work / "distill", made)
+                keep_sampled(corpus.path, made)
+            for name, place in final.items():
+                if (work / name).exists():  # it was moved, where this was interrupted just here
+                    put_directory(work / name, place)
+            work.rename(_leftover(work))
+        _forget(work)
+    return {"out": str(out)} | ({CORRECTED: str(final[CORRECTED])} if CORRECTED in final else {}) | facts
 
 
-def _assist(guide: Checkpoint, pupil: Checkpoint, config: settings.DistillConfig, seed: int, work: Path) -> None:
+def _is_complete(out: Path, work: Path) -> bool:
+    """Whether what `work` was for is done, but for moving it to `out` and beside it."""
+    return work.is_dir() and any((student / "record.json").exists() for student in (work / "student", out))
+
+
+def _keep_metrics(work: Path, made: Path) -> None:
+    if (work / "metrics.jsonl").exists():
+        (work / "metrics.jsonl").replace(made / "metrics.jsonl")
+
+
+def _leftover(work: Path) -> Path:
+    """The name of a `work` that is no longer needed."""
+    return work.with_name(f"{work.name}.partial")
+
+
+def _forget(work: Path) -> None:
+    shutil.rmtree(_leftover(work), ignore_errors=True)
+
+
+def _assist(
+    guide: Checkpoint,
+    pupil: Checkpoint,
+    config: settings.DistillConfig,
+    seed: int,
+    work: Path,
+    final: Mapping[str, Path],
+) -> None:
     """What processes other than the first do of a distillation."""
+
+    def done(stage: str) -> bool:
+        return any((path / "record.json").exists() for path in (work / stage, final[stage]))
+
     parallel.require_all_well()
     corpus = data.open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
-    if config.correction == "before" and not (work / CORRECTED / "record.json").exists():
+    if config.correction == "before" and not done(CORRECTED):
         own = settings.of_correction(config)
         train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
     parallel.require_all_well()
     source = work / CORRECTED if config.correction == "before" else guide.path
     source = work / "lessons" if config.teacher == "recorded" else source
-    if not (work / "student" / "record.json").exists():
+    if not done("student"):
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 
@@ -370,12 +449,10 @@ def evaluate_model(
     guide = None
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
-        require_same_vocabulary(reference, checkpoint)
+        require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
-    if whole:
-        data_config = data_config.model_copy(update={"heldout": data_config.source})
-    with corpus_for(checkpoint, data_config, listener) as corpus:
+    with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
         quality = evaluate(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
@@ -411,11 +488,19 @@ def benchmark_models(
     return facts
 
 
-def generate_text(model: str, prompt: str, *, new_tokens: int, temperature: float, seed: int) -> str:
-    """The continuation of a prompt by a model on disk."""
-    path = open_checkpoint(resolve_model(model)).path
-    loaded = load_model(path).to(pick_device())
-    return generate(loaded, load_tokenizer(path), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
+    """The continuation of a prompt by a model on disk.
+
+    Args:
+        new_tokens: None for USUAL_NEW_TOKENS, or as many as the model's context has room for.
+    """
+    require_temperature(temperature)
+    checkpoint = open_checkpoint(resolve_model(model))
+    tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
+    num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
+    new_tokens = num_new_tokens(num_ids, new_tokens, context)
+    loaded = load_model(checkpoint.path).to(pick_device())
+    return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
 def keep_sampled(corpus: Path, out: Path) -> None:
@@ -426,18 +511,28 @@ def keep_sampled(corpus: Path, out: Path) -> None:
 
 @contextmanager
 def corpus_for(
-    checkpoint: Checkpoint, config: data.DataConfig, listener: Listener, samples: int | None = None, seed: int = 0
+    checkpoint: Checkpoint,
+    config: data.DataConfig,
+    listener: Listener,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    whole: bool = False,
+    scratch: Path | None = None,
 ) -> Iterator[data.Corpus]:
     """A corpus that is gone after the block.
 
     Args:
         samples: training blocks that are needed of text without end, which may be the checkpoint's own.
         seed: of text that is sampled.
+        whole: hold out all of the text.
+        scratch: an existing directory to keep it in; default the system's temporary directory.
     """
     listener.stage("data", "running")
     if samples is not None:
         config = bounded(config, samples * block_length(config, checkpoint))
-    with tempfile.TemporaryDirectory(prefix="minitron-") as path:
+    with scratch_directory(scratch) as path:
         tokenizer = load_tokenizer(checkpoint.path)
-        make_corpus(config, checkpoint, tokenizer, seed=seed, out=Path(path), listener=listener)
-        yield data.open_corpus(Path(path))
+        with scratch_errors(scratch):
+            make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
+        yield data.open_corpus(path)

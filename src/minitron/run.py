@@ -1,5 +1,6 @@
 """The whole pipeline on one screen. Only this module and those beside it in docs/design.md compose the rooms."""
 
+import os
 from pathlib import Path
 
 from minitron import data
@@ -7,6 +8,8 @@ from minitron.device import settle_precision
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
 from minitron.errors import DataError, RunError
+from minitron.evaluate.generate import prompt_of
+from minitron.files import prove_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -15,14 +18,16 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
-from minitron.prune.plan import target_shape
+from minitron.prune.plan import given_layers, target_shape
+from minitron.prune.repair import choice_left
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import score_units
 from minitron.prune.shapes import needs_machine
 from minitron.publish import ladder
 from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.recipe_rules import require_choice_effects, require_recipe_effects
+from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
 from minitron.stages import (
     STATISTICS,
     block_length,
@@ -60,12 +65,16 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
+    inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
+    prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
     if recipe.gguf.wanted:
         ladder.require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
+    for prompt in recipe.evaluate.prompts:
+        prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener)
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
@@ -113,7 +122,11 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
-    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest."""
+    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest.
+
+    Raises: NoEffect for a key that could not change anything.
+    """
+    require_recipe_effects(recipe)
     require_correctable(recipe.distill, recipe.data)
     if recipe.search.level == "off":
         shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
@@ -121,6 +134,9 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
         machine = machine_for(recipe.search, teacher.dtype) if needs_machine(recipe.search) else None
         shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     repair = resolve_repair(recipe.repair, teacher)
+    given = given_layers(recipe.prune, teacher.shape)
+    left = choice_left(teacher.architecture, recipe.prune, teacher.shape, shape, given, repair.steps or [])
+    require_choice_effects(recipe, left)
     basis = "basis" in (repair.steps or []) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
     tokens = recipe.distill.tokens and max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
@@ -186,5 +202,5 @@ def require_correctable(config: settings.DistillConfig, text: data.DataConfig) -
 
 def _whole_path(source: str) -> str:
     """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and path.exists() else source
+    path = data.local_path(source)
+    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and os.path.exists(path) else source

@@ -5,7 +5,6 @@ stage whose record is there and whose inputs are unchanged is done. Inputs that 
 """
 
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -18,11 +17,28 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from minitron import layouts
 from minitron.config import Section
 from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.errors import CheckpointError, RunError
-from minitron.files import atomic_directory, digest_files, readable_os_errors, remember_digest, write_json
+from minitron.files import (
+    atomic_directory,
+    digest_files,
+    read_digests,
+    readable_os_errors,
+    remember_digest,
+    require_directory,
+    write_json,
+    write_text,
+)
 from minitron.recipe import Recipe, dump_recipe
+from minitron.typed_files import read_typed
+
+# What a run makes in its directory, of which no input may be a part.
+RUN_ENTRIES = (
+    *("data", "data-state", "statistics", "scores", "plan", "search", "search-state", "lessons", "corrected", "pruned"),
+    *("student", "distill", "distill-corrected", "distill-scratch", "scratch", "evaluations", "gguf"),
+)
 
 
 @runtime_checkable
@@ -59,14 +75,14 @@ class RunDirectory:
     out: Path
     recipe: Recipe | None = None  # None for a single room's work
     listener: Listener = SILENT
+    final: Mapping[str, Path] = field(default_factory=dict)  # where stages go in the end, and may be already
     _digests: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "RunDirectory":
-        if self.out.exists() and not self.out.is_dir():
-            raise RunError(f"{self.out} is a file; the output must be a directory: choose another --out")
         with readable_os_errors(self.out):
-            self._created = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
+            end = require_directory(self.out)
+            self._created = not end.exists()
+            end.mkdir(parents=True, exist_ok=True)
             self._lock = (self.out / ".lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,8 +91,7 @@ class RunDirectory:
             raise RunError(
                 f"run directory {self.out} is in use by another process; wait for it, or choose another --out"
             ) from None
-        cache = self.out / ".digests.json"
-        self._digests = json.loads(cache.read_text()) if cache.exists() else {}
+        self._digests = read_digests(self.out / ".digests.json")
         if not (self.out / "recipe.yaml").exists():
             self._write_recipe()
         return self
@@ -84,8 +99,11 @@ class RunDirectory:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self._write_recipe()  # not before every stage has agreed to it
-        elif self._created and (issubclass(kind, CheckpointError) or not any(self.out.glob("*/"))):
-            shutil.rmtree(self.out)  # bad input: leave nothing behind; text tokenized for a damaged model is no use
+        elif self._created:
+            # Bad input leaves nothing behind; text tokenized for a damaged model is no use.
+            of_no_use = {"data"} if issubclass(kind, CheckpointError) else set()
+            if {path.name for path in self.out.glob("*/")} <= of_no_use:
+                shutil.rmtree(self.out.resolve())
         self._lock.close()
 
     def settle(self, **sections: Section) -> Recipe:
@@ -125,10 +143,11 @@ class RunDirectory:
         """
         path = self.out / name
         plain = {key: _plain(value) for key, value in config.items()}
-        if (path / "record.json").exists():
-            _require_same(path, json.loads((path / "record.json").read_text()), inputs, plain)
-            self.listener.stage(name, "unchanged")
-            return path
+        for made in (path, self.final.get(name, path)):
+            if (made / "record.json").exists():
+                _require_same(made, read_record(made), inputs, plain)
+                self.listener.stage(name, "unchanged")
+                return made
         if state is not None:
             _require_same_start(state, {"inputs": dict(inputs), "config": plain})
         self.listener.stage(name, "running")
@@ -157,10 +176,21 @@ class RunDirectory:
     def _write_recipe(self) -> None:
         if self.recipe is None:
             return
-        with readable_os_errors(self.out):
-            partial = self.out / "recipe.yaml.partial"
-            partial.write_text(dump_recipe(self.recipe))
-            partial.replace(self.out / "recipe.yaml")
+        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+
+
+def read_record(stage: Path) -> dict[str, Any]:
+    """What a finished stage's record.json says.
+
+    Raises: RunError if it cannot be read or is no record.
+    """
+    record: dict[str, Any] = read_typed(
+        stage / "record.json",
+        layouts.RECORD,
+        RunError,
+        way_out=f"remove {stage} and run the same command to make it again",
+    )
+    return record
 
 
 def hardware() -> dict[str, Any]:
@@ -200,7 +230,8 @@ def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str],
 def _require_same_start(state: Path, start: dict[str, Any]) -> None:
     file = state / "inputs.json"
     if file.exists():
-        _require_same(state, json.loads(file.read_text()), start["inputs"], start["config"])
+        known = read_typed(file, layouts.INPUTS, RunError, way_out=f"remove {state} to start again")
+        _require_same(state, known, start["inputs"], start["config"])
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ from torch import Tensor
 from minitron.data import DataConfig, delimiters, is_heldout, keyed
 from minitron.device import pick_device
 from minitron.errors import CheckpointError, DataError
-from minitron.files import readable_os_errors
 from minitron.model.checkpoint import load_model
+from minitron.model.tokens import first_token, num_rows_needed, text_ids
+from minitron.reading import read_rows
 
 # A model that says little may never fill the held-out part: sampling ends at so many times what is to be expected.
 PATIENCE = 4
@@ -77,7 +78,7 @@ def sample_text(
 
     loaded = load_model(model).to(pick_device())
     ends = end_tokens(tokenizer, loaded)
-    with readable_os_errors(file), file.open("a", encoding="utf-8") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         while not goal.reached:
             number = len(rows) // config.sample_batch
             draws = np.random.default_rng([seed, number]).random((config.sample_batch, block_tokens - 1), np.float32)
@@ -89,7 +90,7 @@ def sample_text(
                 temperature=config.sample_temperature,
                 top_k=config.sample_top_k,
                 top_p=config.sample_top_p,
-                vocab=len(tokenizer),
+                vocab=num_rows_needed(tokenizer),
                 step=step,
             )
             for row in (_decoded(ids, ends, tokenizer) for ids in batch):
@@ -105,13 +106,7 @@ def sample_text(
 
 def start_token(tokenizer: Any) -> int:
     """Raises: DataError if the tokenizer has neither a BOS nor an EOS token."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise DataError(
-        "text cannot be sampled from the teacher: its tokenizer has neither a BOS nor an EOS token to start from; "
-        "give text as data.source"
-    )
+    return first_token(tokenizer, "text cannot be sampled from the teacher", "give text as data.source")
 
 
 def end_tokens(tokenizer: Any, model: Any) -> set[int]:
@@ -216,7 +211,7 @@ class _Goal:
         self.drawn += row.tokens
         if not row.text.strip():
             return  # no document
-        tokens = len(self.tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids) + self.num_delimiters
+        tokens = len(text_ids(self.tokenizer, row.text)) + self.num_delimiters
         if self.config.heldout is None and is_heldout(keyed(row.text), self.config.heldout_fraction):
             self.heldout += tokens
         else:
@@ -226,6 +221,7 @@ class _Goal:
 def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> Sampled:
     ended = ids[-1] in ends
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = text.replace("\0", "")  # a token of most tokenizers, and no character of text
     # The length may cut a character in two.
     return Sampled(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
 
@@ -236,4 +232,9 @@ def _resume(path: Path, batch: int) -> list[Sampled]:
     whole = sum(line.endswith(b"\n") for line in lines) // batch * batch
     if path.exists():
         os.truncate(path, sum(map(len, lines[:whole])))
-    return [Sampled(**json.loads(line)) for line in lines[:whole]]
+    try:
+        return [Sampled(**row) for _, row in read_rows(path, DataError)] if path.exists() else []
+    except (DataError, TypeError) as problem:
+        raise DataError(
+            f"{path}, the text sampled so far, is damaged ({problem}): delete it, and sampling begins anew"
+        ) from None

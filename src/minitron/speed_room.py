@@ -32,6 +32,7 @@ from minitron.evaluate.speed import (
 )
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.hugging_face import new_model
+from minitron.publish.gguf_file import is_gguf
 from minitron.publish.ladder import require_installed
 from minitron.rundir import SILENT, Listener, hardware
 
@@ -79,7 +80,7 @@ def measure_models(
     `measure_speed` gives them.
     """
     named = {MODEL: model} if teacher is None else {TEACHER: teacher, STUDENT: model}
-    engine = engine or ("llama.cpp" if model.endswith(".gguf") else "transformers")
+    engine = engine or ("llama.cpp" if is_gguf(model) else "transformers")
     if engine == "vllm" and find_spec("vllm") is None:
         raise MinitronError(
             "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine whose "
@@ -87,6 +88,8 @@ def measure_models(
         )
     if engine == "llama.cpp" and dtype != "auto":
         raise MinitronError(f"--dtype {dtype}: the types in a GGUF file are its own; leave --dtype out")
+    if threads is not None and threads > (os.cpu_count() or 1):
+        raise MinitronError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most as many")
     facts = {name: _describe(source, engine) for name, source in named.items()}
     limit = min((fact["context"] for fact in facts.values() if fact["context"]), default=None)
     contexts = _contexts(contexts, limit, new_tokens)
@@ -120,22 +123,20 @@ def measure_models(
 
 def _describe(source: str, engine: Engine) -> dict[str, Any]:
     """Path, parameters, bytes, and the longest context that the model has, or None."""
-    is_gguf = source.endswith(".gguf")
-    if is_gguf != (engine == "llama.cpp"):
+    in_file = is_gguf(source)
+    if in_file != (engine == "llama.cpp"):
         raise MinitronError(
             f"{source} is a GGUF file, which {engine} does not run here: give the model's directory or a hub id, or "
             "take --engine llama.cpp"
-            if is_gguf
+            if in_file
             else f"llama.cpp runs GGUF files, and {source} is none: "
             f"`minitron quantize {source} --types BF16 --no-verify --out gguf` makes one of it"
         )
-    if is_gguf:
+    if in_file:
         require_installed()
         from minitron.gguf_rooms import inspect_gguf
 
         path = Path(source)
-        if not path.is_file():
-            raise MinitronError(f"{source} does not exist")
         said = inspect_gguf(path)
         kinds = ", ".join(said["types"])
         total, size, context = said["parameters"]["total"], said["bytes"], said["shape"]["context"]
@@ -170,10 +171,10 @@ def _contexts(asked: Sequence[int] | None, limit: int | None, new_tokens: int) -
 def _ask(child: Child, subject: Subject, load: Load) -> Timing:
     try:
         return child.call(_answer, subject, load)
-    except ChildEnded:
+    except ChildEnded as ended:
         raise MinitronError(
             f"the process that ran {subject.path} in {subject.engine} ended at --batch {load.batch} --context "
-            f"{load.context}, as processes do that ask for more memory than there is: give smaller ones"
+            f"{load.context} ({ended}), as processes do that ask for more memory than there is: give smaller ones"
         ) from None
 
 

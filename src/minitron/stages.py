@@ -37,6 +37,7 @@ from minitron.model.checkpoint import (
     open_checkpoint,
 )
 from minitron.model.model_config import ModelConfig
+from minitron.naming import run_name
 from minitron.packing import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
@@ -75,7 +76,9 @@ def prepare_data(
     stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    return data.open_corpus(stages.out / "data")
+    corpus = data.open_corpus(stages.out / "data")
+    data.require_undamaged(corpus)  # it may have lain there for long
+    return corpus
 
 
 def make_corpus(
@@ -86,12 +89,14 @@ def make_corpus(
     seed: int,
     out: Path,
     state: Path | None = None,
+    whole: bool = False,
     listener: Listener,
 ) -> dict[str, Any]:
     """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
 
     Args:
         state: where sampled text is kept from one call to the next.
+        whole: hold out all of the text.
 
     Returns what a record should say of it.
     """
@@ -115,8 +120,12 @@ def make_corpus(
         block_tokens=block_tokens,
         out=out,
         documents=documents,
+        whole=whole,
         progress=listener.progress,
+        warn=listener.warn,
     )
+    if (config.delimiter, corpus.delimiter) == ("auto", "none"):
+        listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")
     return asdict_without_path(corpus) | facts
 
 
@@ -134,7 +143,7 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
         inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
         config={"calibrate": config, "seed": seed},
     )
-    return Statistics.load(stages.out / "statistics")
+    return Statistics.load_of_shape(teacher, stages.out / "statistics")
 
 
 def make_plan(
@@ -168,7 +177,7 @@ def make_plan(
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
-        scores = Scores.load(stages.out / "scores")
+        scores = Scores.load(stages.out / "scores", teacher.shape)
         made = plan_student(teacher, lambda _: scores, shape, replace(scoring, scratch=out), given)
         made.save(out / "plan.json")
         return {"plan": str(made)}
@@ -489,7 +498,7 @@ def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: data.Corpu
     from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize
 
     config, seed = recipe.gguf, recipe.seed
-    name = f"{Path(recipe.model).name}-{recipe.prune.target or 'small'}".replace("%", "pct")
+    name = run_name(recipe.model, recipe.prune.target)
 
     def work(out: Path) -> dict[str, Any]:
         tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), seed)

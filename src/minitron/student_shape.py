@@ -1,6 +1,5 @@
 """Which shape the student gets: the stage that composes enumeration, prediction, cuts and short distillation runs."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -10,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron import layouts
 from minitron.data import Blocks, Corpus, batch_rows
 from minitron.device import bytes_per_second, matmul_flops_per_second
 from minitron.distill import settings, train
+from minitron.errors import RunError
 from minitron.files import atomic_directory, write_json
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
@@ -24,7 +25,8 @@ from minitron.prune.residual import reading_moment
 from minitron.prune.search import Ranked, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
 from minitron.recipe import Recipe
-from minitron.rundir import Listener, RunDirectory
+from minitron.rundir import Listener, RunDirectory, read_record
+from minitron.typed_files import as_typed, read_typed
 
 PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 
@@ -81,7 +83,9 @@ def find_shape(
         },
         state=work,
     )
-    facts = json.loads((stages.out / "search" / "candidates.json").read_text())
+    found = stages.out / "search"
+    again = f"remove {found} and run the same command to search again"
+    facts = read_typed(found / "candidates.json", layouts.SEARCH, RunError, way_out=again)
     return Shape(**facts["candidates"][0]["shape"])
 
 
@@ -131,7 +135,8 @@ def take_over(stages: RunDirectory) -> None:
     record = stages.out / "search" / "record.json"
     if not record.exists():
         return
-    winner = json.loads(record.read_text())["result"]["winner"]["name"]
+    found = as_typed(read_record(record.parent)["result"], layouts.RESULTS["search"], f"{record}: result", RunError)
+    winner = found["winner"]["name"]
     state, final = _work(stages) / winner / "distill", stages.out / "distill"
     if state.exists() and not final.exists():
         state.rename(final)
@@ -190,7 +195,11 @@ class _Trial:
         self.guide, self.listener = guide, listener
         self.judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks)
         self.file = work / "losses.json"
-        self.known: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.known: dict[str, dict[str, float]] = (
+            read_typed(self.file, layouts.LOSSES, RunError, way_out=f"remove {self.file} to measure them again")
+            if self.file.exists()
+            else {}
+        )
         tokens = recipe.distill.tokens or corpus.train_tokens
         self.weights_rms = teacher.weights_rms()
         resolved = self._resolve(teacher.shape)

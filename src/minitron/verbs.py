@@ -10,7 +10,9 @@ from typing import Any
 
 from minitron.arguments import data_config, data_section, pair, repair_section, section
 from minitron.console import Console
+from minitron.effects import require_once
 from minitron.errors import MinitronError
+from minitron.option_rules import require_cut_options
 from minitron.result_text import (
     aligned,
     benchmark_lines,
@@ -64,6 +66,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
 
 
 def compress(args: argparse.Namespace, console: Console) -> None:
+    from minitron.naming import model_name
     from minitron.recipe import build_recipe
 
     raw: dict[str, Any] = {
@@ -74,7 +77,7 @@ def compress(args: argparse.Namespace, console: Console) -> None:
         "prune": {"target": args.target_params},
         "distill": {"tokens": args.tokens},
     }
-    name = f"{Path(args.model).name}-{args.target_params.rstrip('%')}"
+    name = f"{model_name(args.model)}-{args.target_params.rstrip('%')}"
     _run_recipe(build_recipe(raw, args.set), args.out or Path("runs") / name, args, console)
 
 
@@ -131,7 +134,7 @@ def search(args: argparse.Namespace, console: Console) -> None:
         batch=args.batch,
         bytes_per_second=args.bytes_per_second,
         flops_per_second=args.flops_per_second,
-        dims={dim: sizes for dim, _, sizes in pairs},
+        dims=require_once(((dim, sizes) for dim, _, sizes in pairs), "--dims"),
         gguf_block=args.gguf_block,
         cut_candidates=args.cut or 1,
     )
@@ -152,9 +155,9 @@ def prune(args: argparse.Namespace, console: Console) -> None:
 
     units = [name for name in ("shape", "layers", "plan") if getattr(args, name)]
     if not units and not args.target_params:
-        args.usage_error("one of the arguments --target-params --shape --layers --plan is required")
+        args.parser.error("one of the arguments --target-params --shape --layers --plan is required")
     if units and args.target_params:
-        args.usage_error(f"argument --{units[0]}: not allowed with argument --target-params")
+        args.parser.error(f"argument --{units[0]}: not allowed with argument --target-params")
     options = {
         name: getattr(args, name) for name in ("shape", "criterion", "layer_criterion", "layer_task", "iterations")
     }
@@ -167,6 +170,7 @@ def prune(args: argparse.Namespace, console: Console) -> None:
         statistics_dir=args.statistics,
         data_config=lambda: data_config(args, console),
         samples=args.samples,
+        check=lambda needs: require_cut_options(args, needs),
         out=args.out,
         listener=console,
     )
@@ -192,8 +196,6 @@ def distill(args: argparse.Namespace, console: Console) -> None:
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     with_tasks = bool(args.tasks or args.suite or args.tasks_dir)
     facts: dict[str, Any] = {}
-    if not with_tasks and (option := _stray_option(args)):
-        raise MinitronError(f"{option} is of benchmarks, and none is named: give --tasks, --suite or --tasks-dir")
     if with_tasks:
         facts = _benchmarks(args, console)
     if not with_tasks or args.data is not None:
@@ -218,19 +220,12 @@ def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return evaluate_model(args.model, args.teacher, data, **options)
 
 
-def _stray_option(args: argparse.Namespace) -> str | None:
-    """An option of benchmarks that has been given."""
-    given = {name: getattr(args, name) for name in ("limit", "shots", "allow_code", "chat", "streamed", "batch")}
-    found = next((name for name, value in given.items() if value not in (None, False)), None)
-    return found and f"--{found.replace('_', '-')}"
-
-
 def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from minitron.evaluate.tasks import TaskOptions, cache_directory
     from minitron.rooms import benchmark_models
 
     for model in (args.model, args.teacher):
-        if model is not None and model.endswith(".gguf"):
+        if model is not None and _is_gguf(model):
             raise MinitronError(
                 f"{model}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
                 "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
@@ -257,12 +252,11 @@ def generate(args: argparse.Namespace, console: Console) -> None:
 
 def _is_gguf(model: str) -> bool:
     """Whether MODEL is a GGUF file, for which the packages must be there."""
-    if not model.endswith(".gguf"):
-        return False
+    from minitron.publish.gguf_file import is_gguf
     from minitron.publish.ladder import require_installed
 
-    if not Path(model).is_file():
-        raise MinitronError(f"{model} does not exist")
+    if not is_gguf(model):
+        return False
     require_installed()
     return True
 
@@ -271,6 +265,8 @@ def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
     from minitron.gguf_rooms import inspect_gguf
     from minitron.publish.formats import share, size
 
+    if args.revision is not None:
+        raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
     facts = inspect_gguf(Path(args.model))
     total = facts["parameters"]["total"]
     lines = [
@@ -287,9 +283,9 @@ def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
 def quantize(args: argparse.Namespace, console: Console) -> None:
     own = bool(args.target_bpw or args.target_size)
     if not args.types and not own:
-        args.usage_error("one of the arguments --types --target-bpw --target-size is required")
+        args.parser.error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
-        args.usage_error("the following arguments are required: --out")
+        args.parser.error("the following arguments are required: --out")
     from minitron.publish.ladder import QuantizeConfig, require_installed
 
     require_installed()
@@ -300,7 +296,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
         types=args.types,
         bits_per_weight=args.target_bpw,
         sizes=args.target_size,
-        tensor_types=dict(pair("--tensor-type", text) for text in args.tensor_type),
+        tensor_types=require_once((pair("--tensor-type", text) for text in args.tensor_type), "--tensor-type"),
         samples=args.samples,
         blocks=args.blocks,
         verify=args.verify,

@@ -6,7 +6,6 @@ block is found by a digest of its tokens: it may be asked for in any order, in a
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitron import layouts
 from minitron.device import pick_device
 from minitron.distill.losses import LEAST_TAIL, TopK
 from minitron.distill.teacher import Lesson
@@ -27,6 +27,7 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream, default_batch
 from minitron.packing import Batch, Separator
+from minitron.typed_files import read_typed
 
 INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
@@ -106,12 +107,13 @@ class RecordedTeacher:
         Raises: MinitronError if a file is missing or damaged.
         """
         self.path, self.device = path, device
-        self.facts = json.loads((path / INDEX).read_text())
+        again = f"remove {path} and write the lessons again"
+        self.facts = read_typed(path / INDEX, layouts.LESSONS, MinitronError, way_out=again)
         self._files = []
         for shard in self.facts["shards"]:
             file = path / shard["file"]
-            if not file.exists() or digest_files([file], {}) != shard["sha256"]:
-                raise MinitronError(f"{file} is missing or damaged: remove {path} and write the lessons again")
+            if not file.is_file() or digest_files([file], {}) != shard["sha256"]:
+                raise MinitronError(f"{file} is missing or damaged: {again}")
             self._files.append(safe_open(file, framework="pt"))
         digests = np.concatenate([file.get_tensor("blocks").numpy() for file in self._files])
         self._places = [(file, row) for file in self._files for row in range(file.get_slice("blocks").get_shape()[0])]

@@ -233,13 +233,6 @@ def _require_a_batch(key: str, tokens: int, batch: int, block_tokens: int) -> No
 def require_correction_fits(config: DistillConfig) -> None:
     """Raises: MinitronError for a correction of the teacher that the rest of the config leaves without effect."""
     if config.correction is None:
-        for key in ("correction_tokens", "correction_learning_rate", "correction_warmup_steps"):
-            value = getattr(config, key)
-            if value is not None:
-                raise MinitronError(
-                    f"distill.{key}={value:,} is of no use while the teacher is not corrected: set distill.correction "
-                    "to before or parallel, or leave it out"
-                )
         return
     if not config.objective.needs_teacher:
         raise MinitronError(

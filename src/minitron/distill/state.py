@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitron import layouts
 from minitron.device import versions
 from minitron.distill.soap import Soap
 from minitron.errors import RunError
@@ -23,6 +23,8 @@ from minitron.files import atomic_directory, readable_os_errors, write_text
 from minitron.large_files import digest_file
 from minitron.model.weights import write_shard
 from minitron.parallel import at_holder, divided_like, from_holder, joined, whole
+from minitron.reading import parse_json, read_text
+from minitron.typed_files import as_typed
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
 FACTS = "state.json"
@@ -80,7 +82,7 @@ class States:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The metrics so far."""
         if self._metrics.exists():
-            yield from map(json.loads, self._metrics.read_text().splitlines())
+            yield from map(json.loads, read_text(self._metrics, RunError).splitlines())
 
     def save(self, step: int, tokens: int) -> None:
         """Add a state, and remove all others but the one before.
@@ -209,8 +211,12 @@ class States:
     def _forget_metrics_after(self, tokens: int) -> None:
         if joined().rank > 0 or not self._metrics.exists():
             return
-        text = self._metrics.read_text()
-        kept = "".join(line + "\n" for line in text.splitlines() if _tokens_of(line) <= tokens)
+        text = _metrics_text(self._metrics)
+        lines = text.splitlines()
+        rows = [_tokens_of(line) for line in lines]
+        if damaged := [number for number, row in enumerate(rows[:-1], start=1) if row is None]:
+            self.warn(f"{self._metrics}, line {damaged[0]}, is no row of metrics: it is left out")
+        kept = "".join(line + "\n" for line, row in zip(lines, rows, strict=True) if row is not None and row <= tokens)
         if kept != text:
             write_text(self._metrics, kept, way_out=self._way_out())
 
@@ -243,8 +249,9 @@ def _newest(work: Path) -> tuple[tuple[Path, Facts] | None, dict[Path, str]]:
     """The newest state that can be used, and why those after it cannot."""
     unusable: dict[Path, str] = {}
     for path in sorted(work.glob("state-*"), reverse=True):
-        if path.suffix == ".partial":
-            shutil.rmtree(path)  # was being written by a process that was killed
+        if path.suffix == ".partial":  # was being written by a process that was killed
+            if joined().rank == 0:
+                shutil.rmtree(path)
             continue
         try:
             return (path, _checked_facts(path)), unusable
@@ -306,8 +313,18 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _tokens_of(line: str) -> int | float:
+def _metrics_text(file: Path) -> str:
+    """The text of a file of metrics, where a byte that is no text makes its line no row."""
     try:
-        return json.loads(line)["tokens"]
-    except ValueError:
-        return inf  # the line that a kill cut short
+        return file.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror}; remove it, and the metrics begin anew") from None
+
+
+def _tokens_of(line: str) -> int | None:
+    """The tokens seen at a row of metrics; None if the line is none, such as the last one that a kill cut short."""
+    try:
+        row = parse_json(line, "metrics.jsonl", RunError)
+        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError)["tokens"]
+    except RunError:
+        return None

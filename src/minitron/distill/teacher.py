@@ -16,6 +16,7 @@ from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoin
 from minitron.model.divided import begun_model, placed
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.states import kept_states, layers_of
+from minitron.model.tokens import num_rows_needed
 from minitron.packing import Batch
 
 
@@ -70,22 +71,36 @@ class OnlineTeacher:
         return Lesson(logits, states)
 
 
-def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Raises: MinitronError if logits of the two models cannot be compared."""
-    if teacher.shape.vocab != student.shape.vocab:
+def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint, *, padding: bool = False) -> None:
+    """
+    Args:
+        padding: whether their embeddings may differ in rows that no token of their tokenizer has.
+
+    Raises: MinitronError if logits of the two models cannot be compared.
+    """
+    ours, theirs = student.shape.vocab, teacher.shape.vocab
+    if ours == theirs:
+        return
+    differ = f"teacher and student vocabularies differ: {teacher.path} has {theirs} tokens, {student.path} has {ours}"
+    same = require_same_tokenizer(teacher, student) and num_rows_needed(load_tokenizer(teacher.path)) <= min(
+        ours, theirs
+    )
+    if not same:
+        raise MinitronError(f"{differ}; KL compares logits token by token, so they must be the same")
+    if not padding:
         raise MinitronError(
-            f"teacher and student vocabularies differ: {teacher.path} has {teacher.shape.vocab} tokens, "
-            f"{student.path} has {student.shape.vocab}; KL compares logits token by token, so they must be the same"
+            f"{differ}, of which only rows of padding differ: the tokenizer is the same; bring both to one size with "
+            f"transformers, model.resize_token_embeddings({min(ours, theirs)}), or cut the student from this teacher"
         )
 
 
-def require_same_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
-    """A student whose directory has no tokenizer is taken to have its teacher's.
+def require_same_tokenizer(teacher: Checkpoint, student: Checkpoint) -> bool:
+    """A student whose directory has no tokenizer is taken to have its teacher's; False for both without one.
 
     Raises: MinitronError if a token is another text to one of them.
     """
     if not any(student.path.glob("tokenizer*")):
-        return
+        return any(teacher.path.glob("tokenizer*"))
     ours, theirs = (load_tokenizer(checkpoint.path).get_vocab() for checkpoint in (student, teacher))
     texts = sorted(theirs.keys() | ours.keys(), key=lambda text: theirs.get(text, ours.get(text)))
     for text in texts:
@@ -95,3 +110,4 @@ def require_same_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
                 f"{teacher.path} and {ours.get(text)} of {student.path}; KL compares logits token by token, so give a "
                 "student that was cut from this teacher, or one with its tokenizer"
             )
+    return True

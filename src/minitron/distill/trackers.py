@@ -9,6 +9,7 @@ installs in REQUIREMENTS.
 """
 
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -21,8 +22,9 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from minitron import parallel
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, RunError
 from minitron.files import readable_os_errors, write_text
+from minitron.reading import read_text
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Row = Mapping[str, Any]
@@ -194,4 +196,7 @@ def _training_id(work: Path) -> str:
     file = work / "tracking-id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:12])
-    return file.read_text()
+    own = read_text(file, RunError).strip()
+    if not re.fullmatch("[0-9a-f]{12}", own):
+        raise RunError(f"{file} holds no id of a training: remove it, and trackers begin a new run")
+    return own

@@ -81,8 +81,8 @@ def distill(
     twice. Its step is the step of the new batch that is nearest to the tokens seen, and from there on the schedule is
     the new one. So is that of another number of tokens; one that is already reached leaves the student as it is.
 
-    Raises: Interrupted after SIGINT or SIGTERM, with the state saved; RunError if the state is of another student or
-        block length, or cannot be written, with the one before still there.
+    Raises: Interrupted after SIGINT, SIGTERM or SIGHUP, with the state saved; RunError if the state is of another
+        student or block length, or cannot be written, with the one before still there.
 
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
@@ -116,7 +116,7 @@ def distill_until(
 
     Returns the mean training loss per predicted token over the blocks `judge`, in nats.
 
-    Raises: Interrupted after SIGINT or SIGTERM, with the state saved.
+    Raises: Interrupted after SIGINT, SIGTERM or SIGHUP, with the state saved.
     """
     made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, warn=warn, until=step)
     assert made.step == step, f"{work} holds step {made.step}, which is beyond step {step}"
@@ -348,31 +348,51 @@ def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
     return (sums[0] / sums[1]).item()
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# torchrun and batch systems pass a signal on to processes that had it themselves: within this time it is the same one.
+SAME_SIGNAL_SECONDS = 2.0
+
+
 @dataclass
 class StopRequest:
-    requested: bool = False
+    number: int | None = None  # of the signal that asked
+    since: float = 0.0
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
 
 
 @contextmanager
 def graceful_stop() -> Iterator[StopRequest]:
-    """Inside, a first SIGINT or SIGTERM only asks to stop; a second one acts as usual."""
+    """Inside, a first signal to stop only asks; a later one acts as usual, and at the end the first if nobody heard."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]  # as nohup has it
 
     def ask(number: int, _: Any) -> None:
-        request.requested = True
-        signal.signal(number, before[signal.Signals(number)])
+        if not request.requested:
+            request.number, request.since = number, time.monotonic()
+        elif time.monotonic() - request.since >= SAME_SIGNAL_SECONDS:
+            act_as_usual()
+            signal.raise_signal(number)
+
+    def act_as_usual() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     for number in before:
         signal.signal(number, ask)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        act_as_usual()
+    if request.number is not None:
+        signal.raise_signal(request.number)
 
 
 def _teacher(

@@ -101,6 +101,7 @@ def run_task(
 
     for member in task.members:
         member.set_fewshot_seed(seed=FEWSHOT_SEED)  # again: teacher and student get the same prompts
+    model.chat = chat  # ours make other tokens of what a chat template wrote
     devices = [model.device.index] if model.device is not None and model.device.type == "cuda" else []
     with quietly(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SAMPLING_SEED)

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from minitron.device import free_bytes, pick_device
 from minitron.errors import TaskError
+from minitron.evaluate.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.stream import Stream, default_batch, skeleton
+from minitron.model.tokens import chat_ids, prompt_ids, quoted, require_within, text_ids
 
 Progress = Callable[[int, int], None]
 Warn = Callable[[str], None]
@@ -40,22 +42,94 @@ STATES_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memo
 
 
 class _Model(HFLM):
-    """What both have in common: quiet, and with errors that say what to do."""
+    """What both have in common: text becomes tokens by the rule of `model.tokens`, nothing is printed, and errors say
+    what to do.
+
+    A request whose context is empty, and a text that is scored whole, begin with BOS, else with EOS; a tokenizer that
+    has neither can still be asked everything else.
+    """
 
     progress: Progress
     warn: Warn
+    chat = False  # whether contexts are written by the chat template
+
+    def __init__(self, tokenizer: Any, **options: Any):
+        # What pads are made of is nowhere seen, but the harness would add a token that the model has no row for.
+        pad, rows = tokenizer.pad_token_id, options["pretrained"].config.vocab_size
+        if pad is None or pad >= rows:
+            ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, min(tokenizer.get_vocab().values())]
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(id for id in ids if id is not None))
+        super().__init__(tokenizer=tokenizer, **options)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        if add_special_tokens is False or self._scores_whole:
+            ids = text_ids(self.tokenizer, string)
+        else:
+            ids = chat_ids(self.tokenizer, string) if self.chat else prompt_ids(self.tokenizer, string)
+        rows = self.config.vocab_size
+        require_within(ids, rows, self.tokenizer, f"{'the chat' if self.chat else 'the request'} {string[:40]!r}")
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        assert padding_side == "left"
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        longest = max(map(len, rows))
+        tokens = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            tokens[index, longest - len(row) :] = torch.tensor(row)
+            mask[index, longest - len(row) :] = 1
+        return tokens, mask
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """None for the end token of a tokenizer that has none."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return super()._encode_pair(context, quoted(self.tokenizer, continuation) if self.chat else continuation)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        marked = [turn | {"content": quoted(self.tokenizer, turn["content"])} for turn in chat_history]
+        try:
+            return super().apply_chat_template(marked, add_generation_prompt)
+        except Exception as error:  # of the template, which is the model's
+            raise TaskError(f"the model's chat template fails on a conversation of this task: {error!r}") from None
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        tokenizer = self.tokenizer
+        return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._require_start([request for request in requests if request.args[0] == ""])
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        self._require_start(requests)
         self.batch_size_per_gpu = ALL_AT_ONCE
         # Windows of the same tokens but for the last, of which other parts are scored, are mixed up by that cache.
-        self.logits_cache = False
+        self.logits_cache, self._scores_whole = False, True
         found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        self.logits_cache = True
+        self.logits_cache, self._scores_whole = True, False
         return found
+
+    _scores_whole = False  # whether the harness puts BOS before texts itself
+
+    def _require_start(self, requests: Sequence[Any]) -> None:
+        if requests and self.prefix_token_id is None:
+            raise TaskError(
+                f"task {requests[0].task_name} scores text that nothing stands before, and the tokenizer has neither a "
+                "BOS nor an EOS token to put there: leave this task out"
+            )
 
     def _require_room(self, requests: Sequence[Request]) -> None:
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
@@ -70,7 +144,7 @@ class InMemory(_Model):
     """A loaded model. Batches begin at what memory is estimated to take, and are halved where that was too much."""
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int | None, progress: Progress, warn: Warn):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch or 1, softmax_dtype="float32")
+        super().__init__(tokenizer, pretrained=model, batch_size=batch or 1, softmax_dtype="float32")
         self.progress, self.warn, self._given = progress, warn, batch
         self._most = MOST_ROWS
 
@@ -99,6 +173,11 @@ class InMemory(_Model):
 
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
         return self._in_batches(order, [self.max_length] * len(order), compute)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        with only_ending(self.model, self.tokenizer):
+            made: Tensor = super()._model_generate(context, max_length, stop, **options)
+            return made
 
     def _in_batches(self, order: list[int], lengths: list[int], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
         """Results of all requests in their own order.
@@ -172,7 +251,7 @@ class Streamed(_Model):
     ):
         # The harness reads the config of what it is given, and no more.
         empty = skeleton(checkpoint, checkpoint.dtype)
-        super().__init__(pretrained=empty, tokenizer=tokenizer, batch_size=ALL_AT_ONCE)
+        super().__init__(tokenizer, pretrained=empty, batch_size=ALL_AT_ONCE)
         self.checkpoint, self.progress, self.warn = checkpoint, progress, warn
         self._rows_of_batch, self._scratch = batch, scratch
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import TaskError, did_you_mean
+from minitron.reading import find_files, read_rows, require_file, require_texts
 
 Row = dict[str, Any]
 FEWSHOT = "fewshot"
+SUFFIXES = (".jsonl",)
 CHOICE, LAST_WORD = "choice", "last word"  # what a folder of any name may hold
 
 
@@ -39,6 +41,7 @@ class LocalTask:
     task: the harness's name of it, or the folder's own where its rows are of a general kind.
     parts: subject -> rows of the test set, of tasks that have subjects; else one part named "".
     fewshot: likewise; empty where the folder has none.
+    left_out: what of the folder is not read, in one sentence.
     """
 
     folder: Path
@@ -47,11 +50,12 @@ class LocalTask:
     parts: Mapping[str, list[Row]]
     fewshot: Mapping[str, list[Row]]
     digest: str
+    left_out: str | None = None
 
 
 def _is_index(value: Any, most: int) -> bool:
     """Of an answer, from 0; some datasets write it as text."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= len(str(most)) else value
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < most
 
 
@@ -72,7 +76,9 @@ def _has_truths(value: Any, row: Row) -> bool:
     if not isinstance(value, dict) or not _are_texts(value.get("choices")):
         return False
     labels = value.get("labels")
-    return isinstance(labels, list) and len(labels) == len(value["choices"]) and {*labels} == {0, 1}
+    if not isinstance(labels, list) or len(labels) != len(value["choices"]):
+        return False
+    return all(isinstance(label, int) for label in labels) and {*labels} == {0, 1}
 
 
 def _choices_of(row: Row, key: str) -> int:
@@ -151,8 +157,8 @@ def find_folders(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise TaskError(f"--tasks-dir {directory} is not a directory")
     found: dict[str, Path] = {}
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
-        if any(folder.rglob("*.jsonl")):
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if find_files(folder, SUFFIXES, TaskError).files:
             other = found.setdefault(task_of(folder.name), folder)
             if other != folder:
                 raise TaskError(f"{other} and {folder} both hold the task {task_of(folder.name)}: keep one of them")
@@ -167,14 +173,14 @@ def read_task(folder: Path) -> LocalTask:
     Raises: TaskError naming file, line, key and what is expected there.
     """
     task = task_of(folder.name)
-    files = sorted(folder.rglob("*.jsonl"))
+    found = find_files(folder, SUFFIXES, TaskError)
     sides: dict[bool, dict[str, list[Row]]] = {True: {}, False: {}}
     digest, layout, kind = hashlib.sha256(), LAYOUTS.get(task), None
-    for file in files:
+    for file in found.files:
         is_fewshot = FEWSHOT in file.relative_to(folder).with_suffix("").parts
         data = _bytes(file)
         digest.update(f"{is_fewshot} {file.stem} {len(data)}\n".encode() + data)
-        rows = _rows(file, data)
+        rows = _rows(file)
         if layout is None:
             kind = _kind_of(file, next(iter(rows.values())), task)
             layout = GENERAL[kind]
@@ -184,31 +190,19 @@ def read_task(folder: Path) -> LocalTask:
             sides[is_fewshot].setdefault(subject, []).append(row)
     if not sides[False]:
         raise TaskError(f"{folder} has a few-shot set and no test set: add a .jsonl file of another name")
-    return LocalTask(folder, task, kind, sides[False], sides[True], digest.hexdigest())
+    return LocalTask(folder, task, kind, sides[False], sides[True], digest.hexdigest(), found.left_out)
 
 
 def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise TaskError(f"cannot read {file}: {error.strerror}") from None
+    require_file(file, TaskError)
+    return file.read_bytes()
 
 
-def _rows(file: Path, data: bytes) -> dict[int, Row]:
+def _rows(file: Path) -> dict[int, Row]:
     """Line -> row."""
-    rows: dict[int, Row] = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TaskError(
-                f"{file}, line {number}: not JSON ({error}); one JSON object per line is expected"
-            ) from None
-        if not isinstance(row, dict):
-            raise TaskError(f"{file}, line {number}: a JSON object is expected, and this is {type(row).__name__}")
-        rows[number] = row
+    rows = dict(read_rows(file, TaskError))
+    for number, row in rows.items():
+        require_texts(row, f"{file}, line {number}", TaskError)
     if not rows:
         raise TaskError(f"{file} has no rows")
     return rows

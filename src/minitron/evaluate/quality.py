@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section
+from minitron.config import Section, UserPath
 from minitron.data import Blocks
-from minitron.errors import CheckpointError
+from minitron.errors import CheckpointError, DataError
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
 from minitron.packing import Batch
 
@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
     tasks: list[str] = Field(default=[])
     """Benchmarks of teacher and student: tasks of lm-evaluation-harness, folders of `tasks_dir`, or `minitron`, the
     nine of the papers. See docs/evaluation.md."""
-    tasks_dir: str | None = None
+    tasks_dir: UserPath | None = None
     """Directory of local rows, one folder per task; without `tasks`, all of its tasks are measured."""
     limit: int | None = Field(default=None, ge=1)
     """Items of each task to measure on, at most; null for all."""
@@ -83,9 +83,10 @@ def evaluate(
     """Measure a loaded model, running it in its own dtype with float32 logits.
 
     Args:
-        teacher: a loaded model of the same vocabulary; None leaves KL and agreement out.
+        teacher: a loaded model of the same vocabulary; None leaves KL and agreement out. Where one of the two has more
+            rows, of padding, both are compared on those that both have.
 
-    Raises: CheckpointError if the loss is not finite.
+    Raises: CheckpointError if the loss is not finite; DataError if no token is predicted.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
     count = text_bytes = 0
@@ -99,9 +100,13 @@ def evaluate(
         if blocks.bytes is not None:
             text_bytes += int(blocks.bytes[rows][here.predicted.cpu().numpy()].sum(dtype="int64"))
         progress(min(start + batch, len(blocks)), len(blocks))
+    if count == 0:
+        raise DataError("no token of the held-out text is predicted: every document in it is a single token")
     nats, kl, agreeing = (sums / count).tolist()
     if not math.isfinite(nats):
         raise CheckpointError("the model's loss on held-out text is not finite: its weights are damaged")
+    if not math.isfinite(kl):
+        raise CheckpointError("the KL to the teacher is not finite: the teacher's weights are damaged")
     return Evaluation(
         lm_loss=nats,
         perplexity=math.exp(nats) if nats < 700 else math.inf,
@@ -128,6 +133,8 @@ def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) 
             sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
             if teacher is not None:
                 reference = teacher.rows(rows)
+                both = min(reference.shape[1], logits.shape[1])
+                reference, logits = reference[:, :both], logits[:, :both]
                 log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
                 sums[1] += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
                 sums[2] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()

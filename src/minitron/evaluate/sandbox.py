@@ -17,7 +17,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from typing import Any
 
 from minitron.errors import TaskError
 from minitron.evaluate.confined import READY, REFUSED
+from minitron.files import scratch_directory
 
 CONFINED = Path(__file__).with_name("confined.py")
 START_SECONDS = 60.0  # for Python to start, on a machine that is busy
@@ -76,8 +76,8 @@ def _run(program: str, limits: Limits) -> Outcome:
     if not sys.platform.startswith("linux"):
         raise TaskError(f"generated code runs only in a sandbox, which needs Linux and is not there on {sys.platform}")
     token = secrets.token_hex(16)
-    job = json.dumps({"program": program, "token": token} | asdict(limits)).encode()
-    with tempfile.TemporaryDirectory(prefix="minitron-sandbox-") as empty:
+    job = json.dumps({"program": program, "token": token, "parent": os.getpid()} | asdict(limits)).encode()
+    with scratch_directory(prefix="minitron-sandbox-") as empty:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(CONFINED)],
             stdin=subprocess.PIPE,

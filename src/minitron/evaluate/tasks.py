@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from minitron.device import free_bytes, pick_device
-from minitron.errors import TaskError
+from minitron.errors import RunError, TaskError
 from minitron.evaluate import definitions, harness
 from minitron.evaluate.benchmarks import SUITES, Benchmark, TaskResult, chosen
 from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task, task_of
 from minitron.evaluate.sandbox import require_sandbox
-from minitron.files import digest_files, write_json
+from minitron.files import digest_files, read_digests, readable_os_errors, write_json
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
+from minitron.paths import expanded
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
-KEY_FORMAT = 1  # another one makes all results be measured again
+KEY_FORMAT = 2  # another one makes all results be measured again
 # A model is streamed where its weights are more than this share of free memory: activations need some too.
 SHARE_FOR_WEIGHTS = 0.8
 
@@ -93,6 +94,8 @@ def plan_tasks(
     if not benchmarks:
         raise TaskError("no task is named: give --tasks, --suite or --tasks-dir")
     local = {one.task: read_task(folders[one.task]) for one in benchmarks if one.task in folders}
+    for note in filter(None, (one.left_out for one in local.values())):
+        warn(note)
     for one in benchmarks:
         definitions.require_known(one, local.get(one.task), allow_code=options.allow_code)
     if any(_runs_code(one, local.get(one.task)) for one in benchmarks):
@@ -122,6 +125,7 @@ def measure_tasks(
     Raises: TaskError, CheckpointError.
     """
     opened = {name: open_checkpoint(path) for name, path in models.items()}
+    cache = None if cache is None else _usable(cache, warn)
     if plan.options.chat:
         for name, checkpoint in opened.items():
             _require_chat_template(name, checkpoint)
@@ -141,8 +145,8 @@ def measure_tasks(
                 found[one.task], _ = harness.run_task(
                     ready[one.task], model, limit=plan.options.limit, chat=plan.options.chat
                 )
-                if cache:
-                    _keep(cache, keys[one.task], found[one.task])
+                if cache and not _keep(cache, keys[one.task], found[one.task], warn):
+                    cache = None
             del model  # before the next one is loaded
         results[name] = {one.task: found[one.task] for one in plan.benchmarks}
     return results
@@ -184,10 +188,36 @@ def _open_model(
 
 
 def cache_directory() -> Path:
-    """Where the command line keeps results."""
-    named = os.environ.get(CACHE)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron"
-    return (Path(named).expanduser() if named else base) / "tasks"
+    """Where the command line keeps results.
+
+    Raises: MinitronError for a MINITRON_CACHE that is no path.
+    """
+    if named := os.environ.get(CACHE):
+        return Path(expanded(named)) / "tasks"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minitron" / "tasks"
+
+
+def _usable(cache: Path, warn: Warn) -> Path | None:
+    """The cache, where it can be written."""
+    if cache.parts[0].startswith("~"):
+        _without(warn, "the home directory is not known")
+        return None
+    try:
+        with readable_os_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(cache / ".probe", None)
+            (cache / ".probe").unlink()
+    except OSError as error:
+        _without(warn, f"cannot write {cache}: {error.strerror}")
+        return None
+    except RunError as error:
+        _without(warn, str(error).split(";")[0])
+        return None
+    return cache
+
+
+def _without(warn: Warn, reason: str) -> None:
+    warn(f"results are not kept: {reason}; set {CACHE} to a directory that can be written, or give --no-cache")
 
 
 def _key(benchmark: Benchmark, plan: Plan, checkpoint: Checkpoint, cache: Path) -> dict[str, Any]:
@@ -208,14 +238,12 @@ def _key(benchmark: Benchmark, plan: Plan, checkpoint: Checkpoint, cache: Path) 
 def _model_digest(checkpoint: Checkpoint, cache: Path) -> str:
     """Of its files, each read only if it has changed since it was last digested."""
     file = cache / "digests.json"
-    known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+    known = read_digests(file)
     before = dict(known)
     digest = digest_files([path.resolve() for path in model_files(checkpoint.path)], known)
     if known != before:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
+        with suppress(OSError, RunError):  # then it is digested again
+            write_json(file, known)
     return digest
 
 
@@ -223,15 +251,28 @@ def _file_of(cache: Path, key: Mapping[str, Any]) -> Path:
     return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
 
 
+def _seal(result: Any) -> str:
+    """So that a number which a bad disk or an editor changed is not taken for a result."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
 def _known(cache: Path, key: Mapping[str, Any]) -> TaskResult | None:
     """A file that is damaged, or of another key, is as none: the result is measured again and the file replaced."""
     try:
-        raw = json.loads(_file_of(cache, key).read_text())
-        return TaskResult.from_dict(key["benchmark"]["task"], raw["result"]) if raw["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = json.loads(_file_of(cache, key).read_text(encoding="utf-8"))
+        if raw["key"] != key or raw["sha256"] != _seal(raw["result"]):
+            return None
+        return TaskResult.from_dict(key["benchmark"]["task"], raw["result"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _keep(cache: Path, key: Mapping[str, Any], result: TaskResult) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    write_json(_file_of(cache, key), {"key": dict(key), "result": result.to_dict()})
+def _keep(cache: Path, key: Mapping[str, Any], result: TaskResult, warn: Warn) -> bool:
+    """Whether the cache took it: a disk that is full now need not end the measuring."""
+    row = result.to_dict()
+    try:
+        write_json(_file_of(cache, key), {"key": dict(key), "result": row, "sha256": _seal(row)})
+    except (OSError, RunError) as error:
+        _without(warn, str(error).split(";")[0])
+        return False
+    return True

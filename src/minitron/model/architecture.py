@@ -110,6 +110,14 @@ class Gguf:
     interleaved: bool = False
     # Key of the file, without the name in front -> key of config.json. The value None is left out.
     keys: Mapping[str, str] = field(default_factory=lambda: {"attention.layer_norm_rms_epsilon": "rms_norm_eps"})
+    # Key of config.json -> the values that mean what it computes, whatever the config says; the first is its name.
+    computes: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"hidden_act": ("silu", "swish")})
+    # Key of config.json -> what it computes where that is none or zero, which a file cannot say.
+    unsaid: Mapping[str, str] = field(default_factory=dict)
+    # Its rules of rotary positions, as config.json names them.
+    scalings: tuple[str, ...] = ("default", "linear", "yarn")
+    # Only a share of each head may be turned by its position; other families turn whole heads.
+    partial_rotary: bool = False
     # It makes the query and output projections hidden x hidden.
     heads_fill_hidden: bool = False
     # Its output projection: the embedding if there is no other, always the embedding, or always a tensor of its own.

@@ -21,6 +21,8 @@ from minitron.model.architecture import Architecture, Axis, Parameters, Shape, T
 from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of
 from minitron.model.hugging_face import empty_model
+from minitron.model.tokenizer import end_ids, make_portable
+from minitron.model.tokenizer import load_tokenizer as load_tokenizer
 from minitron.model.weight_files import INDEX, SINGLE, stored_tensors, weight_files
 from minitron.model.weights import (
     StoredTensor,
@@ -213,6 +215,7 @@ def write_checkpoint(
             shutil.copyfile(carried, out / carried.name)
         else:
             (out / carried.name).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
+    make_portable(out)
     return digests
 
 
@@ -257,20 +260,6 @@ def carried_files(path: Path) -> list[Path]:
     return found
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The directory's tokenizer.
-
-    Raises: CheckpointError if there is none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from None
-
-
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     """The directory's model in memory, in evaluation mode; `dtype` None keeps that of the checkpoint.
 
@@ -279,6 +268,8 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 
     Raises: CheckpointError if a weight cannot be read, or is NaN or infinite.
     """
+    from transformers import GenerationConfig
+
     checkpoint = open_checkpoint(path)
     dtype = dtype or checkpoint.dtype
     model = empty_model(checkpoint.config, dtype)
@@ -289,20 +280,9 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
         setattr(model.get_submodule(module), own, nn.Parameter(tensor.to(dtype, copy=True)))
     model.tie_weights()
     assert not any(parameter.is_meta for parameter in model.parameters()), "the family's table names every tensor"
-    file = path / "generation_config.json"
-    if model.can_generate() and file.exists():
-        model.generation_config = _generation_config(file)
+    # All that counts of generation_config.json.
+    model.generation_config = GenerationConfig(eos_token_id=end_ids(path) or None)
     return model.requires_grad_(True)
-
-
-def _generation_config(file: Path) -> Any:
-    from transformers import GenerationConfig
-
-    said = read_json(file, CheckpointError)
-    try:
-        return GenerationConfig.from_dict({key: value for key, value in said.items() if key not in CODE_KEYS})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no generation config that transformers takes: {error}") from None
 
 
 def _require_match(

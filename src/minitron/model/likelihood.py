@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minitron.errors import CheckpointError
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream
 
@@ -36,6 +37,7 @@ def score_tokens(
         for states in branches:
             for rows, before in stream.batches(states):
                 states[rows] = norm(before)
+    _require_in_vocabulary(stream, scored)
     targets = scored.token.to(stream.device)
     running = torch.full((3, len(branches), len(targets)), -torch.inf, device=stream.device)
     sums, best, own = running
@@ -53,6 +55,16 @@ def score_tokens(
                     mine = logits.gather(1, column.clamp(0, len(piece) - 1)[:, None])[:, 0]
                     own[branch, places] = torch.where(here, mine, own[branch, places])
     return (own - sums).cpu().double(), (own == best).cpu()
+
+
+def _require_in_vocabulary(stream: Stream, scored: Scored) -> None:
+    checkpoint = stream.checkpoint
+    wrong = scored.token[(scored.token < 0) | (scored.token >= checkpoint.shape.vocab)]
+    if len(wrong):
+        raise CheckpointError(
+            f"{checkpoint.path}: token {int(wrong[0])} is to be scored, and the model's vocabulary has "
+            f"{checkpoint.shape.vocab}: the tokens are of another tokenizer"
+        )
 
 
 def _scored_states(

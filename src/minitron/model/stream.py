@@ -5,6 +5,8 @@ that the model would give it: they are recorded from the model's own forward wit
 """
 
 import ctypes
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -18,6 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from minitron.device import copying_beside, free_bytes, helper_thread
+from minitron.files import scratch_errors, temporary_directory
 from minitron.large_files import ALIGNED, aligned
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
@@ -272,9 +275,22 @@ class Stream:
         if of_all <= STATES_IN_MEMORY_BYTES:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # Unlinked once mapped: the space returns when the tensor goes, even if the process is killed.
-        with tempfile.NamedTemporaryFile(dir=self._scratch, prefix="minitron-states-") as file:
-            file.truncate(num_bytes)
+        at = self._scratch or temporary_directory()
+        with (
+            scratch_errors(self._scratch),
+            tempfile.NamedTemporaryFile(dir=at, prefix="minitron-states-") as file,
+        ):
+            _take_room(file.fileno(), num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
+
+
+def _take_room(file: int, num_bytes: int) -> None:
+    """Make a file so long. Its blocks are taken at once where the system can: a mapped file that finds no room later
+    ends the process."""
+    if sys.platform == "linux":
+        os.posix_fallocate(file, 0, num_bytes)
+    else:
+        os.truncate(file, num_bytes)
 
 
 @contextmanager

@@ -130,7 +130,16 @@ def read_rows(stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor,
 
 
 def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
-    """The given rows of a tensor, which must be in ascending order; those that lie together are read together."""
+    """The given rows of a tensor, which must be in ascending order; those that lie together are read together.
+
+    Raises: CheckpointError for a row that the tensor does not have: behind it lies another one.
+    """
+    if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < stored.shape[0]:
+        wrong = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has {stored.shape[0]} rows, and row {wrong} is asked for: the tokens "
+            "are of another tokenizer"
+        )
     gathered = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
     for start, stop in runs(rows, stored.row_bytes):
         first = int(rows[start])

@@ -23,17 +23,19 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minitron import parallel
+from minitron import layouts, parallel
 from minitron.config import Section
 from minitron.device import Precision, compute_dtype, pick_device, sums_device
 from minitron.errors import PlanError, RunError
+from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.stream import Stream, default_batch
 from minitron.packing import Separator
+from minitron.typed_files import read_tensors, read_typed
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
@@ -43,6 +45,7 @@ PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
 PER_LAYER = ("ffn", "heads", "kv_heads")
 SMALLEST_NORMS = 1e-16  # a product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
 MOMENT_STRIPS = 8
+COLLECT = "collect them again with `minitron calibrate`"
 
 
 class CalibrateConfig(Section):
@@ -87,13 +90,16 @@ class Statistics:
     model: str = ""
 
     def save(self, path: Path) -> None:
+        save_file({name: t.contiguous() for name, t in self._tensors().items()}, path / "statistics.safetensors")
+        facts = {"samples": self.samples, "tokens": self.tokens, "model": self.model}
+        (path / "statistics.json").write_text(json.dumps(facts))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """By their names in a file."""
         named = {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
         named |= {f"sums.{site}": tensor for site, tensor in self.sums.items()}
         named |= {f"weight_squares.{dim}": tensor for dim, tensor in self.weight_squares.items()}
-        there = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
-        save_file(there, path / "statistics.safetensors")
-        facts = {"samples": self.samples, "tokens": self.tokens, "model": self.model}
-        (path / "statistics.json").write_text(json.dumps(facts))
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def column_squares(self) -> dict[str, Float[Tensor, "layers channels"]]:
         """Site -> sum over all tokens of each channel's square."""
@@ -110,12 +116,17 @@ class Statistics:
 
     @staticmethod
     def load(path: Path) -> "Statistics":
-        """Raises: RunError if the directory holds no statistics."""
-        try:
-            meta = json.loads((path / "statistics.json").read_text())
-            tensors = load_file(path / "statistics.safetensors")
-        except FileNotFoundError:
-            raise RunError(f"{path} holds no statistics; make them with `minitron calibrate`") from None
+        """Raises: RunError if the directory holds no statistics, or damaged ones."""
+        facts, file = path / "statistics.json", path / "statistics.safetensors"
+        if not facts.exists() or not file.exists():
+            raise RunError(
+                f"{path} holds no statistics; make them with `minitron calibrate` "
+                f"(there is no {(file if facts.exists() else facts).name})"
+            )
+        meta = read_typed(facts, layouts.STATISTICS, RunError, way_out=COLLECT)
+        tensors = read_tensors(file, RunError)
+        if "cosine" not in tensors:
+            raise RunError(f"{file} has no tensor cosine: it is damaged, or holds something else; {COLLECT}")
 
         def group(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -132,18 +143,66 @@ class Statistics:
         )
 
     @staticmethod
+    def load_of_shape(checkpoint: Checkpoint, path: Path) -> "Statistics":
+        """The statistics in a directory, which must be of a model of this shape.
+
+        Raises: RunError if there are none, or they are damaged or of another shape.
+        """
+        statistics = Statistics.load(path)
+        _require_of_shape(statistics._tensors(), checkpoint, path / "statistics.safetensors")
+        return statistics
+
+    @staticmethod
     def load_for(checkpoint: Checkpoint, path: Path) -> "Statistics":
         """The statistics in a directory that must have been collected from this model.
 
         Raises: RunError if there are none, or another model's.
         """
-        statistics = Statistics.load(path)
+        statistics = Statistics.load_of_shape(checkpoint, path)
         if statistics.model != checkpoint.fingerprint():
             raise RunError(
                 f"the statistics in {path} were not collected from the model in {checkpoint.path}: "
                 "collect them again with `minitron calibrate`, or give the model that they are of"
             )
         return statistics
+
+
+def _require_of_shape(tensors: dict[str, Tensor], checkpoint: Checkpoint, file: Path) -> None:
+    """Raises: RunError for a tensor that is missing, of another size or type, or not finite."""
+    shape = checkpoint.shape
+    wanted: dict[str, tuple[int, ...]] = {"cosine": (shape.layers,)}
+    wanted |= {f"sums.{site}": (layers, 3, 2, width) for site, (layers, width) in site_sizes(checkpoint).items()}
+    optional: dict[str, tuple[int, ...]] = {"second_moment": (shape.hidden, shape.hidden), "mean": (shape.hidden,)}
+    optional |= {f"weight_squares.{dim}": sizes for dim, sizes in weight_sizes(shape).items()}
+    for name, sizes in (wanted | {name: sizes for name, sizes in optional.items() if name in tensors}).items():
+        if name not in tensors:
+            raise RunError(f"{file} has no tensor {name}: it is damaged, or of another model; {COLLECT}")
+        found = tensors[name]
+        if (found.dtype, tuple(found.shape)) != (torch.float64, sizes):
+            raise RunError(
+                f"{file}: {name} is {str(found.dtype).removeprefix('torch.')} {list(found.shape)}, and of the model in "
+                f"{checkpoint.path} it is float64 {list(sizes)}: it is damaged, or of another model; {COLLECT}"
+            )
+        if not found.isfinite().all():
+            raise RunError(f"{file}: {name} holds numbers that are not finite; {COLLECT}")
+    if ("mean" in tensors) != ("second_moment" in tensors):
+        raise RunError(f"{file} has only one of second_moment and mean: it is damaged; {COLLECT}")
+
+
+def site_sizes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Site -> layers that have it, and its channels."""
+    shape, architecture = checkpoint.shape, checkpoint.architecture
+    widths = {spec.name: spec.shape(shape)[-1] for spec in checkpoint.specs()}
+    sites = {
+        site: (shape.layers, widths[f"{module.format(layer=0)}.weight"]) for site, module in architecture.sites.items()
+    }
+    return {**sites, "head_in": (1, shape.hidden)}
+
+
+def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Dim -> the sizes of its `weight_squares`."""
+    per_layer = {dim: (shape.layers, getattr(shape, dim)) for dim in PER_LAYER}
+    return {"layers": (shape.layers,), "hidden": (shape.hidden,), **per_layer}
 
 
 def require_second_moment(statistics: Statistics) -> None:
@@ -238,23 +297,12 @@ class _Collector:
         self.stream, self.lengths = stream, lengths
         self.shape, self.architecture = stream.checkpoint.shape, stream.checkpoint.architecture
         zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(stream.device))
-        widths = {spec.name: spec.shape(self.shape)[-1] for spec in stream.checkpoint.specs()}
         # All at once: made layer by layer, they would lie between the large freed blocks and keep the allocator from
         # using that memory again.
-        self.sums = {
-            site: zeros(self.shape.layers, 3, 2, widths[f"{module.format(layer=0)}.weight"])
-            for site, module in self.architecture.sites.items()
-        }
-        self.sums["head_in"] = zeros(1, 3, 2, self.shape.hidden)
+        sites = site_sizes(stream.checkpoint)
+        self.sums = {site: zeros(layers, 3, 2, width) for site, (layers, width) in sites.items()}
         self.cosine = zeros(self.shape.layers)
-        self.weight_squares = {
-            dim: zeros(self.shape.hidden) if dim == "hidden" else zeros(self.shape.layers, *sizes)
-            for dim, sizes in (
-                ("layers", ()),
-                ("hidden", ()),
-                *((dim, (getattr(self.shape, dim),)) for dim in PER_LAYER),
-            )
-        }
+        self.weight_squares = {dim: zeros(*sizes) for dim, sizes in weight_sizes(self.shape).items()}
         self.moment = _Moment(self.shape.hidden, stream.device) if second_moment else None
 
     @contextmanager

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitron import layouts
 from minitron.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.prune.calibrate import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
+from minitron.typed_files import read_typed
 
 Aggregate = Literal["mean", "l2", "variance"]
 
@@ -35,9 +37,18 @@ class Scores:
         (path / "scores.json").write_text(json.dumps(rows))
 
     @staticmethod
-    def load(path: Path) -> "Scores":
-        rows = json.loads((path / "scores.json").read_text())
-        return Scores(**{name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()})
+    def load(path: Path, shape: Shape) -> "Scores":
+        """The scores in a directory, of a teacher of this shape.
+
+        Raises: PlanError if the file is none, or of another model.
+        """
+        file, again = path / "scores.json", f"remove {path} and run the same command to score again"
+        rows = read_typed(file, layouts.SCORES, PlanError, way_out=again)
+        for dim in ("layers", "hidden", *PER_LAYER):
+            sizes = {len(row) for row in rows[dim]} if dim in PER_LAYER else {len(rows[dim])}
+            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(rows[dim]) != shape.layers):
+                raise PlanError(f"{file}: {dim} has not a score for each of the model's units; {again}")
+        return Scores(**{one.name: torch.tensor(rows[one.name], dtype=torch.float64) for one in fields(Scores)})
 
 
 def activation_scores(

@@ -4,21 +4,24 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from operator import index
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section
+from minitron import layouts
+from minitron.config import Section, UserPath
 from minitron.errors import PlanError, did_you_mean
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
 from minitron.prune.calibrate import PER_LAYER
 from minitron.prune.importance import Aggregate, Scores
+from minitron.reading import read_json
+from minitron.typed_files import as_typed
 
 Units = tuple[int, ...]
+WHOSE = ("teacher", "student")
 
 
 class PruneConfig(Section):
@@ -43,7 +46,7 @@ class PruneConfig(Section):
     """How layers are scored: by the cosine between input and output, which costs nothing; by the LM loss without each
     one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
     without each one."""
-    layer_task: str | None = None
+    layer_task: UserPath | None = None
     """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or, where lm-evaluation-harness is
     installed, the name of one of its tasks or a .yaml file of one."""
     layer_samples: int = Field(default=128, ge=1)
@@ -86,21 +89,26 @@ class Plan:
     @staticmethod
     def load(path: Path) -> "Plan":
         """Raises: PlanError if the file is no valid plan."""
-        try:
-            raw = json.loads(path.read_text())
-            plan = Plan(
-                teacher=Shape(**raw["teacher"]),
-                student=Shape(**raw["student"]),
-                layers=tuple(raw["layers"]),
-                hidden=tuple(raw["hidden"]),
-                **{dim: tuple(tuple(units) for units in raw[dim]) for dim in ("ffn", "heads", "kv_heads")},
-            )
-            require_consistent(plan)
-        except FileNotFoundError:
-            raise PlanError(f"plan {path} does not exist") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"{path} is not a plan file: {error}") from None
-        return plan
+        return _whole(_read(path), path)
+
+
+def _read(path: Path) -> Any:
+    if not path.exists() and not path.is_symlink():
+        raise PlanError(f"plan {path} does not exist")
+    return read_json(path, PlanError)
+
+
+def _whole(raw: Any, path: Path) -> Plan:
+    """The plan that a whole plan file holds."""
+    as_typed(raw, layouts.PLAN, str(path), PlanError)
+    teacher, student = (Shape(**{one.name: raw[whose][one.name] for one in fields(Shape)}) for whose in WHOSE)
+    ffn, heads, kv_heads = (tuple(map(tuple, raw[dim])) for dim in PER_LAYER)
+    plan = Plan(teacher, student, tuple(raw["layers"]), tuple(raw["hidden"]), ffn, heads, kv_heads)
+    try:
+        require_consistent(plan)
+    except PlanError as error:
+        raise PlanError(f"{path} is not a plan file: {error}") from None
+    return plan
 
 
 @dataclass(frozen=True)
@@ -267,27 +275,24 @@ def load_given(path: Path, teacher: Shape) -> Plan | Given:
 
     Raises: PlanError if the file is neither, or lists what the teacher does not have.
     """
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PlanError(f"plan {path} does not exist") from None
-    except ValueError as error:
-        raise PlanError(f"{path} is not a plan file: {error}") from None
+    raw = _read(path)
     if not isinstance(raw, dict) or not raw:
         raise PlanError(f"{path} is not a plan file: it must be an object that lists the units to keep of some dims")
-    if raw.keys() & {"teacher", "student"}:
-        return Plan.load(path)
+    if raw.keys() & set(WHOSE):
+        return _whole(raw, path)
     unknown = [dim for dim in raw if dim not in PRUNABLE]
     if unknown:
         raise PlanError(f"{path} has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
     try:
-        units: dict[str, Any] = {dim: tuple(map(index, raw[dim])) for dim in ("layers", "hidden") if dim in raw}
-        units |= {dim: tuple(tuple(map(index, row)) for row in raw[dim]) for dim in PER_LAYER if dim in raw}
+        as_typed(raw, layouts.UNITS, str(path), PlanError)
+        units: dict[str, Any] = {dim: tuple(raw[dim]) for dim in ("layers", "hidden") if dim in raw}
+        units |= {dim: tuple(map(tuple, raw[dim])) for dim in PER_LAYER if dim in raw}
         return _checked(Given(**units), teacher)
-    except TypeError as error:
+    except PlanError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
         raise PlanError(
-            f"{path} is not a plan file: {error}; layers and hidden are lists of numbers, "
-            "ffn, heads and kv_heads lists of such lists, one per layer"
+            f"{where}{error}; layers and hidden are lists of numbers, ffn, heads and kv_heads lists of such lists, "
+            "one per layer"
         ) from None
 
 
@@ -361,11 +366,7 @@ def target_shape(
 
     Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
     """
-    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
-        raise PlanError(
-            f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
-            "the criterion 'task' needs a task, and no other criterion has use for one"
-        )
+    require_task_fits(prune)
     explicit = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
     if (prune.target is not None) == explicit:
         raise PlanError(
@@ -390,6 +391,15 @@ def target_shape(
         f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
         f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
     )
+
+
+def require_task_fits(prune: PruneConfig) -> None:
+    """Raises: PlanError for a task without the criterion that reads it, and the other way round."""
+    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
+        raise PlanError(
+            f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
+            "the criterion 'task' needs a task, and no other criterion has use for one"
+        )
 
 
 def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given) -> Shape:

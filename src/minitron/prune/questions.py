@@ -8,10 +8,11 @@ A local row has the fields of one of these:
     goal, sol1, sol2, label                  PIQA
 """
 
-import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minitron.errors import DataError, did_you_mean
+from minitron.model.tokens import first_token, put_around, text_ids
+from minitron.reading import json_name, read_rows, read_text, require_texts
 
 # Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
 Result = tuple[float, bool]
@@ -38,10 +41,10 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
 
     Raises: DataError if there is neither, or a row is none of the forms above.
     """
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix != ".yaml":
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path) and path.suffix != ".yaml":
         questions = _read_rows(path, limit)
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         raise DataError(f"task file {source} does not exist")
     else:
         questions = _read_harness(source, limit)
@@ -96,32 +99,23 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     texts = (context, context + continuation)
-    before, whole = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begins = start is not None and tokenizer("a").input_ids[:1] == [start]
-    prefix = [start] if begins else []
+    before, whole = (text_ids(tokenizer, text) for text in texts)
+    prefix = put_around(tokenizer)[0]
     if not prefix and not before:
-        prefix = [start if start is not None else end]
+        need = (
+            f"the question that goes on with {continuation[:40]!r} has an empty context, and the model cannot be asked"
+        )
+        prefix = [first_token(tokenizer, need, "give questions with a context")]
     count = max(1, len(whole) - len(before))
     return [*prefix, *whole], min(count, len(prefix) + len(whole) - 1)
 
 
 def _read_rows(path: Path, limit: int | None) -> list[Question]:
-    questions: list[Question] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and (limit is None or len(questions) < limit):
-                questions.append(_question(line, f"{path}, line {number}"))
-    return questions
+    return [_question(row, f"{path}, line {number}") for number, row in islice(read_rows(path, DataError), limit)]
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+def _question(row: Mapping[str, Any], where: str) -> Question:
+    require_texts(row, where, DataError)
     fields = next((fields for fields in FORMS if row.keys() >= set(fields)), None)
     if fields is None:
         known = "; ".join(", ".join(fields) for fields in FORMS)
@@ -129,7 +123,7 @@ def _question(line: str, where: str) -> Question:
     try:
         pairs, right = FORMS[fields](row)
         fits = 0 <= right < len(pairs) and all(text for _, text in pairs)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{where}: {', '.join(fields)} do not make a question: {error!r}") from None
     if not fits:
         raise DataError(f"{where}: the answer is number {right} of {len(pairs)}, or one of them is empty")
@@ -137,23 +131,45 @@ def _question(line: str, where: str) -> Question:
 
 
 def _endings(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
-    return [(row["ctx"], f" {ending}") for ending in row["endings"]], int(row["label"])
+    return [(_text(row["ctx"]), f" {ending}") for ending in _texts(row["endings"])], _number(row["label"])
 
 
 def _blank(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
-    before, _, after = row["sentence"].partition("_")
-    return [(before + row[option], f" {after.strip()}") for option in ("option1", "option2")], int(row["answer"]) - 1
+    before, blank, after = _text(row["sentence"]).partition("_")
+    if not blank:
+        raise ValueError("the sentence has no blank _")
+    pairs = [(before + _text(row[option]), f" {after.strip()}") for option in ("option1", "option2")]
+    return pairs, _number(row["answer"]) - 1
 
 
 def _question_with_choices(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
     choices = row["choices"]
-    pairs = [(f"Question: {row['question']}\nAnswer:", f" {text}") for text in choices["text"]]
-    return pairs, choices["label"].index(row["answerKey"])
+    pairs = [(f"Question: {_text(row['question'])}\nAnswer:", f" {text}") for text in _texts(choices["text"])]
+    return pairs, _texts(choices["label"]).index(row["answerKey"])
 
 
 def _goal(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
-    pairs = [(f"Question: {row['goal']}\nAnswer:", f" {row[solution]}") for solution in ("sol1", "sol2")]
-    return pairs, int(row["label"])
+    context = f"Question: {_text(row['goal'])}\nAnswer:"
+    return [(context, f" {_text(row[solution])}") for solution in ("sol1", "sol2")], _number(row["label"])
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{json_name(value)} where text is expected")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"{json_name(value)} where a list of texts is expected")
+    return [_text(text) for text in value]
+
+
+def _number(value: Any) -> int:
+    """Some datasets write it as text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"{value!r} where the number of the answer is expected")
+    return int(value)
 
 
 # Fields that tell a form -> pairs of context and continuation, and the number of the right one.
@@ -209,7 +225,7 @@ def _harness_questions(task: Any, limit: int | None) -> list[Question]:
 
 def _name_in(file: Path) -> str:
     """What a task file calls its task; its tags for functions of the harness need not be understood."""
-    names = re.findall(r"^task:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE) if file.is_file() else []
+    names = re.findall(r"^task:\s*(\S+)", read_text(file, DataError), re.MULTILINE) if file.is_file() else []
     if not names:
         raise DataError(f"task file {file} does not exist, or names no task")
     return names[0]

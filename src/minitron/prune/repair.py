@@ -5,7 +5,6 @@ student's layer. A matrix of products of a layer's neurons is hundreds of megaby
 a time, and none is stored.
 """
 
-import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from minitron.config import Section
 from minitron.device import pick_device
 from minitron.errors import PlanError
-from minitron.model.architecture import PRUNABLE, TensorSpec
+from minitron.files import scratch_directory
+from minitron.model.architecture import PRUNABLE, Architecture, Shape, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
@@ -37,7 +37,7 @@ from minitron.prune.cut import (
     writing_order,
 )
 from minitron.prune.importance import Scores
-from minitron.prune.plan import Plan, Units
+from minitron.prune.plan import Given, Plan, PruneConfig, Units, step_shapes
 from minitron.prune.refit import refit, require_refit, row_runs
 from minitron.prune.residual import (
     Channels,
@@ -70,6 +70,8 @@ EITHER: tuple[tuple[Step, Step], ...] = (
     ("ffn_least_squares", "ffn_obs"),
     ("heads_least_squares", "heads_obs"),
 )
+# Step -> the dims of which it chooses the units itself, whatever the plan has.
+CHOOSES: dict[Step, tuple[str, ...]] = {"basis": ("hidden",), "ffn_obs": ("ffn",), "heads_obs": ("heads", "kv_heads")}
 # Step that chooses units -> the one that takes those of the plan.
 FITTING_ONLY: dict[Step, Step] = {"ffn_obs": "ffn_least_squares", "heads_obs": "heads_least_squares"}
 # Site -> the steps that are fitted to the products of its channels.
@@ -174,10 +176,10 @@ def repaired_cut(
 
     if "refit" not in needed:
         return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)
-    with tempfile.TemporaryDirectory(dir=scratch or out.parent, prefix="minitron-unfitted-") as path:
+    with scratch_directory(scratch or out.parent, prefix="minitron-unfitted-") as path:
         steps = [step for step in needed if step != "refit"]
-        made = _cut(stream(checkpoint), plan, Path(path), steps, residual, scores, shard_bytes, progress)
-        unfitted = open_checkpoint(Path(path))
+        made = _cut(stream(checkpoint), plan, path, steps, residual, scores, shard_bytes, progress)
+        unfitted = open_checkpoint(path)
         digests = refit(
             stream(checkpoint),
             stream(unfitted),
@@ -219,8 +221,60 @@ def _cut(
 
 def needed_steps(steps: Sequence[Step], plan: Plan) -> list[Step]:
     """Those of the steps that have something to repair."""
-    cut_dims = {dim for dim in PRUNABLE if getattr(plan.student, dim) < getattr(plan.teacher, dim)}
-    return [step for step in steps if cut_dims & set(REPAIRS[step])]
+    return _needed(steps, plan.teacher, plan.student)
+
+
+def _needed(steps: Sequence[Step], teacher: Shape, student: Shape) -> list[Step]:
+    return [step for step in steps if _cut_dims(teacher, student) & set(REPAIRS[step])]
+
+
+def _cut_dims(teacher: Shape, student: Shape) -> set[str]:
+    return {dim for dim in PRUNABLE if getattr(student, dim) < getattr(teacher, dim)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a cut leaves to be chosen, known before anything is scored.
+
+    by_criterion: dims with units that `prune.criterion` chooses, or that a repair ranks by it.
+    layers: whether layers are chosen by `prune.layer_criterion`.
+    steps: of the cut.
+    repairs: those that have something to repair.
+    """
+
+    by_criterion: frozenset[str]
+    layers: bool
+    steps: int
+    repairs: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class CutNeeds:
+    """What a cut reads, known before it is read, and what it leaves to be chosen by that."""
+
+    choice: Choice
+    statistics: bool
+    text: bool
+
+
+def choice_left(
+    architecture: Architecture, config: PruneConfig, teacher: Shape, student: Shape, given: Given, steps: Sequence[Step]
+) -> Choice:
+    """
+    Args:
+        given: units that are listed, layers by number among them.
+        steps: repairs, such as `resolve` gives.
+    """
+    repairs = _needed(steps, teacher, student)
+    open_dims = {dim for dim in _cut_dims(teacher, student) if getattr(given, dim) is None}
+    chosen_by_repair = {dim for step in repairs for dim in CHOOSES.get(step, ())}
+    ranked = {"heads"} if "residual_heads" in repairs else set()
+    return Choice(
+        by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
+        layers="layers" in open_dims,
+        steps=len(step_shapes(architecture, teacher, student, config.iterations, given)) if open_dims else 1,
+        repairs=tuple(repairs),
+    )
 
 
 def require_enough_tokens(steps: Sequence[Step], plan: Plan, num_tokens: int) -> None:

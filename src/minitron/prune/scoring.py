@@ -1,6 +1,5 @@
 """Scores as the recipe asks for them, and a cut in steps, each on scores of what the one before left."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from minitron.files import scratch_directory, scratch_errors
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.packing import Separator
@@ -102,9 +102,10 @@ def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring:
     Paper: P1, "Single-shot vs Iterative Importance Estimation".
     """
     for shape in shapes:
-        with tempfile.TemporaryDirectory(dir=scoring.scratch, prefix="minitron-step-") as path:
-            cut(checkpoint, plan, Path(path))
-            left = open_checkpoint(Path(path))
+        with scratch_directory(scoring.scratch, prefix="minitron-step-") as path:
+            with scratch_errors(scoring.scratch):
+                cut(checkpoint, plan, path)
+            left = open_checkpoint(path)
             statistics = calibrate(left, scoring.tokens, **scoring.pass_options)
             scores = score_layers(left, score_units(statistics, left.shape, scoring.config), shape, scoring)
             plan = compose(plan, choose(scores, left.shape, shape))

@@ -23,7 +23,7 @@ from minitron.model.architecture import (
     count_terms,
     with_sizes,
 )
-from minitron.prune.plan import PruneConfig, default_multiple, parse_target
+from minitron.prune.plan import PruneConfig, default_multiple, parse_target, require_task_fits
 
 # Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
 # the layers (docs/LOG.md), and P2's depth-pruned model has half.
@@ -163,6 +163,7 @@ def feasible(
 
 def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, teacher: Shape) -> list[Budget]:
     """Raises: PlanError if there is no budget, or a contradictory one."""
+    require_task_fits(prune)
     found = []
     if prune.shape is not None or prune.drop_layers is not None or prune.keep_layers is not None:
         raise PlanError(

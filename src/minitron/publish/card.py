@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from minitron.data import BUILTIN, TEACHER
-from minitron.files import readable_os_errors
+from minitron.files import write_text
 from minitron.publish.formats import (
     BENCHMARK_NOTE,
     MISSING,
@@ -64,8 +64,7 @@ def write_card(records: RunRecords) -> Path:
     Raises: RunError if the file cannot be written.
     """
     path = records.path / "student" / "README.md"
-    with readable_os_errors(path):
-        path.write_text(str(make_card(records)), encoding="utf-8")
+    write_text(path, str(make_card(records)))
     return path
 
 

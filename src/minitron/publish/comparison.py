@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import RunError
-from minitron.files import readable_os_errors
+from minitron.files import prove_file, write_text
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     MISSING,
@@ -43,9 +43,8 @@ def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
 
     Raises: RunError if the file cannot be written, or a run is given twice.
     """
-    with readable_os_errors(out, way_out="choose another --out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render_comparison(runs), encoding="utf-8")
+    prove_file(out, keeps=[records.path for records in runs])
+    write_text(out, render_comparison(runs))
     return out
 
 

@@ -150,7 +150,7 @@ def candidate_cells(candidate: Mapping[str, Any], columns: Iterable[Column]) -> 
 
 def hub_id(source: str) -> str | None:
     """The source itself if it is a model's or dataset's `organisation/name` on the hub, None if it is a local path."""
-    looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.endswith(TEXT_SUFFIXES)
+    looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.lower().endswith(TEXT_SUFFIXES)
     return source if looks_right and not Path(source).exists() else None
 
 

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as llama.cpp reads it: what a GGUF file of it says and holds, written tensor by tensor.
 
 The families' tables name the tensors and what llama.cpp does otherwise; a model that llama.cpp would refuse, or run
-wrongly, is refused here first.
+wrongly, is refused first (gguf_config.py).
 """
 
 import math
@@ -25,13 +25,12 @@ from minitron.large_files import CHUNK_BYTES, ahead, write_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import transformers_config
+from minitron.naming import model_name
+from minitron.publish.gguf_config import Keys, query_factor, require_runnable, rope, table_of, windows
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 
-Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
 ALIGNMENT = 32  # of each tensor in the file; the format's default
 PLAIN = {BlockType.F32: torch.float32, BlockType.F16: torch.float16, BlockType.BF16: torch.bfloat16}
-# llama.cpp takes the query scale of these from hidden and heads instead of head_dim: by Gguf.name, numbers of layers.
-_SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,12 @@ class GgufModel:
 
     @property
     def table(self) -> Gguf:
-        return _table(self.checkpoint)
+        return table_of(self.checkpoint)
+
+    @property
+    def context(self) -> int:
+        """Tokens up to which llama.cpp runs the model as transformers does."""
+        return self.keys[f"{self.table.name}.context_length"]
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
         """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
@@ -84,7 +88,7 @@ class GgufModel:
             values = values.unflatten(0, (-1, 2, checkpoint.shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         if tensor.source.name.endswith("norm.weight"):
             values = values + checkpoint.architecture.norm_gain_offset
-        factor = _query_factor(checkpoint) if tensor.name in self._queries(tensor) else 1.0
+        factor = query_factor(checkpoint) if tensor.name in self._queries(tensor) else 1.0
         return values if factor == 1 else values * factor
 
     def in_heads(self, tensor: GgufTensor) -> bool:
@@ -119,16 +123,15 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
     """What a GGUF file of a checkpoint says and holds, but for the types of its tensors. No weights are read.
 
     Args:
-        name: of the model; default the directory's.
+        name: of the model; default by its directory.
         pre: llama.cpp's name of the tokenizer's splitting rule, where it cannot be told from tokenizer.json.
 
     Raises: GgufError for a model that llama.cpp has no way to run as it is.
     """
-    _require_runnable(checkpoint)
-    config = transformers_config(checkpoint.config)
-    table, shape = _table(checkpoint), checkpoint.shape
-    rope_keys, rope_tensors = _rope(checkpoint, config)
-    window_keys, notes = _windows(checkpoint, config)
+    table, shape, config = table_of(checkpoint), checkpoint.shape, transformers_config(checkpoint.config)
+    require_runnable(checkpoint, config)
+    rope_keys, factors, rope_notes = rope(checkpoint, config)
+    window_keys, notes = windows(checkpoint, config)
     own: Keys = {
         "block_count": shape.layers,
         "context_length": config.max_position_embeddings,
@@ -145,11 +148,12 @@ def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None
     }
     keys: Keys = {
         "general.type": "model",
-        "general.name": name or checkpoint.path.resolve().name,
+        "general.name": name or model_name(checkpoint.path),
         **{f"{table.name}.{key}": value for key, value in own.items()},
         **tokenizer_keys(checkpoint.path, shape.vocab, pre),
     }
-    notes += tokenizer_notes(keys)
+    notes += rope_notes + tokenizer_notes(keys)
+    rope_tensors = [GgufTensor(tensor, tuple(of.shape), None, of) for tensor, of in factors.items()]
     # In the order of llama.cpp's own tool, so that files can be the same to the byte.
     tensors = sorted([*rope_tensors, *_tensors(checkpoint)], key=lambda tensor: (tensor.layer, tensor.name))
     return GgufModel(checkpoint, keys, tuple(tensors), tuple(notes))
@@ -204,129 +208,10 @@ def plain_types(model: GgufModel, kind: BlockType) -> dict[str, BlockType]:
     return {tensor.name: kind if tensor.is_matrix else BlockType.F32 for tensor in model.tensors}
 
 
-def _table(checkpoint: Checkpoint) -> Gguf:
-    assert checkpoint.architecture.gguf is not None, "_require_runnable sees to it"
-    return checkpoint.architecture.gguf
-
-
-def _require_runnable(checkpoint: Checkpoint) -> None:
-    architecture, shape, table = checkpoint.architecture, checkpoint.shape, checkpoint.architecture.gguf
-    if table is None:
-        raise GgufError(f"llama.cpp does not know the {architecture.name} family, so there is no GGUF file of it")
-    filling = shape.heads * shape.head_dim
-    if table.heads_fill_hidden and shape.hidden != filling:
-        raise GgufError(
-            f"llama.cpp makes the query and output projections of a {architecture.name} model hidden x hidden, but "
-            f"here hidden={shape.hidden} and heads*head_dim={shape.heads}*{shape.head_dim}={filling}: it would not "
-            f"load. Cut to hidden={filling}, or to another number of heads"
-        )
-    if table.head == "embedding" and not architecture.tied(checkpoint.config):
-        raise GgufError(
-            f"llama.cpp takes the embedding of a {architecture.name} model for its output projection, but this one has "
-            "an output projection of its own (tie_word_embeddings is false): tie them before the model is trained"
-        )
-    strange = [spec.name for spec in checkpoint.specs() if spec.name.endswith(table.unknown)] if table.unknown else []
-    if strange:
-        raise GgufError(
-            f"llama.cpp's {table.name} has no place for {strange[0]} ({len(strange)} tensors like it): "
-            "a model with such biases cannot be a GGUF file"
-        )
-    rotary = checkpoint.config.get("no_rope_layers")
-    if table.no_rope_step and isinstance(rotary, list):
-        expected = [int((layer + 1) % table.no_rope_step != 0) for layer in range(shape.layers)]
-        if rotary != expected:
-            raise GgufError(
-                f"llama.cpp's {table.name} leaves out rotary positions in every layer number {table.no_rope_step}, but "
-                f"this model's no_rope_layers is {rotary}: drop whole runs of {table.no_rope_step} layers, or none"
-            )
-
-
-def _windows(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[str]]:
-    """Sliding windows, and the context up to which the model is the same without those that llama.cpp has not."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    sliding = [kind == "sliding_attention" for kind in kinds or ["sliding_attention"] * checkpoint.shape.layers]
-    if not window or not any(sliding):
-        return {}, []
-    if _table(checkpoint).windows:
-        return {"attention.sliding_window": window, "attention.sliding_window_pattern": sliding}, []
-    if window >= config.max_position_embeddings:
-        return {}, []
-    note = (
-        f"llama.cpp has no sliding window for {checkpoint.architecture.name} models: the file says a context of "
-        f"{window:,} tokens, this model's window, up to which both are the same"
-    )
-    return {"context_length": window}, [note]
-
-
-def _rope(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[GgufTensor]]:
-    """Rotary positions: keys, and the factors of frequencies where a scaling rule has such."""
-    given = config.rope_parameters
-    nested = "full_attention" in given or "sliding_attention" in given
-    rope = given.get("full_attention", given) if nested else given
-    turned = int(checkpoint.shape.head_dim * rope.get("partial_rotary_factor", 1.0))
-    base = float(rope["rope_theta"])
-    keys: Keys = {"rope.dimension_count": turned, "rope.freq_base": base}
-    if nested and "sliding_attention" in given:
-        keys["rope.freq_base_swa"] = float(given["sliding_attention"]["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return keys, []
-    if kind == "llama3":
-        factors = _llama3_factors(rope, base, turned)
-        return keys, [GgufTensor("rope_freqs.weight", tuple(factors.shape), None, factors)]
-    before = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if kind == "linear":
-        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}, []
-    if kind == "yarn" and not any(rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")):
-        keys |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": int(before or config.max_position_embeddings),
-            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
-        }
-        return keys, []
-    if kind == "longrope" and before:
-        scale = config.max_position_embeddings / before
-        usual = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
-        keys |= {
-            "rope.scaling.original_context_length": int(before),
-            "rope.scaling.attn_factor": float(rope.get("attention_factor") or usual),
-        }
-        lengths = {length: torch.tensor(rope[f"{length}_factor"], dtype=torch.float32) for length in ("long", "short")}
-        tensors = [
-            GgufTensor(f"rope_factors_{length}.weight", tuple(factors.shape), None, factors)
-            for length, factors in lengths.items()
-        ]
-        return keys, tensors
-    raise GgufError(
-        f"rotary positions of kind {kind!r} with {sorted(rope)} cannot be said in a GGUF file; "
-        "known are default, linear, llama3, longrope, and yarn without factors of attention"
-    )
-
-
-def _llama3_factors(rope: Mapping[str, Any], base: float, turned: int) -> Float[Tensor, " half"]:
-    """What divides each frequency: 1 for short waves, `factor` for long ones, and between them what is between."""
-    wave = 2 * math.pi * base ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    smooth = (rope["original_max_position_embeddings"] / wave - low) / (high - low)
-    return (1 / ((1 - smooth.clamp(0, 1)) / factor + smooth.clamp(0, 1))).float()
-
-
-def _query_factor(checkpoint: Checkpoint) -> float:
-    """What queries are multiplied by, that llama.cpp's scale of them gives the config's."""
-    table, shape = _table(checkpoint), checkpoint.shape
-    wanted = checkpoint.config.get(table.query_scale) if table.query_scale else None
-    if wanted is None:
-        return 1.0
-    its = shape.hidden // shape.heads if _SCALED_BY_HIDDEN.get(table.name) == shape.layers else shape.head_dim
-    return math.sqrt(its / wanted)
-
-
 def names_of(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, str]]:
     """Every tensor of a checkpoint, with llama.cpp's name of it."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[_table(checkpoint).name], checkpoint.shape.layers)
+    names = gguf.get_tensor_name_map(known[table_of(checkpoint).name], checkpoint.shape.layers)
     for spec in checkpoint.specs():
         name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"the gguf package has no name for {spec.name}"
@@ -334,7 +219,7 @@ def names_of(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, str]]:
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[GgufTensor]:
-    table = _table(checkpoint)
+    table = table_of(checkpoint)
     for spec, name in names_of(checkpoint):
         yield GgufTensor(name, spec.shape(checkpoint.shape), spec)
         if name == "token_embd.weight" and table.head == "own" and checkpoint.head == spec.name:

@@ -6,12 +6,13 @@ read other tokens than it was taught.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_tokenizer
+from minitron.model.tokens import put_around
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,6 +40,13 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
 }
+# Other names of the same rules.
+_ALIASES = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe"),
+    **dict.fromkeys(("olmo", "phi-2"), "gpt-2"),
+    **dict.fromkeys(("smollm", "refact", "command-r", "codeshell"), "starcoder"),
+    **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez"), "qwen2"),
+}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's kinds of tokens
 _SPACE = "\u2581"  # SentencePiece's
 
@@ -61,6 +69,7 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
                 f"{path} has a tokenizer but no tokenizer.json, which a GGUF file is made from; "
                 "load it with transformers and save_pretrained it there"
             )
+        _require_no_rule(pre, f"{path} has no tokenizer")
         return {"tokenizer.ggml.model": "no_vocab"}
     stored = json.loads(file.read_text())
     model = stored["model"]
@@ -81,6 +90,7 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
+        _require_no_rule(pre, f"{file} is a SentencePiece tokenizer, which merges text whole")
         keys |= {
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
@@ -98,6 +108,70 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
     return keys | _special(path)
 
 
+def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
+    """The tokenizer that the keys of a GGUF file describe, as transformers has tokenizers.
+
+    Raises: GgufError for one that is not known here.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    texts, kinds = said.get("tokenizer.ggml.tokens"), said.get("tokenizer.ggml.token_type")
+    kind, name = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.pre", "default")
+    rule = next((rule for rule, pre in RULES.items() if pre == _ALIASES.get(name, name)), None)
+    if not texts or not kinds or kind not in ("llama", "gpt2") or (kind == "gpt2" and rule is None):
+        raise GgufError(
+            f"{file} has a tokenizer of kind {kind!r} with the splitting rule {name!r}, which is not known here: give "
+            "the checkpoint that the file was made of as --teacher, whose tokenizer is then read"
+        )
+    vocab = {text: index for index, text in enumerate(texts)}
+    unknown = next((texts[index] for index, of in enumerate(kinds) if of == _UNKNOWN), None)
+    if kind == "gpt2":
+        assert rule is not None
+        merges = [tuple(merge.split(" ", 1)) for merge in said.get("tokenizer.ggml.merges", ())]
+        core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule[1]))
+        splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in rule[0]]
+        core.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        core.decoder = decoders.ByteLevel()
+    else:
+        merges = _merges(vocab, said.get("tokenizer.ggml.scores", ()))
+        core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
+        first = [normalizers.Prepend(_SPACE)] if said.get("tokenizer.ggml.add_space_prefix", True) else []
+        core.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+        stripped = [decoders.Strip(" ", 1, 0)] if first else []
+        parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
+        core.decoder = decoders.Sequence(parts)
+    core.add_special_tokens([AddedToken(text, normalized=False) for text in _of_kind(texts, kinds, _CONTROL)])
+    core.add_tokens([AddedToken(text, normalized=False) for text in _of_kind(texts, kinds, _USER_DEFINED)])
+    roles = {"bos": "bos", "eos": "eos", "padding": "pad"}
+    ids = {short: said.get(f"tokenizer.ggml.{role}_token_id") for role, short in roles.items()}
+    named = {f"{role}_token": texts[index] for role, index in ids.items() if index is not None and index < len(texts)}
+    around = {
+        role: named[f"{role}_token"]
+        for role in ("bos", "eos")
+        if f"{role}_token" in named and said.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and kind == "llama")
+    }
+    if around:
+        single = " ".join([*([around["bos"]] if "bos" in around else []), "$A", *filter(None, [around.get("eos")])])
+        special = [(text, vocab[text]) for text in around.values()]
+        core.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
+
+
+def _of_kind(texts: Sequence[str], kinds: Sequence[int], wanted: int) -> list[str]:
+    return [text for text, kind in zip(texts, kinds, strict=True) if kind == wanted]
+
+
+def _merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The pairs that make a token, by what it scores, as SentencePiece merges them."""
+    found = []
+    for text, index in vocab.items():
+        pairs = ((text[:at], text[at:]) for at in range(1, len(text)))
+        pairs_known = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+        found += [(-scores[index], vocab[left], vocab[right], left, right) for left, right in pairs_known]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
 def tokenizer_notes(keys: Mapping[str, Any]) -> list[str]:
     """What llama.cpp does otherwise with such a tokenizer."""
     if keys["tokenizer.ggml.model"] == "no_vocab":
@@ -108,6 +182,11 @@ def tokenizer_notes(keys: Mapping[str, Any]) -> list[str]:
             "none of its tokens"
         ]
     return []
+
+
+def _require_no_rule(pre: str | None, why: str) -> None:
+    if pre is not None:
+        raise GgufError(f"--pre {pre} names a rule that splits text, and {why}: leave it out")
 
 
 def _kind(index: int, text: str, added: Mapping[int, Any], tokens: Mapping[int, str], unknown: str | None) -> int:
@@ -177,9 +256,8 @@ def _special(path: Path) -> dict[str, Any]:
     keys: dict[str, Any] = {
         f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None
     }
-    sample = tokenizer("a")["input_ids"]
-    keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and sample[0] == ids["bos"]
-    keys["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and sample[-1] == ids["eos"]
+    keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and ids["bos"] in put_around(tokenizer)[0]
+    keys["tokenizer.ggml.add_eos_token"] = False  # llama.cpp would put it behind every prompt
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

@@ -93,8 +93,8 @@ def read_importance(file: Path) -> ImportanceMatrix:
     try:
         with file.open("rb") as data:
             is_gguf = data.read(4) == b"GGUF"
-        return _read_gguf(file) if is_gguf else _read_legacy(file)
-    except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+        return _sound(_read_gguf(file) if is_gguf else _read_legacy(file))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError, struct.error) as error:
         raise GgufError(
             f"{file} is no importance matrix: {error}; make one with `minitron quantize --calibration TEXT`, "
             "or with llama.cpp's llama-imatrix"
@@ -116,6 +116,18 @@ def require_importance_fits(matrix: ImportanceMatrix, columns: Mapping[str, int]
             )
     if not any(name in matrix.sums for name in columns):
         raise GgufError(f"the importance matrix {where} has none of this model's matrices: it is of another model")
+
+
+def _sound(matrix: ImportanceMatrix) -> ImportanceMatrix:
+    """Raises: ValueError where sums of squares are none, or counts are no counts."""
+    if not matrix.sums:
+        raise ValueError("it has no entries")
+    for name, sums in matrix.sums.items():
+        if not (sums.isfinite().all() and (sums >= 0).all() and sums.any()):
+            raise ValueError(f"what it has of {name} is no sum of squares")
+        if matrix.counts[name] < 0:
+            raise ValueError(f"the count of {name} is {matrix.counts[name]}")
+    return matrix
 
 
 def _site(spec: TensorSpec) -> str:
@@ -156,7 +168,8 @@ def _read_gguf(file: Path) -> ImportanceMatrix:
     counts = {name: round(stored[f"{name}{_COUNTS}"].sum().item()) for name in sums}
     datasets = said("imatrix.datasets")
     chunks, chunk_tokens = said("imatrix.chunk_count"), said("imatrix.chunk_size")
-    assert isinstance(datasets, list) and isinstance(chunks, int) and isinstance(chunk_tokens, int)
+    if not (isinstance(datasets, list) and isinstance(chunks, int) and isinstance(chunk_tokens, int)):
+        raise ValueError(f"its datasets, chunks and their size are {datasets!r}, {chunks!r} and {chunk_tokens!r}")
     return ImportanceMatrix(sums, counts, chunks, chunk_tokens, tuple(datasets))
 
 

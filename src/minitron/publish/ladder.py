@@ -1,5 +1,6 @@
 """The ladder of quantized files: the names of its types, and what a run writes of it."""
 
+import math
 import re
 from importlib.util import find_spec
 
@@ -100,7 +101,18 @@ class QuantizeConfig(Section):
     @field_validator("types")
     @classmethod
     def _of_the_ladder(cls, names: list[str]) -> list[str]:
-        return [require_file_type(name) for name in names]
+        types = [require_file_type(name) for name in names]
+        if twice := [name for name in types if types.count(name) > 1]:
+            raise GgufError(f"GGUF type {twice[0]} is named twice: name each once")
+        return types
+
+    @field_validator("bits_per_weight", "sizes")
+    @classmethod
+    def _finite(cls, numbers: list[float]) -> list[float]:
+        for number in numbers:
+            if not math.isfinite(number) or number <= 0:
+                raise GgufError(f"a mixture of {number:g} bits or bytes cannot be made: give a number above 0")
+        return numbers
 
     @field_validator("tensor_types")
     @classmethod

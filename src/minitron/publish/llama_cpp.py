@@ -19,9 +19,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from minitron.child import say_last
 from minitron.errors import GgufError
+from minitron.paths import expanded
 
 PARTS = 4  # of rows that are quantized together, for each thread
+MOST_THREADS = 512  # that llama.cpp runs a model with
 LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
 # Of the context's options: place of a word -> what it is by default.
 _CONTEXT_DEFAULTS = {
@@ -56,6 +59,7 @@ class _Batch(ctypes.Structure):
 
 # Function -> its result and its arguments.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_set_abort_callback": (c_void_p, [c_void_p]),
     "ggml_quantize_init": (None, [c_int32]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_backend_init": (None, []),
@@ -76,10 +80,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_vocab_bos": (c_int32, [c_void_p]),
+    "llama_vocab_get_add_bos": (c_bool, [c_void_p]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
 }
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+_ABORT = ctypes.CFUNCTYPE(None, c_char_p)
 
 
 class LlamaCpp:
@@ -97,6 +104,9 @@ class LlamaCpp:
         self.log: list[str] = []
         self._keep = _LOG(lambda level, text, _: self.log.append(text.decode(errors="replace")))
         self.functions.llama_log_set(ctypes.cast(self._keep, c_void_p), None)
+        # Its own way to end a process prints a backtrace, by a debugger where there is one.
+        self._keep_abort = _ABORT(lambda text: say_last(text.decode(errors="replace")))
+        self.functions.ggml_set_abort_callback(ctypes.cast(self._keep_abort, c_void_p))
         self.functions.llama_backend_init()
         words = self.functions.llama_context_default_params().words
         found = {place: words[place] for place in _CONTEXT_DEFAULTS}
@@ -105,6 +115,21 @@ class LlamaCpp:
                 f"{path}: the options of this llama.cpp are {found} by default instead of {_CONTEXT_DEFAULTS}: it is "
                 "of another time than this program; install the version of xllamacpp that minitron's gguf extra names"
             )
+
+    def complaint(self) -> str:
+        """The last that it logged of something that failed."""
+        said = [line.strip() for line in self.log if "error" in line.lower() or "fail" in line.lower()]
+        return " ".join(said[-3:]) or "it does not say why"
+
+    def load_problem(self, file: Path) -> str:
+        """What it says of a file that it does not load, or nothing."""
+        self.log.clear()
+        model = self.functions.llama_model_load_from_file(
+            str(file).encode(), self.functions.llama_model_default_params()
+        )
+        if model:
+            self.functions.llama_model_free(model)
+        return "" if model else self.complaint()
 
     def quantize(
         self,
@@ -155,7 +180,7 @@ def llama_cpp() -> LlamaCpp:
     """
     named = os.environ.get(LIBRARY)
     if named:
-        return LlamaCpp(Path(named))
+        return LlamaCpp(Path(expanded(named)))
     from importlib.util import find_spec
 
     package = find_spec("xllamacpp")
@@ -178,14 +203,15 @@ class Runtime:
 
         Raises: GgufError with llama.cpp's own words if it cannot load the file.
         """
+        if not 1 <= threads <= MOST_THREADS:
+            raise GgufError(f"llama.cpp runs with 1 to {MOST_THREADS} threads, not {threads}: give fewer --threads")
         self.library, self.file, self.threads, self.exact = llama_cpp(), file, threads, exact
         call = self.library.functions
         self.library.log.clear()
         self.context, self.context_tokens, self.sequences = None, context, sequences
         self.model = call.llama_model_load_from_file(str(file).encode(), call.llama_model_default_params())
         if not self.model:
-            said = [line.strip() for line in self.library.log if "error" in line.lower() or "fail" in line.lower()]
-            raise GgufError(f"llama.cpp cannot load {file}: {' '.join(said[-3:]) or 'it does not say why'}")
+            raise GgufError(f"llama.cpp cannot load {file}: {self.library.complaint()}")
         self.vocab = call.llama_model_get_vocab(self.model)
         self.vocab_size = call.llama_vocab_n_tokens(self.vocab)
         try:
@@ -266,8 +292,15 @@ class Runtime:
             count = detokenize(self.vocab, ids, len(tokens), room, len(room), True, False)
         return room.raw[:count].decode(errors="replace")
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from: behind BOS where the file says so, and before nothing."""
+        call = self.library.functions
+        before = [call.llama_vocab_bos(self.vocab)] if call.llama_vocab_get_add_bos(self.vocab) else []
+        return before + self.tokenize(text, special=False)
+
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with what the file says is put before and behind it if `special`."""
+        """Token ids of a text, with what the file says is put before and behind it if `special`. What spells a special
+        token is text."""
         encoded = text.encode()
         room = (c_int32 * (len(encoded) + 8))()
         count = self.library.functions.llama_tokenize(
@@ -279,6 +312,10 @@ class Runtime:
     def _decode(self, rows: Sequence[Sequence[int]], position: int, *, every: bool) -> Float[Tensor, "tokens vocab"]:
         """Logits behind every token, or behind the last one of each row. Each row is a sequence of its own."""
         call = self.library.functions
+        if (
+            wrong := next((token for row in rows for token in row if not 0 <= token < self.vocab_size), None)
+        ) is not None:
+            raise GgufError(f"token {wrong} is beyond the {self.vocab_size:,} tokens of {self.file}")
         assert len(rows) <= self.sequences, "more sequences than there is room for"
         assert position + max(map(len, rows)) <= self.context_tokens, "more tokens than the context holds"
         places = [(number, place) for number, row in enumerate(rows) for place in range(len(row))]

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_model
+from minitron.packing import Batch
 from minitron.publish.formats import size
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix
 from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
 from minitron.publish.quantize import NEED_IMPORTANCE, Mixture
-from minitron.publish.verify import logits_of
+from minitron.publish.verify import divergence, logits_of
 
 # What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
 CHOICES = (
@@ -88,7 +89,8 @@ def measure_damage(
     count = threads or os.cpu_count() or 1
     matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
     loaded = load_model(model.checkpoint.path, torch.float32)
-    wanted = [logits_of(loaded, block).log_softmax(-1) for block in blocks]
+    batches = Batch(blocks).split(1)
+    wanted = [logits_of(loaded, batch).log_softmax(-1) for batch in batches]
     errors: dict[str, dict[BlockType, float]] = {}
     effect: dict[str, float] = {}
     with ThreadPoolExecutor(count) as pool:
@@ -117,7 +119,8 @@ def measure_damage(
             error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
             with _changed(loaded, model, tensor, changed - whole):
                 kl = sum(
-                    _kl(p, logits_of(loaded, block).log_softmax(-1)) for p, block in zip(wanted, blocks, strict=True)
+                    divergence(p, logits_of(loaded, batch).log_softmax(-1)).mean().item()
+                    for p, batch in zip(wanted, batches, strict=True)
                 )
             effect[tensor.name] = kl / len(blocks) / error
             progress(number + 1, len(matrices))
@@ -240,7 +243,3 @@ def _changed(loaded: Any, model: GgufModel, tensor: GgufTensor, change: Tensor) 
     finally:
         with torch.no_grad():
             parameter.copy_(before)
-
-
-def _kl(wanted: Tensor, found: Tensor) -> float:
-    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -17,7 +17,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitron.errors import GgufError
+from minitron.files import scratch_directory, scratch_errors
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
+from minitron.publish.gguf_tokenizer import RULES
 from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits
 from minitron.publish.ladder import LADDER
 from minitron.publish.llama_cpp import llama_cpp
@@ -120,29 +122,45 @@ def mixture(
 def fixed_types(model: GgufModel, overrides: Mapping[str, BlockType]) -> dict[str, BlockType]:
     """The types of the matrices that `overrides` names, as in `mixture`, or what they fall back to.
 
-    Raises: GgufError for a pattern that no matrix's name has.
+    Raises: GgufError for a pattern that no matrix's name has, or none that an earlier pattern has not.
     """
-    names = [tensor.name for tensor in model.tensors if tensor.is_matrix]
+    matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
+    names, decided = [tensor.name for tensor in matrices], {_pattern(tensor, overrides) for tensor in matrices}
     for pattern in overrides:
         if not any(re.search(pattern, name) for name in names):
             raise GgufError(f"no matrix's name has the pattern {pattern!r}; there are {', '.join(names[:10])}, ...")
+        if pattern not in decided:
+            raise GgufError(f"every matrix with the pattern {pattern!r} has a type by an earlier pattern already")
     return {
-        tensor.name: _fitting(tensor, kind)
-        for tensor in model.tensors
-        if tensor.is_matrix and (kind := _override(tensor, overrides)) is not None
+        tensor.name: _fitting(tensor, kind) for tensor in matrices if (kind := _override(tensor, overrides)) is not None
     }
 
 
-def require_importance(model: GgufModel, mixed: Mixture) -> None:
-    """Raises: GgufError, without an importance matrix, for types that need one."""
+def require_importance(model: GgufModel, mixed: Mixture, importance: ImportanceMatrix | None = None) -> None:
+    """Raises: GgufError for types that need an importance matrix, where there is none or it lacks theirs."""
     for tensor in model.tensors:
         kind = mixed.types[tensor.name]
         scarce = mixed.file_type == "Q2_K_S" and kind == BlockType.Q2_K
-        if tensor.layer >= 0 and (scarce or kind in NEED_IMPORTANCE):
+        lacking = tensor.is_matrix and (importance is None or tensor.name not in importance.sums)
+        if lacking and tensor.layer >= 0 and (scarce or kind in NEED_IMPORTANCE):
+            where = "" if importance is None else ", and the one given has nothing of it"
             raise GgufError(
-                f"{mixed.file_type} needs an importance matrix ({tensor.name} is to be {kind.name}): "
+                f"{mixed.file_type} needs an importance matrix ({tensor.name} is to be {kind.name}{where}): "
                 "give --calibration TEXT, or --imatrix FILE"
             )
+
+
+def require_known_rule(model: GgufModel) -> None:
+    """Raises: GgufError if llama.cpp has no splitting rule of the name that a file of the model would say."""
+    with scratch_directory() as path, scratch_errors():
+        file = path / "tokenizer.gguf"
+        write_gguf(replace(model, tensors=()), file, {}, keys={})
+        said = llama_cpp().load_problem(file)  # it misses the tensors, after it has read the tokenizer
+    if "pre-tokenizer" in said:
+        raise GgufError(
+            f"--pre {model.keys['tokenizer.ggml.pre']}: llama.cpp has no splitting rule of that name; minitron knows "
+            f"{', '.join(RULES.values())}, and llama.cpp's llama-vocab.cpp has all"
+        )
 
 
 def write_quantized(
@@ -163,9 +181,8 @@ def write_quantized(
 
     Raises: GgufError if a type needs an importance matrix and there is none, or it is of another model.
     """
-    if importance is None:
-        require_importance(model, mixed)
-    else:
+    require_importance(model, mixed, importance)
+    if importance is not None:
         columns = {tensor.name: tensor.shape[1] for tensor in model.tensors if tensor.is_matrix}
         require_importance_fits(importance, columns, importance_file)
     count = threads or os.cpu_count() or 1
@@ -200,7 +217,13 @@ def file_keys(file_type: str, importance: ImportanceMatrix | None, importance_fi
 
 
 def _override(tensor: GgufTensor, overrides: Mapping[str, BlockType]) -> BlockType | None:
-    return next((kind for pattern, kind in overrides.items() if re.search(pattern, tensor.name)), None)
+    pattern = _pattern(tensor, overrides)
+    return None if pattern is None else overrides[pattern]
+
+
+def _pattern(tensor: GgufTensor, overrides: Mapping[str, BlockType]) -> str | None:
+    """The first that is found in the tensor's name."""
+    return next((pattern for pattern in overrides if re.search(pattern, tensor.name)), None)
 
 
 def _fitting(tensor: GgufTensor, kind: BlockType) -> BlockType:

@@ -1,6 +1,5 @@
 """What a run directory says about itself; the only source of the report, the card and the result table."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -9,11 +8,13 @@ from typing import Any
 
 import yaml
 
+from minitron import layouts
 from minitron.data import TEACHER
 from minitron.describe import forward_flops
 from minitron.errors import RunError
 from minitron.model.architecture import Parameters, Shape
 from minitron.publish.formats import source_name
+from minitron.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
@@ -30,6 +31,10 @@ LOSS_NAMES = {
     "cosine": "cosine of logits",
     "cross_entropy": "cross-entropy",
 }
+
+
+PER_LAYER = ("ffn", "heads", "kv_heads")
+WAY_OUT = "put the file back, or remove its directory and run the same command that made it again"
 
 
 @dataclass(frozen=True)
@@ -63,30 +68,77 @@ class RunRecords:
 
 
 def read_run(path: Path) -> RunRecords:
-    """Raises: RunError if the directory is no run, or has no evaluations yet."""
-    if not (path / "recipe.yaml").is_file():
+    """Read the records of a run, each of which must be what a run writes, and all of one run.
+
+    Raises: RunError if the directory is no run, has no evaluations yet, or a file in it is missing or damaged.
+    """
+    if not (path / "recipe.yaml").exists():
         raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
-    if not (path / "evaluations" / "record.json").is_file():
+    if not (path / "evaluations" / "record.json").exists():
         raise RunError(f"the run in {path} is not finished; the same command that started it goes on with it")
-    evaluations = {name: _json(path / "evaluations" / f"{name}.json") for name in MODELS}
-    stages = {name: _json(path / name / "record.json") for name in STAGES}
-    metrics = path / "distill" / "metrics.jsonl"
-    plan = _json(path / "plan" / "plan.json") or {}
-    return RunRecords(
-        path=path,
-        recipe=yaml.safe_load((path / "recipe.yaml").read_text()),
-        stages={name: record for name, record in stages.items() if record},
-        evaluations={name: row for name, row in evaluations.items() if row},
-        generations=_json(path / "evaluations" / "generations.json") or [],
-        speed=_json(path / "evaluations" / "speed.json") or {},
-        metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
-        scores=_json(path / "scores" / "scores.json") or {},
-        plan=plan,
-        cut=_json(path / "pruned" / "plan.json") or plan,
-        search=_json(path / "search" / "candidates.json") or {},
-        ladder=_json(path / "gguf" / "quantization.json") or {},
-        tasks=_json(path / "evaluations" / "tasks.json") or {},
+    recipe = as_typed(
+        read_yaml(path / "recipe.yaml", yaml.SafeLoader, RunError),
+        layouts.RUN_RECIPE,
+        str(path / "recipe.yaml"),
+        RunError,
     )
+    stages = {name: record for name in STAGES if (record := _record(path / name / "record.json", name))}
+    evaluations = {
+        name: row
+        for name in MODELS
+        if (row := _optional(path / "evaluations" / f"{name}.json", layouts.EVALUATED, None))
+    }
+    _require_all(path, stages, evaluations)
+    metrics = path / "distill" / "metrics.jsonl"
+    plan = _plan(path / "plan" / "plan.json")
+    records = RunRecords(
+        path=path,
+        recipe=recipe,
+        stages=stages,
+        evaluations=evaluations,
+        generations=_optional(path / "evaluations" / "generations.json", layouts.GENERATIONS, []),
+        speed=_optional(path / "evaluations" / "speed.json", layouts.SPEEDS, {}),
+        metrics=read_typed_lines(metrics, layouts.LOGGED, RunError, way_out=WAY_OUT) if exists(metrics) else [],
+        scores=_optional(path / "scores" / "scores.json", layouts.SCORES, {}),
+        plan=plan,
+        cut=_plan(path / "pruned" / "plan.json") or plan,
+        search=_optional(path / "search" / "candidates.json", layouts.SEARCH, {}),
+        ladder=_optional(path / "gguf" / "quantization.json", layouts.LADDER, {}),
+        tasks=_optional(path / "evaluations" / "tasks.json", layouts.TASKS, {}),
+    )
+    _require_of_one_run(records)
+    return records
+
+
+def _require_all(path: Path, stages: Mapping[str, Any], evaluations: Mapping[str, Any]) -> None:
+    """Of a run that has evaluations, the stages before them are there too."""
+    files = [f"{name}/record.json" for name in ("data", "statistics", "plan", "student") if name not in stages]
+    files += [f"evaluations/{name}.json" for name in ("teacher", "pruned", "student") if name not in evaluations]
+    if files:
+        raise RunError(f"{path / files[0]} is missing: the run in {path} was changed after it ended; {WAY_OUT}")
+
+
+def _require_of_one_run(records: RunRecords) -> None:
+    """What one file says must fit to what another does."""
+    path, teacher = records.path, records.evaluations["teacher"]["shape"]
+    for name, plan in (("plan/plan.json", records.plan), ("pruned/plan.json", records.cut)):
+        if plan and plan["teacher"] != {dim: teacher[dim] for dim in plan["teacher"]}:
+            raise RunError(f"{path / name} is of another model than evaluations/teacher.json; {WAY_OUT}")
+    if records.plan and records.cut["layers"] != records.plan["layers"]:
+        raise RunError(f"{path / 'pruned' / 'plan.json'} keeps other layers than plan/plan.json; {WAY_OUT}")
+    if records.scores:
+        sizes = {dim: [len(row) for row in records.scores[dim]] for dim in PER_LAYER}
+        sizes |= {dim: [len(records.scores[dim])] for dim in ("layers", "hidden")}
+        wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in PER_LAYER else 1) for dim in sizes}
+        if bad := [dim for dim in sizes if sizes[dim] != wanted[dim]]:
+            file = path / "scores" / "scores.json"
+            raise RunError(f"{file}: {bad[0]} has not a score for each of the teacher's units; {WAY_OUT}")
+    if records.tasks:
+        measured = records.tasks["tasks"]
+        of_student = measured.get("student", {}).keys()
+        if missing := [name for name in ("teacher", "student") if measured.get(name, {}).keys() != of_student]:
+            file = path / "evaluations" / "tasks.json"
+            raise RunError(f"{file} has other tasks for {missing[0]} than for student; {WAY_OUT}")
 
 
 def result_table(records: RunRecords) -> list[dict[str, Any]]:
@@ -137,7 +189,7 @@ def speed_ratios(records: RunRecords) -> dict[str, float]:
     if not records.speed:
         return {}
     teacher, student = records.speed["teacher"], records.speed["student"]
-    found = records.speed.get("ratio", {})
+    found = records.speed.get("ratio") or {}
     return {kind: found.get(kind, student[kind] / teacher[kind]) for kind in ("prefill", "decode")}
 
 
@@ -224,8 +276,27 @@ def repairs(records: RunRecords) -> list[str] | None:
     return steps
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _optional(path: Path, kind: FileKind, default: Any) -> Any:
+    """What a file holds that not every run has."""
+    return read_typed(path, kind, RunError, way_out=WAY_OUT) if exists(path) else default
+
+
+def _record(path: Path, stage: str) -> Any:
+    """A stage's record, with a result of that stage; None where the stage is not there."""
+    record = _optional(path, layouts.RECORD, None)
+    if record is not None and stage in layouts.RESULTS:
+        as_typed(record["result"], layouts.RESULTS[stage], f"{path}: the result", RunError)
+    return record
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = _optional(path, layouts.MADE_PLAN, {})
+    return plan
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or what should be one: a dangling link is there, and damaged."""
+    return path.exists() or path.is_symlink()
 
 
 def loss_name(distill: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from minitron.data import TEACHER
-from minitron.files import readable_os_errors
+from minitron.files import prove_file, write_text
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     BENCHMARK_NOTE,
@@ -53,9 +53,8 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
     Raises: RunError if the file cannot be written.
     """
     path = out or records.path / "report.html"
-    with readable_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(records), encoding="utf-8")
+    prove_file(path, keeps=[records.path])
+    write_text(path, render(records))
     return path
 
 

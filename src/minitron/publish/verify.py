@@ -4,6 +4,7 @@ llama.cpp runs in a process of its own, since it answers what it cannot bear by 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.child import Child, ChildEnded
-from minitron.errors import GgufError
+from minitron.errors import CheckpointError, GgufError
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
+from minitron.model.tokens import prompt_ids, text_ids
+from minitron.packing import Batch
 from minitron.publish.gguf import describe
 from minitron.publish.llama_cpp import Runtime
 
@@ -31,6 +34,9 @@ HARD_TEXT = (
 )
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 24
 ROWS = 32  # of each matrix that are read back
+# KL in nats a token up to which a file is the model's own, by its type. Of the families' tiny random models, whose
+# logits feel rounding more than trained ones', the worst are 3e-6, 2e-5, 8e-4 and 9e-3.
+MOST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,28 @@ class Comparison:
         self._sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of the other, KL, agreeing tokens
         self.tokens = 0
 
-    def add(
-        self, wanted: Float[Tensor, "tokens vocab"], found: Float[Tensor, "tokens vocab"], block: Int[Tensor, " tokens"]
-    ) -> None:
-        """The logits of both behind each token of a block."""
-        ours, other = found[:-1, : wanted.shape[1]].log_softmax(-1), wanted[:-1].log_softmax(-1)
-        targets = block[1:, None]
-        self._sums += torch.stack(
-            [
-                -ours.gather(1, targets).sum(),
-                -other.gather(1, targets).sum(),
-                (other.exp() * (other - ours)).sum(),
-                (other.argmax(-1) == ours.argmax(-1)).sum(),
-            ]
-        ).double()
+    def add(self, found: Float[Tensor, "tokens vocab"], wanted: Float[Tensor, "tokens rows"] | None, of: Batch) -> None:
+        """The logits of both behind each token of one block; None where there is no other model.
+
+        Vocabularies that differ by rows of padding are compared on the rows that both have.
+        """
+        targets = of.targets[:, None]
         self.tokens += len(targets)
+        found = of.predicting(found[None])
+        self._sums[0] -= found.log_softmax(-1).gather(1, targets).sum().double()
+        if wanted is None:
+            return
+        both = min(found.shape[1], wanted.shape[1])
+        wanted = of.predicting(wanted[None])
+        self._sums[1] -= wanted.log_softmax(-1).gather(1, targets).sum().double()
+        p, q = wanted[:, :both].log_softmax(-1), found[:, :both].log_softmax(-1)
+        self._sums[2] += divergence(p, q).sum().double()
+        self._sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        both = Comparison()
+        both._sums, both.tokens = self._sums + other._sums, self.tokens + other.tokens
+        return both
 
     @property
     def nats(self) -> float:
@@ -98,6 +111,16 @@ class Comparison:
 
     def _mean(self, index: int) -> float:
         return (self._sums[index] / self.tokens).item()
+
+
+def divergence(p: Float[Tensor, "tokens vocab"], q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """KL(p || q) of each token, in nats, of log probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def perplexity(nats: float) -> float:
+    """Infinite where it is beyond what a float holds."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 class Prover:
@@ -122,11 +145,15 @@ class Prover:
         """Raises: GgufError if llama.cpp cannot run the file, or reads text otherwise than the tokenizer."""
         try:
             return self._child.call(_measure, file, self.model, self.blocks, self.threads)
-        except ChildEnded:
-            raise GgufError(
-                f"llama.cpp ended its process when it ran {file}; it does so on text that its tokenizer has no tokens "
-                "for, and where memory is short"
-            ) from None
+        except ChildEnded as ended:
+            raise process_ended(file, ended) from None
+
+
+def process_ended(file: Path, ended: ChildEnded) -> GgufError:
+    return GgufError(
+        f"llama.cpp ended its process when it ran {file} ({ended}); it does so on text that its tokenizer has no "
+        "tokens for, and where memory is short"
+    )
 
 
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:
@@ -136,14 +163,20 @@ def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measu
     with Runtime(file, context=blocks.shape[1], threads=threads) as runtime:
         alike = None if tokenizer is None else _tokenizes_alike(runtime, tokenizer, blocks, file)
         for block in torch.from_numpy(blocks).long():
-            seen.add(logits_of(reference, block), runtime.logits(block), block)
+            batch = Batch(block[None])
+            seen.add(llama_cpp_logits(runtime, batch), logits_of(reference, batch), batch)
         prompt = blocks[0, :PROMPT_TOKENS].tolist()
         made = runtime.generate(prompt, min(GENERATED_TOKENS, blocks.shape[1] - PROMPT_TOKENS))
-    if not math.isfinite(seen.nats):
-        raise GgufError(f"{file}: llama.cpp's logits are not finite: the file is damaged, or its types are too small")
+    if not math.isfinite(seen.nats_of_other):
+        raise CheckpointError(f"{model}: the model's loss on held-out text is not finite: its weights are damaged")
+    if not math.isfinite(seen.nats + seen.kl):
+        raise GgufError(
+            f"{file}: llama.cpp's logits are not finite, and the model's are: its types are too small for this model's "
+            "weights or activations, as F16 is for some; write BF16 or Q8_0"
+        )
     text = " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
-    perplexities = math.exp(seen.nats), math.exp(seen.nats_of_other)
-    return Measured(perplexities[0], seen.kl, seen.top1, perplexities[1], seen.tokens, error, alike, text)
+    ours, reference_perplexity = perplexity(seen.nats), perplexity(seen.nats_of_other)
+    return Measured(ours, seen.kl, seen.top1, reference_perplexity, seen.tokens, error, alike, text)
 
 
 @lru_cache(1)
@@ -153,18 +186,24 @@ def _reference(path: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def logits_of(model: Any, block: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocab"]:
-    """Of a loaded transformers model, in its own dtype up to the float32 logits."""
-    hidden = model.base_model(input_ids=block[None], use_cache=False).last_hidden_state[0]
+def logits_of(model: Any, batch: Batch) -> Float[Tensor, "tokens vocab"]:
+    """Behind each token of one block, of a loaded transformers model in its own dtype up to the float32 logits."""
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
     return logit_transform(model)(hidden.float() @ model.get_output_embeddings().weight.float().T)
+
+
+def llama_cpp_logits(runtime: Runtime, batch: Batch) -> Float[Tensor, "tokens vocab"]:
+    """Behind each token of one block, each of its documents read anew."""
+    starts = (batch.positions[0] == 0).nonzero().flatten().tolist()
+    return torch.cat([runtime.logits(document) for document in batch.tokens[0].tensor_split(starts[1:])])
 
 
 def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file: Path) -> bool:
     for text in (tokenizer.decode(blocks[0].tolist(), skip_special_tokens=True), HARD_TEXT):
-        text = "".join(letter for letter in text if _has_tokens(tokenizer, letter))
-        wanted, found = tokenizer(text)["input_ids"], runtime.tokenize(text)
+        text = readable(tokenizer, text)
+        wanted, found = prompt_ids(tokenizer, text), runtime.prompt(text)
         if wanted != found:
-            place = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), -1)
+            place = first_difference(wanted, found)
             nearby = tokenizer.decode(wanted[max(0, place - 3) : place + 3])
             raise GgufError(
                 f"{file}: llama.cpp makes {len(found)} tokens of a text that the tokenizer makes {len(wanted)} of, "
@@ -174,9 +213,21 @@ def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file:
     return True
 
 
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """The first place in which they differ; the shorter one's end where they do not before."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
+
+
+def readable(tokenizer: Any, text: str) -> str:
+    """The text without letters that the tokenizer has no tokens for, of which llama.cpp ends its process."""
+    letters = {letter for letter in set(text) if _has_tokens(tokenizer, letter)}
+    return "".join(letter for letter in text if letter in letters)
+
+
 def _has_tokens(tokenizer: Any, letter: str) -> bool:
     unknown = tokenizer.unk_token_id
-    return unknown is None or unknown not in tokenizer(letter, add_special_tokens=False)["input_ids"]
+    return unknown is None or unknown not in text_ids(tokenizer, letter)
 
 
 def _read_back(file: Path, path: Path) -> float:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from minitron.model.architecture import Architecture, Gguf
 from minitron.model.families.llama import LLAMA
 
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+
 GEMMA = Architecture(
     name="gemma",
     config_keys=LLAMA.config_keys,
@@ -14,7 +16,7 @@ GEMMA = Architecture(
     defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     norm_gain_offset=1.0,
     embedding_times_sqrt_hidden=True,
-    gguf=Gguf("gemma", head="embedding", unknown=("o_proj.bias",)),
+    gguf=Gguf("gemma", computes={"hidden_act": TANH_GELU}, head="embedding", unknown=("o_proj.bias",)),
 )
 
 GEMMA2 = replace(
@@ -45,6 +47,8 @@ GEMMA2 = replace(
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
         },
+        computes={"hidden_activation": TANH_GELU},
+        unsaid={"attn_logit_softcapping": "50", "final_logit_softcapping": "30"},
         head="embedding",
         windows=True,
         query_scale="query_pre_attn_scalar",
@@ -68,6 +72,7 @@ GEMMA3 = replace(
             "attention.layer_norm_rms_epsilon": "rms_norm_eps",
             "final_logit_softcapping": "final_logit_softcapping",
         },
+        computes={"hidden_activation": TANH_GELU},
         windows=True,
         query_scale="query_pre_attn_scalar",
         unknown=("o_proj.bias",),

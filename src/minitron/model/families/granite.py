@@ -22,5 +22,12 @@ GRANITE = replace(
             "residual_scale": "residual_multiplier",
             "logit_scale": "logits_scaling",
         },
+        unsaid={
+            "attention_multiplier": "1 / sqrt(head_dim)",
+            "embedding_multiplier": "1",
+            "residual_multiplier": "1",
+            "logits_scaling": "1",
+        },
+        scalings=("default", "linear", "llama3", "yarn"),
     ),
 )

@@ -42,7 +42,7 @@ LLAMA = Architecture(
         "model.norm": "lm_head",
     },
     hidden_multiple_of_heads=True,
-    gguf=Gguf("llama", interleaved=True),
+    gguf=Gguf("llama", interleaved=True, scalings=("default", "linear", "llama3", "yarn")),
 )
 
 MISTRAL = replace(

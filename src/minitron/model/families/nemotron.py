@@ -31,5 +31,12 @@ NEMOTRON = Architecture(
     norms=LLAMA.norms,
     norm_gain_offset=1.0,
     centred_norms=True,
-    gguf=Gguf("nemotron", keys={"attention.layer_norm_epsilon": "norm_eps"}, heads_fill_hidden=True, head="own"),
+    gguf=Gguf(
+        "nemotron",
+        keys={"attention.layer_norm_epsilon": "norm_eps"},
+        computes={"hidden_act": ("relu2",)},
+        partial_rotary=True,
+        heads_fill_hidden=True,
+        head="own",
+    ),
 )

@@ -27,5 +27,5 @@ OLMO2 = Architecture(
         "model.layers.{layer}.post_feedforward_layernorm.weight": "hidden",
     },
     norms={"model.norm": "lm_head"},
-    gguf=Gguf("olmo2", unknown=("o_proj.bias",)),
+    gguf=Gguf("olmo2", head="own", unknown=("o_proj.bias",)),
 )

@@ -21,5 +21,5 @@ PHI3 = Architecture(
     rope_kinds=("default", "longrope"),
     rope_names={"su": "longrope", "yarn": "longrope"},  # of the first Phi-3 models
     original_context_beside=True,
-    gguf=Gguf("phi3"),
+    gguf=Gguf("phi3", scalings=("default", "longrope"), partial_rotary=True),
 )

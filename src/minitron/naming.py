@@ -1,0 +1,51 @@
+"""What a model is called in file names and in files: after the model, not after where it happens to lie."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 160  # of a name, that what is put behind it still makes a file name
+RUN_MODELS = ("student", "pruned", "scratch", "corrected")  # directories of a run that hold a model
+
+
+def model_name(model: str | Path) -> str:
+    """The name of a directory or hub id, of letters, digits, dots, hyphens and underscores.
+
+    A hub id is called by its last part, and so is a snapshot in the hub's cache. A run's student is called as the run
+    calls its files, after the model it was made of and the target, and its other models with their directory's name
+    behind that.
+    """
+    path = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: a link has the name that it was given
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        return _clean(cached.split("--")[-1])
+    if path.name in RUN_MODELS and (recipe := _recipe(path.parent)) is not None:
+        source, target = str(recipe["model"]), (recipe.get("prune") or {}).get("target")
+        own = source if Path(source).name not in ("", "..") else path.parent
+        name = model_name(own) if path.name == "corrected" else run_name(own, target)
+        return name if path.name == "student" else f"{name}-{path.name}"
+    return _clean(path.name)
+
+
+def run_name(model: str | Path, target: str | None) -> str:
+    """The name of what a run makes of a model."""
+    return _clean(f"{model_name(model)}-{target or 'small'}".replace("%", "pct"))
+
+
+def _clean(name: str) -> str:
+    name = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+    return name.encode()[:MOST_BYTES].decode(errors="ignore").strip("-.") or "model"
+
+
+def _recipe(run: Path) -> Mapping[str, Any] | None:
+    """The resolved recipe of a run directory; None where there is no such thing."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    named = isinstance(recipe, Mapping) and isinstance(recipe.get("model"), str)
+    return recipe if named and isinstance(recipe.get("prune") or {}, Mapping) else None

@@ -1,0 +1,25 @@
+"""Paths as a user writes them."""
+
+import os
+
+from minitron.errors import MinitronError
+
+
+def expanded(text: str) -> str:
+    """A path, or what may be one, with `~` and `~user` as the home directories they stand for.
+
+    A shell leaves them in `--out=~/x`, in quotes and in files.
+
+    Raises: MinitronError for what can be no path, and for a home directory that is not known.
+    """
+    if not text:
+        raise MinitronError("a path is empty: give one, such as . for the current directory")
+    if "\0" in text:
+        raise MinitronError(f"the path {text!r} has a NUL character, which no path has: leave it out")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise MinitronError(
+            f"{text}: the home directory that {text.split('/')[0]} stands for is not known: write it out, or ./{text} "
+            "for a name that begins with ~"
+        )
+    return path

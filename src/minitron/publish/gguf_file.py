@@ -1,0 +1,125 @@
+"""A GGUF file as it lies there: what it says and holds, and one line about a file that is no language model."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import GgufError
+
+SUFFIX, MAGIC = ".gguf", b"GGUF"
+VERSIONS = (2, 3)
+# general.type of files that are no model -> what they are.
+_OTHER_KINDS = {
+    "adapter": "a LoRA adapter, which llama.cpp adds to a model's own file; merge it into the checkpoint instead",
+    "mmproj": "the image or sound encoder of a model; give the file of the language model",
+    "imatrix": "an importance matrix, which `minitron quantize --imatrix` takes",
+    "vocab": "a tokenizer without weights",
+}
+_ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5encoder", "eurobert", "clip")
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A readable GGUF file of a model.
+
+    said: key -> value. tensors: as the gguf package reads them.
+    """
+
+    path: Path
+    said: dict[str, Any]
+    tensors: list[Any]
+
+    @property
+    def family(self) -> str:
+        return self.said["general.architecture"]
+
+    def of_family(self, key: str) -> Any:
+        """The value of a key that stands behind the family's name, or None."""
+        return self.said.get(f"{self.family}.{key}")
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that the model has logits for."""
+        return self.of_family("vocab_size") or len(self.said.get("tokenizer.ggml.tokens", ()))
+
+    @property
+    def context(self) -> int | None:
+        return self.of_family("context_length")
+
+
+def is_gguf(model: str) -> bool:
+    """Whether MODEL is a GGUF file and no directory: by its name, or by how it begins."""
+    path = Path(model)
+    if path.is_dir():
+        return False
+    return path.suffix.lower() == SUFFIX or (path.is_file() and _begins(path, 4) == MAGIC)
+
+
+def read_gguf(file: Path) -> GgufFile:
+    """What a GGUF file of a model says and holds.
+
+    Raises: GgufError if it is none, is damaged, or is of something else.
+    """
+    import gguf
+
+    _require_readable(file)
+    try:
+        reader = gguf.GGUFReader(file)
+        said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
+        raise GgufError(f"{file} is damaged or cut short: {error}") from None
+    kind, family = said.get("general.type", "model"), said.get("general.architecture")
+    if kind in _OTHER_KINDS:
+        raise GgufError(f"{file} is {_OTHER_KINDS[kind]}")
+    if not isinstance(family, str) or not family:
+        raise GgufError(f"{file} is no GGUF file of a model: it does not say general.architecture")
+    if (parts := said.get("split.count", 0)) > 1:
+        raise GgufError(
+            f"{file} is part {said.get('split.no', 0) + 1} of {parts} of a model: join them with llama.cpp's "
+            "`llama-gguf-split --merge`, and give the whole file"
+        )
+    if not reader.tensors:
+        raise GgufError(f"{file} holds no tensors: it is no model")
+    return GgufFile(file, said, reader.tensors)
+
+
+def require_language_model(model: GgufFile) -> None:
+    """Raises: GgufError for a model that does not say which token is next, or whose file has no tokenizer."""
+    if model.family in _ENCODERS or model.of_family("attention.causal") is False:
+        raise GgufError(f"{model.path} is a {model.family} model, which reads text and does not continue it")
+    if model.said.get("tokenizer.ggml.model", "no_vocab") in ("no_vocab", "none"):
+        raise GgufError(f"{model.path} has no tokenizer, so it reads no text: write it from a model that has one")
+
+
+def _require_readable(file: Path) -> None:
+    if not file.exists():
+        raise GgufError(f"{file} does not exist")
+    if not file.is_file():
+        raise GgufError(f"{file} is no file")
+    start = _begins(file, 24)
+    if start[:4] != MAGIC:
+        raise GgufError(f"{file} is no GGUF file: it begins with {start[:4]!r} and not with {MAGIC!r}")
+    if len(start) < 24:
+        raise GgufError(f"{file} is damaged or cut short: it has {len(start)} bytes")
+    version, tensors, keys = struct.unpack("<IQQ", start[4:])
+    if version not in VERSIONS:
+        if struct.unpack(">I", start[4:8])[0] in VERSIONS:
+            raise GgufError(
+                f"{file} is of big-endian byte order, for other machines: convert it with `gguf-convert-endian`"
+            )
+        raise GgufError(
+            f"{file} is a GGUF file of version {version}, and llama.cpp reads {' and '.join(map(str, VERSIONS))}: "
+            "write it again from its checkpoint"
+        )
+    # The least that each takes: a name's length, and some numbers.
+    if 24 * tensors + 12 * keys > file.stat().st_size:
+        raise GgufError(f"{file} is damaged or cut short: it says {keys:,} keys and {tensors:,} tensors")
+
+
+def _begins(file: Path, count: int) -> bytes:
+    try:
+        with file.open("rb") as data:
+            return data.read(count)
+    except OSError as problem:
+        raise GgufError(f"cannot read {file}: {problem.strerror}") from None

@@ -1,0 +1,257 @@
+"""Which recipe keys have an effect only together with others, and the refusal of those that could not have one.
+
+What a run writes as its recipe.yaml is a recipe too, and holds what was resolved and what a search found; keys that it
+left behind are no request, and are let through.
+"""
+
+from pathlib import Path
+
+from minitron.data import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
+from minitron.distill.losses import DIVERGENCES
+from minitron.distill.settings import DistillConfig
+from minitron.effects import Rule, changed_keys, require_effects
+from minitron.model.architecture import PRUNABLE
+from minitron.prune.repair import Choice
+from minitron.prune.shapes import SearchConfig
+from minitron.recipe import Recipe
+
+ROWS, PLAIN = (".jsonl", ".parquet"), (".txt", ".md")  # suffixes of text that is rows, and of text that is one piece
+
+
+def reads_rows(config: DataConfig) -> bool:
+    """Whether the text may be rows with fields, as a dataset and a source that is not there may."""
+    return _reads(config, ROWS)
+
+
+def reads_plain_text(config: DataConfig) -> bool:
+    return _reads(config, PLAIN)
+
+
+def _reads(config: DataConfig, suffixes: tuple[str, ...]) -> bool:
+    for source in {config.source, config.heldout} - {None, BUILTIN, TEACHER}:
+        assert source is not None
+        found = {file.suffix.casefold() for file in source_files(DataConfig(source=source))}
+        if not found or found & set(suffixes):
+            return not is_hub_id(source) or suffixes == ROWS
+    return False
+
+
+def is_local(model: str) -> bool:
+    return Path(model).expanduser().exists()
+
+
+def _searches(recipe: Recipe, *levels: str) -> bool:
+    return recipe.search.level in levels or _is_found(recipe)
+
+
+def _is_found(recipe: Recipe) -> bool:
+    """Whether the shape is one that a search may have found: then the recipe says how, and does not search again."""
+    shape = recipe.prune.shape or {}
+    return recipe.search.level == "off" and recipe.prune.target is None and shape.keys() == set(PRUNABLE)
+
+
+def _is_resolved(config: DistillConfig) -> bool:
+    """Whether every default is filled in, as a run does, that of the baseline whether it has one or not."""
+    filled = ("tokens", "batch_blocks", "learning_rate", "min_learning_rate", "warmup_steps", "intermediate")
+    return all(getattr(config, key) is not None for key in (*filled, "evaluate_steps", "checkpoint_steps"))
+
+
+def _keys(section: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{key}" for key in keys)
+
+
+_SEARCHED = tuple(name for name in SearchConfig.model_fields if name != "level")
+_NO_LEVEL = "set search.level to predicted, cut or distilled"
+
+OF_DISTILL: tuple[Rule[DistillConfig], ...] = (
+    Rule(
+        _keys("distill", "teacher", "top_k"),
+        lambda config: config.objective.needs_teacher,
+        "with a loss that asks the teacher, and distill.loss=cross_entropy does not",
+        "choose another distill.loss",
+    ),
+    Rule(
+        _keys("distill", "intermediate"),
+        lambda config: config.objective.needs_teacher or config.intermediate == "off",
+        "with a loss that asks the teacher, and distill.loss=cross_entropy does not",
+        "choose another distill.loss",
+    ),
+    Rule(
+        _keys("distill", "temperature"),
+        lambda config: bool(config.objective.terms.keys() & DIVERGENCES.keys()),
+        f"with a distill.loss of {', '.join(DIVERGENCES)}",
+        "choose one of them",
+    ),
+    Rule(
+        _keys("distill", "jensen_shannon_beta"),
+        lambda config: "jensen_shannon" in config.objective.terms,
+        "with distill.loss=jensen_shannon",
+        "choose that",
+    ),
+    Rule(
+        _keys("distill", "top_k_tail"),
+        lambda config: config.objective.needs_teacher and (config.top_k is not None or config.teacher == "recorded"),
+        "where only the likeliest tokens are compared",
+        "set distill.top_k, or distill.teacher=recorded",
+    ),
+    Rule(
+        _keys("distill", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"),
+        lambda config: config.correction is not None,
+        "while the teacher is corrected",
+        "set distill.correction to before or parallel",
+    ),
+)
+# Of a distillation by itself, which has no baseline.
+OF_DISTILL_ALONE: tuple[Rule[DistillConfig], ...] = (
+    *OF_DISTILL,
+    Rule(_keys("distill", "scratch_learning_rate"), lambda config: False, "in a run with scratch_baseline"),
+)
+OF_RECIPE: tuple[Rule[Recipe], ...] = (
+    Rule(
+        ("revision",),
+        lambda recipe: not is_local(recipe.model),
+        "with a hub id, and the model is a local directory",
+        "give a hub id",
+    ),
+    Rule(
+        _keys("data", "text_field"),
+        lambda recipe: reads_rows(recipe.data),
+        "where the text is .jsonl, .parquet or a dataset",
+        "give such text as data.source",
+    ),
+    Rule(
+        _keys("data", "max_document_chars"),
+        lambda recipe: reads_plain_text(recipe.data),
+        "where the text is .txt or .md",
+        "give such text as data.source",
+    ),
+    Rule(
+        _keys("data", "heldout_fraction"),
+        lambda recipe: recipe.data.heldout is None,
+        "without data.heldout, which is held out whole",
+        "leave out data.heldout",
+    ),
+    Rule(
+        _keys("data", "sample_temperature", "sample_top_k", "sample_top_p", "sample_batch"),
+        lambda recipe: recipe.data.source == TEACHER,
+        "where the text is sampled from the teacher",
+        "set data.source=teacher",
+    ),
+    Rule(
+        _keys("prune", "sequence_aggregate", "batch_aggregate"),
+        lambda recipe: recipe.prune.criterion == "activation",
+        "with prune.criterion=activation",
+        "choose that",
+    ),
+    Rule(
+        _keys("prune", "seed"),
+        lambda recipe: recipe.prune.criterion == "random",
+        "with prune.criterion=random",
+        "choose that",
+    ),
+    Rule(
+        _keys("prune", "layer_samples"),
+        lambda recipe: recipe.prune.layer_criterion != "block_influence",
+        "with a prune.layer_criterion of loss, contiguous or task",
+        "choose one of them",
+    ),
+    Rule(
+        _keys("prune", "hidden_multiple", "ffn_multiple"),
+        lambda recipe: recipe.prune.target is not None or _searches(recipe, "predicted", "cut", "distilled"),
+        "where the sizes follow from prune.target or from a search",
+        "give prune.target instead of sizes",
+    ),
+    Rule(
+        _keys("search", *_SEARCHED),
+        lambda recipe: _searches(recipe, "predicted", "cut", "distilled"),
+        "where the shape is searched for",
+        _NO_LEVEL,
+    ),
+    Rule(
+        _keys("search", "window"),
+        lambda recipe: (recipe.prune.target is not None and recipe.search.least is None) or _is_found(recipe),
+        "with prune.target and without search.least",
+        "give prune.target and no search.least",
+    ),
+    Rule(
+        _keys("search", "cut_candidates", "judge_blocks"),
+        lambda recipe: _searches(recipe, "cut", "distilled"),
+        "where candidates are cut",
+        "set search.level to cut or distilled",
+    ),
+    Rule(
+        _keys("search", "distill_candidates", "first_rung"),
+        lambda recipe: _searches(recipe, "distilled"),
+        "where candidates are distilled",
+        "set search.level=distilled",
+    ),
+    Rule(
+        _keys("distill", "scratch_learning_rate"),
+        lambda recipe: recipe.scratch_baseline or _is_resolved(recipe.distill),
+        "with scratch_baseline",
+        "set scratch_baseline=true",
+    ),
+    Rule(
+        _keys("evaluate", "new_tokens"),
+        lambda recipe: bool(recipe.evaluate.prompts),
+        "where there are prompts to continue",
+        "give evaluate.prompts",
+    ),
+    Rule(
+        _keys("evaluate", "limit", "allow_code"),
+        lambda recipe: recipe.evaluate.benchmarks,
+        "with benchmarks",
+        "give evaluate.tasks or evaluate.tasks_dir",
+    ),
+    Rule(
+        _keys("gguf", "tensor_types", "samples", "blocks", "verify", "pre", "threads"),
+        lambda recipe: recipe.gguf.wanted,
+        "where GGUF files are written",
+        "give gguf.types, gguf.bits_per_weight or gguf.sizes",
+    ),
+    Rule(
+        _keys("gguf", "blocks"),
+        lambda recipe: recipe.gguf.verify,
+        "where the files are run in llama.cpp",
+        "leave out gguf.verify=false",
+    ),
+)
+OF_CHOICE: tuple[Rule[Choice], ...] = (
+    Rule(
+        _keys("prune", "criterion", "sequence_aggregate", "batch_aggregate", "seed"),
+        lambda choice: bool(choice.by_criterion),
+        "where it chooses units, and here those of no dim that is cut are left to it by given numbers and by the "
+        "repair, of which ffn_obs, heads_obs and basis choose units themselves",
+        "leave such steps out of the repair",
+    ),
+    Rule(
+        _keys("prune", "layer_criterion", "layer_task", "layer_samples"),
+        lambda choice: choice.layers,
+        "where it chooses layers, and here none are cut, or they are given by number",
+        "cut layers by their count",
+    ),
+    Rule(
+        _keys("prune", "iterations"),
+        lambda choice: choice.steps > 1,
+        "where there is a shape between the teacher's and the student's that scores can be taken of, and here all is "
+        "cut at once",
+    ),
+)
+
+
+def require_recipe_effects(recipe: Recipe) -> None:
+    """Raises: NoEffect for a key that differs from its default and could not change anything."""
+    given = changed_keys(recipe)
+    require_effects(given, OF_RECIPE, recipe)
+    require_effects(given, OF_DISTILL, recipe.distill)
+
+
+def require_distill_effects(config: DistillConfig) -> None:
+    """The same of a distillation by itself."""
+    require_effects({f"distill.{key}" for key in changed_keys(config)}, OF_DISTILL_ALONE, config)
+
+
+def require_choice_effects(recipe: Recipe, choice: Choice) -> None:
+    """The same for what depends on the teacher: what the cut leaves to be chosen."""
+    if not _searches(recipe, "predicted", "cut", "distilled"):
+        require_effects(changed_keys(recipe), OF_CHOICE, choice)

@@ -1,0 +1,119 @@
+"""Files with known keys, read as a type: what a file holds is checked here, and the code behind can rely on it.
+
+The types are pydantic's: those of a run directory's files are in layouts.py. A value that is of its type comes back as
+it lay in the file; keys that the type does not name are left alone.
+"""
+
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minitron.reading import Kind, parse_json, read_json, read_lines, read_text
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file or a line of it holds: in words, as in `it is not ...`, and its type."""
+
+    name: str
+    type: TypeAdapter
+
+
+def read_typed(path: Path, kind: FileKind, error: Kind, *, way_out: str) -> Any:
+    """The value in a JSON file, which must be of a kind.
+
+    Args:
+        way_out: what the user can do when it is not.
+
+    Raises: `error` naming the file, the place in it and the value there.
+    """
+    try:
+        return as_typed(read_json(path, error), kind, str(path), error)
+    except error as problem:
+        raise error(f"{problem}; {way_out}") from None
+
+
+def read_typed_lines(path: Path, kind: FileKind, error: Kind, *, way_out: str) -> list[Any]:
+    """The values in a file of JSON lines, each of which must be of a kind.
+
+    Raises: `error` naming the line, the place in it and the value there.
+    """
+    try:
+        return [
+            as_typed(parse_json(line, where, error), kind, where, error)
+            for number, line in read_lines(path, error)
+            for where in [f"{path}, line {number},"]
+        ]
+    except error as problem:
+        raise error(f"{problem}; {way_out}") from None
+
+
+def as_typed(value: Any, kind: FileKind, where: str, error: Kind) -> Any:
+    """The same value, which must be of a kind.
+
+    Raises: `error` naming the first place that is not.
+    """
+    try:
+        kind.type.validate_python(value, strict=True)
+    except ValidationError as problem:
+        raise error(f"{where} is not {kind.name}: {_explain(problem)}") from None
+    return value
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader], error: Kind) -> Any:
+    """The value in a YAML file.
+
+    Raises: `error` if the file cannot be read, or holds no YAML.
+    """
+    return parse_yaml(read_text(path, error), str(path), loader, error)
+
+
+def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader], error: Kind) -> Any:
+    """The value that a text spells in YAML.
+
+    Raises: `error` for text that is no YAML, nested too deeply, or with a date or a number that there is not.
+    """
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError) as problem:
+        raise error(f"{where} is not YAML: {problem}") from None
+    except RecursionError:
+        raise error(f"{where} is no YAML that can be read: its brackets are nested too deeply") from None
+
+
+def read_tensors(path: Path, error: Kind) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises: `error` if it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror or problem}") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
+        raise error(f"{path} is no safetensors file, or a damaged one: {problem}") from None
+
+
+def short(value: Any) -> str:
+    """A value in a message: not more of it than fits into a line, however large or nested it is."""
+    return _SHORT.repr(value)
+
+
+def _explain(problem: ValidationError) -> str:
+    first = problem.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "value_error":  # of a validator of ours, which names its place
+        return str(first["msg"]).removeprefix("Value error, ")
+    return f"{place + ': ' if place else ''}{first['msg']} (got {short(first['input'])})"

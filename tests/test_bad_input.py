@@ -1,0 +1,48 @@
+"""Damaged files of every kind that minitron reads: each is refused in one line that names it, or harmless.
+
+A few inputs of each kind, always the same ones; benchmarks/bad_input.py draws thousands.
+"""
+
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+from bad_input import Room
+from bad_targets import TARGETS
+from hypothesis import HealthCheck, given, settings
+from mutations import Mutation
+
+from minitron import layouts
+from minitron.prune.plan import PruneConfig
+from minitron.prune.repair import Step
+from minitron.publish.records import LOSS_NAMES
+from minitron.publish.why import LAYER_CRITERIA, REPAIRS
+
+EXAMPLES = 1
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
+    room = Room(tmp_path_factory.mktemp("room"))
+    yield room
+    room.close()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_damaged_file_is_one_line_that_names_it_or_harmless(room: Room, name: str) -> None:
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(room.inputs(TARGETS[name]))
+    def holds(mutation: Mutation) -> None:
+        outcome = room.outcome(TARGETS[name], mutation)
+        assert not outcome.violations, (mutation.how, outcome.violations, outcome.ended)
+
+    holds()
+
+
+def test_the_layouts_know_the_names_that_a_recipe_knows() -> None:
+    assert set(get_args(layouts.Loss)) == LOSS_NAMES.keys()
+    assert set(get_args(layouts.LayerCriterion)) == LAYER_CRITERIA.keys()
+    assert get_args(layouts.LayerCriterion) == get_args(PruneConfig.model_fields["layer_criterion"].annotation)
+    assert set(get_args(layouts.Repair)) == set(get_args(Step)) == REPAIRS.keys()
