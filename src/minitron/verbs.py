@@ -272,12 +272,17 @@ def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
     lines = [
         f"{args.model}: {facts['family']}, {size(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
         "",
-        *(f"  {dim:<14}{number:>16,}" for dim, number in facts["shape"].items() if number is not None),
+        *(f"  {dim:<14}{_spelled(number):>16}" for dim, number in facts["shape"].items() if number is not None),
         "",
         f"  {'weights':<14}{total:>16,}",
         *(f"  {kind:<14}{count:>16,}  {share(count / total)}" for kind, count in facts["types"].items()),
     ]
     console.result(facts, "\n".join(lines))
+
+
+def _spelled(number: int | list[int]) -> str:
+    """A size, or the sizes of layers that have different ones."""
+    return f"{number:,}" if isinstance(number, int) else ", ".join(f"{each:,}" for each in sorted(set(number)))
 
 
 def quantize(args: argparse.Namespace, console: Console) -> None:

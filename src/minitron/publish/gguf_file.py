@@ -16,6 +16,20 @@ _OTHER_KINDS = {
     "imatrix": "an importance matrix, which `minitron quantize --imatrix` takes",
     "vocab": "a tokenizer without weights",
 }
+# Keys that are read here -> what they can be; some families say a size for each layer.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "split.count": int,
+    "split.no": int,
+    "{family}.vocab_size": int,
+    "{family}.context_length": int,
+    **dict.fromkeys(("{family}.block_count", "{family}.embedding_length", "{family}.attention.key_length"), int),
+    **dict.fromkeys(("{family}.feed_forward_length", "{family}.attention.head_count"), (int, list)),
+    "{family}.attention.head_count_kv": (int, list),
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    **dict.fromkeys((f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "scores")), list),
+    **dict.fromkeys((f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "padding", "unknown")), int),
+}
 _ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5encoder", "eurobert", "clip")
 
 
@@ -69,18 +83,22 @@ def read_gguf(file: Path) -> GgufFile:
         said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         raise GgufError(f"{file} is damaged or cut short: {error}") from None
-    kind, family = said.get("general.type", "model"), said.get("general.architecture")
-    if kind in _OTHER_KINDS:
-        raise GgufError(f"{file} is {_OTHER_KINDS[kind]}")
+    family = said.get("general.architecture")
+    if other := _OTHER_KINDS.get(str(said.get("general.type"))):
+        raise GgufError(f"{file} is {other}")
     if not isinstance(family, str) or not family:
         raise GgufError(f"{file} is no GGUF file of a model: it does not say general.architecture")
-    if (parts := said.get("split.count", 0)) > 1:
+    for key, kind in _KINDS.items():
+        value = said.get(key.format(family=family))
+        if value is not None and not isinstance(value, kind):
+            raise GgufError(f"{file} is damaged: its {key.format(family=family)} is {value!r}")
+    if said.get("split.count", 0) > 1:
         raise GgufError(
-            f"{file} is part {said.get('split.no', 0) + 1} of {parts} of a model: join them with llama.cpp's "
-            "`llama-gguf-split --merge`, and give the whole file"
+            f"{file} is part {said.get('split.no', 0) + 1} of {said['split.count']} of a model: join them with "
+            "llama.cpp's `llama-gguf-split --merge`, and give the whole file"
         )
-    if not reader.tensors:
-        raise GgufError(f"{file} holds no tensors: it is no model")
+    if not any(tensor.n_elements for tensor in reader.tensors):
+        raise GgufError(f"{file} holds no weights: it is no model")
     return GgufFile(file, said, reader.tensors)
 
 

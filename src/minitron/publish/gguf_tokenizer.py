@@ -124,11 +124,15 @@ def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
             f"{file} has a tokenizer of kind {kind!r} with the splitting rule {name!r}, which is not known here: give "
             "the checkpoint that the file was made of as --teacher, whose tokenizer is then read"
         )
+    if len(kinds) != len(texts) or (kind == "llama" and len(said.get("tokenizer.ggml.scores", ())) != len(texts)):
+        raise GgufError(f"{file} is damaged: it has {len(texts)} tokens, and not as many kinds or scores of them")
     vocab = {text: index for index, text in enumerate(texts)}
     unknown = next((texts[index] for index, of in enumerate(kinds) if of == _UNKNOWN), None)
     if kind == "gpt2":
         assert rule is not None
         merges = [tuple(merge.split(" ", 1)) for merge in said.get("tokenizer.ggml.merges", ())]
+        if wrong := [pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}]:
+            raise GgufError(f"{file} is damaged: it merges {wrong[0]!r}, which are none of its tokens")
         core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule[1]))
         splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in rule[0]]
         core.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
