@@ -73,7 +73,7 @@ PRUNE = "prune {M} --repair none --shape hidden=24,ffn=24,layers=3 --out {OUT}"
 PRUNE_BY_STATISTICS = f"{PRUNE} --statistics {{S}}"
 PRUNE_BY_TEXT = f"{PRUNE} --data {{T}} --samples 4"
 DISTILL = (
-    "distill --teacher {M} --student {C} --data {T} --block-tokens 16 --tokens 128 --set distill.batch_blocks=4 "
+    "distill --teacher {M} --student {C} --data {T} --block-tokens 16 --tokens 64 --set distill.batch_blocks=4 "
     "--set distill.evaluate_blocks=1 --set distill.intermediate=off --out {OUT}"
 )
 EVALUATE = "evaluate {M} --data {T} --block-tokens 16 --blocks 4"
@@ -203,23 +203,23 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--gguf-block": [Changes(SEARCH, "--gguf-block 32")],
         "--statistics": [Refused("search {M} --target-params 50% --statistics {M}", "holds no statistics")],
         "--data": [
-            Changes(f"{CUT} --block-tokens 16", "--data {T}", "--data {P}"),
-            Refused(f"{SEARCH} --data {{T}}", "--data has an effect only where text is read: without --statistics"),
+            Changes(f"{CUT} --block-tokens 8", "--data {W}", "--data {P}"),
+            Refused(f"{SEARCH} --data {{W}}", "--data has an effect only where text is read: without --statistics"),
         ],
         "--text-field": [
-            Changes(f"{CUT} --block-tokens 16 --data {{T}}", "--text-field body"),
+            Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--text-field body"),
             Refused(f"{CUT} --data {{P}} --text-field body", NO_ROWS),
             Refused(f"{SEARCH} --text-field body", "--text-field has an effect only where text is read"),
         ],
         "--separate-documents": [
-            Changes(f"{CUT} --block-tokens 16 --data {{T}}", "--separate-documents"),
+            Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--separate-documents"),
             Refused(f"{SEARCH} --separate-documents", "--separate-documents has an effect only where text is read"),
         ],
         "--block-tokens": [
-            Changes(f"{CUT} --data {{T}}", "--block-tokens 16", "--block-tokens 24"),
-            Refused(f"{SEARCH} --block-tokens 16", "--block-tokens has an effect only where text is read"),
+            Changes(f"{CUT} --data {{W}}", "--block-tokens 8", "--block-tokens 12"),
+            Refused(f"{SEARCH} --block-tokens 8", "--block-tokens has an effect only where text is read"),
         ],
-        "--cut": [Changes(f"{CUT} --block-tokens 16 --data {{T}}", "--cut 1")],
+        "--cut": [Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--cut 1")],
         "--top": [Refused(f"{SEARCH} --top 1 --json", "--top has an effect only without --json, which has all")],
     },
     "prune": {
@@ -305,8 +305,8 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         ],
         "--separate-documents": [Changes(DISTILL, "--separate-documents")],
         "--tokens": [
-            Changes(DISTILL.replace("--tokens 128 ", ""), "--tokens 128", "--tokens 192"),
-            Refused(f"{DISTILL} --set distill.tokens=64", "--tokens and --set distill.tokens=64 say the same"),
+            Changes(DISTILL.replace("--tokens 64 ", ""), "--tokens 64", "--tokens 128"),
+            Refused(f"{DISTILL} --set distill.tokens=99", "--tokens and --set distill.tokens=99 say the same"),
         ],
         "--block-tokens": [Changes(DISTILL.replace("--block-tokens 16 ", ""), "--block-tokens 16", "--block-tokens 8")],
         "--learning-rate": [
@@ -535,10 +535,11 @@ def without_times(value: Any) -> Any:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("options")
     teacher = small.teacher(path / "teacher")
-    rows = [json.loads(line)["text"] for line in small.text(path / "words.jsonl", 200).read_text().splitlines()]
-    short = [" ".join(text.split()[:8]) for text in rows]  # several documents in a block
+    rows = [json.loads(line)["text"] for line in small.text(path / "words.jsonl", 300).read_text().splitlines()]
+    short = [" ".join(text.split()[:4]) for text in rows]  # several documents in a block
     both = [json.dumps({"text": text, "body": text.upper()}) for text in short]
     (path / "text.jsonl").write_text("\n".join(both))
+    (path / "few.jsonl").write_text("\n".join(both[:60]))
     (path / "plain").mkdir()
     for number, text in enumerate(rows[:20]):
         (path / "plain" / f"{number}.txt").write_text(text)
@@ -551,6 +552,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     names = {
         "M": teacher,
         "T": path / "text.jsonl",
+        "W": path / "few.jsonl",
         "P": path / "plain",
         "S": path / "statistics",
         "C": path / "cut",
