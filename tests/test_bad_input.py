@@ -18,7 +18,9 @@ from minitron.prune.repair import Step
 from minitron.publish.records import LOSS_NAMES
 from minitron.publish.why import LAYER_CRITERIA, REPAIRS
 
-EXAMPLES = 1
+EXAMPLES = 2  # the simplest, and one that is drawn
+SLOW = ("run again", "report", "recipe: run", "training", "rows")
+NAMES = [name for name in TARGETS if not name.startswith(SLOW)] + [n for n in TARGETS if n.startswith(SLOW)][::6]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
     room.close()
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_file_is_one_line_that_names_it_or_harmless(room: Room, name: str) -> None:
     @settings(
         max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)

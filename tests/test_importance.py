@@ -1,5 +1,6 @@
 """Scores from sums are the formulas on the activations themselves."""
 
+import json
 import math
 from dataclasses import fields, replace
 from itertools import product
@@ -151,6 +152,26 @@ def test_statistics_without_weights_say_what_a_criterion_lacks_and_how_to_get_it
 def test_save_and_load_round_trip(measured: Any, tmp_path: Path) -> None:
     shape, statistics = measured
     scores = activation_scores(statistics, shape, "mean", "l2")
+    scores.layers[-1] = torch.inf  # of a layer that stays in any case
     scores.save(tmp_path)
     for field in fields(Scores):
         assert torch.equal(getattr(Scores.load(tmp_path, shape), field.name), getattr(scores, field.name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows | {"hidden": rows["hidden"][:-1]}, "hidden has not a score for each of the model's units"),
+        (lambda rows: rows | {"ffn": rows["ffn"][:-1]}, "ffn has not a score for each of the model's units"),
+        (lambda rows: rows | {"heads": None}, r"is not scores of units: heads: .*valid list \(got None\)"),
+        (lambda rows: rows | {"hidden": [math.nan]}, r"is not scores of units: hidden.0: .*\(got nan\)"),
+        (lambda rows: [rows], "is not scores of units"),
+    ],
+)
+def test_damaged_scores_are_named(measured: Any, tmp_path: Path, change: Any, message: str) -> None:
+    shape, statistics = measured
+    activation_scores(statistics, shape).save(tmp_path)
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(PlanError, match=rf"scores.json.*{message}.*; remove .* to score again"):
+        Scores.load(tmp_path, shape)

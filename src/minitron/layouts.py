@@ -21,6 +21,7 @@ def _positive_or_unknown(value: float) -> float:
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Unbounded = Annotated[float, Field(ge=-1e30)]  # such as the score of a layer that stays in any case
 Amount = Annotated[float, Field(ge=0, le=1e30)]
 Rate = Annotated[float, AfterValidator(_positive_or_unknown)]  # nan where every round was disturbed
 FileName = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
@@ -230,7 +231,7 @@ class Candidate(Layout):
     kv_cache_bytes: Amount
     decode_seconds: Amount
     prefill_seconds: Amount
-    predicted: Number
+    predicted: Unbounded
     losses: dict[Annotated[str, Field(pattern=r"^[0-9]{1,12}$")], Number]
 
 
@@ -276,7 +277,7 @@ class Ladder(Layout):
 class UnitScores(Layout):
     """scores/scores.json."""
 
-    layers: list[Number]
+    layers: list[Unbounded]
     hidden: list[Number]
     ffn: list[list[Number]]
     heads: list[list[Number]]
