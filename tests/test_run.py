@@ -1,10 +1,8 @@
 """The whole pipeline: its files, its resume after anything, and that the stored recipe makes the same student again."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import small
 import tiny
 import torch
 import yaml
-from processes import begun, forked
 
 from minitron import cli
 from minitron.data import open_corpus
@@ -449,32 +446,6 @@ def test_what_a_run_makes_generates_the_same_text_without_minitron(
     done = subprocess.run([sys.executable, "-c", GENERATE, *paths, PROMPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == texts
-
-
-MOMENTS = ("statistics/record.json", "distill/state-*", "evaluations.partial")
-
-
-def test_a_run_that_was_killed_three_times_ends_with_the_same_student(tmp_path: Path) -> None:
-    raw = raw_recipe(tmp_path, "llama")
-    raw["distill"]["tokens"] *= 4
-    run(build_recipe(raw), tmp_path / "undisturbed")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    command = ("minitron", "run", "recipe.yaml", "--out", "out", "--json")
-    for moment in MOMENTS:
-        (process,) = begun(1, *command, cwd=tmp_path)
-        while process.is_alive() and not any((tmp_path / "out").glob(moment)):
-            time.sleep(0.005)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"the run ended before {moment} was seen"
-    done = forked(1, *command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert [row["model"] for row in facts["models"]] == ["teacher", "pruned", "student"]
-    assert_same_student(tmp_path / "out", tmp_path / "undisturbed")
-    metrics = [(tmp_path / out / "distill" / "metrics.jsonl").read_text() for out in ("out", "undisturbed")]
-    assert metrics[0] == metrics[1]
-    assert not list((tmp_path / "out").glob("**/*.partial"))
 
 
 def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> None:
