@@ -493,7 +493,7 @@ BAD_TEXTS: dict[str, tuple[str, bytes, str]] = {
     "nul": ("text.txt", b"abc\x00def", "is binary: it holds a NUL character at position 3"),
     "short": ("text.jsonl", b'{"text": "one"}\n{"text": "two"}\n', "fewer than one block of 64"),
     "single": ("text.txt", b"only one document", "is a single document, so nothing can be held out"),
-    "not json": ("text.jsonl", b"{", "text.jsonl, line 1: not JSON"),
+    "not json": ("text.jsonl", b"{", "text.jsonl, line 1, is not JSON"),
     "other field": ("text.jsonl", b'{"content": "one"}', r"no field 'text' \(data.text_field\); it has content"),
     "other suffix": ("text.csv", b"a,b", "has the suffix '.csv'; data files end in .txt"),
 }

@@ -202,5 +202,6 @@ def require_correctable(config: settings.DistillConfig, text: data.DataConfig) -
 
 def _whole_path(source: str) -> str:
     """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
+    is_path = source.strip() and source not in (data.BUILTIN, data.TEACHER)
     path = data.local_path(source)
-    return str(path.resolve()) if source not in (data.BUILTIN, data.TEACHER) and os.path.exists(path) else source
+    return str(path.resolve()) if is_path and os.path.exists(path) else source
