@@ -163,7 +163,8 @@ class Room:
         return found or {"stdout": ended.stdout}
 
 
-PLACES = {"HOME": "home", "TMPDIR": "tmp", "MINITRON_CACHE": CACHE, "XDG_CACHE_HOME": CACHE, "MPLCONFIGDIR": CACHE}
+PLACES = {"HOME": "home", "TMPDIR": "tmp"}
+PLACES |= dict.fromkeys(("MINITRON_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"), CACHE)
 
 
 @cache
