@@ -27,14 +27,18 @@ from huggingface_hub import constants
 
 from minitron import cli, effects, recipe_rules
 from minitron.config import Section
+from minitron.data import DataConfig
 from minitron.demo import demo_recipe
 from minitron.effects import changed_keys
 from minitron.errors import NoEffect, RecipeError
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
+from minitron.prune.plan import PruneConfig
+from minitron.prune.repair import RepairConfig
 from minitron.publish.card import write_card
 from minitron.publish.records import read_run
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.recipe_rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
+from minitron.rooms import prune_model
 
 
 @dataclass(frozen=True)
@@ -237,11 +241,12 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--criterion": [
             Changes(PRUNE_BY_STATISTICS, "--criterion random"),
             Refused(
-                "prune {M} --layers drop=1 --criterion random --out {OUT}", "--criterion has an effect only where it ch"
+                "prune {M} --layers drop=1 --criterion random --out {OUT}",
+                "--criterion has an effect only where units of what is cut",
             ),
             Refused(
                 "prune {M} --shape hidden=24,ffn=24 --statistics {S} --criterion random --out {OUT}",
-                "of which ffn_obs, heads_obs and basis choose units themselves",
+                "the repairs basis, ffn_obs and heads_obs choose by themselves",
             ),
         ],
         "--layer-criterion": [
@@ -640,6 +645,36 @@ def test_a_command_comes_to_the_same_twice(desk: Desk, capsys: pytest.CaptureFix
     first = desk.outcome(command, capsys)
     del desk.known[command]
     assert first[0] == 0 and desk.outcome(command, capsys) == first
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps", "unread"),
+    [
+        ({"hidden": 24, "ffn": 24, "heads": 4, "kv_heads": 2}, None, True),
+        ({"ffn": 24}, ["ffn_least_squares"], False),
+        ({"heads": 4}, ["residual_heads"], False),
+    ],
+    ids=str,
+)
+def test_a_criterion_is_refused_exactly_where_the_student_is_the_same_without_it(
+    desk: Desk, tmp_path: Path, shape: dict[str, int], steps: list[Any] | None, unread: bool
+) -> None:
+    students, by_criterion = [], []
+    for criterion in ("activation", "random"):
+        prune_model(
+            str(desk.names["M"]),
+            config=PruneConfig(shape=shape, criterion=criterion),
+            repair=RepairConfig(steps=steps),
+            plan_file=None,
+            statistics_dir=desk.names["S"],
+            data_config=lambda: DataConfig(source=str(desk.names["T"])),
+            samples=8,
+            check=lambda needs: by_criterion.append(bool(needs.choice.by_criterion)),
+            out=tmp_path / criterion,
+        )
+        students.append(digests(tmp_path / criterion)["model.safetensors"])
+    assert by_criterion == [not unread] * 2
+    assert (students[0] == students[1]) == unread
 
 
 def test_every_rule_has_a_row_that_it_refuses() -> None:

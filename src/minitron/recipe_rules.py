@@ -220,9 +220,9 @@ OF_CHOICE: tuple[Rule[Choice], ...] = (
     Rule(
         _keys("prune", "criterion", "sequence_aggregate", "batch_aggregate", "seed"),
         lambda choice: bool(choice.by_criterion),
-        "where it chooses units, and here those of no dim that is cut are left to it by given numbers and by the "
-        "repair, of which ffn_obs, heads_obs and basis choose units themselves",
-        "leave such steps out of the repair",
+        "where units of what is cut are left for it to choose: the repairs basis, ffn_obs and heads_obs choose by "
+        "themselves, and listed units are not chosen",
+        "leave those repairs out",
     ),
     Rule(
         _keys("prune", "layer_criterion", "layer_task", "layer_samples"),
