@@ -382,7 +382,7 @@ def tried(trial: Trial, work: Path) -> Outcome:
     outcome.stage, outcome.ended_before = stage_of(place), set(outcome.codes) == {0}
     outcome.violations += ended_wrongly(trial, place, outcome) + orphans() + left_wrongly(trial, place)
     if trial.kind in DAMAGES:
-        for act, state in zip(DAMAGES[trial.kind], states(place.here), strict=True):
+        for act, state in zip(DAMAGES[trial.kind], states(place.here)[-2:], strict=True):
             if act is not None:
                 act(state)
     for file in place.here.glob(FILLER):
