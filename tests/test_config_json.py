@@ -21,7 +21,7 @@ from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.config_json import RULES, read_config, settled
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import empty_model, transformers_config
-from minitron.publish import gguf
+from minitron.publish.gguf_config import rope
 
 NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
 WRONG = ("64", 64.5, True, [64], {}, -1, 1e301, 10**400, float("nan"), float("inf"), "false", "")
@@ -113,7 +113,7 @@ def test_a_config_error_names_the_file(model: Path) -> None:
     [
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model_type": "llama", "vocab_size": 1' + b"0" * 5000 + b"}", "no JSON that can be read"),
-        (b"\xff\xfe{}", "is not UTF-8 text"),
+        (b"\xff\xfe{}", "not UTF-8 text"),
         (b'{"hidden_size": 1, "hidden_size": 2}', "says 'hidden_size' twice"),
     ],
 )
@@ -200,7 +200,7 @@ def test_old_names_of_rotary_positions_are_one_model_for_everyone(tmp_path: Path
         path = rope_model(tmp_path / kind, "phi3", rope_scaling=scaling, original_max_position_embeddings=16)
         checkpoint = open_checkpoint(path)
         assert checkpoint.config["rope_scaling"]["type"] == "longrope"
-        keys, tensors = gguf._rope(checkpoint, transformers_config(checkpoint.config))
+        keys, tensors, _ = rope(checkpoint, transformers_config(checkpoint.config))
         assert keys["rope.scaling.original_context_length"] == 16 and len(tensors) == 2
         found.append(tiny.logits(load_model(path), tokens))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
