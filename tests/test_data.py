@@ -683,20 +683,24 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(simple: Any, tmp_path
         prepare(DataConfig(source=str(source)), simple, vocab=100, block_tokens=BLOCK, out=tmp_path)
 
 
+OTHERS = [f"other {text}" for text in NAMED]
+
+
 def test_special_tokens_of_a_stream_are_its_delimiters_alone(tokenizer: Any, tmp_path: Path) -> None:
     spelled = [f"<s>{text}</s> and more{number}</s>" for number, text in enumerate(NAMED)]
     source = write_rows(tmp_path / "rows.jsonl", spelled)
-    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(source))
+    others = [f"other {text}" for text in spelled]
+    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(write_rows(tmp_path / "held.jsonl", others)))
     ids = stream(corpus, "train").tolist()
     for token, name in ((tokenizer.bos_token_id, "bos"), (tokenizer.eos_token_id, "eos")):
         assert token is None or ids.count(token) == len(spelled) * (corpus.delimiter == name)
-    assert int(stream(corpus, "heldout_bytes").sum()) == sum(len(text.encode()) for text in spelled)
+    assert int(stream(corpus, "heldout_bytes").sum()) == sum(len(text.encode()) for text in others)
 
 
 def test_nothing_stands_between_documents_where_the_tokenizer_has_no_token_for_it(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny.sentencepiece(tmp_path / "model", special=False))
     source = write_rows(tmp_path / "rows.jsonl", NAMED)
-    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(source))
+    corpus = prepared(source, tokenizer, tmp_path / "out", heldout=str(write_rows(tmp_path / "held.jsonl", OTHERS)))
     expected = [id for text in NAMED for id in tokenizer(text).input_ids]
     assert corpus.delimiter == "none" and stream(corpus, "train").tolist() == expected
     with pytest.raises(DataError, match=r"data\.delimiter is 'eos' but the tokenizer has no eos token; set it to none"):
@@ -709,5 +713,7 @@ def test_a_start_token_alone_stands_before_each_document(tmp_path: Path) -> None
     path = tiny.sentencepiece(tmp_path / "model", bos=False)
     (path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     source = write_rows(tmp_path / "rows.jsonl", NAMED)
-    corpus = prepared(source, load_tokenizer(path), tmp_path / "out", heldout=str(source))
+    corpus = prepared(
+        source, load_tokenizer(path), tmp_path / "out", heldout=str(write_rows(tmp_path / "b.jsonl", OTHERS))
+    )
     assert corpus.delimiter == "bos" and stream(corpus, "train").tolist().count(1) == len(NAMED)

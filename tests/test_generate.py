@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from minitron.errors import MinitronError
-from minitron.evaluate.generate import generate, require_room, require_temperature
+from minitron.evaluate.generate import generate, num_new_tokens, require_temperature
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import prompt_ids
 
@@ -144,7 +144,7 @@ def test_what_is_no_prompt_or_temperature_is_refused(model: tuple[Any, Any]) -> 
     ):
         generate(of, tokenizer, "the rain " * 64, new_tokens=5)
     with pytest.raises(MinitronError, match=r"a prompt of 60 tokens and 5 new ones .* ask for at most 4 new tokens"):
-        require_room(60, 5, 64)
+        num_new_tokens(60, 5, 64)
     for temperature in (float("nan"), float("inf"), 1e-30):
         with pytest.raises(MinitronError, match="draws no text: give 0, which is greedy, or a number from"):
             require_temperature(temperature)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
+from minitron.model.hugging_face import transformers_config
 from minitron.model.tokens import prompt_ids
 from minitron.packing import Batch, Separator
 from minitron.publish import gguf_config, gguf_tokenizer
@@ -173,7 +174,7 @@ def test_every_family_has_one_activation(family: str, tmp_path: Path) -> None:
     sizes |= {"no_rope_layer_interval": 4} if family == "smollm3" else {}
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path, **sizes))
     key = next(iter(checkpoint.architecture.gguf.computes))
-    config = gguf_config.read_config(checkpoint)
+    config = transformers_config(checkpoint.config)
     gguf_config.require_runnable(checkpoint, config)
     setattr(config, key, "tanh")
     with pytest.raises(GgufError, match=rf"{key} is 'tanh', but llama.cpp computes"):

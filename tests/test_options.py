@@ -763,7 +763,7 @@ class Key:
 KEY_ROWS = {
     "revision": Key("old", idle=("model=.",)),
     "data.text_field": Key("body", used=("data.source=me/texts",)),
-    "data.max_document_chars": Key("300", idle=("data.source=me/texts",), used=("data.source=a.txt",)),
+    "data.max_document_chars": Key("300", idle=("data.source=me/texts",), used=("data.source=README.md",)),
     "data.heldout_fraction": Key("0.1", idle=("data.heldout=a.jsonl",)),
     **{
         f"data.sample_{key}": Key(value, used=("data.source=teacher",))

@@ -444,7 +444,7 @@ def test_the_command_line_prints_the_table(tmp_path: Path, capsys: pytest.Captur
     assert main([*arguments, "--dry-run"]) == 0
     assert "matrices Q4_K -> Q5_0" in capsys.readouterr().out
     out = tmp_path / "out"
-    options = ["--calibration", str(text), "--samples", "8", "--blocks", "2", "--block-tokens", "16", "--no-verify"]
+    options = ["--calibration", str(text), "--samples", "8", "--block-tokens", "16", "--no-verify"]
     assert main([*arguments, *options, "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["type", "size", "bits/weight", "imatrix", "perplexity", "KL", "top-1", "other", "way"]

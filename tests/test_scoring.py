@@ -111,6 +111,7 @@ def test_a_run_in_steps_with_layers_by_a_task_plans_for_the_teacher_itself(
             "layer_task": str(task),
             "iterations": 2,
         },
+        "repair": {"steps": []},
         "distill": {"tokens": 128, "batch_blocks": 4},
         "evaluate": {"blocks": 4, "prompts": ["the"], "new_tokens": 2, "speed": False},
     }

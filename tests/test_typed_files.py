@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from minitron.data import open_corpus
+from minitron.data import open_corpus, require_undamaged
 from minitron.errors import DataError, RunError
 from minitron.layouts import LESSONS, LOGGED, RECORD
 from minitron.model.checkpoint import open_checkpoint
@@ -103,7 +103,7 @@ def test_a_corpus_whose_bytes_are_others_is_refused(file: str, act: str, tmp_pat
     if act != "remove":
         (corpus.path / file).write_bytes(data if act == "flip" else data[:-1])
     with pytest.raises(DataError, match=rf"{file}.*damaged; remove .*data and run the same command"):
-        open_corpus(corpus.path)
+        require_undamaged(open_corpus(corpus.path))
 
 
 def _renamed(tensors: dict[str, Any]) -> None:

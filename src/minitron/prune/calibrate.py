@@ -158,12 +158,13 @@ class Statistics:
 
         Raises: RunError if there are none, or another model's.
         """
-        statistics = Statistics.load_of_shape(checkpoint, path)
+        statistics = Statistics.load(path)
         if statistics.model != checkpoint.fingerprint():
             raise RunError(
                 f"the statistics in {path} were not collected from the model in {checkpoint.path}: "
                 "collect them again with `minitron calibrate`, or give the model that they are of"
             )
+        _require_of_shape(statistics._tensors(), checkpoint, path / "statistics.safetensors")
         return statistics
 
 
