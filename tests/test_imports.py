@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import minitron
 
 ROOT = Path(minitron.__file__).parent
@@ -79,31 +77,40 @@ def test_every_module_has_its_place() -> None:
     assert {parts(file)[0] for file in FILES} <= {name for row in ORDER for name in row}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: ".".join(parts(file)))
-def test_a_module_imports_only_what_stands_below_it(file: Path) -> None:
-    own = parts(file)[0]
-    row = next(index for index, names in enumerate(ORDER) if own in names)
-    below = {own, *(name for names in ORDER[:row] for name in names)}
-    assert {module[0] for module in imported(file)} <= below
+def test_a_module_imports_only_what_stands_below_it() -> None:
+    upwards = []
+    for file in FILES:
+        own = parts(file)[0]
+        row = next(index for index, names in enumerate(ORDER) if own in names)
+        below = {own, *(name for names in ORDER[:row] for name in names)}
+        upwards += [
+            f"{'.'.join(parts(file))} imports {module[0]}" for module in imported(file) if module[0] not in below
+        ]
+    assert not upwards
 
 
-@pytest.mark.parametrize(("room", "stages"), STAGES.items(), ids=STAGES)
-def test_a_stage_imports_only_stages_before_it(room: str, stages: tuple[str, ...]) -> None:
-    for file in (ROOT / room).rglob("*.py"):
-        stage = parts(file)[1]
-        if stage in stages:
-            seen = {module[1] for module in imported(file) if module[0] == room} & set(stages)
-            assert seen <= set(stages[: stages.index(stage) + 1])
+def test_a_stage_imports_only_stages_before_it() -> None:
+    upwards = []
+    for room, stages in STAGES.items():
+        for file in (ROOT / room).rglob("*.py"):
+            stage = parts(file)[1]
+            later = set(stages[stages.index(stage) + 1 :]) if stage in stages else set()
+            named = {module[1] for module in imported(file) if module[0] == room}
+            upwards += [f"{room}.{stage} imports {other}" for other in named & later]
+    assert not upwards
 
 
 # A module whose classes are of the library, and which is itself imported where it is used.
 BUILT_ON = {("evaluate", "harness_models"): "lm_eval"}
+HEAVY = ("transformers", "datasets", "pyarrow", "matplotlib", "lm_eval")
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "datasets", "pyarrow", "matplotlib", "lm_eval"])
-@pytest.mark.parametrize("file", FILES, ids=lambda file: ".".join(parts(file)))
-def test_heavy_libraries_are_imported_where_they_are_used(file: Path, heavy: str) -> None:
-    top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
-    assert BUILT_ON.get(parts(file)) == heavy or heavy not in {name.split(".")[0] for name in names}
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    early = []
+    for file in FILES:
+        top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        found = {name.split(".")[0] for name in names} & set(HEAVY) - {BUILT_ON.get(parts(file), "")}
+        early += [f"{'.'.join(parts(file))} imports {heavy}" for heavy in found]
+    assert not early

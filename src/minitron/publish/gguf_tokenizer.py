@@ -13,6 +13,7 @@ from typing import Any
 from minitron.errors import GgufError
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import put_around
+from minitron.reading import read_json
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -71,7 +72,8 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
             )
         _require_no_rule(pre, f"{path} has no tokenizer")
         return {"tokenizer.ggml.model": "no_vocab"}
-    stored = json.loads(file.read_text())
+    special = _special(path)  # which refuses a damaged tokenizer.json first
+    stored = read_json(file, GgufError)
     model = stored["model"]
     if model.get("type", "BPE") != "BPE":
         raise GgufError(
@@ -105,7 +107,7 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
             "tokenizer.ggml.pre": pre or _rule_of(file, stored),
             "tokenizer.ggml.merges": merges,
         }
-    return keys | _special(path)
+    return keys | special
 
 
 def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
