@@ -142,17 +142,18 @@ def test_what_has_no_default_must_be_given(missing: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "--set 'seed': write it as section.key=value"),
+        ("seed", "write it as section.key=value"),
         ("seed=[1", "the value is not YAML"),
         ("seed=x", r"seed: .*valid integer.*\(got 'x'\)"),
-        ("model.name=x", "--set 'model.name=x': model is not a section"),
+        ("model.name=x", "model is not a section"),
         ("distil.tokens=5", "unknown key distil; did you mean 'distill'"),
         ("distill.token=5", "unknown key distill.token; did you mean 'tokens'"),
     ],
 )
 def test_a_bad_override_is_named(override: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        build_recipe({"model": "m", "prune": {"target": "50%"}}, [override])
+    with pytest.raises(RecipeError, match=message) as problem:
+        build_recipe({"model": "m", "prune": {"target": "50%"}}, [override], where="recipe.yaml")
+    assert str(problem.value).startswith(f"--set {override!r}: ")
 
 
 @pytest.mark.parametrize(

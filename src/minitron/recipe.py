@@ -118,13 +118,26 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _build(kind: type[Kind], raw: dict[str, Any], overrides: Iterable[str], *, where: str) -> Kind:
-    raw = copy.deepcopy(raw)
+    raw, overrides = copy.deepcopy(raw), list(overrides)
     for override in overrides:
         _apply(raw, override)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
+        found: dict[str, list[str]] = {}
+        for one in error.errors():
+            found.setdefault(_said_by(one, overrides) or where, []).append(_explain(one, kind))
+        raise RecipeError("; ".join(f"{source}: {'; '.join(reasons)}" for source, reasons in found.items())) from None
+
+
+def _said_by(error: Any, overrides: list[str]) -> str | None:
+    """The last of the overrides that says what the error is about."""
+    place = [str(part) for part in error["loc"]]
+    for override in reversed(overrides):
+        path = override.partition("=")[0].split(".")
+        if all(one == other for one, other in zip(path, place, strict=False)):
+            return f"--set {override!r}"
+    return None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
