@@ -286,6 +286,9 @@ def remember_digest(file: Path, digest: str, cache: dict[str, Any]) -> None:
 
 
 def _cached_digest(file: Path, cache: dict[str, Any]) -> str:
+    if not file.is_file():
+        state = "is no file" if file.exists() else "is a link to nothing" if file.is_symlink() else "does not exist"
+        raise RunError(f"cannot read {file}, which {state}: put it back, or remove its directory and make that again")
     known = cache.get(str(file))
     if known is None or known[:3] != [*stamp(file.stat())]:
         remember_digest(file, digest_file(file), cache)

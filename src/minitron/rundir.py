@@ -134,22 +134,24 @@ class RunDirectory:
         inputs: Mapping[str, str],
         config: Mapping[str, Any],
         state: Path | None = None,
+        places: Mapping[str, Path] | None = None,
     ) -> Path:
         """Run one stage unless its record says that it is done; returns its directory.
 
         Args:
             work: fills the directory it is given and returns what the record should say of the result.
             state: where `work` keeps what it resumes from after an interruption, for the same inputs only.
+            places: files that inputs are told by, where their names do not say it.
         """
         path = self.out / name
         plain = {key: _plain(value) for key, value in config.items()}
         for made in (path, self.final.get(name, path)):
             if (made / "record.json").exists():
-                _require_same(made, read_record(made), inputs, plain)
+                _require_same(made, read_record(made), inputs, plain, places or {})
                 self.listener.stage(name, "unchanged")
                 return made
         if state is not None:
-            _require_same_start(state, {"inputs": dict(inputs), "config": plain})
+            _require_same_start(state, {"inputs": dict(inputs), "config": plain}, places or {})
         self.listener.stage(name, "running")
         started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
         forget_peak_memory()
@@ -214,8 +216,18 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, Section) else value
 
 
-def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    changed = [name for name, digest in inputs.items() if record["inputs"].get(name) != digest]
+def _require_same(
+    path: Path,
+    record: dict[str, Any],
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    places: Mapping[str, Path],
+) -> None:
+    changed = [
+        f"{name} ({places[name]})" if name in places else name
+        for name, digest in inputs.items()
+        if record["inputs"].get(name) != digest
+    ]
     old, new = _flat(record["config"]), _flat(config)
     changed += [
         f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in {*old, *new} if old.get(key) != new.get(key)
@@ -227,11 +239,11 @@ def _require_same(path: Path, record: dict[str, Any], inputs: Mapping[str, str],
         )
 
 
-def _require_same_start(state: Path, start: dict[str, Any]) -> None:
+def _require_same_start(state: Path, start: dict[str, Any], places: Mapping[str, Path]) -> None:
     file = state / "inputs.json"
     if file.exists():
         known = read_typed(file, layouts.INPUTS, RunError, way_out=f"remove {state} to start again")
-        _require_same(state, known, start["inputs"], start["config"])
+        _require_same(state, known, start["inputs"], start["config"], places)
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)

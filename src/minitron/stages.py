@@ -407,10 +407,13 @@ def teach(
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
     inputs = {"pruned": stages.digest(model_files(pruned)), "data": corpus.digest}
+    places: dict[str, Path] = {}
     if teacher:
         recorded = config.teacher == "recorded"
         inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
-    made = stages.do(name, work, inputs=inputs, config={"distill": config.of_record, "seed": seed}, state=state)
+        places = {"teacher": teacher / LESSONS_INDEX} if recorded else {}
+    facts: dict[str, Any] = {"distill": config.of_record, "seed": seed}
+    made = stages.do(name, work, inputs=inputs, config=facts, state=state, places=places)
     forget_states(state)
     return made
 
