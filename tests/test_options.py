@@ -746,6 +746,7 @@ def test_a_default_that_is_stated_is_an_option_that_was_given() -> None:
     }  # fmt: skip
 
 
+README = Path(__file__).parents[1] / "README.md"
 BASE: dict[str, Any] = {"model": "m", "prune": {"target": "50%"}}
 SHAPED: dict[str, Any] = {"model": "m", "prune": {"shape": {"ffn": 8}}}
 SEARCHED = "search.level=distilled"
@@ -763,7 +764,7 @@ class Key:
 KEY_ROWS = {
     "revision": Key("old", idle=("model=.",)),
     "data.text_field": Key("body", used=("data.source=me/texts",)),
-    "data.max_document_chars": Key("300", idle=("data.source=me/texts",), used=("data.source=README.md",)),
+    "data.max_document_chars": Key("300", idle=("data.source=me/texts",), used=(f"data.source={README}",)),
     "data.heldout_fraction": Key("0.1", idle=("data.heldout=a.jsonl",)),
     **{
         f"data.sample_{key}": Key(value, used=("data.source=teacher",))
