@@ -21,7 +21,7 @@ from minitron.publish.why import LAYER_CRITERIA, REPAIRS
 EXAMPLES = 2  # the simplest, and one that is drawn
 SLOW = ("run again", "recipe: run", "--set: distill", "training", "lessons", "rows")  # seconds each
 QUICK = [name for name in TARGETS if not name.startswith(SLOW)]
-NAMES = QUICK[::7] + [name for name in TARGETS if name.startswith(SLOW)][::20]
+NAMES = QUICK[::12] + [name for name in TARGETS if name.startswith(SLOW)][::36]
 
 
 @pytest.fixture(scope="module")

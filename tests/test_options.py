@@ -102,7 +102,7 @@ def of_tasks(option: str, value: str = "") -> Refused:
 OPTIONS: dict[str, dict[str, list[Row]]] = {
     "demo": {
         "--out": [Refused("demo --out {L}", "layers.json")],
-        "--set": [Refused("demo --set seed=-1", "demo recipe: seed: ")],
+        "--set": [Refused("demo --set seed=-1", "--set 'seed=-1': seed: ")],
     },
     "inspect": {
         "--revision": [
