@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from minitron.errors import MinitronError
@@ -34,13 +36,8 @@ def write_result(text: str) -> None:
 
     Raises: MinitronError if it cannot be written.
     """
-    try:
+    with _writing("the result to standard output"):
         print(text, flush=True)
-    except BrokenPipeError:
-        _silence(sys.stdout)
-    except OSError as error:
-        _silence(sys.stdout)
-        raise MinitronError(f"cannot write the result to standard output: {error.strerror}") from None
 
 
 def complain(text: str) -> None:
@@ -56,13 +53,19 @@ def flush_result() -> None:
 
     Raises: MinitronError if it cannot be written.
     """
-    try:
+    with _writing("to standard output"):
         sys.stdout.flush()
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         _silence(sys.stdout)
     except OSError as error:
         _silence(sys.stdout)
-        raise MinitronError(f"cannot write to standard output: {error.strerror}") from None
+        raise MinitronError(f"cannot write {what}: {error.strerror}") from None
 
 
 def _silence(stream: TextIO) -> None:

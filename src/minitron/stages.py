@@ -73,11 +73,13 @@ def prepare_data(
     def work(out: Path) -> dict[str, Any]:
         return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
 
+    was_there = (stages.out / "data" / "record.json").exists()
     stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
     corpus = data.open_corpus(stages.out / "data")
-    data.require_undamaged(corpus)  # it may have lain there for long
+    if was_there:  # perhaps for long; what has just been written is not read again
+        data.require_undamaged(corpus)
     return corpus
 
 
