@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from measure import PeakMemory, header, publish, save_byte_tokenizer, table
 
-from minitron.files import atomic_directory
-from minitron.large_files import digest_file
+from minitron.core.direct_io import digest_file
+from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
 from minitron.model.families import family_of

@@ -26,8 +26,8 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from measure import header, publish, table
 
+from minitron.core.errors import GgufError
 from minitron.demo import HERE
-from minitron.errors import GgufError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.prune.calibrate import calibrate
 from minitron.publish.gguf import GgufModel, describe, plain_types, write_gguf

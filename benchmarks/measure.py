@@ -84,7 +84,7 @@ def save_byte_tokenizer(path: Path) -> None:
 
 def header(title: str) -> str:
     """Markdown: what was run, where and with what."""
-    from minitron.device import versions
+    from minitron.core.device import versions
     from minitron.rundir import hardware
 
     machine = hardware()

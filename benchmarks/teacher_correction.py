@@ -33,7 +33,7 @@ from distillations import (
 )
 from measure import header, table
 
-from minitron.device import pick_device
+from minitron.core.device import pick_device
 from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import load_model

@@ -4,7 +4,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from minitron.config import Section
+from minitron.core.config import Section
 from minitron.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron.errors import CheckpointError, PlanError
+from minitron.core.errors import CheckpointError, PlanError
 from minitron.model.architecture import Shape, kv_cache_bytes, with_sizes
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES

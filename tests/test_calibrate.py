@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from minitron.errors import RunError
+from minitron.core.errors import RunError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune import calibrate as module
 from minitron.prune.calibrate import Statistics, calibrate, cosine_sum, sample_sums

@@ -13,8 +13,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from minitron.errors import CheckpointError, RunError, UnsupportedArchitecture
-from minitron.files import atomic_directory, digest_files, write_json
+from minitron.core.errors import CheckpointError, RunError, UnsupportedArchitecture
+from minitron.core.files import atomic_directory, digest_files, write_json
 from minitron.model import weights
 from minitron.model.checkpoint import (
     Checkpoint,

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from minitron.child import Child, ChildEnded, say_last
+from minitron.core.worker import Child, ChildEnded, say_last
 
 
 def test_what_a_process_says_last_is_in_the_error_and_the_next_call_has_a_new_process() -> None:

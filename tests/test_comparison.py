@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from minitron import cli
-from minitron.errors import RunError
+from minitron.core.errors import RunError
 from minitron.publish.comparison import cautions, headline, name_runs, render_comparison
 from minitron.publish.formats import result_cells
 from minitron.publish.records import RunRecords, read_run, result_table, stage_flops

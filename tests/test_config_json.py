@@ -15,7 +15,7 @@ from test_families import FIRST
 from test_stream import CLOSE, streamed
 from transformers import AutoConfig
 
-from minitron.errors import CheckpointError, MinitronError, UnsupportedArchitecture
+from minitron.core.errors import CheckpointError, MinitronError, UnsupportedArchitecture
 from minitron.model.architecture import ROPE_KINDS
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.config_json import RULES, read_config, settled

@@ -13,10 +13,10 @@ import tiny
 import torch
 
 from minitron import cli
+from minitron.core.errors import MinitronError
 from minitron.data import Corpus, batch_rows, open_corpus
 from minitron.distill.settings import DistillConfig, num_steps, of_correction, of_scratch, resolve
 from minitron.distill.train import CORRECTED, distill, learning_rate
-from minitron.errors import MinitronError
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import nn
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.prune.cut import cut
 from minitron.prune.plan import Plan, compose, identity_plan

@@ -17,9 +17,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from minitron import large_files
-from minitron.errors import CheckpointError, RunError
-from minitron.files import atomic_directory
+from minitron.core import direct_io
+from minitron.core.errors import CheckpointError, RunError
+from minitron.core.files import atomic_directory
 from minitron.model import weights
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.prune.cut import cut, cut_tensor, kept_rows
@@ -42,7 +42,7 @@ def cut_bytes(path: Path, plan: Plan, out: Path, **options: Any) -> dict[str, by
 
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, gap_bytes: int = 0) -> None:
-    monkeypatch.setattr(large_files, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(direct_io, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(weights, "GAP_BYTES", gap_bytes)
 
@@ -54,7 +54,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
     def read_range(file: int, start: int, stop: int, buffer: Any = None) -> Any:
         seen.append((os.readlink(f"/proc/self/fd/{file}"), start, stop))
-        return large_files.read_range(file, start, stop, buffer)
+        return direct_io.read_range(file, start, stop, buffer)
 
     monkeypatch.setattr(weights, "read_range", read_range)
     return seen
@@ -238,7 +238,7 @@ def test_a_full_disk_while_cutting_is_one_clear_error(
 CUT_SLOWLY = """
 import signal, sys, time
 from pathlib import Path
-from minitron.files import atomic_directory
+from minitron.core.files import atomic_directory
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 from minitron.prune.plan import identity_plan

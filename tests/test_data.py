@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from minitron import sources
+from minitron.core.errors import DataError
+from minitron.core.files import digest_files
 from minitron.data import (
     Corpus,
     DataConfig,
@@ -31,8 +33,6 @@ from minitron.data import (
     read_documents,
     source_files,
 )
-from minitron.errors import DataError
-from minitron.files import digest_files
 from minitron.model.checkpoint import load_tokenizer
 from minitron.packing import Batch
 

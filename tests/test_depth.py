@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron.errors import CheckpointError, DataError, PlanError
+from minitron.core.errors import CheckpointError, DataError, PlanError
 from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.packing import Batch, Separator

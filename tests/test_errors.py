@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from minitron import errors
-from minitron.errors import MinitronError, UnsupportedArchitecture, did_you_mean
+from minitron.core import errors
+from minitron.core.errors import MinitronError, UnsupportedArchitecture, did_you_mean
 
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from published import MODELS, RECIPES, Published
 
-from minitron.errors import CheckpointError, RecipeError
+from minitron.core.errors import CheckpointError, RecipeError
 from minitron.estimate import Gpus, estimate
 from minitron.model.model_config import open_config
 from minitron.recipe import SHIPPED, find_recipe, load_recipe

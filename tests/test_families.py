@@ -10,7 +10,7 @@ import small
 import tiny
 from transformers import AutoModelForCausalLM
 
-from minitron.errors import CheckpointError, UnsupportedArchitecture
+from minitron.core.errors import CheckpointError, UnsupportedArchitecture
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.recipe import build_recipe

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from minitron import cli, console, files
+from minitron import cli, console
 from minitron.arguments import words
-from minitron.data import DataConfig
-from minitron.errors import MinitronError, RunError
-from minitron.files import (
+from minitron.core import files
+from minitron.core.errors import MinitronError, RunError
+from minitron.core.files import (
     atomic_directory,
     atomic_file,
     beside,
@@ -26,7 +26,8 @@ from minitron.files import (
     scratch_errors,
     write_text,
 )
-from minitron.paths import expanded
+from minitron.core.paths import expanded
+from minitron.data import DataConfig
 
 needs_dev_full = pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full"
@@ -178,8 +179,8 @@ def test_an_error_about_another_file_does_not_blame_the_output(tmp_path: Path) -
 MOUNTED = """
 import os, sys
 from pathlib import Path
-from minitron.errors import RunError
-from minitron.files import atomic_directory, beside, prove_directory, put_directory
+from minitron.core.errors import RunError
+from minitron.core.files import atomic_directory, beside, prove_directory, put_directory
 
 def fill(out):
     prove_directory(out)

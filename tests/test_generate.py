@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 from minitron.evaluate.generate import generate, num_new_tokens, require_temperature
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import prompt_ids

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from minitron.errors import CheckpointError, GgufError
+from minitron.core.errors import CheckpointError, GgufError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import transformers_config

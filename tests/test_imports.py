@@ -8,11 +8,8 @@ import minitron
 ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("large_files", "paths"),
-    ("config", "files", "reading", "device", "parallel", "packing", "naming"),
-    ("child", "effects"),
-    ("typed_files",),
+    ("core",),
+    ("packing", "naming"),
     ("layouts",),
     ("sources",),
     ("overlap",),
@@ -37,6 +34,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
+    "core": (
+        *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
+        *("worker", "effects", "typed_files"),
+    ),
     "prune": (
         *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),

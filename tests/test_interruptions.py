@@ -19,11 +19,11 @@ import tiny
 from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
-from minitron.child import Child
+from minitron.core.direct_io import ahead
+from minitron.core.worker import Child
 from minitron.distill import train
 from minitron.distill.train import graceful_stop
 from minitron.evaluate import sandbox
-from minitron.large_files import ahead
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 

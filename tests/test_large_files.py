@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from minitron import large_files
-from minitron.large_files import AHEAD, ALIGNED, ahead, digest_file, opened, read_range, write_file
+from minitron.core import direct_io
+from minitron.core.direct_io import AHEAD, ALIGNED, ahead, digest_file, opened, read_range, write_file
 
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, 3 * ALIGNED, 10 * ALIGNED + 17)
 
@@ -22,11 +22,11 @@ SIZES = (0, 1, ALIGNED - 1, ALIGNED, 3 * ALIGNED, 10 * ALIGNED + 17)
 @pytest.fixture(params=["direct", "no O_DIRECT", "refused when used", "a little at a time"], autouse=True)
 def _file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks on four kinds of file system."""
-    monkeypatch.setattr(large_files, "CHUNK_BYTES", 2 * ALIGNED)
+    monkeypatch.setattr(direct_io, "CHUNK_BYTES", 2 * ALIGNED)
     if request.param == "no O_DIRECT":
         monkeypatch.setattr(os, "O_DIRECT", 0)
     if request.param == "refused when used":  # as if its blocks were larger than ALIGNED
-        monkeypatch.setattr(large_files, "ALIGNED", 1)
+        monkeypatch.setattr(direct_io, "ALIGNED", 1)
     if request.param == "a little at a time":
         read, write = os.preadv, os.write
         monkeypatch.setattr(os, "preadv", lambda file, into, offset: read(file, [into[0][:ALIGNED]], offset))
@@ -64,7 +64,7 @@ def test_any_range_of_a_file_is_read_and_one_past_its_end_comes_short(tmp_path: 
     with opened(tmp_path / "file", os.O_RDONLY) as file:
         for _ in range(20):
             start, stop = sorted(draw.choices(range(num_bytes + 2 * ALIGNED), k=2))
-            buffer = None if draw.random() < 0.5 else large_files.aligned(draw.randrange(20 * ALIGNED))
+            buffer = None if draw.random() < 0.5 else direct_io.aligned(draw.randrange(20 * ALIGNED))
             assert bytes(read_range(file, start, stop, buffer).numpy()) == data[start:stop]
 
 

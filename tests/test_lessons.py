@@ -9,12 +9,12 @@ import small
 import tiny
 import torch
 
+from minitron.core.errors import MinitronError
 from minitron.distill import lessons as module
 from minitron.distill.lessons import RecordedTeacher, write_lessons
 from minitron.distill.losses import TopK
 from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.train import blocks_read, distill
-from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.packing import Batch, Separator

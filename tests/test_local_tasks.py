@@ -7,7 +7,7 @@ from typing import Any
 import bench
 import pytest
 
-from minitron.errors import TaskError
+from minitron.core.errors import TaskError
 from minitron.evaluate.local_tasks import CHOICE, LAST_WORD, find_folders, read_task
 
 

@@ -25,12 +25,13 @@ import small
 import yaml
 from huggingface_hub import constants
 
-from minitron import cli, effects, recipe_rules
-from minitron.config import Section
+from minitron import cli, recipe_rules
+from minitron.core import effects
+from minitron.core.config import Section
+from minitron.core.effects import changed_keys
+from minitron.core.errors import NoEffect, RecipeError
 from minitron.data import DataConfig
 from minitron.demo import demo_recipe
-from minitron.effects import changed_keys
-from minitron.errors import NoEffect, RecipeError
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig

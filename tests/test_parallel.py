@@ -14,9 +14,9 @@ import torch
 from processes import forked
 
 from minitron import cli
+from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.demo import HERE
 from minitron.model.checkpoint import open_checkpoint
-from minitron.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.prune.calibrate import Statistics
 from minitron.prune.cut import cut
 
@@ -26,8 +26,8 @@ ONE_FAILS = """
 import sys
 from pathlib import Path
 import torch
-from minitron.errors import RunError
-from minitron.parallel import all_reduce_sum, process_group
+from minitron.core.errors import RunError
+from minitron.core.parallel import all_reduce_sum, process_group
 
 try:
     with process_group() as here:
@@ -53,7 +53,7 @@ from minitron.data import open_corpus
 from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.train import distill, distill_until
 from minitron.model.checkpoint import open_checkpoint
-from minitron.parallel import process_group
+from minitron.core.parallel import process_group
 
 work, steps = Path(sys.argv[1]), int(sys.argv[2])
 soap.AXES_STEPS = 3  # of the 10 steps
@@ -86,7 +86,7 @@ import torch
 from minitron.demo import HERE
 from minitron.distill.teacher import OnlineTeacher
 from minitron.model.checkpoint import open_checkpoint
-from minitron.parallel import process_group
+from minitron.core.parallel import process_group
 
 def bytes_read():
     return int(Path("/proc/self/io").read_text().split()[1])
@@ -224,7 +224,7 @@ HOLDS = """
 import torch
 from safetensors.torch import save_file
 from minitron.distill.soap import Soap
-from minitron.parallel import process_group
+from minitron.core.parallel import process_group
 
 with process_group() as here:
     shapes = [(24, 40), (40, 24), (24, 24), (24, 24), (12, 24), (12, 24)]
@@ -259,7 +259,7 @@ from pathlib import Path
 import torch
 from minitron.distill.teacher import OnlineTeacher
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.parallel import process_group, whole
+from minitron.core.parallel import process_group, whole
 
 with process_group():
     for path in sorted(Path().glob("teacher-*")):

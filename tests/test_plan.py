@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import AutoConfig
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.families import FAMILIES
 from minitron.prune.importance import Scores

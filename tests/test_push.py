@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from minitron import cli
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 from minitron.publish.card import write_card
 from minitron.publish.push import planned_uploads, push
 from minitron.publish.records import read_run

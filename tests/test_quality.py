@@ -13,8 +13,8 @@ import small
 import tiny
 import torch
 
+from minitron.core.errors import CheckpointError, DataError
 from minitron.data import Blocks, Corpus
-from minitron.errors import CheckpointError, DataError
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.packing import Batch, Separator

@@ -16,7 +16,7 @@ import tiny
 import torch
 from gguf import GGMLQuantizationType as BlockType
 
-from minitron.errors import GgufError, RunError
+from minitron.core.errors import GgufError, RunError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.publish.gguf import GgufModel, describe, weights_bytes, write_gguf
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing(wide: GgufModel, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minitron.large_files.os.write", full)
+    monkeypatch.setattr("minitron.core.direct_io.os.write", full)
     with pytest.raises(RunError, match=r"cannot write .*x.gguf: No space left on device"):
         write_gguf(wide, tmp_path / "x.gguf", mixture(wide, "F32", informed=False).types, keys={})
     assert not [*tmp_path.iterdir()]

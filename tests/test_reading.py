@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron import reading
-from minitron.errors import DataError
+from minitron.core import reading
+from minitron.core.errors import DataError
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from minitron.errors import RecipeError
+from minitron.core.errors import RecipeError
 from minitron.recipe import Recipe, build_recipe, dump_recipe, load_recipe
 
 SMALL: dict[str, Any] = {"model": "some/model", "prune": {"target": "50%"}}

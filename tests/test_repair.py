@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.stream import Stream

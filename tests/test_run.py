@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from minitron import cli
+from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data import DataConfig, open_corpus
-from minitron.errors import MinitronError, RunError, TaskError
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from minitron.device import EnergyCounter
-from minitron.errors import CheckpointError, RunError
+from minitron.core.device import EnergyCounter
+from minitron.core.errors import CheckpointError, RunError
 from minitron.recipe import Recipe, build_recipe, load_recipe
 from minitron.rundir import RunDirectory
 

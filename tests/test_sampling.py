@@ -12,8 +12,8 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from minitron import sampling
+from minitron.core.errors import CheckpointError, DataError
 from minitron.data import DataConfig, is_heldout, keyed, prepare, read_documents
-from minitron.errors import CheckpointError, DataError
 from minitron.model.checkpoint import load_tokenizer
 from minitron.sampling import draw, end_tokens, probabilities, sample_batch, sample_text, start_token
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.errors import TaskError
+from minitron.core.errors import TaskError
 from minitron.evaluate import sandbox
 from minitron.evaluate.confined import ALLOWED, CHECKED, filter_program
 from minitron.evaluate.sandbox import CodeEval, Limits, pass_at, run_program

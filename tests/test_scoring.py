@@ -10,7 +10,7 @@ import small
 import tiny
 import torch
 
-from minitron.errors import RunError
+from minitron.core.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.prune.calibrate import CalibrateConfig, calibrate
 from minitron.prune.cut import cut

@@ -11,7 +11,7 @@ import tiny
 import torch
 from test_shapes import search
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate

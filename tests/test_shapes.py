@@ -9,7 +9,7 @@ import published
 import pytest
 from test_plan import REAL, TEACHER
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, kv_cache_bytes
 from minitron.model.families import FAMILIES, family_of
 from minitron.prune.plan import PruneConfig, require_cuttable, target_shape

@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from minitron import cli, result_text, speed_room
-from minitron.child import Child, ChildEnded
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
+from minitron.core.worker import Child, ChildEnded
 from minitron.evaluate.speed import Load, Timing, measure_speed, transformers_timer
 from minitron.gguf_rooms import quantize_model
 from minitron.publish.ladder import QuantizeConfig

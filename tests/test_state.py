@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitron.device import versions
+from minitron.core.device import versions
+from minitron.core.errors import RunError
 from minitron.distill import soap
 from minitron.distill.low_precision import KahanAdamW, StochasticAdamW
 from minitron.distill.soap import Soap
 from minitron.distill.state import States, forget_states, nearest_step
-from minitron.errors import RunError
 
 STEPS, BATCH, BLOCK = 6, 2, 8
 STEP_TOKENS = BATCH * BLOCK

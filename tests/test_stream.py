@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
 from minitron.model import stream
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint

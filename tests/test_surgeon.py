@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.prune import surgeon as module
 from minitron.prune.surgeon import Surgeon
 

@@ -14,7 +14,7 @@ import tiny
 import torch
 from tokenizers import Tokenizer
 
-from minitron.errors import CheckpointError, TaskError
+from minitron.core.errors import CheckpointError, TaskError
 from minitron.evaluate import definitions, harness
 from minitron.evaluate.benchmarks import SUITE, TaskResult, chosen, kept
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks

@@ -11,11 +11,11 @@ import pytest
 import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minitron.core.errors import MinitronError
 from minitron.data import DataConfig
 from minitron.distill import trackers
 from minitron.distill.settings import DistillConfig
 from minitron.distill.trackers import REQUIREMENTS, TrackerName, tracked
-from minitron.errors import MinitronError
 from minitron.recipe import build_recipe
 from minitron.rooms import distill_models
 from minitron.run import run

@@ -25,10 +25,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.data import Corpus, batch_rows, next_rows
 from minitron.distill.settings import DistillConfig, num_steps, of_scratch, resolve
 from minitron.distill.train import distill, distill_until, learning_rate
-from minitron.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.states import kept_states

@@ -12,14 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from minitron.core.errors import DataError, RunError
+from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
 from minitron.data import open_corpus, require_undamaged
-from minitron.errors import DataError, RunError
 from minitron.layouts import LESSONS, LOGGED, RECORD
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.publish.records import read_run
 from minitron.publish.report import render
-from minitron.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
 
 ROW = {"step": 1, "tokens": 64, "loss": 4.0, "learning_rate": 1e-3}
 

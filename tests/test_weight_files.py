@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import EMBEDDING, HEAD, change_config, change_tensors, copy
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
 from minitron.model.checkpoint import carried_files, load_model, model_files, open_checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.stream import Stream

@@ -12,7 +12,7 @@ _PUBLIC = {
     "Checkpoint": "minitron.model.checkpoint",
     "Evaluation": "minitron.evaluate.quality",
     "FAMILIES": "minitron.model.families",
-    "MinitronError": "minitron.errors",
+    "MinitronError": "minitron.core.errors",
     "Plan": "minitron.prune.plan",
     "Recipe": "minitron.recipe",
     "Scores": "minitron.prune.importance",

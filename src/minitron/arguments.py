@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.console import Console
-from minitron.errors import MinitronError, did_you_mean
-from minitron.paths import expanded
+from minitron.core.errors import MinitronError, did_you_mean
+from minitron.core.paths import expanded
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minitron import arguments, verbs
 from minitron.console import Console, complain, flush_result, open_streams
-from minitron.errors import Interrupted, MinitronError
+from minitron.core.errors import Interrupted, MinitronError
 from minitron.option_rules import given_options, require_options
 
 EXAMPLES = {
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> None:
     Args:
         words: of the command line, which tell the options that are given from those that are not.
     """
-    from minitron.parallel import ranks  # and torch with it, for which --help does not wait
+    from minitron.core.parallel import ranks  # and torch with it, for which --help does not wait
 
     keep_freed_memory()
     if not args.verbose:
@@ -393,7 +393,7 @@ def keep_freed_memory() -> None:
 
 def _complain(text: str) -> None:
     """On stderr. What ends one process ends them all, so the first speaks for them, unless it could not be told."""
-    from minitron import parallel
+    from minitron.core import parallel
 
     rank = parallel.ranks().rank
     if rank == 0 or parallel.is_alone():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 
 
 def open_streams() -> None:

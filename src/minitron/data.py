@@ -21,8 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from minitron import layouts
-from minitron.config import Section, UserPath
-from minitron.errors import CheckpointError, DataError
+from minitron.core.config import Section, UserPath
+from minitron.core.errors import CheckpointError, DataError
+from minitron.core.typed_files import read_typed
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 from minitron.overlap import HeldOut
 from minitron.packing import Separator
@@ -33,7 +34,6 @@ from minitron.sources import builtin_documents as builtin_documents
 from minitron.sources import is_hub_id as is_hub_id
 from minitron.sources import keyed as keyed
 from minitron.sources import local_path as local_path
-from minitron.typed_files import read_typed
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
 SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory

@@ -14,11 +14,11 @@ from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
 from minitron import data
-from minitron.child import Child, ChildEnded
-from minitron.errors import GgufError, MinitronError
+from minitron.core.errors import GgufError, MinitronError
+from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
+from minitron.core.worker import Child, ChildEnded
 from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
-from minitron.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.tokens import require_unicode, text_ids
 from minitron.naming import model_name

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from minitron.typed_files import FileKind
+from minitron.core.typed_files import FileKind
 
 
 def _positive_or_unknown(value: float) -> float:

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minitron.effects import Rule, option, require_effects
-from minitron.errors import NoEffect
+from minitron.core.effects import Rule, option, require_effects
+from minitron.core.errors import NoEffect
 
 Args = argparse.Namespace
 REPEATED = ("set", "tensor_type")  # options that may be given several times, and add up

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron.errors import GgufError
+from minitron.core.errors import GgufError
 from minitron.model.checkpoint import Checkpoint
 from minitron.prune.calibrate import calibrate
 from minitron.publish.formats import size

@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from minitron.config import Section, UserPath
+from minitron.core.config import Section, UserPath
+from minitron.core.errors import RecipeError, did_you_mean
+from minitron.core.typed_files import parse_yaml, read_yaml, short
 from minitron.data import DataConfig
 from minitron.distill.settings import DistillConfig
-from minitron.errors import RecipeError, did_you_mean
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
 from minitron.publish.ladder import QuantizeConfig
-from minitron.typed_files import parse_yaml, read_yaml, short
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"

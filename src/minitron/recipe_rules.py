@@ -6,10 +6,10 @@ left behind are no request, and are let through.
 
 from pathlib import Path
 
+from minitron.core.effects import Rule, changed_keys, require_effects
 from minitron.data import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
 from minitron.distill.losses import DIVERGENCES
 from minitron.distill.settings import DistillConfig
-from minitron.effects import Rule, changed_keys, require_effects
 from minitron.model.architecture import PRUNABLE
 from minitron.prune.repair import Choice
 from minitron.prune.shapes import SearchConfig

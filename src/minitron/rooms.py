@@ -8,18 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron import data, parallel
-from minitron.describe import describe
-from minitron.device import pick_device
-from minitron.distill import settings, trackers, train
-from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
-from minitron.distill.train import CORRECTED
-from minitron.errors import DataError, PlanError
-from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluate.quality import evaluate
-from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
-from minitron.files import (
+from minitron import data
+from minitron.core import parallel
+from minitron.core.device import pick_device
+from minitron.core.errors import DataError, PlanError
+from minitron.core.files import (
     atomic_directory,
     beside,
     prove_directory,
@@ -28,6 +21,14 @@ from minitron.files import (
     scratch_directory,
     scratch_errors,
 )
+from minitron.describe import describe
+from minitron.distill import settings, trackers, train
+from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
+from minitron.distill.train import CORRECTED
+from minitron.evaluate.benchmarks import kept
+from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
+from minitron.evaluate.quality import evaluate
+from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from minitron import data
-from minitron.device import settle_precision
+from minitron.core.device import settle_precision
+from minitron.core.errors import DataError, RunError
+from minitron.core.files import prove_directory
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
-from minitron.errors import DataError, RunError
 from minitron.evaluate.generate import prompt_of
-from minitron.files import prove_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,

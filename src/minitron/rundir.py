@@ -18,10 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from minitron import layouts
-from minitron.config import Section
-from minitron.device import EnergyCounter, forget_peak_memory, peak_memory, versions
-from minitron.errors import CheckpointError, RunError
-from minitron.files import (
+from minitron.core.config import Section
+from minitron.core.device import EnergyCounter, forget_peak_memory, peak_memory, versions
+from minitron.core.errors import CheckpointError, RunError
+from minitron.core.files import (
     atomic_directory,
     digest_files,
     read_digests,
@@ -31,8 +31,8 @@ from minitron.files import (
     write_json,
     write_text,
 )
+from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
-from minitron.typed_files import read_typed
 
 # What a run makes in its directory, of which no input may be a part.
 RUN_ENTRIES = (

@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.core.device import pick_device
+from minitron.core.errors import CheckpointError, DataError
+from minitron.core.reading import read_rows
 from minitron.data import DataConfig, delimiters, is_heldout, keyed
-from minitron.device import pick_device
-from minitron.errors import CheckpointError, DataError
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
-from minitron.reading import read_rows
 
 # A model that says little may never fill the held-out part: sampling ends at so many times what is to be expected.
 PATIENCE = 4

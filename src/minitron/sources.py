@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import DataError
-from minitron.reading import (
+from minitron.core.errors import DataError
+from minitron.core.reading import (
     MARK,
     Folder,
     find_files,

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from minitron.child import Child, ChildEnded
+from minitron.core.device import Precision, forget_peak_memory, peak_memory, pick_device
+from minitron.core.errors import MinitronError
+from minitron.core.worker import Child, ChildEnded
 from minitron.describe import describe
-from minitron.device import Precision, forget_peak_memory, peak_memory, pick_device
-from minitron.errors import MinitronError
 from minitron.evaluate.speed import (
     DEFAULT_ROUNDS,
     STUDENT,

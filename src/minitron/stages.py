@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from minitron import data
-from minitron.config import Section
+from minitron.core.config import Section
+from minitron.core.device import compute_dtype, pick_device
+from minitron.core.errors import RunError
+from minitron.core.files import write_json
 from minitron.describe import describe
-from minitron.device import compute_dtype, pick_device
 from minitron.distill import settings, train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
 from minitron.distill.state import forget_states
 from minitron.distill.train import CORRECTED
-from minitron.errors import RunError
 from minitron.evaluate.benchmarks import kept
 from minitron.evaluate.generate import generate
 from minitron.evaluate.local_tasks import task_of
@@ -27,7 +28,6 @@ from minitron.evaluate.quality import EvaluateConfig, evaluate
 from minitron.evaluate.speed import RATIO, Load, measure_speed, transformers_timer
 from minitron.evaluate.tasks import Plan as TaskPlan
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
-from minitron.files import write_json
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,

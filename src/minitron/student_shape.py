@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from minitron import layouts
+from minitron.core.device import bytes_per_second, matmul_flops_per_second
+from minitron.core.errors import RunError
+from minitron.core.files import atomic_directory, write_json
+from minitron.core.typed_files import as_typed, read_typed
 from minitron.data import Blocks, Corpus, batch_rows
-from minitron.device import bytes_per_second, matmul_flops_per_second
 from minitron.distill import settings, train
-from minitron.errors import RunError
-from minitron.files import atomic_directory, write_json
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
@@ -26,7 +27,6 @@ from minitron.prune.search import Ranked, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
 from minitron.recipe import Recipe
 from minitron.rundir import Listener, RunDirectory, read_record
-from minitron.typed_files import as_typed, read_typed
 
 PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from minitron.arguments import data_config, data_section, pair, repair_section, section
 from minitron.console import Console
-from minitron.effects import require_once
-from minitron.errors import MinitronError
+from minitron.core.effects import require_once
+from minitron.core.errors import MinitronError
 from minitron.option_rules import require_cut_options
 from minitron.result_text import (
     aligned,
@@ -33,7 +33,7 @@ def demo(args: argparse.Namespace, console: Console) -> None:
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
-    from minitron.errors import UnsupportedArchitecture
+    from minitron.core.errors import UnsupportedArchitecture
     from minitron.model.checkpoint import resolve_model
     from minitron.publish.formats import size
     from minitron.rooms import draft_model, inspect_model
@@ -99,7 +99,7 @@ def _run_recipe(recipe: Any, out: Path, args: argparse.Namespace, console: Conso
 
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
-    from minitron.parallel import ranks
+    from minitron.core.parallel import ranks
     from minitron.prune.calibrate import CalibrateConfig
     from minitron.rooms import calibrate_model
 

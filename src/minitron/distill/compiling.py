@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from minitron.errors import RecipeError
+from minitron.core.errors import RecipeError
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

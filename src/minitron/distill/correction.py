@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitron import parallel
+from minitron.core import parallel
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.pupil import products_in
 from minitron.distill.teacher import Lesson

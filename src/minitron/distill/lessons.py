@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron import layouts
-from minitron.device import pick_device
+from minitron.core.device import pick_device
+from minitron.core.errors import MinitronError
+from minitron.core.files import digest_files, write_json
+from minitron.core.typed_files import read_typed
 from minitron.distill.losses import LEAST_TAIL, TopK
 from minitron.distill.teacher import Lesson
-from minitron.errors import MinitronError
-from minitron.files import digest_files, write_json
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream, default_batch
 from minitron.packing import Batch, Separator
-from minitron.typed_files import read_typed
 
 INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a

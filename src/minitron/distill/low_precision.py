@@ -20,7 +20,7 @@ import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor
 
-from minitron import parallel
+from minitron.core import parallel
 
 CHUNK = 1 << 22  # weights moved at a time, for each of which there are some 30 bytes of float32 values meanwhile
 EPSILON = 1e-8  # torch's default

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitron import parallel
+from minitron.core import parallel
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson

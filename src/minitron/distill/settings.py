@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minitron import parallel
-from minitron.config import Section
-from minitron.device import Precision, settle_precision
+from minitron.core import parallel
+from minitron.core.config import Section
+from minitron.core.device import Precision, settle_precision
+from minitron.core.errors import MinitronError
 from minitron.distill.intermediate import Places
 from minitron.distill.lessons import DEFAULT_TOP_K
 from minitron.distill.losses import ON_LOGITS, LossName, Objective
 from minitron.distill.optimizer import Optimizer, Weights
 from minitron.distill.trackers import TrackerName
-from minitron.errors import MinitronError
 from minitron.model.architecture import Shape
 
 # Peak learning rates as shares of the weights' root mean square.

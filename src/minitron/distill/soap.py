@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from minitron import parallel
+from minitron.core import parallel
 from minitron.distill.low_precision import EPSILON
 from minitron.model.logits import float32_logits
 

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron import layouts
-from minitron.device import versions
+from minitron.core.device import versions
+from minitron.core.direct_io import digest_file
+from minitron.core.errors import RunError
+from minitron.core.files import atomic_directory, readable_os_errors, write_text
+from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
+from minitron.core.reading import parse_json, read_text
+from minitron.core.typed_files import as_typed
 from minitron.distill.soap import Soap
-from minitron.errors import RunError
-from minitron.files import atomic_directory, readable_os_errors, write_text
-from minitron.large_files import digest_file
 from minitron.model.weights import write_shard
-from minitron.parallel import at_holder, divided_like, from_holder, joined, whole
-from minitron.reading import parse_json, read_text
-from minitron.typed_files import as_typed
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
 FACTS = "state.json"

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron import parallel
+from minitron.core import parallel
+from minitron.core.errors import MinitronError
 from minitron.distill.compiling import compile_layers
 from minitron.distill.losses import TopK
-from minitron.errors import MinitronError
 from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from minitron.model.divided import begun_model, placed
 from minitron.model.logits import LazyLogits, logit_transform

@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from minitron import parallel
-from minitron.errors import MinitronError, RunError
-from minitron.files import readable_os_errors, write_text
-from minitron.reading import read_text
+from minitron.core import parallel
+from minitron.core.errors import MinitronError, RunError
+from minitron.core.files import readable_os_errors, write_text
+from minitron.core.reading import read_text
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Row = Mapping[str, Any]

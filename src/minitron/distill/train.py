@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron import parallel
+from minitron.core import parallel
+from minitron.core.device import compute_dtype, pick_device
+from minitron.core.errors import Interrupted, MinitronError
 from minitron.data import Blocks, Corpus, batch_rows, next_rows
-from minitron.device import compute_dtype, pick_device
 from minitron.distill.compiling import compile_layers, require_compiler
 from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
@@ -29,7 +30,6 @@ from minitron.distill.settings import DistillConfig, num_steps, of_correction
 from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.distill.trackers import Row, tracked
-from minitron.errors import Interrupted, MinitronError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.divided import begun_model, placed
 from minitron.model.hugging_face import new_model

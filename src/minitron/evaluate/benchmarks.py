@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from minitron.errors import TaskError
+from minitron.core.errors import TaskError
 
 # pass@1 at temperature 0.2 and top-p 0.95, as the papers measure it; the harness's own tasks are greedy.
 SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}

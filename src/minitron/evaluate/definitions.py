@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import TaskError, did_you_mean
+from minitron.core.errors import TaskError, did_you_mean
 from minitron.evaluate.benchmarks import SUITE, Benchmark
 from minitron.evaluate.local_tasks import CHOICE, LAST_WORD, LAYOUTS, LocalTask, Row
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 from minitron.model.tokens import prompt_ids, require_within
 
 USUAL_NEW_TOKENS = 200

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minitron.errors import TaskError
+from minitron.core.errors import TaskError
 from minitron.evaluate.benchmarks import PREFERRED, Benchmark, TaskResult
 from minitron.evaluate.definitions import RUN_BY_CODE_EVAL, definition
 from minitron.evaluate.local_tasks import LocalTask

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from minitron.device import free_bytes, pick_device
-from minitron.errors import TaskError
+from minitron.core.device import free_bytes, pick_device
+from minitron.core.errors import TaskError
 from minitron.evaluate.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import TaskError, did_you_mean
-from minitron.reading import find_files, read_rows, require_file, require_texts
+from minitron.core.errors import TaskError, did_you_mean
+from minitron.core.reading import find_files, read_rows, require_file, require_texts
 
 Row = dict[str, Any]
 FEWSHOT = "fewshot"

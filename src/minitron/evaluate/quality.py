@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from minitron.config import Section, UserPath
+from minitron.core.config import Section, UserPath
+from minitron.core.errors import CheckpointError, DataError
 from minitron.data import Blocks
-from minitron.errors import CheckpointError, DataError
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
 from minitron.packing import Batch
 

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import TaskError
+from minitron.core.errors import TaskError
+from minitron.core.files import scratch_directory
 from minitron.evaluate.confined import READY, REFUSED
-from minitron.files import scratch_directory
 
 CONFINED = Path(__file__).with_name("confined.py")
 START_SECONDS = 60.0  # for Python to start, on a machine that is busy

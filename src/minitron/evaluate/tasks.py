@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.device import free_bytes, pick_device
-from minitron.errors import RunError, TaskError
+from minitron.core.device import free_bytes, pick_device
+from minitron.core.errors import RunError, TaskError
+from minitron.core.files import digest_files, read_digests, readable_os_errors, write_json
+from minitron.core.paths import expanded
 from minitron.evaluate import definitions, harness
 from minitron.evaluate.benchmarks import SUITES, Benchmark, TaskResult, chosen
 from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task, task_of
 from minitron.evaluate.sandbox import require_sandbox
-from minitron.files import digest_files, read_digests, readable_os_errors, write_json
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
-from minitron.paths import expanded
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
 KEY_FORMAT = 2  # another one makes all results be measured again

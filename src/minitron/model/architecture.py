@@ -18,7 +18,7 @@ from itertools import product
 from math import prod
 from typing import Any, Literal
 
-from minitron.errors import CheckpointError, PlanError
+from minitron.core.errors import CheckpointError, PlanError
 
 # The dims that pruning can shrink, in the order in which they are reported.
 PRUNABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
+from minitron.core.reading import read_json
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
 from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of
@@ -35,7 +36,6 @@ from minitron.model.weights import (
     same_values,
     write_shard,
 )
-from minitron.reading import read_json
 
 FINGERPRINT_BYTES = 4096  # of each tensor
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size

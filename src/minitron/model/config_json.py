@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import CheckpointError, did_you_mean
+from minitron.core.errors import CheckpointError, did_you_mean
+from minitron.core.reading import read_json
 from minitron.model.architecture import ROPE_KINDS, Architecture, Shape
 from minitron.model.families import FAMILIES, family_of
-from minitron.reading import read_json
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitron import parallel
+from minitron.core import parallel
 from minitron.model.checkpoint import Checkpoint, load_model
 from minitron.model.stream import skeleton
 

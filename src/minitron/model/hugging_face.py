@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
 from minitron.model.config_json import CODE_KEYS, DTYPE_KEYS
 from minitron.model.families import family_of
 

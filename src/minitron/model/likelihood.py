@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.stream import Stream
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
 from minitron.model.architecture import Architecture, Parameters, Shape
 from minitron.model.config_json import DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of

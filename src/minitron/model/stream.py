@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from minitron.device import copying_beside, free_bytes, helper_thread
-from minitron.files import scratch_errors, temporary_directory
-from minitron.large_files import ALIGNED, aligned
+from minitron.core.device import copying_beside, free_bytes, helper_thread
+from minitron.core.direct_io import ALIGNED, aligned
+from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import CPU, empty_model

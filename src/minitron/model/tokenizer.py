@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
+from minitron.core.reading import parse_json, read_json, read_text
 from minitron.model.tokens import put_around, require_rows
-from minitron.reading import parse_json, read_json, read_text
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from minitron.errors import CheckpointError, DataError
+from minitron.core.errors import CheckpointError, DataError
 
 # Around what spells a special token within a chat's messages, so that it is told from those of the template.
 _QUOTES = ("\U000f1e00", "\U000f1e01")

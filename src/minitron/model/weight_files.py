@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minitron.errors import CheckpointError
+from minitron.core.errors import CheckpointError
+from minitron.core.reading import read_json
 from minitron.model.config_json import ADAPTER, adapter_alone
 from minitron.model.weights import StoredTensor, read_header, same_values
-from minitron.reading import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

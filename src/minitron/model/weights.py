@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from minitron.errors import CheckpointError
-from minitron.large_files import CHUNK_BYTES, opened, read_range, stamp, write_file
+from minitron.core.direct_io import CHUNK_BYTES, opened, read_range, stamp, write_file
+from minitron.core.errors import CheckpointError
+from minitron.core.reading import decode, parse_json
 from minitron.model.config_json import QUANTIZE_AFTER
-from minitron.reading import decode, parse_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What can be written besides: the state of a training holds more than weights.

@@ -26,16 +26,17 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minitron import layouts, parallel
-from minitron.config import Section
-from minitron.device import Precision, compute_dtype, pick_device, sums_device
-from minitron.errors import PlanError, RunError
+from minitron import layouts
+from minitron.core import parallel
+from minitron.core.config import Section
+from minitron.core.device import Precision, compute_dtype, pick_device, sums_device
+from minitron.core.errors import PlanError, RunError
+from minitron.core.typed_files import read_tensors, read_typed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.stream import Stream, default_batch
 from minitron.packing import Separator
-from minitron.typed_files import read_tensors, read_typed
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")

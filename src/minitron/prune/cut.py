@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron.errors import PlanError
-from minitron.large_files import ahead, buffers
+from minitron.core.direct_io import ahead, buffers
+from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture, Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.hugging_face import transformers_config

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitron.device import pick_device
-from minitron.errors import CheckpointError, PlanError
+from minitron.core.device import pick_device
+from minitron.core.errors import CheckpointError, PlanError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.stream import Stream, default_batch

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from minitron.errors import DataError, did_you_mean
+from minitron.core.errors import DataError, did_you_mean
+from minitron.core.reading import json_name, read_rows, read_text, require_texts
 from minitron.model.tokens import first_token, put_around, text_ids
-from minitron.reading import json_name, read_rows, read_text, require_texts
 
 # Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
 Result = tuple[float, bool]

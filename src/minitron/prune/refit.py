@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitron.config import Section
-from minitron.device import pick_device
-from minitron.errors import PlanError
-from minitron.files import scratch_directory
+from minitron.core.config import Section
+from minitron.core.device import pick_device
+from minitron.core.errors import PlanError
+from minitron.core.files import scratch_directory
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits

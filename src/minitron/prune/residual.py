@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.norms import normalized

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron.files import scratch_directory, scratch_errors
+from minitron.core.files import scratch_directory, scratch_errors
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.packing import Separator

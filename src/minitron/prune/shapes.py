@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from minitron.config import Section
-from minitron.errors import PlanError, did_you_mean
+from minitron.core.config import Section
+from minitron.core.errors import PlanError, did_you_mean
 from minitron.model.architecture import (
     DIMS,
     PRUNABLE,

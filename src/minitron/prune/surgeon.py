@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.errors import PlanError
+from minitron.core.errors import PlanError
 
 # Columns that are chosen between two updates of the whole inverse, and among how many of the cheapest: within them the
 # choice is exact, one by one; the others' costs are as of the last update.

@@ -6,8 +6,8 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import RunError
-from minitron.files import prove_file, write_text
+from minitron.core.errors import RunError
+from minitron.core.files import prove_file, write_text
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     MISSING,

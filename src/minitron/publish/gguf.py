@@ -18,10 +18,10 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitron.device import one_core_each
-from minitron.errors import GgufError
-from minitron.files import atomic_file
-from minitron.large_files import CHUNK_BYTES, ahead, write_file
+from minitron.core.device import one_core_each
+from minitron.core.direct_io import CHUNK_BYTES, ahead, write_file
+from minitron.core.errors import GgufError
+from minitron.core.files import atomic_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import transformers_config

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.errors import GgufError
+from minitron.core.errors import GgufError
 from minitron.model.architecture import Gguf
 from minitron.model.checkpoint import Checkpoint
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import GgufError
+from minitron.core.errors import GgufError
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import GgufError
+from minitron.core.errors import GgufError
+from minitron.core.reading import read_json
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import put_around
-from minitron.reading import read_json
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

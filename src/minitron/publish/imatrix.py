@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.errors import GgufError
-from minitron.files import atomic_file
+from minitron.core.errors import GgufError
+from minitron.core.files import atomic_file
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.publish.gguf import names_of

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 from pydantic import Field, field_validator
 
-from minitron.config import Section
-from minitron.errors import GgufError, did_you_mean
+from minitron.core.config import Section
+from minitron.core.errors import GgufError, did_you_mean
 
 # Name of a file's type -> the type of most of its matrices. By rising loss, as it usually is.
 LADDER: dict[str, str] = {

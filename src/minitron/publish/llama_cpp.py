@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from minitron.child import say_last
-from minitron.errors import GgufError
-from minitron.paths import expanded
+from minitron.core.errors import GgufError
+from minitron.core.paths import expanded
+from minitron.core.worker import say_last
 
 PARTS = 4  # of rows that are quantized together, for each thread
 MOST_THREADS = 512  # that llama.cpp runs a model with

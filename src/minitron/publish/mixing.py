@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.errors import GgufError
+from minitron.core.errors import GgufError
 from minitron.model.checkpoint import load_model
 from minitron.packing import Batch
 from minitron.publish.formats import size

@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from minitron.errors import MinitronError, RunError
+from minitron.core.errors import MinitronError, RunError
 from minitron.model.checkpoint import model_files
 from minitron.publish.records import RunRecords
 

@@ -16,8 +16,8 @@ from gguf import LlamaFileType
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitron.errors import GgufError
-from minitron.files import scratch_directory, scratch_errors
+from minitron.core.errors import GgufError
+from minitron.core.files import scratch_directory, scratch_errors
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
 from minitron.publish.gguf_tokenizer import RULES
 from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from minitron import layouts
+from minitron.core.errors import RunError
+from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data import TEACHER
 from minitron.describe import forward_flops
-from minitron.errors import RunError
 from minitron.model.architecture import Parameters, Shape
 from minitron.publish.formats import source_name
-from minitron.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")

@@ -18,8 +18,8 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.child import Child, ChildEnded
-from minitron.errors import CheckpointError, GgufError
+from minitron.core.errors import CheckpointError, GgufError
+from minitron.core.worker import Child, ChildEnded
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
 from minitron.model.tokens import prompt_ids, text_ids

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from minitron.errors import CheckpointError, UnsupportedArchitecture
+from minitron.core.errors import CheckpointError, UnsupportedArchitecture
 from minitron.model.architecture import Architecture
 from minitron.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from minitron.model.families.granite import GRANITE

@@ -2,7 +2,7 @@
 
 import os
 
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 
 
 def expanded(text: str) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from minitron.paths import expanded
+from minitron.core.paths import expanded
 
 UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name that stands in its place
 

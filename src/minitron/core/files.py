@@ -24,8 +24,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minitron.errors import RunError
-from minitron.large_files import digest_file, stamp
+from minitron.core.direct_io import digest_file, stamp
+from minitron.core.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron.reading import Kind, parse_json, read_json, read_lines, read_text
+from minitron.core.reading import Kind, parse_json, read_json, read_lines, read_text
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

@@ -20,7 +20,7 @@ import torch.distributed.nn.functional
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from minitron.errors import RunError
+from minitron.core.errors import RunError
 
 # The first process may tokenize for hours while the others wait for it.
 PATIENCE = timedelta(days=7)

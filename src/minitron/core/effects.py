@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from minitron.config import Section
-from minitron.errors import NoEffect
+from minitron.core.config import Section
+from minitron.core.errors import NoEffect
 
 Facts = TypeVar("Facts")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import MinitronError
+from minitron.core.errors import MinitronError
 
 Kind = type[MinitronError]
 

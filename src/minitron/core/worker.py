@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from minitron.files import scratch_errors, temporary_directory
+from minitron.core.files import scratch_errors, temporary_directory
 
 Result = TypeVar("Result")
 
