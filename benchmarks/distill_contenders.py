@@ -214,8 +214,8 @@ def minitron(
     from minitron.distill.settings import DistillConfig
     from minitron.distill.teacher import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
-    from minitron.model.states import layers_of
-    from minitron.packing import Batch
+    from minitron.model.hidden_states import layers_of
+    from minitron.model.samples import Batch
 
     config = DistillConfig(compile=compiled)
     assert (config.weight_decay, config.betas, config.gradient_clip) == (WEIGHT_DECAY, BETAS, GRADIENT_CLIP)

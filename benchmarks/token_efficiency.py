@@ -32,7 +32,7 @@ from distillations import (
 from measure import header, table
 from repair import best_rate, cell, tokens_to_reach
 
-from minitron.describe import forward_flops
+from minitron.model.describe import forward_flops
 
 # Training operations of P1's family, teacher first, in units of its own: 15B, 8B and 4B on as many tokens each.
 FAMILY = (4.4, 2.5, 1.2)

@@ -34,7 +34,7 @@ from minitron.data import (
     source_files,
 )
 from minitron.model.checkpoint import load_tokenizer
-from minitron.packing import Batch
+from minitron.model.samples import Batch
 
 BLOCK = 8
 VOCAB = tiny.SIZES["vocab_size"]

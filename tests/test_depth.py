@@ -15,7 +15,7 @@ from torch import Tensor
 from minitron.core.errors import CheckpointError, DataError, PlanError
 from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.packing import Batch, Separator
+from minitron.model.samples import Batch, Separator
 from minitron.prune import depth
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods

@@ -19,8 +19,8 @@ from minitron.core.errors import CheckpointError, GgufError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import transformers_config
+from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import prompt_ids
-from minitron.packing import Batch, Separator
 from minitron.publish import gguf_config, gguf_tokenizer
 from minitron.publish.gguf import describe, file_bytes, plain_types, write_gguf
 from minitron.publish.gguf_file import is_gguf, read_gguf, require_language_model

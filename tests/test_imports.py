@@ -9,13 +9,11 @@ ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
-    ("packing", "naming"),
     ("layouts",),
     ("sources",),
     ("overlap",),
     ("model",),
     ("data",),
-    ("describe",),
     ("sampling", "prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("recipe_rules",),
@@ -51,8 +49,9 @@ STAGES = {
         *("ladder", "llama_cpp", "gguf_tokenizer", "gguf_config", "gguf", "imatrix", "quantize", "verify", "mixing"),
     ),
     "model": (
-        *("architecture", "families", "config_json", "weights", "weight_files", "hugging_face"),
-        *("tokens", "tokenizer", "checkpoint", "states", "stream", "divided", "likelihood"),
+        *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
+        *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),
+        *("likelihood",),
     ),
 }
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

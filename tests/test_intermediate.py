@@ -16,8 +16,8 @@ from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.teacher import OnlineTeacher
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.states import kept_states, layers_of
-from minitron.packing import Batch
+from minitron.model.hidden_states import kept_states, layers_of
+from minitron.model.samples import Batch
 from minitron.prune.cut import cut
 
 SHAPE = Shape(layers=4, hidden=12, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)

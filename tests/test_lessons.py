@@ -17,7 +17,7 @@ from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
-from minitron.packing import Batch, Separator
+from minitron.model.samples import Batch, Separator
 from minitron.recipe import build_recipe
 from minitron.run import run
 

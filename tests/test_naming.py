@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.naming import MOST_BYTES, model_name, run_name
+from minitron.model.naming import MOST_BYTES, model_name, run_name
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from minitron.packing import Batch, Separator
+from minitron.model.samples import Batch, Separator
 
 TOKEN, BLOCK = 5, 24
 # Where the separator stands: two in a row, at either end of a block, and in a block of its own nowhere.

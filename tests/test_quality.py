@@ -17,7 +17,7 @@ from minitron.core.errors import CheckpointError, DataError
 from minitron.data import Blocks, Corpus
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
-from minitron.packing import Batch, Separator
+from minitron.model.samples import Batch, Separator
 
 VARIANTS = ["llama", "llama-tied", "mistral-window", "gemma2", "granite"]  # the last two transform their logits
 

@@ -20,7 +20,7 @@ from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
-from minitron.packing import Batch
+from minitron.model.samples import Batch
 from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig

@@ -15,8 +15,8 @@ from minitron.core.errors import CheckpointError
 from minitron.model import stream
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.samples import Batch, Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.packing import Batch, Separator
 
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 

@@ -31,8 +31,8 @@ from minitron.distill.settings import DistillConfig, num_steps, of_scratch, reso
 from minitron.distill.train import distill, distill_until, learning_rate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.states import kept_states
-from minitron.packing import Separator
+from minitron.model.hidden_states import kept_states
+from minitron.model.samples import Separator
 from minitron.prune.cut import cut
 
 STEPS, BATCH, BLOCK = 10, 4, 16

@@ -24,9 +24,9 @@ from minitron import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.typed_files import read_typed
+from minitron.model.samples import Separator
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 from minitron.overlap import HeldOut
-from minitron.packing import Separator
 from minitron.sources import BUILTIN, Document, find_source, read_source
 from minitron.sources import TEACHER as TEACHER
 from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES

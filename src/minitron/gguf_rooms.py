@@ -20,9 +20,9 @@ from minitron.core.worker import Child, ChildEnded
 from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.naming import model_name
+from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
-from minitron.naming import model_name
-from minitron.packing import Batch, Separator
 from minitron.prune.calibrate import CalibrateConfig
 from minitron.publish.gguf_file import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.publish.gguf_tokenizer import file_tokenizer

@@ -21,7 +21,6 @@ from minitron.core.files import (
     scratch_directory,
     scratch_errors,
 )
-from minitron.describe import describe
 from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
@@ -38,6 +37,7 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.config_json import read_config
+from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.model.weight_files import has_weights, stored_tensors

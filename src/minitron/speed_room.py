@@ -17,7 +17,6 @@ import torch
 from minitron.core.device import Precision, forget_peak_memory, peak_memory, pick_device
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
-from minitron.describe import describe
 from minitron.evaluate.speed import (
     DEFAULT_ROUNDS,
     STUDENT,
@@ -31,6 +30,7 @@ from minitron.evaluate.speed import (
     with_resident_memory,
 )
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
 from minitron.publish.gguf_file import is_gguf
 from minitron.publish.ladder import require_installed

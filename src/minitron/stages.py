@@ -15,7 +15,6 @@ from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import RunError
 from minitron.core.files import write_json
-from minitron.describe import describe
 from minitron.distill import settings, train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
@@ -36,9 +35,10 @@ from minitron.model.checkpoint import (
     model_files,
     open_checkpoint,
 )
+from minitron.model.describe import describe
 from minitron.model.model_config import ModelConfig
-from minitron.naming import run_name
-from minitron.packing import Separator
+from minitron.model.naming import run_name
+from minitron.model.samples import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes

@@ -66,7 +66,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
 
 
 def compress(args: argparse.Namespace, console: Console) -> None:
-    from minitron.naming import model_name
+    from minitron.model.naming import model_name
     from minitron.recipe import build_recipe
 
     raw: dict[str, Any] = {

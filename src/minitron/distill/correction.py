@@ -15,10 +15,10 @@ from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.pupil import products_in
 from minitron.distill.teacher import Lesson
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.divided import placed
+from minitron.model.hidden_states import kept_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform
-from minitron.model.states import kept_states, layers_of
-from minitron.packing import Batch
+from minitron.model.samples import Batch
+from minitron.model.sharded import placed
 
 ON_TEXT = Objective({"cross_entropy": 1.0})
 

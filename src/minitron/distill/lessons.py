@@ -26,8 +26,8 @@ from minitron.distill.losses import LEAST_TAIL, TopK
 from minitron.distill.teacher import Lesson
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.samples import Batch, Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.packing import Batch, Separator
 
 INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a

@@ -11,9 +11,9 @@ from minitron.core import parallel
 from minitron.distill.intermediate import IntermediateLoss
 from minitron.distill.losses import Objective, chunked_loss
 from minitron.distill.teacher import Lesson
+from minitron.model.hidden_states import kept_states
 from minitron.model.logits import LazyLogits, logit_transform
-from minitron.model.states import kept_states
-from minitron.packing import Batch
+from minitron.model.samples import Batch
 
 
 class Pupil(nn.Module):

@@ -13,11 +13,11 @@ from minitron.core.errors import MinitronError
 from minitron.distill.compiling import compile_layers
 from minitron.distill.losses import TopK
 from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from minitron.model.divided import begun_model, placed
+from minitron.model.hidden_states import kept_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform
-from minitron.model.states import kept_states, layers_of
+from minitron.model.samples import Batch
+from minitron.model.sharded import begun_model, placed
 from minitron.model.tokens import num_rows_needed
-from minitron.packing import Batch
 
 
 @dataclass(frozen=True)

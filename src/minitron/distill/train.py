@@ -31,10 +31,10 @@ from minitron.distill.state import States
 from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.distill.trackers import Row, tracked
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.divided import begun_model, placed
+from minitron.model.hidden_states import layers_of
 from minitron.model.hugging_face import new_model
-from minitron.model.states import layers_of
-from minitron.packing import Batch
+from minitron.model.samples import Batch
+from minitron.model.sharded import begun_model, placed
 
 CORRECTED = "corrected"  # directory of the teacher that learnt in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass

@@ -13,7 +13,7 @@ from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data import Blocks
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
-from minitron.packing import Batch
+from minitron.model.samples import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
 

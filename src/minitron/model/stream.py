@@ -25,8 +25,8 @@ from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import CPU, empty_model
+from minitron.model.samples import Batch, Separator
 from minitron.model.weights import bytes_of, require_fits
-from minitron.packing import Batch, Separator
 
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
 # size, else in a memory-mapped file.

@@ -35,8 +35,8 @@ from minitron.core.typed_files import read_tensors, read_typed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
+from minitron.model.samples import Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.packing import Separator
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")

@@ -18,8 +18,8 @@ from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, PlanError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
+from minitron.model.samples import Batch, Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.packing import Batch, Separator
 from minitron.prune.questions import Question, encode
 
 Variant = frozenset[int]  # the layers that it lacks

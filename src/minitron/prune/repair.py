@@ -24,8 +24,8 @@ from minitron.model.architecture import PRUNABLE, Architecture, Shape, TensorSpe
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
+from minitron.model.samples import Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.packing import Separator
 from minitron.prune.calibrate import Statistics, require_second_moment
 from minitron.prune.cut import (
     cut,

@@ -11,7 +11,7 @@ from torch import Tensor
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.packing import Separator
+from minitron.model.samples import Separator
 from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out

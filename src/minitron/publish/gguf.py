@@ -25,7 +25,7 @@ from minitron.core.files import atomic_file
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import transformers_config
-from minitron.naming import model_name
+from minitron.model.naming import model_name
 from minitron.publish.gguf_config import Keys, query_factor, require_runnable, rope, table_of, windows
 from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 

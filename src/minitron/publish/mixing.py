@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.model.checkpoint import load_model
-from minitron.packing import Batch
+from minitron.model.samples import Batch
 from minitron.publish.formats import size
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix

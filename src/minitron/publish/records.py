@@ -12,8 +12,8 @@ from minitron import layouts
 from minitron.core.errors import RunError
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data import TEACHER
-from minitron.describe import forward_flops
 from minitron.model.architecture import Parameters, Shape
+from minitron.model.describe import forward_flops
 from minitron.publish.formats import source_name
 
 # The order in which models and stages are shown.

@@ -22,8 +22,8 @@ from minitron.core.errors import CheckpointError, GgufError
 from minitron.core.worker import Child, ChildEnded
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
+from minitron.model.samples import Batch
 from minitron.model.tokens import prompt_ids, text_ids
-from minitron.packing import Batch
 from minitron.publish.gguf import describe
 from minitron.publish.llama_cpp import Runtime
 
