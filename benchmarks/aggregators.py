@@ -14,7 +14,7 @@ from pathlib import Path
 from measure import header, publish, table
 
 from minitron import demo
-from minitron.data import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

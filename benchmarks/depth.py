@@ -16,7 +16,7 @@ from aggregators import DEMO
 from measure import header, publish, table
 
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

@@ -18,7 +18,7 @@ from measure import publish
 
 from minitron.cli import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data import Corpus, DataConfig, batch_rows, open_corpus, prepare
+from minitron.data.corpus import Corpus, DataConfig, batch_rows, open_corpus, prepare
 from minitron.demo import HERE as DEMO
 from minitron.distill import settings, train
 from minitron.distill.lessons import write_lessons

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure import header, publish, table
 
-from minitron.data import DataConfig
+from minitron.data.corpus import DataConfig
 from minitron.demo import HERE
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint

@@ -22,7 +22,7 @@ from typing import Any
 from measure import header, publish, table
 
 from minitron.cli import keep_freed_memory
-from minitron.data import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.demo import HERE
 from minitron.distill.settings import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distill.train import distill, distill_until

@@ -14,9 +14,9 @@ from pathlib import Path
 from distillations import BLOCK_TOKENS, token_counts
 
 from minitron.cli import keep_freed_memory
-from minitron.data import DataConfig
+from minitron.data.corpus import DataConfig
+from minitron.data.sampling import sample_text
 from minitron.model.checkpoint import load_tokenizer
-from minitron.sampling import sample_text
 
 SAMPLE_BATCH = 256
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron.cli import keep_freed_memory
-from minitron.data import Corpus, DataConfig, batch_rows, builtin_documents, is_heldout, prepare
+from minitron.data.corpus import Corpus, DataConfig, batch_rows, builtin_documents, is_heldout, prepare
 
 SEED = 1407
 VOCAB = 4096

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 
-from minitron.data import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.model.checkpoint import load_tokenizer
 
 WORDS = "the rain in the plain remains while a grey boat sails home over some wide and windy sea again"

@@ -17,10 +17,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from minitron import sources
 from minitron.core.errors import DataError
 from minitron.core.files import digest_files
-from minitron.data import (
+from minitron.data import sources
+from minitron.data.corpus import (
     Corpus,
     DataConfig,
     batch_rows,

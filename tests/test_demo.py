@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minitron.core.errors import RecipeError
-from minitron.data import DataConfig, builtin_documents, is_heldout
+from minitron.data.corpus import DataConfig, builtin_documents, is_heldout
 from minitron.demo import HERE, demo_recipe
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.prune.plan import target_shape

@@ -10,11 +10,9 @@ ROOT = Path(minitron.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("layouts",),
-    ("sources",),
-    ("overlap",),
     ("model",),
     ("data",),
-    ("sampling", "prune", "distill", "evaluate", "publish"),
+    ("prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),
@@ -48,6 +46,7 @@ STAGES = {
     "publish": (
         *("ladder", "llama_cpp", "gguf_tokenizer", "gguf_config", "gguf", "imatrix", "quantize", "verify", "mixing"),
     ),
+    "data": ("sources", "overlap", "corpus", "sampling"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
         *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),

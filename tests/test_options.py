@@ -30,7 +30,7 @@ from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
-from minitron.data import DataConfig
+from minitron.data.corpus import DataConfig
 from minitron.demo import demo_recipe
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
 from minitron.prune.plan import PruneConfig

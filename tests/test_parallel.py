@@ -49,7 +49,7 @@ import json
 import sys
 from pathlib import Path
 from minitron.distill import soap
-from minitron.data import open_corpus
+from minitron.data.corpus import open_corpus
 from minitron.distill.settings import DistillConfig, resolve
 from minitron.distill.train import distill, distill_until
 from minitron.model.checkpoint import open_checkpoint

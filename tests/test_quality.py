@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from minitron.core.errors import CheckpointError, DataError
-from minitron.data import Blocks, Corpus
+from minitron.data.corpus import Blocks, Corpus
 from minitron.evaluate import quality
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.model.samples import Batch, Separator

@@ -15,7 +15,7 @@ import yaml
 
 from minitron import cli
 from minitron.core.errors import MinitronError, RunError, TaskError
-from minitron.data import DataConfig, open_corpus
+from minitron.data.corpus import DataConfig, open_corpus
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE

@@ -11,11 +11,11 @@ import tiny
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from minitron import sampling
 from minitron.core.errors import CheckpointError, DataError
-from minitron.data import DataConfig, is_heldout, keyed, prepare, read_documents
+from minitron.data import sampling
+from minitron.data.corpus import DataConfig, is_heldout, keyed, prepare, read_documents
+from minitron.data.sampling import draw, end_tokens, probabilities, sample_batch, sample_text, start_token
 from minitron.model.checkpoint import load_tokenizer
-from minitron.sampling import draw, end_tokens, probabilities, sample_batch, sample_text, start_token
 
 BLOCK = 16
 VOCAB = 300  # of the tokenizer; the models have some rows more

@@ -7,7 +7,7 @@ import pytest
 import small
 import torch
 
-from minitron.data import batch_rows
+from minitron.data.corpus import batch_rows
 from minitron.prune.shapes import Machine, SearchConfig
 from minitron.student_shape import judging_blocks, machine_for
 

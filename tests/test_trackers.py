@@ -12,7 +12,7 @@ import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minitron.core.errors import MinitronError
-from minitron.data import DataConfig
+from minitron.data.corpus import DataConfig
 from minitron.distill import trackers
 from minitron.distill.settings import DistillConfig
 from minitron.distill.trackers import REQUIREMENTS, TrackerName, tracked

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
-from minitron.data import Corpus, batch_rows, next_rows
+from minitron.data.corpus import Corpus, batch_rows, next_rows
 from minitron.distill.settings import DistillConfig, num_steps, of_scratch, resolve
 from minitron.distill.train import distill, distill_until, learning_rate
 from minitron.model.architecture import Shape

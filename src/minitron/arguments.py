@@ -94,7 +94,7 @@ def data_section(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def data_config(args: argparse.Namespace, console: Console) -> Any:
-    from minitron.data import DataConfig
+    from minitron.data.corpus import DataConfig
 
     values = data_section(args, console) | {"block_tokens": getattr(args, "block_tokens", None)}
     return section(DataConfig, **values)

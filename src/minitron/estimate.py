@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minitron.core.device import compute_dtype, matmul_flops_per_second, pick_device
-from minitron.data import TEACHER
+from minitron.data.corpus import TEACHER
 from minitron.distill.optimizer import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.describe import describe, describe_shape, forward_flops

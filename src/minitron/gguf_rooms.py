@@ -13,10 +13,10 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
-from minitron import data
 from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
 from minitron.core.worker import Child, ChildEnded
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 def quantize_model(
     model: str,
     config: QuantizeConfig,
-    data_config: data.DataConfig | None,
+    data_config: DataConfig | None,
     *,
     importance_file: Path | None,
     out: Path,
@@ -158,7 +158,7 @@ def _continued(
 def evaluate_gguf(
     file: Path,
     teacher: str | None,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     *,
     blocks: int | None,
     whole: bool,
@@ -272,8 +272,8 @@ def _texts(model: GgufFile) -> list[str]:
 
 @contextmanager
 def _corpus(
-    model: GgufFile, guide: Path | None, config: data.DataConfig, whole: bool, listener: Listener
-) -> Iterator[data.Corpus]:
+    model: GgufFile, guide: Path | None, config: DataConfig, whole: bool, listener: Listener
+) -> Iterator[Corpus]:
     """Text in the file's own tokens, gone after the block."""
     context = model.context or QUANTIZE_TOKENS
     length = config.block_tokens or min(QUANTIZE_TOKENS, context)
@@ -285,7 +285,7 @@ def _corpus(
         vocab = max(model.vocab, len(tokenizer))
         options: dict[str, Any] = {"whole": whole, "warn": listener.warn}
         with scratch_errors():
-            corpus = data.prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, **options)
+            corpus = prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, **options)
         yield corpus
 
 

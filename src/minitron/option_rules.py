@@ -111,7 +111,7 @@ def _takes_importance(args: Args) -> bool:
 
 def _reads_rows(args: Args) -> bool:
     """Whether the text may be rows; that which `--set` names is not known here."""
-    from minitron.data import BUILTIN, DataConfig
+    from minitron.data.corpus import BUILTIN, DataConfig
     from minitron.recipe_rules import reads_rows
 
     if any(text.startswith(("data.source=", "data.heldout=")) for text in getattr(args, "set", [])):

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, read_yaml, short
-from minitron.data import DataConfig
+from minitron.data.corpus import DataConfig
 from minitron.distill.settings import DistillConfig
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.prune.calibrate import CalibrateConfig

@@ -7,7 +7,7 @@ left behind are no request, and are let through.
 from pathlib import Path
 
 from minitron.core.effects import Rule, changed_keys, require_effects
-from minitron.data import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
+from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
 from minitron.distill.losses import DIVERGENCES
 from minitron.distill.settings import DistillConfig
 from minitron.model.architecture import PRUNABLE

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron import data
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -21,6 +20,7 @@ from minitron.core.files import (
     scratch_directory,
     scratch_errors,
 )
+from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, open_corpus, separator
 from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
 from minitron.distill.train import CORRECTED
@@ -96,7 +96,7 @@ def draft_model(path: Path) -> Draft | None:
 
 def calibrate_model(
     model: str,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     config: CalibrateConfig,
     *,
     seed: int,
@@ -109,8 +109,8 @@ def calibrate_model(
             prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            separator = data.separator(data_config, load_tokenizer(teacher.path))
-            return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=separator)
+            told_by = separator(data_config, load_tokenizer(teacher.path))
+            return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=told_by)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
@@ -128,7 +128,7 @@ def search_model(
     prune: PruneConfig,
     search: SearchConfig,
     statistics_dir: Path | None,
-    data_config: data.DataConfig | None,
+    data_config: DataConfig | None,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
     """Every shape of one model within the budgets, ranked; the keys are those of a run's search/candidates.json.
@@ -170,7 +170,7 @@ def prune_model(
     repair: RepairConfig,
     plan_file: Path | None,
     statistics_dir: Path | None,
-    data_config: Callable[[], data.DataConfig],
+    data_config: Callable[[], DataConfig],
     samples: int = CalibrateConfig().samples,
     check: Callable[[CutNeeds], None] = lambda needs: None,
     out: Path,
@@ -247,7 +247,7 @@ class _Known:
     config: PruneConfig
     steps: list[Step]
     statistics_dir: Path | None
-    data_config: Callable[[], data.DataConfig]
+    data_config: Callable[[], DataConfig]
     samples: int
     out: Path
     work: Path
@@ -314,7 +314,7 @@ def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
 def distill_models(
     teacher: str,
     student: str,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     config: settings.DistillConfig,
     *,
     seed: int,
@@ -405,7 +405,7 @@ def _assist(
         return any((path / "record.json").exists() for path in (work / stage, final[stage]))
 
     parallel.require_all_well()
-    corpus = data.open_corpus(work / "data")
+    corpus = open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
     if config.correction == "before" and not done(CORRECTED):
         own = settings.of_correction(config)
@@ -418,7 +418,7 @@ def _assist(
 
 
 def _resolved(
-    config: settings.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: data.Corpus
+    config: settings.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: Corpus
 ) -> settings.DistillConfig:
     return settings.resolve(
         config,
@@ -434,17 +434,17 @@ def _resolved(
 def evaluate_model(
     model: str,
     teacher: str | None,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     *,
     blocks: int | None,
     whole: bool = False,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
     """Measure one model on the part of the data that a run holds out, or with `whole` on all of it."""
-    if data_config.source == data.TEACHER:
+    if data_config.source == TEACHER:
         raise DataError(
             "text is sampled from the teacher to prune or distil it, and not to evaluate: "
-            f"give text, such as data/{data.SAMPLED} of a run that sampled some"
+            f"give text, such as data/{SAMPLED} of a run that sampled some"
         )
     checkpoint = open_checkpoint(resolve_model(model))
     guide = None
@@ -506,21 +506,21 @@ def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperatur
 
 def keep_sampled(corpus: Path, out: Path) -> None:
     """Text that was sampled took longest of all, and can be given to the next command."""
-    if (corpus / data.SAMPLED).exists():
-        shutil.copyfile(corpus / data.SAMPLED, out / data.SAMPLED)
+    if (corpus / SAMPLED).exists():
+        shutil.copyfile(corpus / SAMPLED, out / SAMPLED)
 
 
 @contextmanager
 def corpus_for(
     checkpoint: Checkpoint,
-    config: data.DataConfig,
+    config: DataConfig,
     listener: Listener,
     samples: int | None = None,
     seed: int = 0,
     *,
     whole: bool = False,
     scratch: Path | None = None,
-) -> Iterator[data.Corpus]:
+) -> Iterator[Corpus]:
     """A corpus that is gone after the block.
 
     Args:
@@ -536,4 +536,4 @@ def corpus_for(
         tokenizer = load_tokenizer(checkpoint.path)
         with scratch_errors(scratch):
             make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
-        yield data.open_corpus(path)
+        yield open_corpus(path)

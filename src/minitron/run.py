@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from minitron import data
 from minitron.core.device import settle_precision
 from minitron.core.errors import DataError, RunError
 from minitron.core.files import prove_directory
+from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_path
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
 from minitron.evaluate.generate import prompt_of
@@ -168,18 +168,18 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
     ), shape
 
 
-def bounded(config: data.DataConfig, tokens: int | None) -> data.DataConfig:
+def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
     """The config with an end to text that has none of its own: after `tokens` training tokens, what the work needs.
 
     Raises: RunError if the text has no end and `tokens` is None; DataError if held-out text is to be sampled.
     """
-    if config.heldout == data.TEACHER:
+    if config.heldout == TEACHER:
         raise DataError(
-            f"data.heldout cannot be {data.TEACHER!r}: of text sampled from the teacher (data.source) a part is "
+            f"data.heldout cannot be {TEACHER!r}: of text sampled from the teacher (data.source) a part is "
             "held out anyway; leave data.heldout out, or name a text"
         )
-    reason = "is a dataset id, which may be endless" if data.is_hub_id(config.source) else None
-    reason = "is text without end, sampled from the teacher" if config.source == data.TEACHER else reason
+    reason = "is a dataset id, which may be endless" if is_hub_id(config.source) else None
+    reason = "is text without end, sampled from the teacher" if config.source == TEACHER else reason
     if reason is None or config.max_tokens is not None:
         return config
     if tokens is None:
@@ -190,18 +190,18 @@ def bounded(config: data.DataConfig, tokens: int | None) -> data.DataConfig:
     return config.model_copy(update={"max_tokens": tokens})
 
 
-def require_correctable(config: settings.DistillConfig, text: data.DataConfig) -> None:
+def require_correctable(config: settings.DistillConfig, text: DataConfig) -> None:
     """Raises: MinitronError where a correction of the teacher would have no effect."""
     settings.require_correction_fits(config)
-    if config.correction is not None and text.source == data.TEACHER:
+    if config.correction is not None and text.source == TEACHER:
         raise RunError(
             f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "
-            f"data.source={data.TEACHER!r} is its own: leave distill.correction out, or give a text"
+            f"data.source={TEACHER!r} is its own: leave distill.correction out, or give a text"
         )
 
 
 def _whole_path(source: str) -> str:
     """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
-    is_path = source.strip() and source not in (data.BUILTIN, data.TEACHER)
-    path = data.local_path(source)
+    is_path = source.strip() and source not in (BUILTIN, TEACHER)
+    path = local_path(source)
     return str(path.resolve()) if is_path and os.path.exists(path) else source

@@ -10,11 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron import data
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import RunError
 from minitron.core.files import write_json
+from minitron.data.corpus import (
+    SAMPLED,
+    TEACHER,
+    Blocks,
+    Corpus,
+    DataConfig,
+    batch_rows,
+    open_corpus,
+    prepare,
+    read_documents,
+    require_undamaged,
+    source_files,
+)
+from minitron.data.sampling import sample_text
 from minitron.distill import settings, train
 from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
 from minitron.distill.lessons import INDEX as LESSONS_INDEX
@@ -49,23 +62,20 @@ from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
 from minitron.rundir import SILENT, Listener, RunDirectory
-from minitron.sampling import sample_text
 
 LARGEST_DEFAULT_BLOCK = 2048
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
 STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
-def prepare_data(
-    stages: RunDirectory, config: data.DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int
-) -> data.Corpus:
+def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int) -> Corpus:
     inputs = {
-        "text": stages.digest(data.source_files(config)),
+        "text": stages.digest(source_files(config)),
         "tokenizer": stages.digest(carried_files(teacher.path)),
     }
     facts: dict[str, Any] = {"data": config}
     state = None
-    if config.source == data.TEACHER:
+    if config.source == TEACHER:
         inputs["teacher"] = stages.digest(model_files(teacher.path))
         facts["seed"] = seed
         state = stages.out / "data-state"
@@ -77,14 +87,14 @@ def prepare_data(
     stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    corpus = data.open_corpus(stages.out / "data")
+    corpus = open_corpus(stages.out / "data")
     if was_there:  # perhaps for long; what has just been written is not read again
-        data.require_undamaged(corpus)
+        require_undamaged(corpus)
     return corpus
 
 
 def make_corpus(
-    config: data.DataConfig,
+    config: DataConfig,
     teacher: Checkpoint,
     tokenizer: Any,
     *,
@@ -105,17 +115,17 @@ def make_corpus(
     block_tokens = block_length(config, teacher)
     facts: dict[str, Any] = {}
     documents = None
-    if config.source == data.TEACHER:
-        file = (state or out) / data.SAMPLED
+    if config.source == TEACHER:
+        file = (state or out) / SAMPLED
         rows = sample_text(
             teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
         )
         if state is not None:
-            shutil.copyfile(file, out / data.SAMPLED)
+            shutil.copyfile(file, out / SAMPLED)
         facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
-        documents = data.read_documents(str(file), data.DataConfig())
+        documents = read_documents(str(file), DataConfig())
         config = config.model_copy(update={"max_tokens": None})  # all of it is read
-    corpus = data.prepare(
+    corpus = prepare(
         config,
         tokenizer,
         vocab=teacher.shape.vocab,
@@ -131,7 +141,7 @@ def make_corpus(
     return asdict_without_path(corpus) | facts
 
 
-def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> Statistics:
+def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> Statistics:
     config, seed = recipe.calibrate, recipe.seed
 
     def work(out: Path) -> dict[str, Any]:
@@ -152,7 +162,7 @@ def make_plan(
     stages: RunDirectory,
     recipe: Recipe,
     teacher: Checkpoint,
-    corpus: data.Corpus,
+    corpus: Corpus,
     tokenizer: Any,
     statistics: Statistics,
     shape: Shape,
@@ -215,7 +225,7 @@ def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
 Mend = Callable[[Checkpoint, Plan, Path], Repaired]
 
 
-def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: data.Corpus, listener: Listener) -> Mend:
+def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: Corpus, listener: Listener) -> Mend:
     """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
     tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
@@ -283,7 +293,7 @@ def prune(
     return made
 
 
-def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: data.Corpus) -> settings.DistillConfig:
+def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: Corpus) -> settings.DistillConfig:
     return settings.resolve(
         recipe.distill,
         shape,
@@ -295,7 +305,7 @@ def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: d
     )
 
 
-def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus) -> settings.DistillConfig:
+def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> settings.DistillConfig:
     return settings.resolve_without_student(
         recipe.distill,
         teacher.shape,
@@ -305,9 +315,7 @@ def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: data.Corpus)
     )
 
 
-def correct(
-    stages: RunDirectory, config: settings.DistillConfig, seed: int, teacher: Path, corpus: data.Corpus
-) -> Path:
+def correct(stages: RunDirectory, config: settings.DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
     """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
     config, state = settings.of_correction(config), stages.out / f"distill-{CORRECTED}"
 
@@ -336,9 +344,9 @@ def record_lessons(
     stages: RunDirectory,
     config: settings.DistillConfig,
     teacher: Checkpoint,
-    corpus: data.Corpus,
+    corpus: Corpus,
     seed: int,
-    judge: data.Blocks | None = None,
+    judge: Blocks | None = None,
 ) -> Path:
     """What the teacher says of every block that will be trained on or looked at.
 
@@ -379,7 +387,7 @@ def teach(
     seed: int,
     pruned: Path,
     teacher: Path | None,
-    corpus: data.Corpus,
+    corpus: Corpus,
 ) -> Path:
     """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens.
 
@@ -442,7 +450,7 @@ def measure(
     stages: RunDirectory,
     recipe: Recipe,
     models: Mapping[str, Path],
-    corpus: data.Corpus,
+    corpus: Corpus,
     tokenizer: Any,
     benchmarks: TaskPlan | None,
 ) -> None:
@@ -498,7 +506,7 @@ def measure(
     stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.of_record})
 
 
-def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: data.Corpus) -> None:
+def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
     """GGUF files of the student."""
     from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize
 
@@ -525,16 +533,16 @@ def publish(out: Path) -> RunRecords:
 
 
 def calibrate_on(
-    teacher: Checkpoint, corpus: data.Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
+    teacher: Checkpoint, corpus: Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
 ) -> Statistics:
     tokens = calibration_tokens(corpus, config, seed)
     return calibrate_tokens(teacher, tokens, config, scratch=scratch, separator=corpus.separator, listener=listener)
 
 
-def calibration_tokens(corpus: data.Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
+def calibration_tokens(corpus: Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
     """Token ids, int64 [samples, tokens]."""
     blocks = corpus.train
-    rows = data.batch_rows(len(blocks), seed=seed, step=0, batch=min(config.samples, len(blocks)))
+    rows = batch_rows(len(blocks), seed=seed, step=0, batch=min(config.samples, len(blocks)))
     return torch.from_numpy(blocks.select(rows))
 
 
@@ -556,13 +564,13 @@ def _layers(listener: Listener) -> Callable[[int, int], None]:
 
 
 def scoring_on(
-    corpus: data.Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
+    corpus: Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
 ) -> Scoring:
     tokens = calibration_tokens(corpus, calibrate, seed)
     return Scoring(prune, calibrate, tokens, tokenizer, separator=corpus.separator, progress=_layers(listener))
 
 
-def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> int:
+def block_length(config: DataConfig, model: Checkpoint | ModelConfig) -> int:
     """Tokens in a block: what the config says, else the model's context, at most LARGEST_DEFAULT_BLOCK.
 
     Raises: RunError if the model's context is shorter.
@@ -574,5 +582,5 @@ def block_length(config: data.DataConfig, model: Checkpoint | ModelConfig) -> in
     return length
 
 
-def asdict_without_path(corpus: data.Corpus) -> dict[str, Any]:
+def asdict_without_path(corpus: Corpus) -> dict[str, Any]:
     return {name: value for name, value in asdict(corpus).items() if name != "path"}

@@ -14,7 +14,7 @@ from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
 from minitron.core.typed_files import as_typed, read_typed
-from minitron.data import Blocks, Corpus, batch_rows
+from minitron.data.corpus import Blocks, Corpus, batch_rows
 from minitron.distill import settings, train
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files

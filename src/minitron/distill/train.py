@@ -19,7 +19,7 @@ from torch import Tensor
 from minitron.core import parallel
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import Interrupted, MinitronError
-from minitron.data import Blocks, Corpus, batch_rows, next_rows
+from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
 from minitron.distill.compiling import compile_layers, require_compiler
 from minitron.distill.correction import LearningTeacher
 from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
-from minitron.data import Blocks
+from minitron.data.corpus import Blocks
 from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
 from minitron.model.samples import Batch
 

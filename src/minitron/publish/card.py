@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from minitron.core.files import write_text
-from minitron.data import BUILTIN, TEACHER
+from minitron.data.corpus import BUILTIN, TEACHER
 from minitron.publish.formats import (
     BENCHMARK_NOTE,
     MISSING,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.data import TEXT_SUFFIXES
+from minitron.data.corpus import TEXT_SUFFIXES
 
 Number = int | float
 

@@ -11,7 +11,7 @@ import yaml
 from minitron import layouts
 from minitron.core.errors import RunError
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
-from minitron.data import TEACHER
+from minitron.data.corpus import TEACHER
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
 from minitron.publish.formats import source_name

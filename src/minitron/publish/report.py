@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from minitron.core.files import prove_file, write_text
-from minitron.data import TEACHER
+from minitron.data.corpus import TEACHER
 from minitron.publish import page, plots
 from minitron.publish.formats import (
     BENCHMARK_NOTE,

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from itertools import groupby
 
-from minitron.sources import Document
+from minitron.data.sources import Document
 
 # Of text that two documents share: less may be a common phrase.
 LEAST_CHARS = 64

@@ -24,16 +24,16 @@ from minitron import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.typed_files import read_typed
+from minitron.data.overlap import HeldOut
+from minitron.data.sources import BUILTIN, Document, find_source, read_source
+from minitron.data.sources import TEACHER as TEACHER
+from minitron.data.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
+from minitron.data.sources import builtin_documents as builtin_documents
+from minitron.data.sources import is_hub_id as is_hub_id
+from minitron.data.sources import keyed as keyed
+from minitron.data.sources import local_path as local_path
 from minitron.model.samples import Separator
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
-from minitron.overlap import HeldOut
-from minitron.sources import BUILTIN, Document, find_source, read_source
-from minitron.sources import TEACHER as TEACHER
-from minitron.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
-from minitron.sources import builtin_documents as builtin_documents
-from minitron.sources import is_hub_id as is_hub_id
-from minitron.sources import keyed as keyed
-from minitron.sources import local_path as local_path
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
 SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory

@@ -23,7 +23,7 @@ from torch import Tensor
 from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.reading import read_rows
-from minitron.data import DataConfig, delimiters, is_heldout, keyed
+from minitron.data.corpus import DataConfig, delimiters, is_heldout, keyed
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
