@@ -14,11 +14,11 @@ from pathlib import Path
 from measure import header, publish, table
 
 from minitron import demo
+from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluate.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.scoring import score_units

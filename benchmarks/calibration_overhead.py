@@ -21,10 +21,10 @@ from measure import header, publish, table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitron.calibration.collect import calibrate
 from minitron.cli import keep_freed_memory
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.stream import default_batch
-from minitron.prune.calibrate import calibrate
 
 SIZES = {
     "hidden_size": 2048,

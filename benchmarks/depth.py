@@ -15,12 +15,12 @@ import torch
 from aggregators import DEMO
 from measure import header, publish, table
 
+from minitron.calibration.collect import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.distill import settings, train
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.cut import cut
 from minitron.prune.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import block_influence, even_scores

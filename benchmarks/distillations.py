@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from measure import publish
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.cli import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, batch_rows, open_corpus, prepare
@@ -26,7 +27,6 @@ from minitron.distill.train import blocks_read
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import activation_scores
 from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.repair import BEST, Step, repaired_cut

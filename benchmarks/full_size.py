@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from measure import PeakMemory, header, publish, save_byte_tokenizer, table
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.direct_io import digest_file
 from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
 from minitron.model.families import family_of
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.cut import cut
 from minitron.prune.importance import activation_scores
 from minitron.prune.plan import choose, with_sizes

@@ -26,10 +26,10 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from measure import header, publish, table
 
+from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
 from minitron.demo import HERE
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import calibrate
 from minitron.publish.gguf import GgufModel, describe, plain_types, write_gguf
 from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.publish.ladder import LADDER

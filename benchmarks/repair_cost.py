@@ -18,8 +18,8 @@ import torch
 from full_size import CALIBRATE_BAR, CASES, GIB, Case, write_model
 from measure import PeakMemory, header, in_fresh_process, publish, table
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import activation_scores
 from minitron.prune.plan import choose, with_sizes
 from minitron.prune.repair import Step, repaired_cut

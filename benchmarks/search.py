@@ -21,6 +21,7 @@ from typing import Any
 
 from measure import header, publish, table
 
+from minitron.calibration.collect import CalibrateConfig, Statistics, pass_options
 from minitron.cli import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.demo import HERE
@@ -29,7 +30,6 @@ from minitron.distill.train import distill, distill_until
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig, Statistics, pass_options
 from minitron.prune.plan import PruneConfig, choose, target_shape
 from minitron.prune.repair import RepairConfig, Step, repaired_cut
 from minitron.prune.repair import resolve as resolve_repair

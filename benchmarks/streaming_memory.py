@@ -19,10 +19,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (lazily imported 
 from measure import PeakMemory, header, in_fresh_process, publish, save_byte_tokenizer, table
 from transformers import LlamaConfig
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint, write_checkpoint
 from minitron.model.families.llama import LLAMA
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.cut import cut
 from minitron.prune.importance import activation_scores
 from minitron.prune.plan import choose, with_sizes

@@ -9,10 +9,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from minitron.calibration import collect as module
+from minitron.calibration.collect import Statistics, calibrate, cosine_sum, sample_sums
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune import calibrate as module
-from minitron.prune.calibrate import Statistics, calibrate, cosine_sum, sample_sums
 
 LENGTHS = [11, 4, 7, 1, 9]
 

@@ -12,9 +12,9 @@ import tiny
 import torch
 from torch import Tensor
 
+from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
 from minitron.prune.cut import cut_tensor
 from minitron.prune.importance import (
     CRITERIA,

@@ -11,7 +11,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("layouts",),
     ("model",),
-    ("data",),
+    ("data", "calibration"),
     ("prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("recipe_rules",),
@@ -35,7 +35,7 @@ STAGES = {
         *("worker", "effects", "typed_files"),
     ),
     "prune": (
-        *("calibrate", "importance", "questions", "depth", "plan", "shapes", "search"),
+        *("importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
     "distill": ("losses", "low_precision", "soap", "optimizer", "state", "trackers", "settings", "train"),

@@ -14,10 +14,10 @@ import torch
 from processes import forked
 
 from minitron import cli
+from minitron.calibration.collect import Statistics
 from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.demo import HERE
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import Statistics
 from minitron.prune.cut import cut
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

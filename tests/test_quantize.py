@@ -16,9 +16,9 @@ import tiny
 import torch
 from gguf import GGMLQuantizationType as BlockType
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import GgufError, RunError
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.publish.gguf import GgufModel, describe, weights_bytes, write_gguf
 from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.publish.ladder import LADDER, QuantizeConfig, require_file_type

@@ -11,12 +11,12 @@ import tiny
 import torch
 from torch import Tensor
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.stream import Stream
 from minitron.prune import repair as module
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import activation_scores
 from minitron.prune.plan import Plan, identity_plan
 from minitron.prune.repair import (

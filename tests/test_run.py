@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from minitron import cli
+from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, open_corpus
 from minitron.evaluate.quality import evaluate
@@ -21,7 +22,6 @@ from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch
-from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig
 from minitron.publish.gguf import describe

@@ -10,9 +10,9 @@ import small
 import tiny
 import torch
 
+from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.prune.calibrate import CalibrateConfig, calibrate
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, contiguous_blocks, leave_one_out
 from minitron.prune.plan import Plan, PruneConfig, choose, step_shapes

@@ -11,10 +11,10 @@ import tiny
 import torch
 from test_shapes import search
 
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.importance import Scores, activation_scores
 from minitron.prune.plan import choose
 from minitron.prune.residual import reading_moment

@@ -17,7 +17,7 @@ _PUBLIC = {
     "Recipe": "minitron.recipe",
     "Scores": "minitron.prune.importance",
     "Shape": "minitron.model.architecture",
-    "Statistics": "minitron.prune.calibrate",
+    "Statistics": "minitron.calibration.collect",
     "load_recipe": "minitron.recipe",
     "open_checkpoint": "minitron.model.checkpoint",
 }

@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
+from minitron.calibration.collect import CalibrateConfig
 from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
 from minitron.core.worker import Child, ChildEnded
@@ -23,7 +24,6 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.model.naming import model_name
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
-from minitron.prune.calibrate import CalibrateConfig
 from minitron.publish.gguf_file import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.publish.gguf_tokenizer import file_tokenizer
 from minitron.publish.ladder import QuantizeConfig

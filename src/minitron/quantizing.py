@@ -15,9 +15,9 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
 from torch import Tensor
 
+from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
 from minitron.model.checkpoint import Checkpoint
-from minitron.prune.calibrate import calibrate
 from minitron.publish.formats import size
 from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
 from minitron.publish.imatrix import (

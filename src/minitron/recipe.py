@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
+from minitron.calibration.collect import CalibrateConfig
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, read_yaml, short
 from minitron.data.corpus import DataConfig
 from minitron.distill.settings import DistillConfig
 from minitron.evaluate.quality import EvaluateConfig
-from minitron.prune.calibrate import CalibrateConfig
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -41,7 +42,6 @@ from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.model.weight_files import has_weights, stored_tensors
-from minitron.prune.calibrate import CalibrateConfig, Statistics
 from minitron.prune.cut import cut
 from minitron.prune.importance import Scores, even_scores
 from minitron.prune.plan import (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import RunError
@@ -52,7 +53,6 @@ from minitron.model.describe import describe
 from minitron.model.model_config import ModelConfig
 from minitron.model.naming import run_name
 from minitron.model.samples import Separator
-from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.importance import Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes
 from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from minitron import layouts
+from minitron.calibration.collect import Statistics
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
@@ -19,7 +20,6 @@ from minitron.distill import settings, train
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
-from minitron.prune.calibrate import Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.plan import PruneConfig
 from minitron.prune.residual import reading_moment

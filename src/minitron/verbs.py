@@ -99,8 +99,8 @@ def _run_recipe(recipe: Any, out: Path, args: argparse.Namespace, console: Conso
 
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
+    from minitron.calibration.collect import CalibrateConfig
     from minitron.core.parallel import ranks
-    from minitron.prune.calibrate import CalibrateConfig
     from minitron.rooms import calibrate_model
 
     config = section(CalibrateConfig, samples=args.samples, second_moment=args.second_moment)

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron import layouts
+from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
 from minitron.model.architecture import Shape
-from minitron.prune.calibrate import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
 
 Aggregate = Literal["mean", "l2", "variance"]
 

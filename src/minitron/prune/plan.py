@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from minitron import layouts
+from minitron.calibration.collect import PER_LAYER
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.reading import read_json
 from minitron.core.typed_files import as_typed
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
-from minitron.prune.calibrate import PER_LAYER
 from minitron.prune.importance import Aggregate, Scores
 
 Units = tuple[int, ...]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minitron.calibration.collect import Statistics, require_second_moment
 from minitron.core.config import Section
 from minitron.core.device import pick_device
 from minitron.core.errors import PlanError
@@ -26,7 +27,6 @@ from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
 from minitron.model.samples import Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.prune.calibrate import Statistics, require_second_moment
 from minitron.prune.cut import (
     cut,
     embedding_gain,

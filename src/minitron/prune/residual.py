@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.calibration.collect import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.norms import normalized
-from minitron.prune.calibrate import Statistics
 
 READ_ROWS = 256
 

@@ -8,11 +8,11 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Separator
-from minitron.prune.calibrate import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import CRITERIA, Scores

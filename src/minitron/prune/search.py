@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitron.calibration.collect import Statistics
 from minitron.model.architecture import Shape
-from minitron.prune.calibrate import Statistics
 from minitron.prune.importance import Scores
 from minitron.prune.shapes import Candidate, SearchConfig
 

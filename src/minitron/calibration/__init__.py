@@ -1,0 +1,1 @@
+"""What the teacher does on a little text."""
