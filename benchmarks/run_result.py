@@ -8,8 +8,9 @@ from pathlib import Path
 
 from measure import header, publish, table
 
-from minitron.publish.formats import RESULT_COLUMNS, count, duration, result_cells, size
+from minitron.publish.formats import count, duration, size
 from minitron.publish.records import RunRecords, read_run, result_table
+from minitron.publish.tables import RESULT_COLUMNS, result_cells
 
 
 def sections(records: RunRecords) -> str:

@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import ModelCard, constants
 
 from minitron.publish.card import write_card
-from minitron.publish.formats import result_cells
 from minitron.publish.records import read_run, result_table
+from minitron.publish.tables import result_cells
 
 
 def card_of(run: Path) -> ModelCard:

@@ -13,8 +13,8 @@ import yaml
 from minitron import cli
 from minitron.core.errors import RunError
 from minitron.publish.comparison import cautions, headline, name_runs, render_comparison
-from minitron.publish.formats import result_cells
 from minitron.publish.records import RunRecords, read_run, result_table, stage_flops
+from minitron.publish.tables import result_cells
 
 
 def variant(path: Path, **distill: object) -> RunRecords:

@@ -12,22 +12,12 @@ import pytest
 from minitron.evaluate.benchmarks import SUITE
 from minitron.prune import repair
 from minitron.prune.plan import PruneConfig
-from minitron.publish.formats import (
-    MISSING,
-    duration,
-    environments,
-    flops,
-    hub_id,
-    result_cells,
-    share,
-    short_count,
-    size,
-    source_name,
-)
+from minitron.publish.formats import MISSING, duration, flops, share, short_count, size
 from minitron.publish.plots import pareto_front
 from minitron.publish.published import DATASETS, PUBLISHED
 from minitron.publish.records import read_run, result_table, stage_flops
 from minitron.publish.report import headline, render, write_report
+from minitron.publish.tables import environments, hub_id, result_cells, source_name
 from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
 
 

@@ -377,8 +377,8 @@ def push(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show_run(records: Any, console: Console) -> None:
-    from minitron.publish.formats import RESULT_COLUMNS, result_cells
     from minitron.publish.records import result_table
+    from minitron.publish.tables import RESULT_COLUMNS, result_cells
 
     rows = result_table(records)
     facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}

@@ -11,23 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 
 from minitron.core.files import write_text
 from minitron.data.corpus import BUILTIN, TEACHER
-from minitron.publish.formats import (
-    BENCHMARK_NOTE,
-    MISSING,
-    RESULT_COLUMNS,
-    count,
-    duration,
-    environments,
-    hub_id,
-    nats,
-    percent,
-    result_cells,
-    score,
-    share,
-    short_count,
-    size,
-    source_name,
-)
+from minitron.publish.formats import MISSING, count, duration, nats, percent, share, short_count, size
 from minitron.publish.published import DATASETS
 from minitron.publish.records import (
     RunRecords,
@@ -41,6 +25,15 @@ from minitron.publish.records import (
     repairs,
     result_table,
     sampling,
+)
+from minitron.publish.tables import (
+    BENCHMARK_NOTE,
+    RESULT_COLUMNS,
+    environments,
+    hub_id,
+    result_cells,
+    score,
+    source_name,
 )
 
 # Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.

@@ -22,7 +22,6 @@ from minitron.publish.formats import (
     short_count,
     shown,
     size,
-    source_name,
 )
 from minitron.publish.records import (
     RunRecords,
@@ -34,6 +33,7 @@ from minitron.publish.records import (
     speed_ratios,
     stage_flops,
 )
+from minitron.publish.tables import source_name
 
 SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 

@@ -1,17 +1,10 @@
-"""Numbers as people read them, and the result table's columns: one wording for the report, the card and the terminal.
+"""Numbers as people read them: one wording for the report, the card and the terminal.
 
 Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is a dash.
 """
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from minitron.data.corpus import TEXT_SUFFIXES
+from collections.abc import Callable, Sequence
 
 Number = int | float
 
@@ -74,18 +67,6 @@ def shown(value: Number | None, form: Callable[[Number], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else MISSING
 
 
-# Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
-_SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
-BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
-
-
-def score(row: Mapping[str, Any]) -> str:
-    """A benchmark's value with its standard error, from the keys of TaskResult."""
-    scale = 100 if row["metric"].startswith(_SHARES) else 1
-    value = shown(row["value"], lambda number: f"{scale * number:,.1f}")
-    return value if row["stderr"] is None else f"{value} ± {shown(row['stderr'], lambda n: f'{scale * n:,.1f}')}"
-
-
 def rate(per_second: Number) -> str:
     """Three digits, and all of those before the point."""
     return count(per_second) if per_second >= 100 else f"{per_second:.3g}"
@@ -94,84 +75,6 @@ def rate(per_second: Number) -> str:
 def with_range(middle: Number, ends: Sequence[Number], form: Callable[[Number], str]) -> str:
     low, high = ends
     return shown(middle, lambda value: f"{form(value)} ({form(low)}–{form(high)})")  # noqa: RUF001
-
-
-@dataclass(frozen=True)
-class Column:
-    key: str
-    heading: str
-    unit: str
-    form: Callable[[Number], str]
-
-
-# The keys of records.result_table.
-RESULT_COLUMNS = (
-    Column("total", "Parameters", "total", count),
-    Column("non_embedding", "Parameters", "non-embedding", count),
-    Column("non_embedding_share", "Share", "non-embedding", share),
-    Column("lm_loss", "LM loss", "nats/token", nats),
-    Column("perplexity", "Perplexity", "per token", perplexity),
-    Column("bits_per_byte", "Bits per byte", "of text", nats),
-    Column("kl_to_teacher", "KL to teacher", "nats/token", nats),
-    Column("top1_agreement", "Top-1", "agreement", percent),
-    Column("weight_bytes", "Weights", "all tensors", size),
-)
-
-
-def result_cells(row: Mapping[str, Any]) -> list[str]:
-    """The row's values in the order of RESULT_COLUMNS."""
-    return [shown(row[column.key], column.form) for column in RESULT_COLUMNS]
-
-
-_CANDIDATE_COLUMNS = (
-    *(Column(dim, dim, "", count) for dim in ("layers", "hidden", "ffn", "heads", "kv_heads")),
-    Column("total", "Parameters", "total", short_count),
-    Column("non_embedding", "Non-emb.", "", short_count),
-    Column("weight_bytes", "Weights", "", size),
-    Column("kv_cache_bytes", "KV cache", "", size),
-    Column("decode_seconds", "Decode", "per step", milliseconds),
-    Column("prefill_seconds", "Prefill", "", milliseconds),
-    Column("predicted", "Damage", "predicted", nats),
-)
-
-
-def candidate_columns(candidates: Iterable[Mapping[str, Any]]) -> list[Column]:
-    """The columns of a table of a search's candidates: what each takes, its prediction, its loss at each step."""
-    steps = sorted({int(step) for one in candidates for step in one["losses"]})
-    measured = [Column(str(step), "Loss", f"step {step:,}" if step else "after the cut", nats) for step in steps]
-    return [*_CANDIDATE_COLUMNS, *measured]
-
-
-def candidate_cells(candidate: Mapping[str, Any], columns: Iterable[Column]) -> list[str]:
-    """A row of a search's candidates.json."""
-    values = {**candidate, **candidate["shape"], **candidate["losses"]}
-    return [shown(values.get(column.key), column.form) for column in columns]
-
-
-def hub_id(source: str) -> str | None:
-    """The source itself if it is a model's or dataset's `organisation/name` on the hub, None if it is a local path."""
-    looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.lower().endswith(TEXT_SUFFIXES)
-    return source if looks_right and not Path(source).exists() else None
-
-
-def source_name(source: str) -> str:
-    """A hub id as it is, the last part of a local path."""
-    return hub_id(source) or Path(source).name
-
-
-def environments(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Hardware and software; a resumed run may have several, each with the names of its stages."""
-    groups: dict[str, list[str]] = {}
-    for name, stage in stages.items():
-        machine = stage["hardware"]
-        device = f"{machine['device']}, {machine['cores']} CPU cores, {size(machine['memory_bytes'])} host memory"
-        software = ", ".join(f"{package} {number}" for package, number in stage["versions"].items())
-        groups.setdefault(json.dumps([device, software]), []).append(name)
-    facts = {}
-    for key, names in groups.items():
-        of = "" if len(groups) == 1 else f" ({', '.join(names)})"
-        facts[f"Hardware{of}"], facts[f"Software{of}"] = json.loads(key)
-    return facts
 
 
 def _scaled(number: Number, step: int, units: tuple[str, ...]) -> str:

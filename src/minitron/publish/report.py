@@ -10,25 +10,19 @@ from minitron.core.files import prove_file, write_text
 from minitron.data.corpus import TEACHER
 from minitron.publish import page, plots
 from minitron.publish.formats import (
-    BENCHMARK_NOTE,
     MISSING,
-    RESULT_COLUMNS,
     count,
     duration,
-    environments,
     flops,
     nats,
     percent,
     perplexity,
     rate,
     ratio,
-    result_cells,
-    score,
     share,
     short_count,
     shown,
     size,
-    source_name,
     with_range,
 )
 from minitron.publish.published import PUBLISHED
@@ -44,6 +38,7 @@ from minitron.publish.records import (
     speed_ratios,
     stage_flops,
 )
+from minitron.publish.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
 from minitron.publish.why import why
 
 

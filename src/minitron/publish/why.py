@@ -10,8 +10,6 @@ from minitron.publish import page, plots
 from minitron.publish.formats import (
     MISSING,
     Number,
-    candidate_cells,
-    candidate_columns,
     count,
     flops,
     milliseconds,
@@ -23,6 +21,7 @@ from minitron.publish.formats import (
     size,
 )
 from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs
+from minitron.publish.tables import candidate_cells, candidate_columns
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
