@@ -8,7 +8,7 @@ from pathlib import Path
 
 from measure import header, publish, table
 
-from minitron.publish.formats import count, duration, size
+from minitron.core.text import count, duration, size
 from minitron.publish.records import RunRecords, read_run, result_table
 from minitron.publish.tables import RESULT_COLUMNS, result_cells
 

@@ -32,7 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 STAGES = {
     "core": (
         *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
-        *("worker", "effects", "typed_files"),
+        *("worker", "effects", "text", "typed_files"),
     ),
     "prune": (
         *("importance", "questions", "depth", "plan", "shapes", "search"),

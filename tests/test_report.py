@@ -9,10 +9,10 @@ import example_run
 import numpy as np
 import pytest
 
+from minitron.core.text import MISSING, duration, flops, share, short_count, size
 from minitron.evaluate.benchmarks import SUITE
 from minitron.prune import repair
 from minitron.prune.plan import PruneConfig
-from minitron.publish.formats import MISSING, duration, flops, share, short_count, size
 from minitron.publish.plots import pareto_front
 from minitron.publish.published import DATASETS, PUBLISHED
 from minitron.publish.records import read_run, result_table, stage_flops

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
+from minitron.core.text import size
 from minitron.model.checkpoint import Checkpoint
-from minitron.publish.formats import size
 from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
 from minitron.publish.imatrix import (
     ImportanceMatrix,

@@ -27,7 +27,7 @@ def aligned(cells: list[list[str]]) -> list[str]:
 
 
 def benchmark_lines(facts: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import percent, shown
+    from minitron.core.text import percent, shown
     from minitron.publish.tables import BENCHMARK_NOTE, score
 
     teacher = facts.get("teacher_tasks", {})
@@ -41,7 +41,7 @@ def benchmark_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def planned_lines(planned: list[dict[str, Any]]) -> list[str]:
-    from minitron.publish.formats import size
+    from minitron.core.text import size
 
     cells = [["type", "size", "bits/weight", "falls back"]]
     for row in planned:
@@ -52,7 +52,7 @@ def planned_lines(planned: list[dict[str, Any]]) -> list[str]:
 
 
 def ladder_lines(table: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import percent, perplexity, size
+    from minitron.core.text import percent, perplexity, size
 
     cells = [["type", "size", "bits/weight", "imatrix", "perplexity", "KL", "top-1", "other way"]]
     for row in table["files"]:
@@ -65,7 +65,7 @@ def ladder_lines(table: dict[str, Any]) -> list[str]:
 
 
 def speed_lines(facts: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import rate, shown, size, with_range
+    from minitron.core.text import rate, shown, size, with_range
 
     names = [*facts["models"], *(["ratio"] if "ratio" in facts["rows"][0] else [])]
     cells = [["batch", "context", "", "prefill, tokens/s", "decode, tokens/s", "peak memory"]]
@@ -86,7 +86,7 @@ def speed_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def estimate_lines(facts: dict[str, Any]) -> list[str]:
-    from minitron.publish.formats import duration, flops, size
+    from minitron.core.text import duration, flops, size
 
     lines, context, tokens = [], facts["context"], facts["distill_tokens"]
     for name in ("teacher", "student"):

@@ -34,8 +34,8 @@ def demo(args: argparse.Namespace, console: Console) -> None:
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
     from minitron.core.errors import UnsupportedArchitecture
+    from minitron.core.text import size
     from minitron.model.checkpoint import resolve_model
-    from minitron.publish.formats import size
     from minitron.rooms import draft_model, inspect_model
 
     if _is_gguf(args.model):
@@ -262,8 +262,8 @@ def _is_gguf(model: str) -> bool:
 
 
 def _inspect_gguf(args: argparse.Namespace, console: Console) -> None:
+    from minitron.core.text import share, size
     from minitron.gguf_rooms import inspect_gguf
-    from minitron.publish.formats import share, size
 
     if args.revision is not None:
         raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
@@ -357,7 +357,7 @@ def card(args: argparse.Namespace, console: Console) -> None:
 
 
 def push(args: argparse.Namespace, console: Console) -> None:
-    from minitron.publish.formats import size
+    from minitron.core.text import size
     from minitron.publish.push import planned_uploads, push, require_repo_id
     from minitron.publish.records import read_run
 

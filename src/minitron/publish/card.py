@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from minitron.core.files import write_text
+from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, size
 from minitron.data.corpus import BUILTIN, TEACHER
-from minitron.publish.formats import MISSING, count, duration, nats, percent, share, short_count, size
 from minitron.publish.published import DATASETS
 from minitron.publish.records import (
     RunRecords,

@@ -8,8 +8,7 @@ from typing import Any
 
 from minitron.core.errors import RunError
 from minitron.core.files import prove_file, write_text
-from minitron.publish import page, plots
-from minitron.publish.formats import (
+from minitron.core.text import (
     MISSING,
     count,
     duration,
@@ -23,6 +22,7 @@ from minitron.publish.formats import (
     shown,
     size,
 )
+from minitron.publish import page, plots
 from minitron.publish.records import (
     RunRecords,
     correction,

@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.core.errors import GgufError
+from minitron.core.text import size
 from minitron.model.checkpoint import load_model
 from minitron.model.samples import Batch
-from minitron.publish.formats import size
 from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.publish.imatrix import ImportanceMatrix
 from minitron.publish.ladder import LADDER

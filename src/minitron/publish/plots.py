@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron.publish.formats import Number, short_count, size
+from minitron.core.text import Number, short_count, size
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
 MOST_POINTS = 400  # of a curve, and columns of a heat map

@@ -7,9 +7,7 @@ from pathlib import Path
 import yaml
 
 from minitron.core.files import prove_file, write_text
-from minitron.data.corpus import TEACHER
-from minitron.publish import page, plots
-from minitron.publish.formats import (
+from minitron.core.text import (
     MISSING,
     count,
     duration,
@@ -25,6 +23,8 @@ from minitron.publish.formats import (
     size,
     with_range,
 )
+from minitron.data.corpus import TEACHER
+from minitron.publish import page, plots
 from minitron.publish.published import PUBLISHED
 from minitron.publish.records import (
     MODELS,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.data.corpus import TEXT_SUFFIXES
-from minitron.publish.formats import (
+from minitron.core.text import (
     Number,
     count,
     milliseconds,
@@ -20,6 +19,7 @@ from minitron.publish.formats import (
     shown,
     size,
 )
+from minitron.data.corpus import TEXT_SUFFIXES
 
 # Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from minitron.publish import page, plots
-from minitron.publish.formats import (
+from minitron.core.text import (
     MISSING,
     Number,
     count,
@@ -20,6 +19,7 @@ from minitron.publish.formats import (
     shown,
     size,
 )
+from minitron.publish import page, plots
 from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs
 from minitron.publish.tables import candidate_cells, candidate_columns
 
