@@ -29,11 +29,11 @@ from measure import header, publish, table
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
 from minitron.demo import HERE
+from minitron.gguf.config import LADDER
+from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
+from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.gguf.types import file_keys, mixture, write_quantized
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.publish.gguf import GgufModel, describe, plain_types, write_gguf
-from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
-from minitron.publish.ladder import LADDER
-from minitron.publish.quantize import file_keys, mixture, write_quantized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import golden_models

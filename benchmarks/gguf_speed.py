@@ -23,9 +23,9 @@ from full_size import CASES, copy_seconds, drop_caches, sync, write_model
 from measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.cli import keep_freed_memory
+from minitron.gguf.file import describe
+from minitron.gguf.types import mixture, write_quantized
 from minitron.model.checkpoint import open_checkpoint
-from minitron.publish.gguf import describe
-from minitron.publish.quantize import mixture, write_quantized
 
 TYPES = ("BF16", "F16", "Q8_0", "Q4_K_M")
 CONVERSION_BAR, QUANTIZATION_BAR, MEMORY_BAR = 0.5, 0.9, 2 << 30

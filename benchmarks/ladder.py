@@ -16,11 +16,11 @@ from measure import header, publish, table
 
 from minitron.data.corpus import DataConfig
 from minitron.demo import HERE
+from minitron.gguf.config import LADDER, QuantizeConfig
+from minitron.gguf.file import bits_per_weight, describe
+from minitron.gguf.types import mixture
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
-from minitron.publish.gguf import bits_per_weight, describe
-from minitron.publish.ladder import LADDER, QuantizeConfig
-from minitron.publish.quantize import mixture
 from minitron.quantizing import TABLE
 
 AGAINST = "Q4_K_M,IQ4_XS,Q3_K_M"

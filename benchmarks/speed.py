@@ -19,12 +19,12 @@ from measure import header, publish, table
 
 from minitron.core.text import rate, short_count, shown, size, with_range
 from minitron.demo import HERE
+from minitron.gguf.config import QuantizeConfig
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 from minitron.prune.importance import even_scores
 from minitron.prune.plan import choose, with_sizes
-from minitron.publish.ladder import QuantizeConfig
 from minitron.speed_room import measure_models
 
 PART = 16

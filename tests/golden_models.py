@@ -12,9 +12,9 @@ import numpy as np
 import tiny
 import torch
 
+from minitron.gguf.file import GgufModel, describe
+from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.model.checkpoint import open_checkpoint
-from minitron.publish.gguf import GgufModel, describe
-from minitron.publish.imatrix import ImportanceMatrix
 
 WIDE = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 256, "vocab_size": 320}
 # Name -> variant of tests/tiny.py and its changes: rows of whole blocks or not, heads shared or not, layers by which

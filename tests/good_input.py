@@ -79,6 +79,6 @@ RECIPE: dict[str, Any] = {
 
 
 def _write_legacy(source: Path, file: Path) -> None:
-    from minitron.publish.imatrix import read_importance, write_importance
+    from minitron.gguf.imatrix import read_importance, write_importance
 
     write_importance(read_importance(source), file)

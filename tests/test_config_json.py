@@ -16,12 +16,12 @@ from test_stream import CLOSE, streamed
 from transformers import AutoConfig
 
 from minitron.core.errors import CheckpointError, MinitronError, UnsupportedArchitecture
+from minitron.gguf.model_config import rope
 from minitron.model.architecture import ROPE_KINDS
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.config_json import RULES, read_config, settled
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import empty_model, transformers_config
-from minitron.publish.gguf_config import rope
 
 NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
 WRONG = ("64", 64.5, True, [64], {}, -1, 1e301, 10**400, float("nan"), float("inf"), "false", "")

@@ -16,16 +16,17 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from minitron.core.errors import CheckpointError, GgufError
+from minitron.gguf import model_config
+from minitron.gguf.file import describe, file_bytes, plain_types, write_gguf
+from minitron.gguf.llama_cpp import Runtime
+from minitron.gguf.reader import is_gguf, read_gguf, require_language_model
+from minitron.gguf.tokenizer import RULES, file_tokenizer
+from minitron.gguf.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import transformers_config
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import prompt_ids
-from minitron.publish import gguf_config, gguf_tokenizer
-from minitron.publish.gguf import describe, file_bytes, plain_types, write_gguf
-from minitron.publish.gguf_file import is_gguf, read_gguf, require_language_model
-from minitron.publish.llama_cpp import Runtime
-from minitron.publish.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
 
 TOKENS = 240
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -164,7 +165,7 @@ def test_every_key_that_transformers_computes_with_has_its_place(family: str) ->
     name = {"gemma3_text": "gemma3"}.get(family, family)
     module = import_module(f"transformers.models.{name}.modeling_{name}")
     read = set(re.findall(r"config\.([a-z]\w+)", Path(module.__file__).read_text()))
-    assert read & gguf_config.WITHOUT_EFFECT <= {"pad_token_id", "attention_dropout", "resid_pdrop", "use_cache"}
+    assert read & model_config.WITHOUT_EFFECT <= {"pad_token_id", "attention_dropout", "resid_pdrop", "use_cache"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,10 +176,10 @@ def test_every_family_has_one_activation(family: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path, **sizes))
     key = next(iter(checkpoint.architecture.gguf.computes))
     config = transformers_config(checkpoint.config)
-    gguf_config.require_runnable(checkpoint, config)
+    model_config.require_runnable(checkpoint, config)
     setattr(config, key, "tanh")
     with pytest.raises(GgufError, match=rf"{key} is 'tanh', but llama.cpp computes"):
-        gguf_config.require_runnable(checkpoint, config)
+        model_config.require_runnable(checkpoint, config)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(BlockType.F16, torch.float16), (BlockType.BF16, torch.bfloat16)])
@@ -210,7 +211,7 @@ def test_weights_beyond_sixteen_bits_are_refused_and_nothing_is_left(tmp_path: P
 def test_rows_come_in_runs_that_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = describe(open_checkpoint(tiny.checkpoint("llama", tmp_path)))
     whole = {tensor.name: torch.cat(list(model.runs(tensor))) for tensor in model.tensors}
-    monkeypatch.setattr("minitron.publish.gguf.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("minitron.gguf.file.CHUNK_BYTES", 1000)
     for tensor in model.tensors:
         runs = list(model.runs(tensor))
         assert torch.equal(torch.cat(runs), whole[tensor.name]) and (len(runs) > 1 or whole[tensor.name].numel() < 300)
@@ -231,7 +232,7 @@ def trained(core: Tokenizer, path: Path, special: list[str]) -> PreTrainedTokeni
     return fast
 
 
-@pytest.mark.parametrize(("rule", "pre"), gguf_tokenizer.RULES.items(), ids=gguf_tokenizer.RULES.values())
+@pytest.mark.parametrize(("rule", "pre"), RULES.items(), ids=RULES.values())
 def test_llama_cpp_splits_text_as_the_tokenizer_does(
     rule: tuple[tuple[str, ...], bool], pre: str, tmp_path: Path
 ) -> None:
@@ -245,7 +246,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(
     assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == pre
     with Runtime(file, context=64, threads=1) as runtime:
         assert runtime.tokenize(HARD_TEXT) == fast(HARD_TEXT)["input_ids"]
-    own = gguf_tokenizer.file_tokenizer(file, read_gguf(file).said)
+    own = file_tokenizer(file, read_gguf(file).said)
     assert own(HARD_TEXT)["input_ids"] == fast(HARD_TEXT)["input_ids"]
 
 
@@ -284,7 +285,7 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(puts_space: 
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     file, notes = float32_file(tmp_path)
     assert not notes
-    own = gguf_tokenizer.file_tokenizer(file, read_gguf(file).said)
+    own = file_tokenizer(file, read_gguf(file).said)
     with Runtime(file, context=64, threads=1) as runtime:
         assert runtime.tokenize(HARD_TEXT) == fast(HARD_TEXT)["input_ids"] == own(HARD_TEXT)["input_ids"]
     with pytest.raises(

@@ -11,7 +11,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("layouts",),
     ("model",),
-    ("data", "calibration"),
+    ("data", "calibration", "gguf"),
     ("prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("recipe_rules",),
@@ -43,8 +43,9 @@ STAGES = {
         *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),
     ),
-    "publish": (
-        *("ladder", "llama_cpp", "gguf_tokenizer", "gguf_config", "gguf", "imatrix", "quantize", "verify", "mixing"),
+    "gguf": (
+        *("config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types", "verify"),
+        *("mixtures",),
     ),
     "data": ("sources", "overlap", "corpus", "sampling"),
     "model": (

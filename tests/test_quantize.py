@@ -18,13 +18,12 @@ from gguf import GGMLQuantizationType as BlockType
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import GgufError, RunError
-from minitron.model.checkpoint import open_checkpoint
-from minitron.publish.gguf import GgufModel, describe, weights_bytes, write_gguf
-from minitron.publish.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
-from minitron.publish.ladder import LADDER, QuantizeConfig, require_file_type
-from minitron.publish.llama_cpp import Runtime, llama_cpp
-from minitron.publish.mixing import Damage, best_mixture, measure_damage, smallest_mixture
-from minitron.publish.quantize import (
+from minitron.gguf.config import LADDER, QuantizeConfig, require_file_type
+from minitron.gguf.file import GgufModel, describe, weights_bytes, write_gguf
+from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.gguf.llama_cpp import Runtime, llama_cpp
+from minitron.gguf.mixtures import Damage, best_mixture, measure_damage, smallest_mixture
+from minitron.gguf.types import (
     FALLBACK,
     Mixture,
     fixed_types,
@@ -33,7 +32,8 @@ from minitron.publish.quantize import (
     require_importance,
     write_quantized,
 )
-from minitron.publish.verify import Measured
+from minitron.gguf.verify import Measured
+from minitron.model.checkpoint import open_checkpoint
 from minitron.quantizing import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
 from minitron.rundir import SILENT, Listener
 
@@ -172,7 +172,7 @@ def test_threads_and_runs_of_rows_do_not_change_a_byte(
 ) -> None:
     mixed = mixture(wide, "IQ3_M", informed=True)
     digests = {write_quantized(wide, mixed, tmp_path / "1", importance=importance, threads=1)}
-    monkeypatch.setattr("minitron.publish.gguf.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("minitron.gguf.file.CHUNK_BYTES", 100_000)
     digests |= {write_quantized(wide, mixed, tmp_path / "3", importance=importance, threads=3)}
     assert len(digests) == 1
 
@@ -235,7 +235,7 @@ def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.fixture(scope="module")
 def damage(wide: GgufModel, importance: ImportanceMatrix) -> Damage:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.publish.mixing.ROWS", 32)
+        patch.setattr("minitron.gguf.mixtures.ROWS", 32)
         return measure_damage(wide, importance, TEXT, near=BlockType.Q4_0, threads=2)
 
 
@@ -289,7 +289,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory, wide: GgufModel) -> Path:
     text = Text(tiny.tokens(8, 32), tiny.tokens(3, 32, seed=2), "random tokens")
     config = QuantizeConfig(types=["F32", "Q4_K_M", "IQ2_XS"], bits_per_weight=[5.0], blocks=2, threads=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.publish.mixing.ROWS", 8)
+        patch.setattr("minitron.gguf.mixtures.ROWS", 8)
         quantize(wide.checkpoint, config, out, text=text, name="tiny")
     return out
 

@@ -19,13 +19,13 @@ from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, open_corpus
 from minitron.evaluate.quality import evaluate
 from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
+from minitron.gguf.file import describe
+from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch
 from minitron.prune.plan import Plan
 from minitron.prune.shapes import SearchConfig
-from minitron.publish.gguf import describe
-from minitron.publish.quantize import mixture, write_quantized
 from minitron.recipe import build_recipe, load_recipe
 from minitron.run import run
 from minitron.stages import calibration_tokens

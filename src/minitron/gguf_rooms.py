@@ -20,15 +20,11 @@ from minitron.core.worker import Child, ChildEnded
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
-from minitron.model.naming import model_name
-from minitron.model.samples import Batch, Separator
-from minitron.model.tokens import require_unicode, text_ids
-from minitron.publish.gguf_file import GgufFile, is_gguf, read_gguf, require_language_model
-from minitron.publish.gguf_tokenizer import file_tokenizer
-from minitron.publish.ladder import QuantizeConfig
-from minitron.publish.llama_cpp import MOST_THREADS, Runtime
-from minitron.publish.verify import (
+from minitron.gguf.config import QuantizeConfig
+from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
+from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
+from minitron.gguf.tokenizer import file_tokenizer
+from minitron.gguf.verify import (
     Comparison,
     first_difference,
     llama_cpp_logits,
@@ -37,6 +33,10 @@ from minitron.publish.verify import (
     process_ended,
     readable,
 )
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.naming import model_name
+from minitron.model.samples import Batch, Separator
+from minitron.model.tokens import require_unicode, text_ids
 from minitron.quantizing import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.rooms import corpus_for, keep_sampled
 from minitron.rundir import SILENT, Listener

@@ -104,7 +104,7 @@ def _mixes(args: Args) -> bool:
 
 
 def _takes_importance(args: Args) -> bool:
-    from minitron.publish.ladder import UNINFORMED
+    from minitron.gguf.config import UNINFORMED
 
     return _mixes(args) or any(name.upper() not in UNINFORMED for name in args.types)
 

@@ -18,19 +18,18 @@ from torch import Tensor
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
 from minitron.core.text import size
-from minitron.model.checkpoint import Checkpoint
-from minitron.publish.gguf import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
-from minitron.publish.imatrix import (
+from minitron.gguf.config import LADDER, UNINFORMED, QuantizeConfig
+from minitron.gguf.file import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
+from minitron.gguf.imatrix import (
     ImportanceMatrix,
     importance_of,
     read_importance,
     require_importance_fits,
     write_importance,
 )
-from minitron.publish.ladder import LADDER, UNINFORMED, QuantizeConfig
-from minitron.publish.llama_cpp import MOST_THREADS
-from minitron.publish.mixing import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
-from minitron.publish.quantize import (
+from minitron.gguf.llama_cpp import MOST_THREADS
+from minitron.gguf.mixtures import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
+from minitron.gguf.types import (
     Mixture,
     fixed_types,
     mixture,
@@ -39,7 +38,8 @@ from minitron.publish.quantize import (
     require_known_rule,
     write_quantized,
 )
-from minitron.publish.verify import MOST_KL, Measured, Prover
+from minitron.gguf.verify import MOST_KL, Measured, Prover
+from minitron.model.checkpoint import Checkpoint
 from minitron.rundir import SILENT, Listener
 
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time

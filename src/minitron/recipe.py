@@ -16,10 +16,10 @@ from minitron.core.typed_files import parse_yaml, read_yaml, short
 from minitron.data.corpus import DataConfig
 from minitron.distill.settings import DistillConfig
 from minitron.evaluate.quality import EvaluateConfig
+from minitron.gguf.config import QuantizeConfig
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
 from minitron.prune.shapes import SearchConfig
-from minitron.publish.ladder import QuantizeConfig
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"

@@ -10,6 +10,7 @@ from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
 from minitron.evaluate.generate import prompt_of
+from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -23,7 +24,6 @@ from minitron.prune.repair import choice_left
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import score_units
 from minitron.prune.shapes import needs_machine
-from minitron.publish import ladder
 from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_choice_effects, require_recipe_effects
@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
     if recipe.gguf.wanted:
-        ladder.require_installed()
+        require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)

@@ -29,11 +29,11 @@ from minitron.evaluate.speed import (
     with_cuda_memory,
     with_resident_memory,
 )
+from minitron.gguf.config import require_installed
+from minitron.gguf.reader import is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
-from minitron.publish.gguf_file import is_gguf
-from minitron.publish.ladder import require_installed
 from minitron.rundir import SILENT, Listener, hardware
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
@@ -208,7 +208,7 @@ def _in_transformers(subject: Subject) -> Timer:
 
 def _in_llama_cpp(subject: Subject) -> Timer:
     """Memory is the host's: a library that computes on a GPU keeps its own there."""
-    from minitron.publish.llama_cpp import Runtime, llama_cpp
+    from minitron.gguf.llama_cpp import Runtime, llama_cpp
 
     llama_cpp()
     before = _resident_memory()

@@ -252,8 +252,8 @@ def generate(args: argparse.Namespace, console: Console) -> None:
 
 def _is_gguf(model: str) -> bool:
     """Whether MODEL is a GGUF file, for which the packages must be there."""
-    from minitron.publish.gguf_file import is_gguf
-    from minitron.publish.ladder import require_installed
+    from minitron.gguf.config import require_installed
+    from minitron.gguf.reader import is_gguf
 
     if not is_gguf(model):
         return False
@@ -291,7 +291,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
         args.parser.error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
         args.parser.error("the following arguments are required: --out")
-    from minitron.publish.ladder import QuantizeConfig, require_installed
+    from minitron.gguf.config import QuantizeConfig, require_installed
 
     require_installed()
     from minitron.gguf_rooms import plan_quantized, quantize_model

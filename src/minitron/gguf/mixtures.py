@@ -22,14 +22,14 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.text import size
+from minitron.gguf.config import LADDER
+from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
+from minitron.gguf.imatrix import ImportanceMatrix
+from minitron.gguf.llama_cpp import llama_cpp
+from minitron.gguf.types import NEED_IMPORTANCE, Mixture
+from minitron.gguf.verify import divergence, logits_of
 from minitron.model.checkpoint import load_model
 from minitron.model.samples import Batch
-from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
-from minitron.publish.imatrix import ImportanceMatrix
-from minitron.publish.ladder import LADDER
-from minitron.publish.llama_cpp import llama_cpp
-from minitron.publish.quantize import NEED_IMPORTANCE, Mixture
-from minitron.publish.verify import divergence, logits_of
 
 # What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
 CHOICES = (

@@ -22,12 +22,12 @@ from minitron.core.device import one_core_each
 from minitron.core.direct_io import CHUNK_BYTES, ahead, write_file
 from minitron.core.errors import GgufError
 from minitron.core.files import atomic_file
+from minitron.gguf.model_config import Keys, query_factor, require_runnable, rope, table_of, windows
+from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import transformers_config
 from minitron.model.naming import model_name
-from minitron.publish.gguf_config import Keys, query_factor, require_runnable, rope, table_of, windows
-from minitron.publish.gguf_tokenizer import tokenizer_keys, tokenizer_notes
 
 ALIGNMENT = 32  # of each tensor in the file; the format's default
 PLAIN = {BlockType.F32: torch.float32, BlockType.F16: torch.float16, BlockType.BF16: torch.bfloat16}

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.files import scratch_directory, scratch_errors
-from minitron.publish.gguf import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
-from minitron.publish.gguf_tokenizer import RULES
-from minitron.publish.imatrix import ImportanceMatrix, require_importance_fits
-from minitron.publish.ladder import LADDER
-from minitron.publish.llama_cpp import llama_cpp
+from minitron.gguf.config import LADDER
+from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
+from minitron.gguf.imatrix import ImportanceMatrix, require_importance_fits
+from minitron.gguf.llama_cpp import llama_cpp
+from minitron.gguf.tokenizer import RULES
 
 _SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
 # Types too coarse for the layers' matrices without an importance matrix, by llama.cpp's tool.

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.files import atomic_file
+from minitron.gguf.file import names_of
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint
-from minitron.publish.gguf import names_of
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 

@@ -1,0 +1,1 @@
+"""A checkpoint as GGUF files, and what llama.cpp makes of them."""
