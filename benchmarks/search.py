@@ -23,6 +23,7 @@ from measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, pass_options
 from minitron.cli import keep_freed_memory
+from minitron.core.progress import SILENT
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.demo import HERE
 from minitron.distill.settings import DistillConfig, num_steps, resolve, resolve_without_student
@@ -37,7 +38,6 @@ from minitron.prune.residual import reading_moment
 from minitron.prune.scoring import score_units
 from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, SearchConfig, feasible
-from minitron.rundir import SILENT
 from minitron.stages import calibrate_on, calibration_tokens
 from minitron.student_shape import judging_blocks
 

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as BlockType
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import GgufError, RunError
+from minitron.core.progress import SILENT, Listener
 from minitron.gguf.config import LADDER, QuantizeConfig, require_file_type
 from minitron.gguf.file import GgufModel, describe, weights_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
@@ -35,7 +36,6 @@ from minitron.gguf.types import (
 from minitron.gguf.verify import Measured
 from minitron.model.checkpoint import open_checkpoint
 from minitron.quantizing import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
-from minitron.rundir import SILENT, Listener
 
 TEXT = tiny.tokens(2, 24, seed=1)
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}

@@ -12,6 +12,7 @@ import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minitron.core.errors import MinitronError
+from minitron.core.progress import Silent
 from minitron.data.corpus import DataConfig
 from minitron.distill import trackers
 from minitron.distill.settings import DistillConfig
@@ -19,7 +20,6 @@ from minitron.distill.trackers import REQUIREMENTS, TrackerName, tracked
 from minitron.recipe import build_recipe
 from minitron.rooms import distill_models
 from minitron.run import run
-from minitron.rundir import Silent
 
 Shown = dict[tuple[str, int], list[float]]  # name of a number and step -> every value shown
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from minitron.calibration.collect import CalibrateConfig
 from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
+from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluate.generate import num_new_tokens, require_temperature
@@ -39,7 +40,6 @@ from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
 from minitron.quantizing import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.rooms import corpus_for, keep_sampled
-from minitron.rundir import SILENT, Listener
 from minitron.stages import block_length, calibration_tokens
 
 SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too

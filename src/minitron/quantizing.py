@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
+from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
 from minitron.gguf.config import LADDER, UNINFORMED, QuantizeConfig
 from minitron.gguf.file import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
@@ -40,7 +41,6 @@ from minitron.gguf.types import (
 )
 from minitron.gguf.verify import MOST_KL, Measured, Prover
 from minitron.model.checkpoint import Checkpoint
-from minitron.rundir import SILENT, Listener
 
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"

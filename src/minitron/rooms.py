@@ -21,6 +21,7 @@ from minitron.core.files import (
     scratch_directory,
     scratch_errors,
 )
+from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, open_corpus, separator
 from minitron.distill import settings, trackers, train
 from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
@@ -62,7 +63,7 @@ from minitron.prune.shapes import SearchConfig
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_distill_effects
 from minitron.run import bounded, require_correctable
-from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory, read_record
+from minitron.rundir import RUN_ENTRIES, RunDirectory, read_record
 from minitron.stages import (
     block_length,
     calibrate_on,

@@ -6,6 +6,7 @@ from pathlib import Path
 from minitron.core.device import settle_precision
 from minitron.core.errors import DataError, RunError
 from minitron.core.files import prove_directory
+from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_path
 from minitron.distill import settings, trackers
 from minitron.distill.train import CORRECTED
@@ -27,7 +28,7 @@ from minitron.prune.shapes import needs_machine
 from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_choice_effects, require_recipe_effects
-from minitron.rundir import RUN_ENTRIES, SILENT, Listener, RunDirectory
+from minitron.rundir import RUN_ENTRIES, RunDirectory
 from minitron.stages import (
     STATISTICS,
     block_length,

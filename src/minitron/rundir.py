@@ -9,11 +9,10 @@ import os
 import platform
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from minitron.core.files import (
     write_json,
     write_text,
 )
+from minitron.core.progress import SILENT, Listener
 from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
 
@@ -39,33 +39,6 @@ RUN_ENTRIES = (
     *("data", "data-state", "statistics", "scores", "plan", "search", "search-state", "lessons", "corrected", "pruned"),
     *("student", "distill", "distill-corrected", "distill-scratch", "scratch", "evaluations", "gguf"),
 )
-
-
-@runtime_checkable
-class Listener(Protocol):
-    """Hears how a run goes; the command line draws it."""
-
-    def stage(self, name: str, state: str) -> None: ...
-
-    def progress(self, done: int, total: int, note: str = "") -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
-class Silent:
-    """Draws nothing; warnings are Python's own."""
-
-    def stage(self, name: str, state: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        warnings.warn(text, stacklevel=2)
-
-
-SILENT = Silent()
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 
 from minitron.core.device import Precision, forget_peak_memory, peak_memory, pick_device
 from minitron.core.errors import MinitronError
+from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
 from minitron.evaluate.speed import (
     DEFAULT_ROUNDS,
@@ -34,7 +35,7 @@ from minitron.gguf.reader import is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
-from minitron.rundir import SILENT, Listener, hardware
+from minitron.rundir import hardware
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)

@@ -15,6 +15,7 @@ from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import RunError
 from minitron.core.files import write_json
+from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import (
     SAMPLED,
     TEACHER,
@@ -61,7 +62,7 @@ from minitron.publish.card import write_card
 from minitron.publish.records import RunRecords, read_run
 from minitron.publish.report import write_report
 from minitron.recipe import Recipe
-from minitron.rundir import SILENT, Listener, RunDirectory
+from minitron.rundir import RunDirectory
 
 LARGEST_DEFAULT_BLOCK = 2048
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less

@@ -14,6 +14,7 @@ from minitron.calibration.collect import Statistics
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
+from minitron.core.progress import Listener
 from minitron.core.typed_files import as_typed, read_typed
 from minitron.data.corpus import Blocks, Corpus, batch_rows
 from minitron.distill import settings, train
@@ -26,7 +27,7 @@ from minitron.prune.residual import reading_moment
 from minitron.prune.search import Ranked, distilled_steps, predictor, rank
 from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
 from minitron.recipe import Recipe
-from minitron.rundir import Listener, RunDirectory, read_record
+from minitron.rundir import RunDirectory, read_record
 
 PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 

@@ -1,0 +1,31 @@
+"""How work tells what it does: the command line draws it, a library is silent."""
+
+import warnings
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Hears how a run goes; the command line draws it."""
+
+    def stage(self, name: str, state: str) -> None: ...
+
+    def progress(self, done: int, total: int, note: str = "") -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+class Silent:
+    """Draws nothing; warnings are Python's own."""
+
+    def stage(self, name: str, state: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
+
+
+SILENT = Silent()
