@@ -18,10 +18,10 @@ from minitron.data.corpus import DataConfig
 from minitron.demo import HERE
 from minitron.gguf.config import LADDER, QuantizeConfig
 from minitron.gguf.file import bits_per_weight, describe
+from minitron.gguf.quantize import TABLE
 from minitron.gguf.types import mixture
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
-from minitron.quantizing import TABLE
 
 AGAINST = "Q4_K_M,IQ4_XS,Q3_K_M"
 BAR, MOONSHOT = 0.9, 0.75

@@ -11,12 +11,13 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("layouts",),
     ("model",),
-    ("data", "calibration", "gguf"),
+    ("data", "calibration"),
+    ("gguf",),
     ("prune", "distill", "evaluate", "publish"),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),
-    ("student_shape", "quantizing"),
+    ("student_shape",),
     ("stages",),
     ("run",),
     ("rooms", "demo", "estimate"),
@@ -32,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 STAGES = {
     "core": (
         *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
-        *("worker", "effects", "text", "typed_files"),
+        *("worker", "effects", "text", "progress", "typed_files"),
     ),
     "prune": (
         *("importance", "questions", "depth", "plan", "shapes", "search"),
@@ -45,7 +46,7 @@ STAGES = {
     ),
     "gguf": (
         *("config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types", "verify"),
-        *("mixtures",),
+        *("mixtures", "quantize"),
     ),
     "data": ("sources", "overlap", "corpus", "sampling"),
     "model": (

@@ -24,6 +24,7 @@ from minitron.gguf.file import GgufModel, describe, weights_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.llama_cpp import Runtime, llama_cpp
 from minitron.gguf.mixtures import Damage, best_mixture, measure_damage, smallest_mixture
+from minitron.gguf.quantize import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
 from minitron.gguf.types import (
     FALLBACK,
     Mixture,
@@ -35,7 +36,6 @@ from minitron.gguf.types import (
 )
 from minitron.gguf.verify import Measured
 from minitron.model.checkpoint import open_checkpoint
-from minitron.quantizing import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
 
 TEXT = tiny.tokens(2, 24, seed=1)
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}

@@ -23,6 +23,7 @@ from minitron.evaluate.generate import num_new_tokens, require_temperature
 from minitron.evaluate.quality import Evaluation
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
+from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import file_tokenizer
 from minitron.gguf.verify import (
@@ -38,7 +39,6 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.model.naming import model_name
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
-from minitron.quantizing import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.rooms import corpus_for, keep_sampled
 from minitron.stages import block_length, calibration_tokens
 

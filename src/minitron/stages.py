@@ -509,7 +509,7 @@ def measure(
 
 def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
     """GGUF files of the student."""
-    from minitron.quantizing import QUANTIZE_TOKENS, Text, quantize
+    from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, quantize
 
     config, seed = recipe.gguf, recipe.seed
     name = run_name(recipe.model, recipe.prune.target)
