@@ -9,8 +9,8 @@ from pathlib import Path
 from measure import header, publish, table
 
 from minitron.core.text import count, duration, size
-from minitron.publish.records import RunRecords, read_run, result_table
-from minitron.publish.tables import RESULT_COLUMNS, result_cells
+from minitron.report.records import RunRecords, read_run, result_table
+from minitron.report.tables import RESULT_COLUMNS, result_cells
 
 
 def sections(records: RunRecords) -> str:

@@ -30,7 +30,7 @@ from minitron.evaluate.harness_models import InMemory, Streamed
 from minitron.evaluate.local_tasks import LocalTask
 from minitron.evaluate.tasks import TaskOptions, plan_tasks
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from minitron.publish.tables import score
+from minitron.report.tables import score
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 Samples = dict[str, list[dict[str, Any]]]

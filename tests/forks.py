@@ -99,8 +99,8 @@ def _import_everything() -> None:
     import minitron.cli
     import minitron.evaluate.harness
     import minitron.gguf_rooms
-    import minitron.publish.comparison
-    import minitron.publish.push
+    import minitron.report.comparison
+    import minitron.report.hub
     import minitron.rooms  # noqa: F401
 
 

@@ -15,8 +15,8 @@ from mutations import Mutation
 from minitron import layouts
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import Step
-from minitron.publish.records import LOSS_NAMES
-from minitron.publish.why import LAYER_CRITERIA, REPAIRS
+from minitron.report.choices import LAYER_CRITERIA, REPAIRS
+from minitron.report.records import LOSS_NAMES
 
 EXAMPLES = 2  # the simplest, and one that is drawn
 SLOW = ("run again", "recipe: run", "--set: distill", "training", "lessons", "rows")  # seconds each

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 
-from minitron.publish.card import write_card
-from minitron.publish.records import read_run, result_table
-from minitron.publish.tables import result_cells
+from minitron.report.card import write_card
+from minitron.report.records import read_run, result_table
+from minitron.report.tables import result_cells
 
 
 def card_of(run: Path) -> ModelCard:

@@ -12,9 +12,9 @@ import yaml
 
 from minitron import cli
 from minitron.core.errors import RunError
-from minitron.publish.comparison import cautions, headline, name_runs, render_comparison
-from minitron.publish.records import RunRecords, read_run, result_table, stage_flops
-from minitron.publish.tables import result_cells
+from minitron.report.comparison import cautions, headline, name_runs, render_comparison
+from minitron.report.records import RunRecords, read_run, result_table, stage_flops
+from minitron.report.tables import result_cells
 
 
 def variant(path: Path, **distill: object) -> RunRecords:

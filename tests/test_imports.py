@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("data", "calibration"),
     ("gguf",),
-    ("prune", "distill", "evaluate", "publish"),
+    ("prune", "distill", "evaluate", "report"),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),

@@ -35,10 +35,10 @@ from minitron.demo import demo_recipe
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig
-from minitron.publish.card import write_card
-from minitron.publish.records import read_run
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.recipe_rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
+from minitron.report.card import write_card
+from minitron.report.records import read_run
 from minitron.rooms import prune_model
 
 

@@ -15,9 +15,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from minitron import cli
 from minitron.core.errors import MinitronError
-from minitron.publish.card import write_card
-from minitron.publish.push import planned_uploads, push
-from minitron.publish.records import read_run
+from minitron.report.card import write_card
+from minitron.report.hub import planned_uploads, push
+from minitron.report.records import read_run
 
 STUDENT = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "words", "LICENSE": "terms"}
 NEVER = ("student/metrics.jsonl", "distill/state-000000040960/student.safetensors", "data/train.bin")

@@ -13,12 +13,12 @@ from minitron.core.text import MISSING, duration, flops, share, short_count, siz
 from minitron.evaluate.benchmarks import SUITE
 from minitron.prune import repair
 from minitron.prune.plan import PruneConfig
-from minitron.publish.plots import pareto_front
-from minitron.publish.published import DATASETS, PUBLISHED
-from minitron.publish.records import read_run, result_table, stage_flops
-from minitron.publish.report import headline, render, write_report
-from minitron.publish.tables import environments, hub_id, result_cells, source_name
-from minitron.publish.why import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
+from minitron.report.choices import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
+from minitron.report.page import headline, render, write_report
+from minitron.report.plots import pareto_front
+from minitron.report.published import DATASETS, PUBLISHED
+from minitron.report.records import read_run, result_table, stage_flops
+from minitron.report.tables import environments, hub_id, result_cells, source_name
 
 
 @pytest.fixture(scope="module")

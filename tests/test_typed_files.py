@@ -18,8 +18,8 @@ from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read
 from minitron.data.corpus import open_corpus, require_undamaged
 from minitron.layouts import LESSONS, LOGGED, RECORD
 from minitron.model.checkpoint import open_checkpoint
-from minitron.publish.records import read_run
-from minitron.publish.report import render
+from minitron.report.page import render
+from minitron.report.records import read_run
 
 ROW = {"step": 1, "tokens": 64, "loss": 4.0, "learning_rate": 1e-3}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def candidate_lines(facts: dict[str, Any], top: int) -> list[str]:
-    from minitron.publish.tables import candidate_cells, candidate_columns
+    from minitron.report.tables import candidate_cells, candidate_columns
 
     found, speeds = facts["candidates"], facts["machine"]
     columns = candidate_columns(found)
@@ -28,7 +28,7 @@ def aligned(cells: list[list[str]]) -> list[str]:
 
 def benchmark_lines(facts: dict[str, Any]) -> list[str]:
     from minitron.core.text import percent, shown
-    from minitron.publish.tables import BENCHMARK_NOTE, score
+    from minitron.report.tables import BENCHMARK_NOTE, score
 
     teacher = facts.get("teacher_tasks", {})
     cells = [["benchmark", "metric", "shots", "items", *(["teacher"] if teacher else []), "model"]]

@@ -25,9 +25,9 @@ from minitron.prune.repair import choice_left
 from minitron.prune.repair import resolve as resolve_repair
 from minitron.prune.scoring import score_units
 from minitron.prune.shapes import needs_machine
-from minitron.publish.records import RunRecords
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_choice_effects, require_recipe_effects
+from minitron.report.records import RunRecords
 from minitron.rundir import RUN_ENTRIES, RunDirectory
 from minitron.stages import (
     STATISTICS,

@@ -58,10 +58,10 @@ from minitron.prune.importance import Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes
 from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut
 from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
-from minitron.publish.card import write_card
-from minitron.publish.records import RunRecords, read_run
-from minitron.publish.report import write_report
 from minitron.recipe import Recipe
+from minitron.report.card import write_card
+from minitron.report.page import write_report
+from minitron.report.records import RunRecords, read_run
 from minitron.rundir import RunDirectory
 
 LARGEST_DEFAULT_BLOCK = 2048

@@ -336,9 +336,9 @@ def speed(args: argparse.Namespace, console: Console) -> None:
 
 
 def report(args: argparse.Namespace, console: Console) -> None:
-    from minitron.publish.comparison import write_comparison
-    from minitron.publish.records import read_run
-    from minitron.publish.report import write_report
+    from minitron.report.comparison import write_comparison
+    from minitron.report.page import write_report
+    from minitron.report.records import read_run
 
     runs = [read_run(path) for path in args.runs]
     if len(runs) == 1:
@@ -349,8 +349,8 @@ def report(args: argparse.Namespace, console: Console) -> None:
 
 
 def card(args: argparse.Namespace, console: Console) -> None:
-    from minitron.publish.card import write_card
-    from minitron.publish.records import read_run
+    from minitron.report.card import write_card
+    from minitron.report.records import read_run
 
     path = write_card(read_run(args.run))
     console.result({"card": str(path)}, str(path))
@@ -358,8 +358,8 @@ def card(args: argparse.Namespace, console: Console) -> None:
 
 def push(args: argparse.Namespace, console: Console) -> None:
     from minitron.core.text import size
-    from minitron.publish.push import planned_uploads, push, require_repo_id
-    from minitron.publish.records import read_run
+    from minitron.report.hub import planned_uploads, push, require_repo_id
+    from minitron.report.records import read_run
 
     require_repo_id(args.repo)
     records = read_run(args.run)
@@ -377,8 +377,8 @@ def push(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show_run(records: Any, console: Console) -> None:
-    from minitron.publish.records import result_table
-    from minitron.publish.tables import RESULT_COLUMNS, result_cells
+    from minitron.report.records import result_table
+    from minitron.report.tables import RESULT_COLUMNS, result_cells
 
     rows = result_table(records)
     facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}

@@ -19,9 +19,9 @@ from minitron.core.text import (
     shown,
     size,
 )
-from minitron.publish import page, plots
-from minitron.publish.records import RunRecords, layer_criterion, layers_by_number, repairs
-from minitron.publish.tables import candidate_cells, candidate_columns
+from minitron.report import html, plots
+from minitron.report.records import RunRecords, layer_criterion, layers_by_number, repairs
+from minitron.report.tables import candidate_cells, candidate_columns
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
@@ -62,7 +62,7 @@ REPAIRS = {
 
 
 def why(records: RunRecords) -> str:
-    return page.section("Why this student", shape(records), search(records), units(records), repair(records))
+    return html.section("Why this student", shape(records), search(records), units(records), repair(records))
 
 
 def shape(records: RunRecords) -> str:
@@ -78,7 +78,7 @@ def shape(records: RunRecords) -> str:
         )
     else:
         text = f"The recipe gives the sizes: {changes}."
-    return page.paragraph(text)
+    return html.paragraph(text)
 
 
 def _changes(records: RunRecords) -> str:
@@ -119,8 +119,8 @@ def search(records: RunRecords) -> str:
         f"{count(facts['context_tokens'])} tokens; times are modelled from {size(machine['bytes_per_second'])} and "
         f"{flops(machine['flops_per_second'])} per second, not measured."
     )
-    table = page.table("Candidates", head, rows)
-    return page.subsection("The search for the shape", page.note(note), table, page.figures(_search_figures(found)))
+    table = html.table("Candidates", head, rows)
+    return html.subsection("The search for the shape", html.note(note), table, html.figures(_search_figures(found)))
 
 
 def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -137,7 +137,7 @@ def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
         "decode_seconds": ("decoding step, modelled", milliseconds),
     }
     figures = [
-        page.figure(
+        html.figure(
             plots.pareto([(one[key], loss) for one, loss in zip(here, losses, strict=True)], x, y, form),
             f"Loss against {x}",
             f"Loss {when}; the line joins candidates that no other beats in both",
@@ -147,7 +147,7 @@ def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(steps) > 1:
         curves = [{int(at): loss for at, loss in one["losses"].items()} for one in here]
         caption = "Each rung keeps the best quarter; step 0 is right after the cut"
-        figures.append(page.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
+        figures.append(html.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
     return figures
 
 
@@ -162,13 +162,13 @@ def units(records: RunRecords) -> str:
     figures = [
         _layer_figure(records),
         _hidden_figure(records),
-        page.figure(
+        html.figure(
             plots.ffn_scores(scores["ffn"], kept["ffn"]),
             "FFN neurons",
             "Sorted within each layer; opacity is the score, on a log scale. "
             + _outcome("ffn", before, after, choices["ffn"]),
         ),
-        page.figure(
+        html.figure(
             plots.head_scores(scores["heads"], kept["heads"], group, "query head"),
             "Query heads",
             "Opacity is the score"
@@ -180,9 +180,9 @@ def units(records: RunRecords) -> str:
     if group > 1:
         drawn = plots.head_scores(scores["kv_heads"], kept["kv_heads"], 0, "kv head")
         outcome = _outcome("kv_heads", before, after, choices["kv_heads"])
-        figures.append(page.figure(drawn, "KV heads", f"Opacity is the score. {outcome}"))
+        figures.append(html.figure(drawn, "KV heads", f"Opacity is the score. {outcome}"))
     cut = {dim: choices[dim] for dim in UNITS if after[dim] < before[dim]}
-    return page.subsection("Layers and units", _legend(records), page.figures(figures), _by_layer(cut))
+    return html.subsection("Layers and units", _legend(records), html.figures(figures), _by_layer(cut))
 
 
 def _legend(records: RunRecords) -> str:
@@ -206,7 +206,7 @@ def _layer_figure(records: RunRecords) -> str:
     if layers_by_number(records):
         outcome += ". The recipe gives their numbers; the scores chose none"
     drawn = plots.layer_scores(records.scores["layers"], kept, unit)
-    return page.figure(drawn, f"Layers, by {name}", f"{meaning[0].upper()}{meaning[1:]}. {outcome}.")
+    return html.figure(drawn, f"Layers, by {name}", f"{meaning[0].upper()}{meaning[1:]}. {outcome}.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -221,11 +221,11 @@ def _hidden_figure(records: RunRecords) -> str:
     title, text = "Hidden channels", "One score for all layers"
     if "basis" in (repairs(records) or []):
         drawn = plots.hidden_scores(scores, None)
-        return page.figure(
+        return html.figure(
             drawn, title, f"{text}; not used: a basis of {count(len(kept))} directions took their place."
         )
     outcome = _kept(len(kept), len(scores)) + _of_mass(kept_mass(scores, kept)) * (len(kept) < len(scores))
-    return page.figure(plots.hidden_scores(scores, kept), title, f"{text}. {outcome}.")
+    return html.figure(plots.hidden_scores(scores, kept), title, f"{text}. {outcome}.")
 
 
 @dataclass(frozen=True)
@@ -304,17 +304,17 @@ def _mean(values: Sequence[float]) -> float:
 def _by_layer(choices: Mapping[str, Sequence[LayerChoice]]) -> str:
     if not choices:
         return ""
-    columns: dict[page.Heading, list[str]] = {}
+    columns: dict[html.Heading, list[str]] = {}
     for dim, of_dim in choices.items():
         name = UNITS[dim][0].upper() + UNITS[dim][1:]
         columns[name, "share of the scores kept"] = [shown(one.mass, percent) for one in of_dim]
         if any(one.otherwise for one in of_dim):
             columns[name, "chosen otherwise"] = [_otherwise(one) for one in of_dim]
     layers = [str(one.layer) for one in next(iter(choices.values()))]
-    table = page.table("Units by layer", ["Layer", *columns], zip(layers, *columns.values(), strict=True))
+    table = html.table("Units by layer", ["Layer", *columns], zip(layers, *columns.values(), strict=True))
     moved = any(one.otherwise for of_dim in choices.values() for one in of_dim)
-    note = page.note("Chosen otherwise: units that the repair kept and that the scores would have dropped.") * moved
-    return page.details("Units by layer", note + table, is_open=len(layers) <= OPEN_LAYERS)
+    note = html.note("Chosen otherwise: units that the repair kept and that the scores would have dropped.") * moved
+    return html.details("Units by layer", note + table, is_open=len(layers) <= OPEN_LAYERS)
 
 
 def _otherwise(one: LayerChoice) -> str:
@@ -326,6 +326,6 @@ def repair(records: RunRecords) -> str:
     if steps is None:
         return ""
     if not steps:
-        return page.subsection("Repair", page.note("None: what was kept was left as it was in the teacher."))
+        return html.subsection("Repair", html.note("None: what was kept was left as it was in the teacher."))
     note = "What was done at the cut against what it loses, fitted to the calibration samples, without training."
-    return page.subsection("Repair", page.note(note), page.facts({step: REPAIRS[step] for step in steps}))
+    return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step] for step in steps}))

@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from minitron.core.errors import MinitronError, RunError
 from minitron.model.checkpoint import model_files
-from minitron.publish.records import RunRecords
+from minitron.report.records import RunRecords
 
 CARD, IMATRIX = "README.md", "imatrix.gguf"
 

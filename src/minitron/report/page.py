@@ -24,9 +24,10 @@ from minitron.core.text import (
     with_range,
 )
 from minitron.data.corpus import TEACHER
-from minitron.publish import page, plots
-from minitron.publish.published import PUBLISHED
-from minitron.publish.records import (
+from minitron.report import html, plots
+from minitron.report.choices import why
+from minitron.report.published import PUBLISHED
+from minitron.report.records import (
     MODELS,
     RunRecords,
     benchmarks,
@@ -38,8 +39,7 @@ from minitron.publish.records import (
     speed_ratios,
     stage_flops,
 )
-from minitron.publish.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
-from minitron.publish.why import why
+from minitron.report.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
 
 
 def write_report(records: RunRecords, out: Path | None = None) -> Path:
@@ -56,7 +56,7 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
 def render(records: RunRecords) -> str:
     sections = (results, measured_tasks, shapes, why, speeds, quantized, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
-    return page.document(_title(records), _header(records), body)
+    return html.document(_title(records), _header(records), body)
 
 
 def _title(records: RunRecords) -> str:
@@ -99,7 +99,7 @@ def _headline_nats(value: float) -> str:
 def results(records: RunRecords) -> str:
     rows = result_table(records)
     tokens = records.evaluations["teacher"]["tokens"]
-    table = page.table(
+    table = html.table(
         "Results",
         ["Model", *((column.heading, column.unit) for column in RESULT_COLUMNS)],
         [[row["model"], *result_cells(row)] for row in rows],
@@ -112,7 +112,7 @@ def results(records: RunRecords) -> str:
     for name, key, caption in charts:
         values = {row["model"]: row[key] for row in rows if shown(row[key], str) != MISSING}
         label = f"Bar chart, {name} in nats per token: " + ", ".join(f"{m} {v:.3f}" for m, v in values.items())
-        figures.append(page.figure(plots.bars(values, "nats per token", label), name, caption))
+        figures.append(html.figure(plots.bars(values, "nats per token", label), name, caption))
     note = (
         f"Means over {count(tokens)} predicted tokens of text that was held out from training. Perplexity is the "
         "exponential of the loss. KL is KL(teacher ‖ model) of the next-token distributions. Top-1 agreement is the "
@@ -136,7 +136,7 @@ def results(records: RunRecords) -> str:
             " The text was sampled from the teacher itself: its loss there is the entropy of what it writes, and says "
             "nothing of text by others."
         )
-    return page.section("Results", table, page.note(note), page.figures(figures))
+    return html.section("Results", table, html.note(note), html.figures(figures))
 
 
 def measured_tasks(records: RunRecords) -> str:
@@ -144,7 +144,7 @@ def measured_tasks(records: RunRecords) -> str:
     rows = benchmarks(records)
     if not rows:
         return ""
-    head: list[page.Heading] = [
+    head: list[html.Heading] = [
         "Benchmark",
         "Metric",
         "Shots",
@@ -170,18 +170,18 @@ def measured_tasks(records: RunRecords) -> str:
         note += f" {CHOSEN.strip()}: its questions decided which layers stay, so its value is no result of the student."
     limit = records.recipe["evaluate"].get("limit")
     note += f" Only the first {count(limit)} items of each task were asked." if limit else ""
-    parts = [page.table("Benchmarks", head, cells), page.note(note)]
+    parts = [html.table("Benchmarks", head, cells), html.note(note)]
     own = [row for row in rows if any(row["task"] in published for published in PUBLISHED.values())]
     if own:
-        names: list[page.Heading] = ["Model", *(row["title"] for row in own)]
+        names: list[html.Heading] = ["Model", *(row["title"] for row in own)]
         published = [
             [model, *(f"{values[row['task']]:.1f}" if row["task"] in values else MISSING for row in own)]
             for model, values in PUBLISHED.items()
         ]
-        table = page.table("Published values", names, published)
+        table = html.table("Published values", names, published)
         text = "As the papers report them, in per cent, with the shots of their suite; for orientation, not run here."
-        parts.append(page.details("The published models", f"{table}\n{page.note(text)}"))
-    return page.section("Benchmarks", *parts)
+        parts.append(html.details("The published models", f"{table}\n{html.note(text)}"))
+    return html.section("Benchmarks", *parts)
 
 
 CHOSEN = " (used to choose)"
@@ -193,15 +193,15 @@ def shapes(records: RunRecords) -> str:
     parts = [row["parameters"] for row in (teacher, student)]
     shape_head = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
     part_head = ("embedding", "attention", "mlp", "norm")
-    return page.section(
+    return html.section(
         "Shape",
-        page.table(
+        html.table(
             "Shape before and after",
             ["Model", *shape_head, ("KV cache", "bytes per token")],
             _before_and_after((*shape_head, "kv_cache"), *sizes),
         ),
-        page.table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
-        page.note(f"Weights and KV cache in {student['dtype']}, the dtype of the checkpoint."),
+        html.table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
+        html.note(f"Weights and KV cache in {student['dtype']}, the dtype of the checkpoint."),
     )
 
 
@@ -239,8 +239,8 @@ def speeds(records: RunRecords) -> str:
     )
     if overlapping:
         note += f" The ranges of {' and '.join(overlapping)} overlap: weak evidence of a difference there."
-    head: list[page.Heading] = ["Model", ("Weights", "all tensors"), ("Prefill", "tokens/s"), ("Decode", "tokens/s")]
-    return page.section("Size and speed", page.table("Size and speed", head, rows), page.note(note))
+    head: list[html.Heading] = ["Model", ("Weights", "all tensors"), ("Prefill", "tokens/s"), ("Decode", "tokens/s")]
+    return html.section("Size and speed", html.table("Size and speed", head, rows), html.note(note))
 
 
 def quantized(records: RunRecords) -> str:
@@ -258,7 +258,7 @@ def quantized(records: RunRecords) -> str:
             measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"]), other]
             points[row["name"]] = (row["bytes"], seen["kl"])
         rows.append([*cells, *measured])
-    head: list[page.Heading] = [
+    head: list[html.Heading] = [
         "Type",
         "File",
         ("Bits", "per weight"),
@@ -268,7 +268,7 @@ def quantized(records: RunRecords) -> str:
         ("Top-1", "agreement"),
         ("KL of the other", "nats/token"),
     ]
-    parts = [page.table("GGUF files", head, rows)]
+    parts = [html.table("GGUF files", head, rows)]
     first = next((row["measured"] for row in files if row["measured"]), None)
     if first:
         note = (
@@ -277,12 +277,12 @@ def quantized(records: RunRecords) -> str:
             "can do without an importance matrix was written with and without one, and the better file kept; the last "
             "column is the other. A name with bpw is a mixture of minitron's own."
         )
-        parts.append(page.note(note))
-    parts += [page.note(note) for note in records.ladder["notes"]]
+        parts.append(html.note(note))
+    parts += [html.note(note) for note in records.ladder["notes"]]
     if len(points) > 1:
-        figure = page.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
-        parts.append(page.figures([figure]))
-    return page.section("GGUF files", *parts)
+        figure = html.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
+        parts.append(html.figures([figure]))
+    return html.section("GGUF files", *parts)
 
 
 def training(records: RunRecords) -> str:
@@ -306,22 +306,22 @@ def training(records: RunRecords) -> str:
         )
         note += "."
     figures = [
-        page.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
-        page.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "at each step"),
+        html.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
+        html.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "at each step"),
     ]
-    return page.section("Training", page.note(note), page.figures(figures))
+    return html.section("Training", html.note(note), html.figures(figures))
 
 
 def texts(records: RunRecords) -> str:
     if not records.generations:
         return ""
-    parts = [page.note(f"Greedy continuations, at most {records.recipe['evaluate']['new_tokens']} tokens each.")]
+    parts = [html.note(f"Greedy continuations, at most {records.recipe['evaluate']['new_tokens']} tokens each.")]
     for row in records.generations:
         columns = "".join(_continuation(name, row[name]) for name in MODELS if name in row)
         parts.append(
             f'<h3>Prompt: <code class="text">{escape(row["prompt"])}</code></h3>\n<div class="texts">{columns}</div>'
         )
-    return page.section("The same prompts, continued by each model", *parts)
+    return html.section("The same prompts, continued by each model", *parts)
 
 
 def _continuation(model: str, text: str) -> str:
@@ -330,7 +330,7 @@ def _continuation(model: str, text: str) -> str:
 
 
 def provenance(records: RunRecords) -> str:
-    head: list[page.Heading] = [
+    head: list[html.Heading] = [
         "Stage",
         ("Started", "UTC"),
         ("Time", "wall clock"),
@@ -360,11 +360,11 @@ def provenance(records: RunRecords) -> str:
         "Cost": _cost(records, sum(counted.values())),
     }
     recipe = yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True)
-    return page.section(
+    return html.section(
         "Provenance",
-        page.facts(facts | environments(records.stages)),
-        page.table("Stages", head, rows),
-        page.details("Full recipe", f"<pre><code>{escape(recipe)}</code></pre>"),
+        html.facts(facts | environments(records.stages)),
+        html.table("Stages", head, rows),
+        html.details("Full recipe", f"<pre><code>{escape(recipe)}</code></pre>"),
     )
 
 

@@ -14,7 +14,7 @@ from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed
 from minitron.data.corpus import TEACHER
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
-from minitron.publish.tables import source_name
+from minitron.report.tables import source_name
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")

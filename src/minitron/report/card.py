@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from minitron.core.files import write_text
 from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, size
 from minitron.data.corpus import BUILTIN, TEACHER
-from minitron.publish.published import DATASETS
-from minitron.publish.records import (
+from minitron.report.published import DATASETS
+from minitron.report.records import (
     RunRecords,
     benchmarks,
     correction,
@@ -26,7 +26,7 @@ from minitron.publish.records import (
     result_table,
     sampling,
 )
-from minitron.publish.tables import (
+from minitron.report.tables import (
     BENCHMARK_NOTE,
     RESULT_COLUMNS,
     environments,

@@ -22,8 +22,8 @@ from minitron.core.text import (
     shown,
     size,
 )
-from minitron.publish import page, plots
-from minitron.publish.records import (
+from minitron.report import html, plots
+from minitron.report.records import (
     RunRecords,
     correction,
     loss_name,
@@ -33,7 +33,7 @@ from minitron.publish.records import (
     speed_ratios,
     stage_flops,
 )
-from minitron.publish.tables import source_name
+from minitron.report.tables import source_name
 
 SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 
@@ -60,7 +60,7 @@ def render_comparison(runs: Sequence[RunRecords]) -> str:
 <p class="lead">{escape(headline(students))}</p>
 <p class="run">{escape(", ".join(named))}</p>
 </header>"""
-    return page.document(title, header, "\n".join(part for part in sections if part))
+    return html.document(title, header, "\n".join(part for part in sections if part))
 
 
 def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
@@ -93,7 +93,7 @@ def headline(students: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str, Any]]) -> str:
-    quality: list[page.Heading] = [
+    quality: list[html.Heading] = [
         "Student of",
         ("Parameters", "total"),
         ("Parameters", "non-embedding"),
@@ -104,7 +104,7 @@ def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str,
         ("Top-1", "agreement"),
         ("KL after cut", "nats/token"),
     ]
-    costs: list[page.Heading] = [
+    costs: list[html.Heading] = [
         "Student of",
         ("Distilled", "tokens"),
         ("Compute", "of all stages"),
@@ -149,13 +149,13 @@ def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str,
         }
         if points:
             drawn = plots.named_points(points, "non-embedding parameters", unit, short_count)
-            figures.append(page.figure(drawn, title, "Lower and further left is better"))
-    return page.section(
+            figures.append(html.figure(drawn, title, "Lower and further left is better"))
+    return html.section(
         "Results",
-        page.table("What each student kept", quality, kept),
-        page.table("What each student cost, and how fast it is", costs, spent),
-        *(page.note(text) for text in cautions(named)),
-        page.figures(figures),
+        html.table("What each student kept", quality, kept),
+        html.table("What each student cost, and how fast it is", costs, spent),
+        *(html.note(text) for text in cautions(named)),
+        html.figures(figures),
     )
 
 
@@ -205,7 +205,7 @@ def curves(named: Mapping[str, RunRecords]) -> str:
     }
     losses = {name: loss_name(records.recipe["distill"]) for name, records in named.items()}
     figures = [
-        page.figure(plots.overlaid(some, "tokens", "nats per token", marked=marked), title, caption)
+        html.figure(plots.overlaid(some, "tokens", "nats per token", marked=marked), title, caption)
         for some, title, caption, marked in (
             (heldout, "Held-out distillation loss", "On each run's own held-out text", True),
             (batches, "Distillation loss of the batches", "Each point is a mean of neighbouring steps", False),
@@ -224,7 +224,7 @@ def curves(named: Mapping[str, RunRecords]) -> str:
             + ". Their curves cannot be held against each other."
         )
     )
-    return page.section("Distillation", page.note(note), page.figures(figures))
+    return html.section("Distillation", html.note(note), html.figures(figures))
 
 
 def shapes(named: Mapping[str, RunRecords]) -> str:
@@ -233,8 +233,8 @@ def shapes(named: Mapping[str, RunRecords]) -> str:
     for records in named.values():
         teachers[source_name(records.recipe["model"])] = records.evaluations["teacher"]
     before = [_shape_row(f"teacher {name}", row) for name, row in teachers.items()]
-    head: list[page.Heading] = ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")]
-    return page.section("Shapes", page.table("Shapes of all students", head, [*before, *rows]))
+    head: list[html.Heading] = ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")]
+    return html.section("Shapes", html.table("Shapes of all students", head, [*before, *rows]))
 
 
 def _shape_row(name: str, row: Mapping[str, Any]) -> list[str]:
@@ -256,10 +256,10 @@ def recipes(named: Mapping[str, RunRecords]) -> str:
             ["repaired by", *(MISSING if some is None else ", ".join(some) or "nothing" for some in steps.values())]
         )
     if not rows:
-        return page.section("What differs", page.note("The recipes are the same, key by key."))
+        return html.section("What differs", html.note("The recipes are the same, key by key."))
     unknown = any(cell == MISSING for row in rows for cell in row)
-    note = page.note(f"{MISSING}: the run's version of minitron had no such key.") if unknown else ""
-    return page.section("What differs", page.table("Keys of the recipes that differ", ["Key", *flat], rows), note)
+    note = html.note(f"{MISSING}: the run's version of minitron had no such key.") if unknown else ""
+    return html.section("What differs", html.table("Keys of the recipes that differ", ["Key", *flat], rows), note)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,1 +1,0 @@
-"""Shipping: the report and the model card, from the records of a run only."""

@@ -1,0 +1,1 @@
+"""The report and the model card, from the records of a run only."""
