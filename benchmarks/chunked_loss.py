@@ -21,7 +21,7 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.losses import CPU_TEMPORARIES, Objective, chunked_loss
+from minitron.distillation.losses import CPU_TEMPORARIES, Objective, chunked_loss
 from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, project
 
 DTYPES = ("float32", "bfloat16")

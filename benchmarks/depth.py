@@ -18,7 +18,8 @@ from measure import header, publish, table
 from minitron.calibration.collect import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, prepare
-from minitron.distill import settings, train
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.cut import cut
@@ -149,8 +150,8 @@ def measured(
         before = evaluate(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
         if distill:
-            config = settings.resolve(
-                settings.DistillConfig(tokens=args.tokens),
+            config = resolve(
+                DistillConfig(tokens=args.tokens),
                 plan.student,
                 checkpoint.shape,
                 weights_rms=checkpoint.weights_rms(),

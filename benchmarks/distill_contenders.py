@@ -208,11 +208,11 @@ def minitron(
     task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off", compiled: bool = False
 ) -> Callable[[], Tensor]:
     """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
-    from minitron.distill.compiling import compile_layers
-    from minitron.distill.intermediate import IntermediateLoss, pairs_of
-    from minitron.distill.pupil import Pupil
-    from minitron.distill.settings import DistillConfig
-    from minitron.distill.teacher import OnlineTeacher
+    from minitron.distillation.compiling import compile_layers
+    from minitron.distillation.config import DistillConfig
+    from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of
+    from minitron.distillation.student import Pupil
+    from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
     from minitron.model.hidden_states import layers_of
     from minitron.model.samples import Batch

@@ -21,9 +21,10 @@ from minitron.cli import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, batch_rows, open_corpus, prepare
 from minitron.demo import HERE as DEMO
-from minitron.distill import settings, train
-from minitron.distill.lessons import write_lessons
-from minitron.distill.train import blocks_read
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, num_steps, resolve
+from minitron.distillation.recording import write_lessons
+from minitron.distillation.train import blocks_read
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -154,15 +155,15 @@ class Bench:
             return
         student = self.shape(shape)
         loss = {"loss": "cross_entropy"} if start == "scratch" else {}
-        config = settings.resolve(
-            settings.DistillConfig(tokens=tokens, **loss, **changes),
+        config = resolve(
+            DistillConfig(tokens=tokens, **loss, **changes),
             student,
             self.teacher.shape,
             weights_rms=math.inf,
             block_tokens=BLOCK_TOKENS,
             train_tokens=self.corpus.train_tokens,
         )
-        steps = settings.num_steps(tokens, config.batch_blocks or 1, BLOCK_TOKENS)
+        steps = num_steps(tokens, config.batch_blocks or 1, BLOCK_TOKENS)
         peak = (config.learning_rate or 0) * rate
         config = config.model_copy(
             update={
@@ -210,7 +211,7 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
-    def guide(self, config: settings.DistillConfig, seed: int, work: Path) -> tuple[Path | None, dict[str, float]]:
+    def guide(self, config: DistillConfig, seed: int, work: Path) -> tuple[Path | None, dict[str, float]]:
         """What the student learns from, and what it took to record it, where it is recorded."""
         if config.loss == "cross_entropy":
             return None, {}

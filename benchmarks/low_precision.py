@@ -31,9 +31,10 @@ from distillations import (
 )
 from measure import header, table
 
-from minitron.distill import settings, train
-from minitron.distill.low_precision import BFloat16AdamW
-from minitron.distill.optimizer import LOW_PRECISION, hold_weights, make_optimizer
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, num_steps, resolve
+from minitron.distillation.optim import LOW_PRECISION, hold_weights, make_optimizer
+from minitron.distillation.optim.low_precision import BFloat16AdamW
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
 
@@ -77,8 +78,8 @@ def cut(bench: Bench) -> Path:
 
 
 def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
-    config = settings.resolve(
-        settings.DistillConfig(tokens=tokens, precision="bfloat16", optimizer="adamw"),
+    config = resolve(
+        DistillConfig(tokens=tokens, precision="bfloat16", optimizer="adamw"),
         bench.shape("width"),
         bench.teacher.shape,
         weights_rms=bench.teacher.weights_rms(),
@@ -87,7 +88,7 @@ def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed
         repaired=True,
     )
     assert config.learning_rate and config.batch_blocks
-    steps, peak = settings.num_steps(tokens, config.batch_blocks, BLOCK_TOKENS), config.learning_rate * rate
+    steps, peak = num_steps(tokens, config.batch_blocks, BLOCK_TOKENS), config.learning_rate * rate
     config = config.model_copy(
         update={
             "weights": weights,

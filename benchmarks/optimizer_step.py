@@ -20,8 +20,8 @@ from distill_step import write_models
 from measure import header, publish, table
 
 from minitron.cli import keep_freed_memory
-from minitron.distill.optimizer import make_optimizer, vocabulary_of
-from minitron.distill.soap import AXES_STEPS
+from minitron.distillation.optim import make_optimizer, vocabulary_of
+from minitron.distillation.optim.soap import AXES_STEPS
 
 OPTIMIZERS = ("adamw", "soap")
 

@@ -26,8 +26,8 @@ from minitron.cli import keep_freed_memory
 from minitron.core.progress import SILENT
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.demo import HERE
-from minitron.distill.settings import DistillConfig, num_steps, resolve, resolve_without_student
-from minitron.distill.train import distill, distill_until
+from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
+from minitron.distillation.train import distill, distill_until
 from minitron.evaluate.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

@@ -34,7 +34,8 @@ from distillations import (
 from measure import header, table
 
 from minitron.core.device import pick_device
-from minitron.distill import settings, train
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, of_correction, resolve
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
@@ -71,7 +72,7 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
         for directory in (pruned, out, corrected):
             directory.mkdir()
         if correction == "before":
-            own = settings.of_correction(config)
+            own = of_correction(config)
             made = train.distill(guide, None, bench.corpus, own, seed=seed, work=work / "own", out=corrected)
             cut_from, guide, seconds = Bench(corrected, "cached", None, bench.cache), corrected, made.seconds
         cut_from.cut(bench.shape(shape), list(BEST), pruned)
@@ -90,12 +91,10 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
     bench.record(row)
 
 
-def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> settings.DistillConfig:
+def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> DistillConfig:
     """Everything by the default rules, which see the teacher as it was given; the correction's rate times `rate`."""
-    config = settings.DistillConfig(
-        tokens=tokens, correction=None if correction == "none" else correction, evaluate_blocks=1
-    )
-    config = settings.resolve(
+    config = DistillConfig(tokens=tokens, correction=None if correction == "none" else correction, evaluate_blocks=1)
+    config = resolve(
         config,
         bench.shape(shape),
         bench.teacher.shape,

@@ -153,7 +153,7 @@ def _run(request: dict[str, Any]) -> int:
 
 
 def _kill_after(saves: int) -> None:
-    from minitron.distill.state import States
+    from minitron.distillation.state import States
 
     save, done = States.save, []
 

@@ -13,7 +13,12 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["minitron.cli", "minitron.distill.train", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+    [
+        "minitron.cli",
+        "minitron.distillation.train",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 PATIENCE_SECONDS = 120
 

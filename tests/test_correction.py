@@ -15,8 +15,8 @@ import torch
 from minitron import cli
 from minitron.core.errors import MinitronError
 from minitron.data.corpus import Corpus, batch_rows, open_corpus
-from minitron.distill.settings import DistillConfig, num_steps, of_correction, of_scratch, resolve
-from minitron.distill.train import CORRECTED, distill, learning_rate
+from minitron.distillation.config import DistillConfig, num_steps, of_correction, of_scratch, resolve
+from minitron.distillation.train import CORRECTED, distill, learning_rate
 from minitron.evaluate.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut

@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("data", "calibration"),
     ("gguf",),
-    ("prune", "distill", "evaluate", "report"),
+    ("prune", "distillation", "evaluate", "report"),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),
@@ -39,7 +39,7 @@ STAGES = {
         *("importance", "questions", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
-    "distill": ("losses", "low_precision", "soap", "optimizer", "state", "trackers", "settings", "train"),
+    "distillation": ("losses", "optim", "state", "trackers", "config", "train"),
     "evaluate": (
         *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
         *("harness", "harness_models", "tasks"),

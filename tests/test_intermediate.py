@@ -9,11 +9,11 @@ import small
 import tiny
 import torch
 
-from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
-from minitron.distill.losses import Objective
-from minitron.distill.pupil import Pupil
-from minitron.distill.settings import DistillConfig, resolve
-from minitron.distill.teacher import OnlineTeacher
+from minitron.distillation.config import DistillConfig, resolve
+from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of, share_at
+from minitron.distillation.losses import Objective
+from minitron.distillation.student import Pupil
+from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.hidden_states import kept_states, layers_of

@@ -21,8 +21,8 @@ from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
 from minitron.core.direct_io import ahead
 from minitron.core.worker import Child
-from minitron.distill import train
-from minitron.distill.train import graceful_stop
+from minitron.distillation import train
+from minitron.distillation.train import graceful_stop
 from minitron.evaluate import sandbox
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut

@@ -10,11 +10,11 @@ import tiny
 import torch
 
 from minitron.core.errors import MinitronError
-from minitron.distill import lessons as module
-from minitron.distill.lessons import RecordedTeacher, write_lessons
-from minitron.distill.losses import TopK
-from minitron.distill.settings import DistillConfig, resolve
-from minitron.distill.train import blocks_read, distill
+from minitron.distillation import recording as module
+from minitron.distillation.config import DistillConfig, resolve
+from minitron.distillation.losses import TopK
+from minitron.distillation.recording import RecordedTeacher, write_lessons
+from minitron.distillation.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch, Separator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from minitron.distill.losses import DIVERGENCES, LossName, Objective, TopK, chunked_loss, forward_kl
+from minitron.distillation.losses import DIVERGENCES, LossName, Objective, TopK, chunked_loss, forward_kl
 from minitron.model.logits import (
     CHUNK_BYTES,
     LazyLogits,

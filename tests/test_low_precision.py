@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron.distill import low_precision
-from minitron.distill.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW, stochastically_rounded
+from minitron.distillation.optim import low_precision
+from minitron.distillation.optim.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW, stochastically_rounded
 
 BETAS, DECAY = (0.9, 0.95), 0.1
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron.distill import soap
-from minitron.distill.optimizer import TRAINING_BYTES, hold_weights, make_optimizer, training_bytes
-from minitron.distill.soap import Soap
+from minitron.distillation.optim import TRAINING_BYTES, hold_weights, make_optimizer, soap, training_bytes
+from minitron.distillation.optim.soap import Soap
 from minitron.model.architecture import Shape
 from minitron.model.families import FAMILIES
 

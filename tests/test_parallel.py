@@ -50,8 +50,8 @@ import sys
 from pathlib import Path
 from minitron.distill import soap
 from minitron.data.corpus import open_corpus
-from minitron.distill.settings import DistillConfig, resolve
-from minitron.distill.train import distill, distill_until
+from minitron.distillation.config import DistillConfig, resolve
+from minitron.distillation.train import distill, distill_until
 from minitron.model.checkpoint import open_checkpoint
 from minitron.core.parallel import process_group
 
@@ -84,7 +84,7 @@ import sys
 from pathlib import Path
 import torch
 from minitron.demo import HERE
-from minitron.distill.teacher import OnlineTeacher
+from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.checkpoint import open_checkpoint
 from minitron.core.parallel import process_group
 
@@ -223,7 +223,7 @@ def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
 HOLDS = """
 import torch
 from safetensors.torch import save_file
-from minitron.distill.soap import Soap
+from minitron.distillation.optim.soap import Soap
 from minitron.core.parallel import process_group
 
 with process_group() as here:
@@ -257,7 +257,7 @@ LOADS = """
 import sys
 from pathlib import Path
 import torch
-from minitron.distill.teacher import OnlineTeacher
+from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.core.parallel import process_group, whole
 

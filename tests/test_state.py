@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from minitron.core.device import versions
 from minitron.core.errors import RunError
-from minitron.distill import soap
-from minitron.distill.low_precision import KahanAdamW, StochasticAdamW
-from minitron.distill.soap import Soap
-from minitron.distill.state import States, forget_states, nearest_step
+from minitron.distillation.optim import soap
+from minitron.distillation.optim.low_precision import KahanAdamW, StochasticAdamW
+from minitron.distillation.optim.soap import Soap
+from minitron.distillation.state import States, forget_states, nearest_step
 
 STEPS, BATCH, BLOCK = 6, 2, 8
 STEP_TOKENS = BATCH * BLOCK

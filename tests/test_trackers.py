@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minitron.core.errors import MinitronError
 from minitron.core.progress import Silent
 from minitron.data.corpus import DataConfig
-from minitron.distill import trackers
-from minitron.distill.settings import DistillConfig
-from minitron.distill.trackers import REQUIREMENTS, TrackerName, tracked
+from minitron.distillation import trackers
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.trackers import REQUIREMENTS, TrackerName, tracked
 from minitron.recipe import build_recipe
 from minitron.rooms import distill_models
 from minitron.run import run

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.data.corpus import Corpus, batch_rows, next_rows
-from minitron.distill.settings import DistillConfig, num_steps, of_scratch, resolve
-from minitron.distill.train import distill, distill_until, learning_rate
+from minitron.distillation.config import DistillConfig, num_steps, of_scratch, resolve
+from minitron.distillation.train import distill, distill_until, learning_rate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.hidden_states import kept_states
@@ -532,7 +532,9 @@ def train_in_a_process(bench: Bench, at: Path) -> None:
 def test_a_training_stopped_and_killed_at_random_moments_ends_with_the_same_bits(bench: Bench, tmp_path: Path) -> None:
     """Processes are forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "minitron.distill.train", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["pytest", "minitron.distillation.train", "transformers.models.llama.modeling_llama"]
+    )
     draw, metrics, codes = random.Random(0), tmp_path / "distill" / "metrics.jsonl", []
     kill, stop = context.Process.kill, context.Process.terminate
     for step, end in ((1, kill), (2, stop), (4, kill), (6, kill), (8, stop)):

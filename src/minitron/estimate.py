@@ -5,7 +5,7 @@ from typing import Any
 
 from minitron.core.device import compute_dtype, matmul_flops_per_second, pick_device
 from minitron.data.corpus import TEACHER
-from minitron.distill.optimizer import Optimizer, Weights, training_bytes
+from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.describe import describe, describe_shape, forward_flops
 from minitron.model.model_config import ModelConfig, open_config

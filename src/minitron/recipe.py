@@ -14,7 +14,7 @@ from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, read_yaml, short
 from minitron.data.corpus import DataConfig
-from minitron.distill.settings import DistillConfig
+from minitron.distillation.config import DistillConfig
 from minitron.evaluate.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
 from minitron.prune.plan import PruneConfig

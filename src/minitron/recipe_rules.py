@@ -8,8 +8,8 @@ from pathlib import Path
 
 from minitron.core.effects import Rule, changed_keys, require_effects
 from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
-from minitron.distill.losses import DIVERGENCES
-from minitron.distill.settings import DistillConfig
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.losses import DIVERGENCES
 from minitron.model.architecture import PRUNABLE
 from minitron.prune.repair import Choice
 from minitron.prune.shapes import SearchConfig

@@ -23,9 +23,10 @@ from minitron.core.files import (
 )
 from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, open_corpus, separator
-from minitron.distill import settings, trackers, train
-from minitron.distill.teacher import require_same_tokenizer, require_same_vocabulary
-from minitron.distill.train import CORRECTED
+from minitron.distillation import trackers, train
+from minitron.distillation.config import DistillConfig, of_correction, resolve
+from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
+from minitron.distillation.train import CORRECTED
 from minitron.evaluate.benchmarks import kept
 from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
 from minitron.evaluate.quality import evaluate
@@ -316,7 +317,7 @@ def distill_models(
     teacher: str,
     student: str,
     data_config: DataConfig,
-    config: settings.DistillConfig,
+    config: DistillConfig,
     *,
     seed: int,
     out: Path,
@@ -395,7 +396,7 @@ def _forget(work: Path) -> None:
 def _assist(
     guide: Checkpoint,
     pupil: Checkpoint,
-    config: settings.DistillConfig,
+    config: DistillConfig,
     seed: int,
     work: Path,
     final: Mapping[str, Path],
@@ -409,7 +410,7 @@ def _assist(
     corpus = open_corpus(work / "data")
     config = _resolved(config, guide, pupil, corpus)
     if config.correction == "before" and not done(CORRECTED):
-        own = settings.of_correction(config)
+        own = of_correction(config)
         train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
     parallel.require_all_well()
     source = work / CORRECTED if config.correction == "before" else guide.path
@@ -418,10 +419,8 @@ def _assist(
         train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 
-def _resolved(
-    config: settings.DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: Corpus
-) -> settings.DistillConfig:
-    return settings.resolve(
+def _resolved(config: DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: Corpus) -> DistillConfig:
+    return resolve(
         config,
         pupil.shape,
         guide.shape,

@@ -8,8 +8,9 @@ from minitron.core.errors import DataError, RunError
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_path
-from minitron.distill import settings, trackers
-from minitron.distill.train import CORRECTED
+from minitron.distillation import trackers
+from minitron.distillation.config import DistillConfig, require_correction_fits
+from minitron.distillation.train import CORRECTED
 from minitron.evaluate.generate import prompt_of
 from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
@@ -191,9 +192,9 @@ def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
     return config.model_copy(update={"max_tokens": tokens})
 
 
-def require_correctable(config: settings.DistillConfig, text: DataConfig) -> None:
+def require_correctable(config: DistillConfig, text: DataConfig) -> None:
     """Raises: MinitronError where a correction of the teacher would have no effect."""
-    settings.require_correction_fits(config)
+    require_correction_fits(config)
     if config.correction is not None and text.source == TEACHER:
         raise RunError(
             f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "

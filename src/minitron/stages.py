@@ -30,11 +30,12 @@ from minitron.data.corpus import (
     source_files,
 )
 from minitron.data.sampling import sample_text
-from minitron.distill import settings, train
-from minitron.distill.lessons import DEFAULT_TOP_K, write_lessons
-from minitron.distill.lessons import INDEX as LESSONS_INDEX
-from minitron.distill.state import forget_states
-from minitron.distill.train import CORRECTED
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
+from minitron.distillation.recording import DEFAULT_TOP_K, write_lessons
+from minitron.distillation.recording import INDEX as LESSONS_INDEX
+from minitron.distillation.state import forget_states
+from minitron.distillation.train import CORRECTED
 from minitron.evaluate.benchmarks import kept
 from minitron.evaluate.generate import generate
 from minitron.evaluate.local_tasks import task_of
@@ -294,8 +295,8 @@ def prune(
     return made
 
 
-def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: Corpus) -> settings.DistillConfig:
-    return settings.resolve(
+def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: Corpus) -> DistillConfig:
+    return resolve(
         recipe.distill,
         shape,
         teacher.shape,
@@ -306,8 +307,8 @@ def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: C
     )
 
 
-def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> settings.DistillConfig:
-    return settings.resolve_without_student(
+def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> DistillConfig:
+    return resolve_without_student(
         recipe.distill,
         teacher.shape,
         teacher_weights_rms=teacher.weights_rms(),
@@ -316,9 +317,9 @@ def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> s
     )
 
 
-def correct(stages: RunDirectory, config: settings.DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
+def correct(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
     """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
-    config, state = settings.of_correction(config), stages.out / f"distill-{CORRECTED}"
+    config, state = of_correction(config), stages.out / f"distill-{CORRECTED}"
 
     def work(out: Path) -> dict[str, Any]:
         trained = train.distill(
@@ -343,7 +344,7 @@ def correct(stages: RunDirectory, config: settings.DistillConfig, seed: int, tea
 
 def record_lessons(
     stages: RunDirectory,
-    config: settings.DistillConfig,
+    config: DistillConfig,
     teacher: Checkpoint,
     corpus: Corpus,
     seed: int,
@@ -384,7 +385,7 @@ def record_lessons(
 def teach(
     stages: RunDirectory,
     name: str,
-    config: settings.DistillConfig,
+    config: DistillConfig,
     seed: int,
     pruned: Path,
     teacher: Path | None,
@@ -395,7 +396,7 @@ def teach(
     A teacher that is corrected in parallel is another model in the end, beside the student.
     """
     if teacher is None:
-        config = settings.of_scratch(config)
+        config = of_scratch(config)
     state = stages.out / ("distill" if teacher else f"distill-{name}")
 
     def work(out: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from minitron.core.files import atomic_directory, write_json
 from minitron.core.progress import Listener
 from minitron.core.typed_files import as_typed, read_typed
 from minitron.data.corpus import Blocks, Corpus, batch_rows
-from minitron.distill import settings, train
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
@@ -205,7 +206,7 @@ class _Trial:
         self.weights_rms = teacher.weights_rms()
         resolved = self._resolve(teacher.shape)
         assert resolved.batch_blocks
-        self.steps = settings.num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
+        self.steps = num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
         self.step_tokens = resolved.batch_blocks * corpus.block_tokens
 
     def loss_at(self, candidate: Candidate, step: int) -> float:
@@ -233,12 +234,12 @@ class _Trial:
     def drop(self, candidate: Candidate) -> None:
         shutil.rmtree(self.work / candidate.name, ignore_errors=True)
 
-    def config(self, candidate: Candidate) -> settings.DistillConfig:
+    def config(self, candidate: Candidate) -> DistillConfig:
         return self._resolve(candidate.shape)
 
-    def _resolve(self, shape: Shape) -> settings.DistillConfig:
+    def _resolve(self, shape: Shape) -> DistillConfig:
         corpus = self.corpus
-        return settings.resolve(
+        return resolve(
             self.recipe.distill,
             shape,
             self.teacher.shape,

@@ -179,7 +179,7 @@ def prune(args: argparse.Namespace, console: Console) -> None:
 
 
 def distill(args: argparse.Namespace, console: Console) -> None:
-    from minitron.distill.settings import DistillConfig
+    from minitron.distillation.config import DistillConfig
     from minitron.recipe import build_distill
     from minitron.rooms import distill_models
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minitron.distill.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW
-from minitron.distill.soap import Soap, axes_bytes, turned_sides
+from minitron.distillation.optim.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW
+from minitron.distillation.optim.soap import Soap, axes_bytes, turned_sides
 from minitron.model.architecture import Architecture, Shape
 
 Optimizer = Literal["soap", "adamw"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minitron.core import parallel
-from minitron.distill.losses import Objective, chunked_loss
-from minitron.distill.pupil import products_in
-from minitron.distill.teacher import Lesson
+from minitron.distillation.losses import Objective, chunked_loss
+from minitron.distillation.student import products_in
+from minitron.distillation.teachers import Lesson
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hidden_states import kept_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform

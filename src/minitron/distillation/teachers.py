@@ -10,8 +10,8 @@ from torch import Tensor
 
 from minitron.core import parallel
 from minitron.core.errors import MinitronError
-from minitron.distill.compiling import compile_layers
-from minitron.distill.losses import TopK
+from minitron.distillation.compiling import compile_layers
+from minitron.distillation.losses import TopK
 from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from minitron.model.hidden_states import kept_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform

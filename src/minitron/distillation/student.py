@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from minitron.core import parallel
-from minitron.distill.intermediate import IntermediateLoss
-from minitron.distill.losses import Objective, chunked_loss
-from minitron.distill.teacher import Lesson
+from minitron.distillation.hidden_loss import IntermediateLoss
+from minitron.distillation.losses import Objective, chunked_loss
+from minitron.distillation.teachers import Lesson
 from minitron.model.hidden_states import kept_states
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch

@@ -10,11 +10,11 @@ from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
 from minitron.core.errors import MinitronError
-from minitron.distill.intermediate import Places
-from minitron.distill.lessons import DEFAULT_TOP_K
-from minitron.distill.losses import ON_LOGITS, LossName, Objective
-from minitron.distill.optimizer import Optimizer, Weights
-from minitron.distill.trackers import TrackerName
+from minitron.distillation.hidden_loss import Places
+from minitron.distillation.losses import ON_LOGITS, LossName, Objective
+from minitron.distillation.optim import Optimizer, Weights
+from minitron.distillation.recording import DEFAULT_TOP_K
+from minitron.distillation.trackers import TrackerName
 from minitron.model.architecture import Shape
 
 # Peak learning rates as shares of the weights' root mean square.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from minitron.core import parallel
-from minitron.distill.low_precision import EPSILON
+from minitron.distillation.optim.low_precision import EPSILON
 from minitron.model.logits import float32_logits
 
 # Steps from one change of the axes to the next, as in the paper.

@@ -20,16 +20,16 @@ from minitron.core import parallel
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import Interrupted, MinitronError
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
-from minitron.distill.compiling import compile_layers, require_compiler
-from minitron.distill.correction import LearningTeacher
-from minitron.distill.intermediate import IntermediateLoss, pairs_of, share_at
-from minitron.distill.lessons import RecordedTeacher
-from minitron.distill.optimizer import hold_weights, make_optimizer, vocabulary_of
-from minitron.distill.pupil import Pupil
-from minitron.distill.settings import DistillConfig, num_steps, of_correction
-from minitron.distill.state import States
-from minitron.distill.teacher import OnlineTeacher, Teacher, require_same_vocabulary
-from minitron.distill.trackers import Row, tracked
+from minitron.distillation.compiling import compile_layers, require_compiler
+from minitron.distillation.config import DistillConfig, num_steps, of_correction
+from minitron.distillation.correction import LearningTeacher
+from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of, share_at
+from minitron.distillation.optim import hold_weights, make_optimizer, vocabulary_of
+from minitron.distillation.recording import RecordedTeacher
+from minitron.distillation.state import States
+from minitron.distillation.student import Pupil
+from minitron.distillation.teachers import OnlineTeacher, Teacher, require_same_vocabulary
+from minitron.distillation.trackers import Row, tracked
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.hidden_states import layers_of
 from minitron.model.hugging_face import new_model
@@ -68,7 +68,8 @@ def distill(
     `of_correction(config)`.
 
     Args:
-        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see `minitron.distill.lessons`. None
+        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see
+            `minitron.distillation.recording`. None
             trains on the text alone.
         config: resolved (see `resolve`).
         work: metrics.jsonl, what trackers keep, and resumable state; a second call with the same arguments goes on from

@@ -23,7 +23,7 @@ from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
-from minitron.distill.soap import Soap
+from minitron.distillation.optim.soap import Soap
 from minitron.model.weights import write_shard
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))

@@ -22,8 +22,8 @@ from minitron.core.device import pick_device
 from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json
 from minitron.core.typed_files import read_typed
-from minitron.distill.losses import LEAST_TAIL, TopK
-from minitron.distill.teacher import Lesson
+from minitron.distillation.losses import LEAST_TAIL, TopK
+from minitron.distillation.teachers import Lesson
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
 from minitron.model.samples import Batch, Separator

@@ -1,1 +1,0 @@
-"""Teaching the student: losses on logits and the training loop."""

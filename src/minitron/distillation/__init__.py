@@ -1,0 +1,1 @@
+"""Teaching the student: distillation of the teacher into it."""
