@@ -16,7 +16,7 @@ from measure import header, publish, table
 from minitron import demo
 from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.data.corpus import Corpus, DataConfig, prepare
-from minitron.evaluate.quality import Evaluation, evaluate
+from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.cut import cut

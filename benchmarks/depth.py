@@ -20,13 +20,13 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, resolve
-from minitron.evaluate.quality import evaluate
+from minitron.evaluation.quality import evaluate
+from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.cut import cut
 from minitron.prune.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import block_influence, even_scores
 from minitron.prune.plan import Given, choose
-from minitron.prune.questions import read_questions
 from minitron.stages import calibrate_tokens, calibration_tokens
 
 

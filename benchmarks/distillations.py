@@ -25,7 +25,7 @@ from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.recording import write_lessons
 from minitron.distillation.train import blocks_read
-from minitron.evaluate.quality import evaluate
+from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.importance import activation_scores

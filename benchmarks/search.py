@@ -28,7 +28,7 @@ from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.demo import HERE
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
-from minitron.evaluate.quality import evaluate
+from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.prune.plan import PruneConfig, choose, target_shape

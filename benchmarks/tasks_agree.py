@@ -23,12 +23,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from measure import header, publish, table
 from transformers.utils.logging import set_verbosity_error
 
-from minitron.evaluate import harness
-from minitron.evaluate.benchmarks import Benchmark
-from minitron.evaluate.definitions import FILES, SUBJECTS, version
-from minitron.evaluate.harness_models import InMemory, Streamed
-from minitron.evaluate.local_tasks import LocalTask
-from minitron.evaluate.tasks import TaskOptions, plan_tasks
+from minitron.evaluation.tasks import harness
+from minitron.evaluation.tasks.definitions import FILES, SUBJECTS, version
+from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
+from minitron.evaluation.tasks.models import InMemory, Streamed
+from minitron.evaluation.tasks.rows import LocalTask
+from minitron.evaluation.tasks.suite import Benchmark
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.report.tables import score
 

@@ -36,7 +36,7 @@ from measure import header, table
 from minitron.core.device import pick_device
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, resolve
-from minitron.evaluate.quality import evaluate
+from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import load_model
 from minitron.prune.repair import BEST
 

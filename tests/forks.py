@@ -97,7 +97,7 @@ def _import_everything() -> None:
     import xllamacpp  # noqa: F401
 
     import minitron.cli
-    import minitron.evaluate.harness
+    import minitron.evaluation.tasks.harness
     import minitron.gguf_rooms
     import minitron.report.comparison
     import minitron.report.hub

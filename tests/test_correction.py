@@ -17,7 +17,7 @@ from minitron.core.errors import MinitronError
 from minitron.data.corpus import Corpus, batch_rows, open_corpus
 from minitron.distillation.config import DistillConfig, num_steps, of_correction, of_scratch, resolve
 from minitron.distillation.train import CORRECTED, distill, learning_rate
-from minitron.evaluate.quality import evaluate
+from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 from minitron.recipe import build_recipe, load_recipe

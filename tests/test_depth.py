@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron.core.errors import CheckpointError, DataError, PlanError
+from minitron.evaluation.tasks.questions import choice, encode, read_questions
 from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.samples import Batch, Separator
@@ -21,7 +22,6 @@ from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
 from minitron.prune.importance import even_scores
 from minitron.prune.plan import Given, choose
-from minitron.prune.questions import choice, encode, read_questions
 
 VARIANTS = [frozenset(layers) for layers in ([], [0], [3], [1, 2], [0, 2, 3])]
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from minitron.core.errors import MinitronError
-from minitron.evaluate.generate import generate, num_new_tokens, require_temperature
+from minitron.evaluation.generate import generate, num_new_tokens, require_temperature
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import prompt_ids
 

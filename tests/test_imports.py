@@ -13,7 +13,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("data", "calibration"),
     ("gguf",),
-    ("prune", "distillation", "evaluate", "report"),
+    ("distillation", "report"),
+    ("evaluation",),
+    ("prune",),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),
@@ -36,14 +38,11 @@ STAGES = {
         *("worker", "effects", "text", "progress", "typed_files"),
     ),
     "prune": (
-        *("importance", "questions", "depth", "plan", "shapes", "search"),
+        *("importance", "depth", "plan", "shapes", "search"),
         *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
     ),
     "distillation": ("losses", "optim", "state", "trackers", "config", "train"),
-    "evaluate": (
-        *("quality", "generate", "benchmarks", "local_tasks", "confined", "sandbox", "definitions"),
-        *("harness", "harness_models", "tasks"),
-    ),
+    "evaluation": ("quality", "generate", "tasks"),
     "gguf": (
         *("config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types", "verify"),
         *("mixtures", "quantize"),
@@ -102,7 +101,7 @@ def test_a_stage_imports_only_stages_before_it() -> None:
 
 
 # A module whose classes are of the library, and which is itself imported where it is used.
-BUILT_ON = {("evaluate", "harness_models"): "lm_eval"}
+BUILT_ON = {("evaluation", "tasks", "models"): "lm_eval"}
 HEAVY = ("transformers", "datasets", "pyarrow", "matplotlib", "lm_eval")
 
 

@@ -23,7 +23,7 @@ from minitron.core.direct_io import ahead
 from minitron.core.worker import Child
 from minitron.distillation import train
 from minitron.distillation.train import graceful_stop
-from minitron.evaluate import sandbox
+from minitron.evaluation.tasks import sandbox
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.cut import cut
 

@@ -8,7 +8,7 @@ import bench
 import pytest
 
 from minitron.core.errors import TaskError
-from minitron.evaluate.local_tasks import CHOICE, LAST_WORD, find_folders, read_task
+from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, find_folders, read_task
 
 
 @pytest.mark.parametrize("task", [*bench.LIKELIHOOD, *bench.GENERATED])

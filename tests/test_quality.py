@@ -15,8 +15,8 @@ import torch
 
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data.corpus import Blocks, Corpus
-from minitron.evaluate import quality
-from minitron.evaluate.quality import Evaluation, evaluate
+from minitron.evaluation import quality
+from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.samples import Batch, Separator
 
 VARIANTS = ["llama", "llama-tied", "mistral-window", "gemma2", "granite"]  # the last two transform their logits

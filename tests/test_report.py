@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minitron.core.text import MISSING, duration, flops, share, short_count, size
-from minitron.evaluate.benchmarks import SUITE
+from minitron.evaluation.tasks.suite import SUITE
 from minitron.prune import repair
 from minitron.prune.plan import PruneConfig
 from minitron.report.choices import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why

@@ -17,8 +17,8 @@ from minitron import cli
 from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, open_corpus
-from minitron.evaluate.quality import evaluate
-from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.quality import evaluate
+from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.file import describe
 from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE

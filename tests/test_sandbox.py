@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from minitron.core.errors import TaskError
-from minitron.evaluate import sandbox
-from minitron.evaluate.confined import ALLOWED, CHECKED, filter_program
-from minitron.evaluate.sandbox import CodeEval, Limits, pass_at, run_program
+from minitron.evaluation.tasks import sandbox
+from minitron.evaluation.tasks.confined import ALLOWED, CHECKED, filter_program
+from minitron.evaluation.tasks.sandbox import CodeEval, Limits, pass_at, run_program
 
 # Generous by the clock: the machine may be busy. What runs forever ends by its processor time.
 QUICK = Limits(cpu_seconds=1, wall_seconds=20.0, memory_bytes=256 << 20)

@@ -14,7 +14,7 @@ import torch
 from minitron import cli, result_text, speed_room
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
-from minitron.evaluate.speed import Load, Timing, measure_speed, transformers_timer
+from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import Runtime
 from minitron.gguf_rooms import quantize_model

@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer
 
 from minitron.core.errors import CheckpointError, TaskError
-from minitron.evaluate import definitions, harness
-from minitron.evaluate.benchmarks import SUITE, TaskResult, chosen, kept
-from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.tasks import definitions, harness
+from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.tasks.suite import SUITE, TaskResult, chosen, kept
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 
 pytest.importorskip("lm_eval")
@@ -48,7 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_memory(model: Path, **options: Any) -> Any:
-    from minitron.evaluate.harness_models import InMemory
+    from minitron.evaluation.tasks.models import InMemory
 
     quiet: dict[str, Any] = {"batch": None, "progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
@@ -56,7 +56,7 @@ def in_memory(model: Path, **options: Any) -> Any:
 
 
 def streamed(model: Path, **options: Any) -> Any:
-    from minitron.evaluate.harness_models import Streamed
+    from minitron.evaluation.tasks.models import Streamed
 
     quiet: dict[str, Any] = {"batch": None, "progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
@@ -204,7 +204,7 @@ def test_programs_run_in_the_sandbox(task: str, metric: str, model: Path, rows: 
 
 
 def test_batches_are_halved_until_they_fit(model: Path, rows: Path) -> None:
-    from minitron.evaluate.harness_models import InMemory
+    from minitron.evaluation.tasks.models import InMemory
 
     sizes: list[int] = []
 
@@ -287,11 +287,11 @@ def test_nothing_is_kept_where_nothing_is_wanted(model: Path, rows: Path, tmp_pa
 
 
 def test_a_model_that_does_not_fit_is_streamed(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitron.evaluate import tasks
+    from minitron.evaluation.tasks import measure
 
     said: list[str] = []
     expected = measure_tasks({"m": model}, plan_tasks(["piqa"], rows))
-    monkeypatch.setattr(tasks, "SHARE_FOR_WEIGHTS", 0.0)
+    monkeypatch.setattr(measure, "SHARE_FOR_WEIGHTS", 0.0)
     assert measure_tasks({"m": model}, plan_tasks(["piqa"], rows), warn=said.append) == expected
     assert "m: 0.0 GB of weights do not fit into 0.0 GB of free memory; they are streamed" in said[0]
     with pytest.raises(TaskError, match="gsm8k: the answer is generated text, which a streamed model cannot give"):

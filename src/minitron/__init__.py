@@ -10,7 +10,7 @@ from typing import Any
 _PUBLIC = {
     "Architecture": "minitron.model.architecture",
     "Checkpoint": "minitron.model.checkpoint",
-    "Evaluation": "minitron.evaluate.quality",
+    "Evaluation": "minitron.evaluation.quality",
     "FAMILIES": "minitron.model.families",
     "MinitronError": "minitron.core.errors",
     "Plan": "minitron.prune.plan",

@@ -19,8 +19,8 @@ from minitron.core.files import atomic_directory, prove_directory, require_free_
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
 from minitron.data.corpus import Corpus, DataConfig, prepare
-from minitron.evaluate.generate import num_new_tokens, require_temperature
-from minitron.evaluate.quality import Evaluation
+from minitron.evaluation.generate import num_new_tokens, require_temperature
+from minitron.evaluation.quality import Evaluation
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
 from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible

@@ -15,7 +15,7 @@ from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, read_yaml, short
 from minitron.data.corpus import DataConfig
 from minitron.distillation.config import DistillConfig
-from minitron.evaluate.quality import EvaluateConfig
+from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
 from minitron.prune.plan import PruneConfig
 from minitron.prune.repair import RepairConfig

@@ -27,10 +27,10 @@ from minitron.distillation import trackers, train
 from minitron.distillation.config import DistillConfig, of_correction, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
-from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluate.quality import evaluate
-from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
+from minitron.evaluation.quality import evaluate
+from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,

@@ -11,7 +11,7 @@ from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correction_fits
 from minitron.distillation.train import CORRECTED
-from minitron.evaluate.generate import prompt_of
+from minitron.evaluation.generate import prompt_of
 from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (

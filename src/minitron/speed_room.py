@@ -18,7 +18,7 @@ from minitron.core.device import Precision, forget_peak_memory, peak_memory, pic
 from minitron.core.errors import MinitronError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.evaluate.speed import (
+from minitron.evaluation.speed import (
     DEFAULT_ROUNDS,
     STUDENT,
     TEACHER,

@@ -36,13 +36,13 @@ from minitron.distillation.recording import DEFAULT_TOP_K, write_lessons
 from minitron.distillation.recording import INDEX as LESSONS_INDEX
 from minitron.distillation.state import forget_states
 from minitron.distillation.train import CORRECTED
-from minitron.evaluate.benchmarks import kept
-from minitron.evaluate.generate import generate
-from minitron.evaluate.local_tasks import task_of
-from minitron.evaluate.quality import EvaluateConfig, evaluate
-from minitron.evaluate.speed import RATIO, Load, measure_speed, transformers_timer
-from minitron.evaluate.tasks import Plan as TaskPlan
-from minitron.evaluate.tasks import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.generate import generate
+from minitron.evaluation.quality import EvaluateConfig, evaluate
+from minitron.evaluation.speed import RATIO, Load, measure_speed, transformers_timer
+from minitron.evaluation.tasks.measure import Plan as TaskPlan
+from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.tasks.rows import task_of
+from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import (
     Checkpoint,

@@ -221,7 +221,7 @@ def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from minitron.evaluate.tasks import TaskOptions, cache_directory
+    from minitron.evaluation.tasks.measure import TaskOptions, cache_directory
     from minitron.rooms import benchmark_models
 
     for model in (args.model, args.teacher):

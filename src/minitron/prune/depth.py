@@ -16,11 +16,11 @@ from torch import Tensor
 
 from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, PlanError
+from minitron.evaluation.tasks.questions import Question, encode
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Batch, Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.prune.questions import Question, encode
 
 Variant = frozenset[int]  # the layers that it lacks
 # States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate, pass_options
 from minitron.core.files import scratch_directory, scratch_errors
+from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Separator
@@ -17,7 +18,6 @@ from minitron.prune.cut import cut
 from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.prune.importance import CRITERIA, Scores
 from minitron.prune.plan import Given, Plan, PruneConfig, choose, compose, given_layers, step_shapes
-from minitron.prune.questions import read_questions
 
 
 @dataclass(frozen=True)

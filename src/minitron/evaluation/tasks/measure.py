@@ -15,10 +15,10 @@ from minitron.core.device import free_bytes, pick_device
 from minitron.core.errors import RunError, TaskError
 from minitron.core.files import digest_files, read_digests, readable_os_errors, write_json
 from minitron.core.paths import expanded
-from minitron.evaluate import definitions, harness
-from minitron.evaluate.benchmarks import SUITES, Benchmark, TaskResult, chosen
-from minitron.evaluate.local_tasks import LocalTask, find_folders, read_task, task_of
-from minitron.evaluate.sandbox import require_sandbox
+from minitron.evaluation.tasks import definitions, harness
+from minitron.evaluation.tasks.rows import LocalTask, find_folders, read_task, task_of
+from minitron.evaluation.tasks.sandbox import require_sandbox
+from minitron.evaluation.tasks.suite import SUITES, Benchmark, TaskResult, chosen
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
@@ -163,7 +163,7 @@ def _require_chat_template(name: str, checkpoint: Checkpoint) -> None:
 def _open_model(
     name: str, checkpoint: Checkpoint, tasks: Sequence[harness.Task], options: TaskOptions, warn: Warn
 ) -> Any:
-    from minitron.evaluate.harness_models import InMemory, Streamed
+    from minitron.evaluation.tasks.models import InMemory, Streamed
 
     device, tokenizer = pick_device(), load_tokenizer(checkpoint.path)
     common: dict[str, Any] = {"batch": options.batch, "progress": _silent, "warn": warn}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from minitron.core.errors import TaskError
-from minitron.evaluate.benchmarks import PREFERRED, Benchmark, TaskResult
-from minitron.evaluate.definitions import RUN_BY_CODE_EVAL, definition
-from minitron.evaluate.local_tasks import LocalTask
-from minitron.evaluate.sandbox import code_eval
+from minitron.evaluation.tasks.definitions import RUN_BY_CODE_EVAL, definition
+from minitron.evaluation.tasks.rows import LocalTask
+from minitron.evaluation.tasks.sandbox import code_eval
+from minitron.evaluation.tasks.suite import PREFERRED, Benchmark, TaskResult
 
 INSTALL = "pip install 'minitron[eval]'"
 FEWSHOT_SEED = 1234  # the harness's own
@@ -94,7 +94,7 @@ def run_task(
     """The result of one model, and with `samples` every item of every member of the task.
 
     Args:
-        model: one of harness_models.py, or any other of the harness.
+        model: one of models.py, or any other of the harness.
         limit: items of each member.
     """
     from lm_eval.evaluator import evaluate

@@ -26,7 +26,7 @@ from typing import Any
 
 from minitron.core.errors import TaskError
 from minitron.core.files import scratch_directory
-from minitron.evaluate.confined import READY, REFUSED
+from minitron.evaluation.tasks.confined import READY, REFUSED
 
 CONFINED = Path(__file__).with_name("confined.py")
 START_SECONDS = 60.0  # for Python to start, on a machine that is busy

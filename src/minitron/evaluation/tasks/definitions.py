@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import TaskError, did_you_mean
-from minitron.evaluate.benchmarks import SUITE, Benchmark
-from minitron.evaluate.local_tasks import CHOICE, LAST_WORD, LAYOUTS, LocalTask, Row
+from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, LocalTask, Row
+from minitron.evaluation.tasks.suite import SUITE, Benchmark
 
 # Where the harness keeps the tasks that are known here; others are found by looking through its files.
 FILES = {

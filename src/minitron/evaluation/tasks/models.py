@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitron.core.device import free_bytes, pick_device
 from minitron.core.errors import TaskError
-from minitron.evaluate.generate import only_ending
+from minitron.evaluation.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.stream import Stream, default_batch, skeleton

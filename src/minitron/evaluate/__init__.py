@@ -1,1 +1,0 @@
-"""Measuring: quality on held-out text, generations, speed."""

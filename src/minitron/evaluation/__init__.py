@@ -1,0 +1,1 @@
+"""How well a model does: held-out text, benchmarks, continuations, speed."""
