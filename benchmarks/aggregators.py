@@ -19,9 +19,9 @@ from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.cut import cut
-from minitron.prune.plan import PruneConfig, choose, target_shape
-from minitron.prune.scoring import score_units
+from minitron.pruning.cut import cut
+from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.scoring import score_units
 from minitron.stages import calibrate_tokens, calibration_tokens
 
 DEMO = Path(demo.__file__).parent / "demo-teacher"

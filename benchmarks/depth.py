@@ -23,10 +23,10 @@ from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.cut import cut
-from minitron.prune.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
-from minitron.prune.importance import block_influence, even_scores
-from minitron.prune.plan import Given, choose
+from minitron.pruning.cut import cut
+from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.importance import block_influence, even_scores
+from minitron.pruning.plan import Given, choose
 from minitron.stages import calibrate_tokens, calibration_tokens
 
 

@@ -28,9 +28,9 @@ from minitron.distillation.train import blocks_read
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.importance import activation_scores
-from minitron.prune.plan import PruneConfig, choose, target_shape
-from minitron.prune.repair import BEST, Step, repaired_cut
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.repair.writer import BEST, Step, repaired_cut
 
 STARTS: dict[str, list[Step]] = {
     "plain": [],

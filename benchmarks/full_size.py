@@ -35,9 +35,9 @@ from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
 from minitron.model.families import family_of
-from minitron.prune.cut import cut
-from minitron.prune.importance import activation_scores
-from minitron.prune.plan import choose, with_sizes
+from minitron.pruning.cut import cut
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import choose, with_sizes
 
 SAMPLES, BLOCK_TOKENS, BATCH = 4, 512, 2
 REPETITIONS = 3

@@ -154,7 +154,7 @@ def furnish(desk: Path) -> dict[str, Any]:
     import tiny
 
     from minitron.model.checkpoint import open_checkpoint
-    from minitron.prune.cut import cut
+    from minitron.pruning.cut import cut
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 8, "num_hidden_layers": 4}
     teacher = open_checkpoint(small.teacher(desk / "teacher", **sizes))

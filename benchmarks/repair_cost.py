@@ -20,9 +20,9 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.importance import activation_scores
-from minitron.prune.plan import choose, with_sizes
-from minitron.prune.repair import Step, repaired_cut
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import choose, with_sizes
+from minitron.pruning.repair.writer import Step, repaired_cut
 
 SAMPLES, BLOCK_TOKENS, BATCH = 28, 512, 2
 VARIANTS: dict[str, list[Step]] = {

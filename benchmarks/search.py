@@ -31,13 +31,13 @@ from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.prune.plan import PruneConfig, choose, target_shape
-from minitron.prune.repair import RepairConfig, Step, repaired_cut
-from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.residual import reading_moment
-from minitron.prune.scoring import score_units
-from minitron.prune.search import STREAM_POWER, distilled_steps, predictor, rank
-from minitron.prune.shapes import Candidate, SearchConfig, feasible
+from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.repair.residual_basis import reading_moment
+from minitron.pruning.repair.writer import RepairConfig, Step, repaired_cut
+from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.scoring import score_units
+from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
+from minitron.shapes.space import Candidate, SearchConfig, feasible
 from minitron.stages import calibrate_on, calibration_tokens
 from minitron.student_shape import judging_blocks
 

@@ -22,9 +22,9 @@ from minitron.demo import HERE
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.cut import cut
-from minitron.prune.importance import even_scores
-from minitron.prune.plan import choose, with_sizes
+from minitron.pruning.cut import cut
+from minitron.pruning.importance import even_scores
+from minitron.pruning.plan import choose, with_sizes
 from minitron.speed_room import measure_models
 
 PART = 16

@@ -23,9 +23,9 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint, write_checkpoint
 from minitron.model.families.llama import LLAMA
-from minitron.prune.cut import cut
-from minitron.prune.importance import activation_scores
-from minitron.prune.plan import choose, with_sizes
+from minitron.pruning.cut import cut
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import choose, with_sizes
 
 TEACHER = Shape(layers=0, hidden=2048, ffn=5632, heads=32, kv_heads=8, head_dim=64, vocab=32000)
 STUDENT = {"hidden": 1024, "ffn": 2816}

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from mutations import Mutation
 
 from minitron import layouts
-from minitron.prune.plan import PruneConfig
-from minitron.prune.repair import Step
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.writer import Step
 from minitron.report.choices import LAYER_CRITERIA, REPAIRS
 from minitron.report.records import LOSS_NAMES
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron import cli
 from minitron.console import Console
-from minitron.prune.plan import Plan
+from minitron.pruning.plan import Plan
 from minitron.rundir import RunDirectory
 
 SHAPE = "hidden=24,ffn=24,layers=3"

@@ -14,8 +14,8 @@ from torch import nn
 
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.prune.cut import cut
-from minitron.prune.plan import Plan, compose, identity_plan
+from minitron.pruning.cut import cut
+from minitron.pruning.plan import Plan, compose, identity_plan
 
 CUTS = {
     "ffn": {"ffn": 17},

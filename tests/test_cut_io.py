@@ -22,9 +22,9 @@ from minitron.core.errors import CheckpointError, RunError
 from minitron.core.files import atomic_directory
 from minitron.model import weights
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.prune.cut import cut, cut_tensor, kept_rows
-from minitron.prune.plan import Plan, identity_plan
-from minitron.prune.repair import Repaired
+from minitron.pruning.cut import cut, cut_tensor, kept_rows
+from minitron.pruning.plan import Plan, identity_plan
+from minitron.pruning.repair.writer import Repaired
 from minitron.rundir import RunDirectory
 from minitron.stages import prune
 
@@ -240,8 +240,8 @@ import signal, sys, time
 from pathlib import Path
 from minitron.core.files import atomic_directory
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.cut import cut
-from minitron.prune.plan import identity_plan
+from minitron.pruning.cut import cut
+from minitron.pruning.plan import identity_plan
 
 def slow(rows):
     print("cutting", flush=True)

@@ -8,7 +8,7 @@ from minitron.core.errors import RecipeError
 from minitron.data.corpus import DataConfig, builtin_documents, is_heldout
 from minitron.demo import HERE, demo_recipe
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.prune.plan import target_shape
+from minitron.pruning.plan import target_shape
 
 TEACHER = HERE / "demo-teacher"
 

@@ -17,11 +17,11 @@ from minitron.evaluation.tasks.questions import choice, encode, read_questions
 from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.samples import Batch, Separator
-from minitron.prune import depth
-from minitron.prune.cut import cut
-from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
-from minitron.prune.importance import even_scores
-from minitron.prune.plan import Given, choose
+from minitron.pruning import depth
+from minitron.pruning.cut import cut
+from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
+from minitron.pruning.importance import even_scores
+from minitron.pruning.plan import Given, choose
 
 VARIANTS = [frozenset(layers) for layers in ([], [0], [3], [1, 2], [0, 2, 3])]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.cut import cut_tensor
-from minitron.prune.importance import (
+from minitron.pruning.cut import cut_tensor
+from minitron.pruning.importance import (
     CRITERIA,
     Scores,
     activation_scores,
@@ -24,7 +24,7 @@ from minitron.prune.importance import (
     magnitude_scores,
     random_scores,
 )
-from minitron.prune.plan import Plan
+from minitron.pruning.plan import Plan
 
 AGGREGATES = {
     "mean": lambda values: sum(values) / len(values),

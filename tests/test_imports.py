@@ -15,7 +15,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("gguf",),
     ("distillation", "report"),
     ("evaluation",),
-    ("prune",),
+    ("pruning",),
+    ("shapes",),
     ("recipe",),
     ("recipe_rules",),
     ("rundir",),
@@ -37,10 +38,8 @@ STAGES = {
         *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
         *("worker", "effects", "text", "progress", "typed_files"),
     ),
-    "prune": (
-        *("importance", "depth", "plan", "shapes", "search"),
-        *("cut", "scoring", "residual", "surgeon", "refit", "repair"),
-    ),
+    "pruning": ("importance", "depth", "plan", "cut", "scoring", "repair"),
+    "shapes": ("space", "rank"),
     "distillation": ("losses", "optim", "state", "trackers", "config", "train"),
     "evaluation": ("quality", "generate", "tasks"),
     "gguf": (

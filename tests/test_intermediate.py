@@ -18,7 +18,7 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.hidden_states import kept_states, layers_of
 from minitron.model.samples import Batch
-from minitron.prune.cut import cut
+from minitron.pruning.cut import cut
 
 SHAPE = Shape(layers=4, hidden=12, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)
 

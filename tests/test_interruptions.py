@@ -25,7 +25,7 @@ from minitron.distillation import train
 from minitron.distillation.train import graceful_stop
 from minitron.evaluation.tasks import sandbox
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.cut import cut
+from minitron.pruning.cut import cut
 
 # Of a run that is interrupted again and again: by what, each time after a part of the operations that are left.
 INTERRUPTIONS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP] * 2

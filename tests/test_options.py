@@ -33,8 +33,8 @@ from minitron.core.errors import NoEffect, RecipeError
 from minitron.data.corpus import DataConfig
 from minitron.demo import demo_recipe
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
-from minitron.prune.plan import PruneConfig
-from minitron.prune.repair import RepairConfig
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.writer import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.recipe_rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.report.card import write_card

@@ -18,7 +18,7 @@ from minitron.calibration.collect import Statistics
 from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.demo import HERE
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.cut import cut
+from minitron.pruning.cut import cut
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # A job in which the process whose rank is the argument fails while the other goes on to sum.

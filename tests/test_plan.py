@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.families import FAMILIES
-from minitron.prune.importance import Scores
-from minitron.prune.plan import (
+from minitron.pruning.importance import Scores
+from minitron.pruning.plan import (
     Given,
     Plan,
     PruneConfig,

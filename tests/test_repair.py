@@ -16,10 +16,11 @@ from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.stream import Stream
-from minitron.prune import repair as module
-from minitron.prune.importance import activation_scores
-from minitron.prune.plan import Plan, identity_plan
-from minitron.prune.repair import (
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import Plan, identity_plan
+from minitron.pruning.repair import writer as module
+from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
+from minitron.pruning.repair.writer import (
     BEST,
     REPAIRS,
     RepairConfig,
@@ -29,7 +30,6 @@ from minitron.prune.repair import (
     repaired_cut,
     resolve,
 )
-from minitron.prune.residual import Basis, Channels, basis_obstacle, read_norm, residual_basis
 
 TOKENS = tiny.tokens(8, 24)
 CUT = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 3, "layers": 3}
@@ -145,7 +145,7 @@ def activations(path: Path, name: str) -> Tensor:
 def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_finds(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.prune.surgeon.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint, ffn=23)
     mend(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
@@ -159,7 +159,7 @@ def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_find
 
 
 def test_least_squares_on_heads_is_the_regression_too(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("minitron.prune.surgeon.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, heads=4)
     mend(checkpoint, plan, tmp_path / "student", "heads_least_squares")
@@ -251,7 +251,7 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
-    monkeypatch.setattr("minitron.prune.refit.RIDGE", 1e-6)
+    monkeypatch.setattr("minitron.pruning.repair.refit.RIDGE", 1e-6)
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     checkpoint = open_checkpoint(path)
     plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))

@@ -11,8 +11,8 @@ import pytest
 
 from minitron.core.text import MISSING, duration, flops, share, short_count, size
 from minitron.evaluation.tasks.suite import SUITE
-from minitron.prune import repair
-from minitron.prune.plan import PruneConfig
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair import writer
 from minitron.report.choices import LAYER_CRITERIA, REPAIRS, kept_mass, layer_choices, search, shape, units, why
 from minitron.report.page import headline, render, write_report
 from minitron.report.plots import pareto_front
@@ -208,7 +208,7 @@ def test_a_basis_leaves_the_scores_of_hidden_channels_without_a_say(run: Path) -
 
 
 def test_every_repair_step_and_layer_criterion_is_explained(run: Path) -> None:
-    assert set(REPAIRS) == set(repair.REPAIRS)
+    assert set(REPAIRS) == set(writer.REPAIRS)
     assert set(LAYER_CRITERIA) == set(get_args(PruneConfig.model_fields["layer_criterion"].annotation))
     page = unescape(why(read_run(run)))
     assert [step for step in REPAIRS if f"<dt>{step}</dt><dd>{REPAIRS[step]}</dd>" in page] == example_run.REPAIRS

@@ -24,10 +24,10 @@ from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch
-from minitron.prune.plan import Plan
-from minitron.prune.shapes import SearchConfig
+from minitron.pruning.plan import Plan
 from minitron.recipe import build_recipe, load_recipe
 from minitron.run import run
+from minitron.shapes.space import SearchConfig
 from minitron.stages import calibration_tokens
 
 STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations", "gguf")

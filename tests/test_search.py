@@ -15,11 +15,11 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.importance import Scores, activation_scores
-from minitron.prune.plan import choose
-from minitron.prune.residual import reading_moment
-from minitron.prune.search import REPAIRED_POWERS, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
-from minitron.prune.shapes import Candidate, SearchConfig
+from minitron.pruning.importance import Scores, activation_scores
+from minitron.pruning.plan import choose
+from minitron.pruning.repair.residual_basis import reading_moment
+from minitron.shapes.rank import REPAIRED_POWERS, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
+from minitron.shapes.space import Candidate, SearchConfig
 
 STEPS = 64
 DISTILLED = SearchConfig(level="distilled", cut_candidates=12, distill_candidates=8)

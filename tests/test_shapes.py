@@ -12,8 +12,8 @@ from test_plan import REAL, TEACHER
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, kv_cache_bytes
 from minitron.model.families import FAMILIES, family_of
-from minitron.prune.plan import PruneConfig, require_cuttable, target_shape
-from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible, parse_sizes
+from minitron.pruning.plan import PruneConfig, require_cuttable, target_shape
+from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible, parse_sizes
 
 # (layers, heads, ffn, hidden) of P1's appendix, "Search Space".
 P1_CANDIDATES = {

@@ -8,7 +8,7 @@ import small
 import torch
 
 from minitron.data.corpus import batch_rows
-from minitron.prune.shapes import Machine, SearchConfig
+from minitron.shapes.space import Machine, SearchConfig
 from minitron.student_shape import judging_blocks, machine_for
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minitron.core.errors import PlanError
-from minitron.prune import surgeon as module
-from minitron.prune.surgeon import Surgeon
+from minitron.pruning.repair import columns as module
+from minitron.pruning.repair.columns import Surgeon
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.hidden_states import kept_states
 from minitron.model.samples import Separator
-from minitron.prune.cut import cut
+from minitron.pruning.cut import cut
 
 STEPS, BATCH, BLOCK = 10, 4, 16
 CONFIG = DistillConfig(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from minitron.model.architecture import Shape
-from minitron.prune.plan import Plan
+from minitron.pruning.plan import Plan
 
 logging.disable_progress_bar()  # as the command line does: tests read what it prints
 

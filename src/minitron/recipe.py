@@ -17,9 +17,9 @@ from minitron.data.corpus import DataConfig
 from minitron.distillation.config import DistillConfig
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
-from minitron.prune.plan import PruneConfig
-from minitron.prune.repair import RepairConfig
-from minitron.prune.shapes import SearchConfig
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.writer import RepairConfig
+from minitron.shapes.space import SearchConfig
 
 # Complete recipes of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"

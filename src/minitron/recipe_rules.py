@@ -11,9 +11,9 @@ from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, source
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import DIVERGENCES
 from minitron.model.architecture import PRUNABLE
-from minitron.prune.repair import Choice
-from minitron.prune.shapes import SearchConfig
+from minitron.pruning.repair.writer import Choice
 from minitron.recipe import Recipe
+from minitron.shapes.space import SearchConfig
 
 ROWS, PLAIN = (".jsonl", ".parquet"), (".txt", ".md")  # suffixes of text that is rows, and of text that is one piece
 

@@ -44,9 +44,9 @@ from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.model.weight_files import has_weights, stored_tensors
-from minitron.prune.cut import cut
-from minitron.prune.importance import Scores, even_scores
-from minitron.prune.plan import (
+from minitron.pruning.cut import cut
+from minitron.pruning.importance import Scores, even_scores
+from minitron.pruning.plan import (
     Given,
     Plan,
     PruneConfig,
@@ -57,14 +57,14 @@ from minitron.prune.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.prune.repair import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
-from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
-from minitron.prune.shapes import SearchConfig
+from minitron.pruning.repair.writer import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
+from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_distill_effects
 from minitron.run import bounded, require_correctable
 from minitron.rundir import RUN_ENTRIES, RunDirectory, read_record
+from minitron.shapes.space import SearchConfig
 from minitron.stages import (
     block_length,
     calibrate_on,

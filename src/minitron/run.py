@@ -21,15 +21,15 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
-from minitron.prune.plan import given_layers, target_shape
-from minitron.prune.repair import choice_left
-from minitron.prune.repair import resolve as resolve_repair
-from minitron.prune.scoring import score_units
-from minitron.prune.shapes import needs_machine
+from minitron.pruning.plan import given_layers, target_shape
+from minitron.pruning.repair.writer import choice_left
+from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.scoring import score_units
 from minitron.recipe import Recipe
 from minitron.recipe_rules import require_choice_effects, require_recipe_effects
 from minitron.report.records import RunRecords
 from minitron.rundir import RUN_ENTRIES, RunDirectory
+from minitron.shapes.space import needs_machine
 from minitron.stages import (
     STATISTICS,
     block_length,

@@ -55,10 +55,10 @@ from minitron.model.describe import describe
 from minitron.model.model_config import ModelConfig
 from minitron.model.naming import run_name
 from minitron.model.samples import Separator
-from minitron.prune.importance import Scores
-from minitron.prune.plan import Given, Plan, PruneConfig, given_layers, step_shapes
-from minitron.prune.repair import Repaired, Step, needed_steps, repaired_cut
-from minitron.prune.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
+from minitron.pruning.importance import Scores
+from minitron.pruning.plan import Given, Plan, PruneConfig, given_layers, step_shapes
+from minitron.pruning.repair.writer import Repaired, Step, needed_steps, repaired_cut
+from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
 from minitron.report.page import write_report

@@ -22,13 +22,13 @@ from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
-from minitron.prune.importance import Scores
-from minitron.prune.plan import PruneConfig
-from minitron.prune.residual import reading_moment
-from minitron.prune.search import Ranked, distilled_steps, predictor, rank
-from minitron.prune.shapes import Candidate, Machine, SearchConfig, feasible
+from minitron.pruning.importance import Scores
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.recipe import Recipe
 from minitron.rundir import RunDirectory, read_record
+from minitron.shapes.rank import Ranked, distilled_steps, predictor, rank
+from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible
 
 PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 

@@ -113,9 +113,9 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
 
 
 def search(args: argparse.Namespace, console: Console) -> None:
-    from minitron.prune.plan import PruneConfig
-    from minitron.prune.shapes import SearchConfig
+    from minitron.pruning.plan import PruneConfig
     from minitron.rooms import search_model
+    from minitron.shapes.space import SearchConfig
 
     pairs = [part.partition("=") for part in args.dims]
     if bad := [dim + equals + sizes for dim, equals, sizes in pairs if not sizes]:
@@ -150,7 +150,7 @@ def search(args: argparse.Namespace, console: Console) -> None:
 
 
 def prune(args: argparse.Namespace, console: Console) -> None:
-    from minitron.prune.plan import PruneConfig
+    from minitron.pruning.plan import PruneConfig
     from minitron.rooms import prune_model
 
     units = [name for name in ("shape", "layers", "plan") if getattr(args, name)]

@@ -27,7 +27,7 @@ from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
 from minitron.model.samples import Separator
 from minitron.model.stream import Stream, default_batch
-from minitron.prune.cut import (
+from minitron.pruning.cut import (
     cut,
     embedding_gain,
     kept_rows,
@@ -36,10 +36,11 @@ from minitron.prune.cut import (
     student_config,
     writing_order,
 )
-from minitron.prune.importance import Scores
-from minitron.prune.plan import Given, Plan, PruneConfig, Units, step_shapes
-from minitron.prune.refit import refit, require_refit, row_runs
-from minitron.prune.residual import (
+from minitron.pruning.importance import Scores
+from minitron.pruning.plan import Given, Plan, PruneConfig, Units, step_shapes
+from minitron.pruning.repair.columns import Surgeon
+from minitron.pruning.repair.refit import refit, require_refit, row_runs
+from minitron.pruning.repair.residual_basis import (
     Channels,
     Residual,
     basis_obstacle,
@@ -48,7 +49,6 @@ from minitron.prune.residual import (
     residual_basis,
     scale_of,
 )
-from minitron.prune.surgeon import Surgeon
 
 Step = Literal[
     "norm_gain", "basis", "ffn_least_squares", "ffn_obs", "heads_least_squares", "heads_obs", "residual_heads", "refit"

@@ -18,7 +18,7 @@ from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.reading import read_json
 from minitron.core.typed_files import as_typed
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
-from minitron.prune.importance import Aggregate, Scores
+from minitron.pruning.importance import Aggregate, Scores
 
 Units = tuple[int, ...]
 WHOSE = ("teacher", "student")

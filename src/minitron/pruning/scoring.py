@@ -14,10 +14,10 @@ from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Separator
-from minitron.prune.cut import cut
-from minitron.prune.depth import by_loss, by_task, contiguous_blocks, leave_one_out
-from minitron.prune.importance import CRITERIA, Scores
-from minitron.prune.plan import Given, Plan, PruneConfig, choose, compose, given_layers, step_shapes
+from minitron.pruning.cut import cut
+from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.importance import CRITERIA, Scores
+from minitron.pruning.plan import Given, Plan, PruneConfig, choose, compose, given_layers, step_shapes
 
 
 @dataclass(frozen=True)

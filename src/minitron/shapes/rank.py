@@ -18,8 +18,8 @@ from torch import Tensor
 
 from minitron.calibration.collect import Statistics
 from minitron.model.architecture import Shape
-from minitron.prune.importance import Scores
-from minitron.prune.shapes import Candidate, SearchConfig
+from minitron.pruning.importance import Scores
+from minitron.shapes.space import Candidate, SearchConfig
 
 # How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
 # alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).

@@ -23,10 +23,10 @@ from minitron.model.logits import float32_logits
 from minitron.model.norms import normalized
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
-from minitron.prune.cut import embedding_gain, kept_rows, writing_order
-from minitron.prune.plan import Plan
-from minitron.prune.residual import Residual, read_norm
-from minitron.prune.surgeon import correlation_factor
+from minitron.pruning.cut import embedding_gain, kept_rows, writing_order
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair.columns import correlation_factor
+from minitron.pruning.repair.residual_basis import Residual, read_norm
 
 # Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.
 RIDGE = 0.01

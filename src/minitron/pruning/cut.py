@@ -17,7 +17,7 @@ from minitron.model.architecture import Architecture, Axis, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
 from minitron.model.hugging_face import transformers_config
 from minitron.model.weights import runs
-from minitron.prune.plan import Plan
+from minitron.pruning.plan import Plan
 
 # Integers of an element's width.
 _BITS = {2: torch.int16, 4: torch.int32}

@@ -1,1 +1,0 @@
-"""What to remove, and removing it: statistics -> scores -> plan -> pruned checkpoint."""
