@@ -34,9 +34,9 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
 	$(BIN)/python docs/notebook.py > examples/demo.ipynb
 
-# Trains the model that ships in src/minitron/demo/demo-teacher again; about an hour on two cores.
+# Trains the model that ships in src/minitron/assets/demo-teacher again; about an hour on two cores.
 demo-teacher: $(INSTALLED)
-	$(BIN)/python benchmarks/train_demo_teacher.py --out src/minitron/demo/demo-teacher
+	$(BIN)/python benchmarks/train_demo_teacher.py --out src/minitron/assets/demo-teacher
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from measure import header, publish, table
 
-from minitron import demo
 from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
@@ -22,9 +21,9 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.scoring import score_units
+from minitron.recipe import DEMO_TEACHER
 from minitron.stages import calibrate_tokens, calibration_tokens
 
-DEMO = Path(demo.__file__).parent / "demo-teacher"
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.
 PAPER = {
     ("l2", "mean"): 7.18,
@@ -42,7 +41,7 @@ TARGETS = ("70%", "50%")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--name", default="The demo teacher", help="what the result calls the model")
     parser.add_argument("--samples", type=int, default=256, help="calibration blocks")

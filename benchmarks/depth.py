@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from aggregators import DEMO
 from measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig
@@ -27,12 +26,13 @@ from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.pruning.importance import block_influence, even_scores
 from minitron.pruning.plan import Given, choose
+from minitron.recipe import DEMO_TEACHER
 from minitron.stages import calibrate_tokens, calibration_tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--task", help="a .jsonl file of multiple-choice questions; default: no task criterion")
     parser.add_argument("--name", default="The demo teacher", help="what the result calls the model")

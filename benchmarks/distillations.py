@@ -20,7 +20,6 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.cli import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, batch_rows, open_corpus, prepare
-from minitron.demo import HERE as DEMO
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.recording import write_lessons
@@ -31,6 +30,7 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.writer import BEST, Step, repaired_cut
+from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {
     "plain": [],
@@ -55,7 +55,7 @@ BLOCK_TOKENS, SAMPLES, HELDOUT_BLOCKS = 256, 256, 128
 def arguments(description: str, *, data: str | None = "builtin") -> argparse.ArgumentParser:
     """What every benchmark of distillations can be told; without a default for `data`, it must be given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "demo-teacher")
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
     parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
     parser.add_argument("--data", default=data, required=data is None)
     parser.add_argument("--heldout")

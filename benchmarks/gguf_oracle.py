@@ -28,12 +28,12 @@ from measure import header, publish, table
 
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
-from minitron.demo import HERE
 from minitron.gguf.config import LADDER
 from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.types import file_keys, mixture, write_quantized
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.recipe import DEMO_TEACHER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import golden_models
@@ -115,7 +115,7 @@ def compared(
 
 
 def importance_compared(work: Path, tools: Path, text: Path | None) -> str:
-    checkpoint = open_checkpoint(HERE / "demo-teacher")
+    checkpoint = open_checkpoint(DEMO_TEACHER)
     model, plain = describe(checkpoint), work / "demo.gguf"
     write_gguf(model, plain, plain_types(model, BlockType.F32), keys=file_keys("F32", None, ""))
     source, theirs = work / "text.txt", work / "theirs.gguf"

@@ -15,13 +15,13 @@ from pathlib import Path
 from measure import header, publish, table
 
 from minitron.data.corpus import DataConfig
-from minitron.demo import HERE
 from minitron.gguf.config import LADDER, QuantizeConfig
 from minitron.gguf.file import bits_per_weight, describe
 from minitron.gguf.quantize import TABLE
 from minitron.gguf.types import mixture
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
+from minitron.recipe import DEMO_TEACHER
 
 AGAINST = "Q4_K_M,IQ4_XS,Q3_K_M"
 BAR, MOONSHOT = 0.9, 0.75
@@ -29,7 +29,7 @@ BAR, MOONSHOT = 0.9, 0.75
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=HERE / "demo-teacher")
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
     parser.add_argument("--name", default="the demo teacher")
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--heldout")

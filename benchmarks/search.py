@@ -25,7 +25,6 @@ from minitron.calibration.collect import CalibrateConfig, Statistics, pass_optio
 from minitron.cli import keep_freed_memory
 from minitron.core.progress import SILENT
 from minitron.data.corpus import Corpus, DataConfig, prepare
-from minitron.demo import HERE
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
@@ -36,6 +35,7 @@ from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import RepairConfig, Step, repaired_cut
 from minitron.pruning.repair.writer import resolve as resolve_repair
 from minitron.pruning.scoring import score_units
+from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
 from minitron.stages import calibrate_on, calibration_tokens
@@ -69,7 +69,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=HERE / "demo-teacher")
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--dims", nargs="*", default=["layers=3-6", "hidden=128-256/32", "ffn=192-704/32"])
     parser.add_argument("--window", type=float, default=0.04)

@@ -18,13 +18,13 @@ from full_size import CASES, write_model
 from measure import header, publish, table
 
 from minitron.core.text import rate, short_count, shown, size, with_range
-from minitron.demo import HERE
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import even_scores
 from minitron.pruning.plan import choose, with_sizes
+from minitron.recipe import DEMO_TEACHER
 from minitron.speed_room import measure_models
 
 PART = 16
@@ -67,7 +67,7 @@ to one at a sixteenth, is not that of 32 layers to 16.
 
 
 def of_demo(work: Path, options: dict[str, Any]) -> list[str]:
-    teacher, student = HERE / "demo-teacher", work / "demo-student"
+    teacher, student = DEMO_TEACHER, work / "demo-student"
     checkpoint = open_checkpoint(teacher)
     shape = with_sizes(checkpoint.shape, **DEMO_SHAPE)
     student.mkdir()

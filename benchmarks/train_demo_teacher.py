@@ -1,4 +1,4 @@
-"""Train the demo teacher that ships in src/minitron/demo_teacher: tokenizer and model, from nothing, on one CPU.
+"""Train the demo teacher that ships in src/minitron/assets/demo-teacher: tokenizer and model, from nothing, on one CPU.
 
     python benchmarks/train_demo_teacher.py --out /tmp/demo-teacher [--tokens 24000000] [--threads 2]
 

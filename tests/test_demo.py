@@ -6,30 +6,28 @@ import pytest
 
 from minitron.core.errors import RecipeError
 from minitron.data.corpus import DataConfig, builtin_documents, is_heldout
-from minitron.demo import HERE, demo_recipe
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.pruning.plan import target_shape
-
-TEACHER = HERE / "demo-teacher"
+from minitron.recipe import DEMO_TEACHER, demo_recipe
 
 
 def test_the_demo_teacher_is_small_and_in_bfloat16() -> None:
-    teacher = open_checkpoint(TEACHER)
+    teacher = open_checkpoint(DEMO_TEACHER)
     assert 4e6 <= teacher.parameters.total <= 8e6
     assert str(teacher.dtype) == "torch.bfloat16"
-    assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 16e6
-    assert "held-out loss" in (TEACHER / "README.md").read_text().lower()
+    assert sum(path.stat().st_size for path in DEMO_TEACHER.iterdir()) <= 16e6
+    assert "held-out loss" in (DEMO_TEACHER / "README.md").read_text().lower()
 
 
 def test_the_demo_student_keeps_at_most_55_percent() -> None:
-    teacher, recipe = open_checkpoint(TEACHER), demo_recipe()
+    teacher, recipe = open_checkpoint(DEMO_TEACHER), demo_recipe()
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
     kept = teacher.architecture.count(shape, teacher.config).non_embedding / teacher.parameters.non_embedding
     assert 0.4 <= kept <= 0.55
 
 
 def test_the_demo_tokenizer_gives_back_every_character() -> None:
-    tokenizer = load_tokenizer(TEACHER)
+    tokenizer = load_tokenizer(DEMO_TEACHER)
     text = "def f(x):\n\treturn x ** 2  # é → 你好\r\n\n    'end'"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 

@@ -17,7 +17,7 @@ def dry_run(name: str, teacher: Published, at: Path, **options: Any) -> dict[str
 
 
 def test_every_shipped_recipe_is_held_against_a_published_model() -> None:
-    assert {file.stem for file in SHIPPED.glob("*.yaml")} == RECIPES.keys()
+    assert {file.stem for file in SHIPPED.glob("*.yaml")} == RECIPES.keys() | {"demo"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

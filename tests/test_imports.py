@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("student_shape",),
     ("stages",),
     ("run",),
-    ("rooms", "demo", "estimate"),
+    ("rooms", "estimate"),
     ("gguf_rooms",),
     ("speed_room",),
     ("console",),

@@ -31,7 +31,6 @@ from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
 from minitron.data.corpus import DataConfig
-from minitron.demo import demo_recipe
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.writer import RepairConfig
@@ -849,7 +848,7 @@ def test_a_key_may_need_several_others(overrides: list[str], message: str) -> No
         require_recipe_effects(build_recipe(BASE, overrides))
 
 
-RECIPES = {path.stem: load_recipe(path) for path in SHIPPED.glob("*.yaml")} | {"demo": demo_recipe()}
+RECIPES = {path.stem: load_recipe(path) for path in SHIPPED.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,9 +16,9 @@ from processes import forked
 from minitron import cli
 from minitron.calibration.collect import Statistics
 from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
-from minitron.demo import HERE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
+from minitron.recipe import DEMO_TEACHER
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # A job in which the process whose rank is the argument fails while the other goes on to sum.
@@ -83,7 +83,7 @@ READS = """
 import sys
 from pathlib import Path
 import torch
-from minitron.demo import HERE
+from minitron.recipe import DEMO_TEACHER
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.checkpoint import open_checkpoint
 from minitron.core.parallel import process_group
@@ -92,7 +92,7 @@ def bytes_read():
     return int(Path("/proc/self/io").read_text().split()[1])
 
 with process_group() as here:
-    teacher = open_checkpoint(HERE / "demo-teacher")
+    teacher = open_checkpoint(DEMO_TEACHER)
     before = bytes_read()
     OnlineTeacher(teacher.path, teacher, torch.float32, torch.device("cpu"))
     print(bytes_read() - before, flush=True)
@@ -214,7 +214,7 @@ def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
     (tmp_path / "reads.py").write_text(READS)
     done = forked(2, "reads.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = (HERE / "demo-teacher" / "model.safetensors").stat().st_size
+    whole = (DEMO_TEACHER / "model.safetensors").stat().st_size
     for read in map(int, done.stdout.split()):
         assert 0.5 * whole < read < 0.65 * whole
 

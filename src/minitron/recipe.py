@@ -21,8 +21,9 @@ from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.writer import RepairConfig
 from minitron.shapes.space import SearchConfig
 
-# Complete recipes of the published models, by name.
+# Complete recipes of the demo and of the published models, by name.
 SHIPPED = Path(__file__).parent / "recipes"
+DEMO_TEACHER = Path(__file__).parent / "assets" / "demo-teacher"
 
 
 class Recipe(Section):
@@ -90,7 +91,17 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path, _Loader, RecipeError)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must be a mapping of recipe keys")
+    if path.parent == SHIPPED and str(raw.get("model")).startswith("../"):  # a model that ships too
+        raw["model"] = str((SHIPPED / raw["model"]).resolve())
     return build_recipe(raw, overrides, where=str(path))
+
+
+def demo_recipe(overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of the demo, which halves a small Llama that writes Python.
+
+    Raises: RecipeError for a bad override.
+    """
+    return load_recipe(SHIPPED / "demo.yaml", overrides)
 
 
 def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:

@@ -25,7 +25,7 @@ from minitron.result_text import (
 
 
 def demo(args: argparse.Namespace, console: Console) -> None:
-    from minitron.demo import demo_recipe
+    from minitron.recipe import demo_recipe
     from minitron.run import run
 
     console.note("The demo teacher writes Python; half of it is cut away and the rest is taught again.")
