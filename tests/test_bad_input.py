@@ -12,7 +12,7 @@ from bad_targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from mutations import Mutation
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.writer import Step
 from minitron.report.choices import LAYER_CRITERIA, REPAIRS

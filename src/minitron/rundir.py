@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.core.config import Section
 from minitron.core.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.core.errors import CheckpointError, RunError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.calibration.collect import Statistics
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError

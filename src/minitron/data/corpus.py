@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.typed_files import read_typed

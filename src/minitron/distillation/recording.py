@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.core.device import pick_device
 from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json

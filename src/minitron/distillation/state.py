@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.core.device import versions
 from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError

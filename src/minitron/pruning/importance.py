@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed

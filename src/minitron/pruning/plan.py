@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.calibration.collect import PER_LAYER
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import PlanError, did_you_mean

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from minitron import layouts
+from minitron.core import layouts
 from minitron.core.errors import RunError
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.corpus import TEACHER
