@@ -18,11 +18,11 @@ from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.pipeline.stages import calibrate_tokens, calibration_tokens
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.scoring import score_units
 from minitron.recipe import DEMO_TEACHER
-from minitron.stages import calibrate_tokens, calibration_tokens
 
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.
 PAPER = {

@@ -22,12 +22,12 @@ from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.pipeline.stages import calibrate_tokens, calibration_tokens
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.pruning.importance import block_influence, even_scores
 from minitron.pruning.plan import Given, choose
 from minitron.recipe import DEMO_TEACHER
-from minitron.stages import calibrate_tokens, calibration_tokens
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def save_byte_tokenizer(path: Path) -> None:
 def header(title: str) -> str:
     """Markdown: what was run, where and with what."""
     from minitron.core.device import versions
-    from minitron.rundir import hardware
+    from minitron.pipeline.directory import hardware
 
     machine = hardware()
     facts = {

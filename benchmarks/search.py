@@ -30,6 +30,8 @@ from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.pipeline.stages import calibrate_on, calibration_tokens
+from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import RepairConfig, Step, repaired_cut
@@ -38,8 +40,6 @@ from minitron.pruning.scoring import score_units
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
-from minitron.stages import calibrate_on, calibration_tokens
-from minitron.student_shape import judging_blocks
 
 BLOCK_TOKENS, SEED = 256, 0
 HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron import cli
 from minitron.console import Console
+from minitron.pipeline.directory import RunDirectory
 from minitron.pruning.plan import Plan
-from minitron.rundir import RunDirectory
 
 SHAPE = "hidden=24,ffn=24,layers=3"
 PROMPT = "the rain in"

@@ -19,9 +19,9 @@ from minitron.distillation.config import DistillConfig, num_steps, of_correction
 from minitron.distillation.train import CORRECTED, distill, learning_rate
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint
+from minitron.pipeline.run import run
 from minitron.pruning.cut import cut
 from minitron.recipe import build_recipe, load_recipe
-from minitron.run import run
 
 STEPS, OWN_STEPS, BATCH, BLOCK, CLIP = 6, 4, 4, 16, 0.05
 CONFIG = DistillConfig(

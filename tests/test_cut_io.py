@@ -22,11 +22,11 @@ from minitron.core.errors import CheckpointError, RunError
 from minitron.core.files import atomic_directory
 from minitron.model import weights
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.pipeline.directory import RunDirectory
+from minitron.pipeline.stages import prune
 from minitron.pruning.cut import cut, cut_tensor, kept_rows
 from minitron.pruning.plan import Plan, identity_plan
 from minitron.pruning.repair.writer import Repaired
-from minitron.rundir import RunDirectory
-from minitron.stages import prune
 
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = {"layers": 3, "hidden": 24, "ffn": 23, "kv_heads": 2, "heads": 2}

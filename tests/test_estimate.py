@@ -7,8 +7,8 @@ import pytest
 from published import MODELS, RECIPES, Published
 
 from minitron.core.errors import CheckpointError, RecipeError
-from minitron.estimate import Gpus, estimate
 from minitron.model.model_config import open_config
+from minitron.pipeline.estimate import Gpus, estimate
 from minitron.recipe import SHIPPED, find_recipe, load_recipe
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from minitron.core.errors import CheckpointError, UnsupportedArchitecture
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
+from minitron.pipeline.run import run
 from minitron.recipe import build_recipe
-from minitron.run import run
 
 # One variant of each family.
 FIRST = {family: variant for variant, (family, _) in reversed(tiny.VARIANTS.items())}

@@ -9,7 +9,6 @@ ROOT = Path(minitron.__file__).parent
 # Lowest first. A part imports only from lower rows and from itself; the rooms, side by side in one row, not each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("core",),
-    ("layouts",),
     ("model",),
     ("data", "calibration"),
     ("gguf",),
@@ -18,12 +17,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("pruning",),
     ("shapes",),
     ("recipe",),
-    ("recipe_rules",),
-    ("rundir",),
-    ("student_shape",),
-    ("stages",),
-    ("run",),
-    ("rooms", "estimate"),
+    ("pipeline",),
+    ("rooms",),
     ("gguf_rooms",),
     ("speed_room",),
     ("console",),
@@ -36,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 STAGES = {
     "core": (
         *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
-        *("worker", "effects", "text", "progress", "typed_files"),
+        *("worker", "effects", "text", "progress", "typed_files", "layouts"),
     ),
     "pruning": ("importance", "depth", "plan", "cut", "scoring", "repair"),
     "shapes": ("space", "rank"),
@@ -47,6 +42,7 @@ STAGES = {
         *("mixtures", "quantize"),
     ),
     "data": ("sources", "overlap", "corpus", "sampling"),
+    "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
         *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),

@@ -18,8 +18,8 @@ from minitron.distillation.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch, Separator
+from minitron.pipeline.run import run
 from minitron.recipe import build_recipe
-from minitron.run import run
 
 CPU = torch.device("cpu")
 

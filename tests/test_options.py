@@ -25,17 +25,18 @@ import small
 import yaml
 from huggingface_hub import constants
 
-from minitron import cli, recipe_rules
+import minitron.pipeline.rules as recipe_rules
+from minitron import cli
 from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
 from minitron.data.corpus import DataConfig
 from minitron.option_rules import OF_CUT, RULES, given_options, require_options
+from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.writer import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
-from minitron.recipe_rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.report.card import write_card
 from minitron.report.records import read_run
 from minitron.rooms import prune_model

@@ -24,11 +24,11 @@ from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch
+from minitron.pipeline.run import run
+from minitron.pipeline.stages import calibration_tokens
 from minitron.pruning.plan import Plan
 from minitron.recipe import build_recipe, load_recipe
-from minitron.run import run
 from minitron.shapes.space import SearchConfig
-from minitron.stages import calibration_tokens
 
 STAGES = ("data", "statistics", "scores", "plan", "pruned", "student", "scratch", "evaluations", "gguf")
 FILES = (

@@ -8,8 +8,8 @@ import pytest
 
 from minitron.core.device import EnergyCounter
 from minitron.core.errors import CheckpointError, RunError
+from minitron.pipeline.directory import RunDirectory
 from minitron.recipe import Recipe, build_recipe, load_recipe
-from minitron.rundir import RunDirectory
 
 RECORD = {
     "stage", "inputs", "config", "result", "started", "seconds", "peak_memory_bytes", "energy_joules", "versions",

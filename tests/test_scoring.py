@@ -13,12 +13,12 @@ import torch
 from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.pipeline.run import run
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, contiguous_blocks, leave_one_out
 from minitron.pruning.plan import Plan, PruneConfig, choose, step_shapes
 from minitron.pruning.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
 from minitron.recipe import build_recipe
-from minitron.run import run
 
 QUESTIONS = [{"ctx": "the rain in", "endings": ["the plain", "a boat"], "label": number % 2} for number in range(5)]
 

@@ -8,8 +8,8 @@ import small
 import torch
 
 from minitron.data.corpus import batch_rows
+from minitron.pipeline.student_shape import judging_blocks, machine_for
 from minitron.shapes.space import Machine, SearchConfig
-from minitron.student_shape import judging_blocks, machine_for
 
 
 @pytest.mark.parametrize("num_blocks", [5, 10_000])

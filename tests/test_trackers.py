@@ -17,9 +17,9 @@ from minitron.data.corpus import DataConfig
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.trackers import REQUIREMENTS, TrackerName, tracked
+from minitron.pipeline.run import run
 from minitron.recipe import build_recipe
 from minitron.rooms import distill_models
-from minitron.run import run
 
 Shown = dict[tuple[str, int], list[float]]  # name of a number and step -> every value shown
 

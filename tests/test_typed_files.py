@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import DataError, RunError
+from minitron.core.layouts import LESSONS, LOGGED, RECORD
 from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
 from minitron.data.corpus import open_corpus, require_undamaged
-from minitron.core.layouts import LESSONS, LOGGED, RECORD
 from minitron.model.checkpoint import open_checkpoint
 from minitron.report.page import render
 from minitron.report.records import read_run

@@ -39,8 +39,8 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.model.naming import model_name
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
+from minitron.pipeline.stages import block_length, calibration_tokens
 from minitron.rooms import corpus_for, keep_sampled
-from minitron.stages import block_length, calibration_tokens
 
 SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
 Result = TypeVar("Result")

@@ -68,7 +68,7 @@ def require_options(args: Args) -> None:
 
 def require_cut_options(args: Args, needs: Any) -> None:
     """The same of `minitron prune`, once it is known what the cut needs: a `CutNeeds`."""
-    from minitron.recipe_rules import OF_CHOICE
+    from minitron.pipeline.rules import OF_CHOICE
 
     require_effects({f"prune.{name}" for name in args.given}, OF_CHOICE, needs.choice, spelled=option)
     given = set(args.given) - ({"repair"} if args.repair in ("auto", "none") else set())
@@ -112,7 +112,7 @@ def _takes_importance(args: Args) -> bool:
 def _reads_rows(args: Args) -> bool:
     """Whether the text may be rows; that which `--set` names is not known here."""
     from minitron.data.corpus import BUILTIN, DataConfig
-    from minitron.recipe_rules import reads_rows
+    from minitron.pipeline.rules import reads_rows
 
     if any(text.startswith(("data.source=", "data.heldout=")) for text in getattr(args, "set", [])):
         return True
@@ -120,7 +120,7 @@ def _reads_rows(args: Args) -> bool:
 
 
 def _is_on_the_hub(args: Args) -> bool:
-    from minitron.recipe_rules import is_local
+    from minitron.pipeline.rules import is_local
 
     return not is_local(args.model)
 

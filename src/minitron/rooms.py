@@ -44,6 +44,24 @@ from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
 from minitron.model.weight_files import has_weights, stored_tensors
+from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
+from minitron.pipeline.rules import require_distill_effects
+from minitron.pipeline.run import bounded, require_correctable
+from minitron.pipeline.stages import (
+    block_length,
+    calibrate_on,
+    calibrate_tokens,
+    calibration_tokens,
+    correct,
+    make_corpus,
+    prepare_data,
+    record_lessons,
+    repairing,
+    scoring_on,
+    student_maker,
+    teach,
+)
+from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import Scores, even_scores
 from minitron.pruning.plan import (
@@ -61,25 +79,7 @@ from minitron.pruning.repair.writer import CutNeeds, RepairConfig, Step, choice_
 from minitron.pruning.repair.writer import resolve as resolve_repair
 from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.recipe import Recipe
-from minitron.recipe_rules import require_distill_effects
-from minitron.run import bounded, require_correctable
-from minitron.rundir import RUN_ENTRIES, RunDirectory, read_record
 from minitron.shapes.space import SearchConfig
-from minitron.stages import (
-    block_length,
-    calibrate_on,
-    calibrate_tokens,
-    calibration_tokens,
-    correct,
-    make_corpus,
-    prepare_data,
-    record_lessons,
-    repairing,
-    scoring_on,
-    student_maker,
-    teach,
-)
-from minitron.student_shape import feasible_for, machine_for, ranked
 
 
 def inspect_model(path: Path) -> dict[str, Any]:

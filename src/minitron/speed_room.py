@@ -35,7 +35,7 @@ from minitron.gguf.reader import is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
-from minitron.rundir import hardware
+from minitron.pipeline.directory import hardware
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)

@@ -25,8 +25,8 @@ from minitron.result_text import (
 
 
 def demo(args: argparse.Namespace, console: Console) -> None:
+    from minitron.pipeline.run import run
     from minitron.recipe import demo_recipe
-    from minitron.run import run
 
     console.note("The demo teacher writes Python; half of it is cut away and the rest is taught again.")
     _show_run(run(demo_recipe(args.set), args.out, console), console)
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _run_recipe(recipe: Any, out: Path, args: argparse.Namespace, console: Console) -> None:
-    from minitron.estimate import Gpus, estimate
-    from minitron.run import run
+    from minitron.pipeline.estimate import Gpus, estimate
+    from minitron.pipeline.run import run
 
     if not args.dry_run:
         return _show_run(run(recipe, out, console), console)

@@ -26,8 +26,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minitron.core import layouts
-from minitron.core import parallel
+from minitron.core import layouts, parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, compute_dtype, pick_device, sums_device
 from minitron.core.errors import PlanError, RunError

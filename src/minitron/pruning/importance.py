@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.core import layouts
 from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
+from minitron.core import layouts
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
 from minitron.model.architecture import Shape

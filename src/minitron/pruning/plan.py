@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from minitron.core import layouts
 from minitron.calibration.collect import PER_LAYER
+from minitron.core import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.reading import read_json

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.core import layouts
 from minitron.calibration.collect import Statistics
+from minitron.core import layouts
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
@@ -22,11 +22,11 @@ from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
+from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.importance import Scores
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.recipe import Recipe
-from minitron.rundir import RunDirectory, read_record
 from minitron.shapes.rank import Ranked, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible
 

@@ -9,9 +9,9 @@ from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.describe import describe, describe_shape, forward_flops
 from minitron.model.model_config import ModelConfig, open_config
+from minitron.pipeline.run import resolve
+from minitron.pipeline.stages import block_length
 from minitron.recipe import Recipe
-from minitron.run import resolve
-from minitron.stages import block_length
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
 UTILISATION = 0.25

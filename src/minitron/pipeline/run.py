@@ -21,16 +21,9 @@ from minitron.model.checkpoint import (
     resolve_model,
 )
 from minitron.model.model_config import ModelConfig
-from minitron.pruning.plan import given_layers, target_shape
-from minitron.pruning.repair.writer import choice_left
-from minitron.pruning.repair.writer import resolve as resolve_repair
-from minitron.pruning.scoring import score_units
-from minitron.recipe import Recipe
-from minitron.recipe_rules import require_choice_effects, require_recipe_effects
-from minitron.report.records import RunRecords
-from minitron.rundir import RUN_ENTRIES, RunDirectory
-from minitron.shapes.space import needs_machine
-from minitron.stages import (
+from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
+from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
+from minitron.pipeline.stages import (
     STATISTICS,
     block_length,
     collect_statistics,
@@ -52,7 +45,14 @@ from minitron.stages import (
     task_digest,
     teach,
 )
-from minitron.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
+from minitron.pipeline.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
+from minitron.pruning.plan import given_layers, target_shape
+from minitron.pruning.repair.writer import choice_left
+from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.scoring import score_units
+from minitron.recipe import Recipe
+from minitron.report.records import RunRecords
+from minitron.shapes.space import needs_machine
 
 
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:

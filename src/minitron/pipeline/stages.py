@@ -55,6 +55,7 @@ from minitron.model.describe import describe
 from minitron.model.model_config import ModelConfig
 from minitron.model.naming import run_name
 from minitron.model.samples import Separator
+from minitron.pipeline.directory import RunDirectory
 from minitron.pruning.importance import Scores
 from minitron.pruning.plan import Given, Plan, PruneConfig, given_layers, step_shapes
 from minitron.pruning.repair.writer import Repaired, Step, needed_steps, repaired_cut
@@ -63,7 +64,6 @@ from minitron.recipe import Recipe
 from minitron.report.card import write_card
 from minitron.report.page import write_report
 from minitron.report.records import RunRecords, read_run
-from minitron.rundir import RunDirectory
 
 LARGEST_DEFAULT_BLOCK = 2048
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less

@@ -1,0 +1,1 @@
+"""A run: stages in their order, each done once."""
