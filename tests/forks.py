@@ -96,7 +96,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _import_everything() -> None:
     import xllamacpp  # noqa: F401
 
-    import minitron.cli
+    import minitron.cli.main
     import minitron.evaluation.tasks.harness
     import minitron.gguf_rooms
     import minitron.report.comparison
@@ -123,7 +123,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _run(request: dict[str, Any]) -> int:
     """The command in this process; returns its exit code."""
-    from minitron import cli
+    from minitron.cli.main import main
 
     os.setpgid(0, 0)
     for number, name in ((1, request["said"][0]), (2, request["said"][1])):
@@ -141,7 +141,7 @@ def _run(request: dict[str, Any]) -> int:
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False)
     try:
-        code = cli.main(request["command"])
+        code = main(request["command"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:

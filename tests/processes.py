@@ -14,7 +14,7 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "minitron.cli",
+        "minitron.cli.main",
         "minitron.distillation.train",
         "torch.distributed.fsdp",
         "transformers.models.llama.modeling_llama",

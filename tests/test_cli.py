@@ -22,8 +22,8 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron import cli
-from minitron.console import Console
+from minitron.cli import main as cli
+from minitron.cli.console import Console
 from minitron.pipeline.directory import RunDirectory
 from minitron.pruning.plan import Plan
 

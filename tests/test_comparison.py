@@ -10,7 +10,7 @@ import example_run
 import pytest
 import yaml
 
-from minitron import cli
+from minitron.cli.main import main
 from minitron.core.errors import RunError
 from minitron.report.comparison import cautions, headline, name_runs, render_comparison
 from minitron.report.records import RunRecords, read_run, result_table, stage_flops
@@ -115,15 +115,15 @@ def test_the_verb_writes_one_page_where_it_is_told(
     runs: list[RunRecords], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(records.path) for records in runs]
-    assert cli.main(["report", *paths, "--out", str(tmp_path / "both.html")]) == 0
+    assert main(["report", *paths, "--out", str(tmp_path / "both.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
     assert (tmp_path / "both.html").read_text() == render_comparison(runs)
-    assert cli.main(["report", paths[0], "--out", str(tmp_path / "one.html")]) == 0
+    assert main(["report", paths[0], "--out", str(tmp_path / "one.html")]) == 0
     assert (tmp_path / "one.html").is_file() and not (runs[0].path / "report.html").exists()
     capsys.readouterr()
-    assert cli.main(["report", *paths, "--out", str(tmp_path / "one.html" / "page.html")]) == 1
+    assert main(["report", *paths, "--out", str(tmp_path / "one.html" / "page.html")]) == 1
     assert "cannot write" in capsys.readouterr().err
-    assert cli.main(["report", paths[0], paths[0]]) == 1
+    assert main(["report", paths[0], paths[0]]) == 1
     assert "is given twice" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import small
 import tiny
 import torch
 
-from minitron import cli
+from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.data.corpus import Corpus, batch_rows, open_corpus
 from minitron.distillation.config import DistillConfig, num_steps, of_correction, of_scratch, resolve
@@ -278,7 +278,7 @@ def test_what_cannot_be_is_one_error(
     for words in (["distill", *pair, "--data", str(text)], ["compress", str(bench.teacher), "--target-params", "50%"]):
         if words[0] == "compress":
             words += ["--data", str(text), "--set", "data.block_tokens=16", "--set", "calibrate.samples=4"]
-        assert cli.main([*words, *common]) == 1
+        assert main([*words, *common]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and message in error
         assert not (tmp_path / "out").exists()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron import cli, console
-from minitron.arguments import words
+from minitron.cli import console
+from minitron.cli.main import build_parser, main, verbs
+from minitron.cli.options import words
 from minitron.core import files
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.files import (
@@ -294,7 +295,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded("~/half") == f"{tmp_path}/half" and expanded("me/model~2") == "me/model~2"
     assert DataConfig(source="~/text.jsonl", heldout="~/b").heldout == f"{tmp_path}/b"
-    parse = cli.build_parser().parse_args
+    parse = build_parser().parse_args
     args = parse(["prune", "~/m", "--data", "~/d", "--plan", "~/p", "--statistics", "~/s", "--out", "~/o"])
     assert [args.model, args.data] == [f"{tmp_path}/m", f"{tmp_path}/d"]
     assert [args.plan, args.statistics, args.out] == [tmp_path / "p", tmp_path / "s", tmp_path / "o"]
@@ -311,7 +312,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
 def test_what_is_no_path_is_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MinitronError, match=message):
         expanded(text)
-    assert cli.main(["calibrate", "m", "--out", text]) == 1
+    assert main(["calibrate", "m", "--out", text]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -320,7 +321,7 @@ def test_text_of_the_command_line_is_utf8_whatever_the_locale(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words("naïve 日本") == "naïve 日本"
-    assert cli.main(["generate", "m", "--prompt", b"\xff".decode(errors="surrogateescape")]) == 1
+    assert main(["generate", "m", "--prompt", b"\xff".decode(errors="surrogateescape")]) == 1
     assert capsys.readouterr().err == "error: '\\udcff' is not UTF-8 text: give it in UTF-8\n"
 
 
@@ -369,8 +370,8 @@ def test_what_the_machine_cannot_do_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli.verbs, "card", fail)
-    assert cli.main(["card", "run"]) == 1
+    monkeypatch.setattr(verbs, "card", fail)
+    assert main(["card", "run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
 
@@ -379,9 +380,9 @@ def test_an_error_of_the_program_stays_one(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli.verbs, "card", fail)
+    monkeypatch.setattr(verbs, "card", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["card", "run"])
+        main(["card", "run"])
 
 
 def test_the_digests_of_a_run_are_those_of_the_cache(tmp_path: Path) -> None:

@@ -21,9 +21,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("rooms",),
     ("gguf_rooms",),
     ("speed_room",),
-    ("console",),
-    ("arguments", "option_rules", "result_text"),
-    ("verbs",),
     ("cli",),
     ("__main__",),
 )
@@ -42,6 +39,7 @@ STAGES = {
         *("mixtures", "quantize"),
     ),
     "data": ("sources", "overlap", "corpus", "sampling"),
+    "cli": ("console", "options", "rules", "results", "verbs", "main"),
     "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),

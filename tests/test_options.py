@@ -25,14 +25,14 @@ import small
 import yaml
 from huggingface_hub import constants
 
-import minitron.pipeline.rules as recipe_rules
-from minitron import cli
+from minitron.cli.main import EXAMPLES, build_parser, main
+from minitron.cli.rules import OF_CUT, RULES, given_options, require_options
 from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
 from minitron.data.corpus import DataConfig
-from minitron.option_rules import OF_CUT, RULES, given_options, require_options
+from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.writer import RepairConfig
@@ -461,7 +461,7 @@ COMMON = {"--help", "--json", "--quiet", "--verbose"}
 
 
 def subparsers() -> Mapping[str, argparse.ArgumentParser]:
-    (found,) = (action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return found.choices
 
 
@@ -498,7 +498,7 @@ class Desk:
         words = [word.format_map(names) for word in shlex.split(command)]
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            code = cli.main(words)
+            code = main(words)
         except SystemExit as exit:
             code = int(exit.code or 0)
         finally:
@@ -582,7 +582,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         patch.setenv("MINITRON_CACHE", str(path / "cache"))
         patch.chdir(path)
         for command in PREPARED:
-            assert cli.main([word.format_map(names) for word in (*command.split(), "--quiet")]) == 0
+            assert main([word.format_map(names) for word in (*command.split(), "--quiet")]) == 0
         yield Desk(path, names)
 
 
@@ -738,7 +738,7 @@ def test_what_is_said_twice_in_the_same_way_is_not(desk: Desk, capsys: pytest.Ca
 
 
 def test_a_default_that_is_stated_is_an_option_that_was_given() -> None:
-    parser = cli.build_parser()
+    parser = build_parser()
     words = ["calibrate", "m", "--out", "o", "--text-field", "text", "--samp", "1024", "--no-second-moment"]
     args = parser.parse_args(words)
     given = given_options(args.parser, args, words[1:])
@@ -918,7 +918,7 @@ def everything(desk: Desk) -> Everything:
         patch.chdir(desk.path)
         patch.setattr(Section, "__getattribute__", read)
         for command in (f"run everything.yaml --out {out}", *FURTHER):
-            assert cli.main([word.format_map(desk.names) for word in (*shlex.split(command), "--quiet")]) == 0
+            assert main([word.format_map(desk.names) for word in (*shlex.split(command), "--quiet")]) == 0
     return Everything(keys, out)
 
 
@@ -939,7 +939,7 @@ def test_the_recipe_that_a_run_leaves_runs_again(desk: Desk, everything: Everyth
     assert left.search.level == "off" and {"search.window", "search.dims"} <= changed_keys(left)
     require_recipe_effects(left)
     require_recipe_effects(load_recipe(everything.out / "recipe.yaml", ["scratch_baseline=false"]))
-    assert cli.main(["run", str(everything.out / "recipe.yaml"), "--dry-run", "--quiet"]) == 0
+    assert main(["run", str(everything.out / "recipe.yaml"), "--dry-run", "--quiet"]) == 0
 
 
 def documented() -> list[str]:
@@ -947,14 +947,14 @@ def documented() -> list[str]:
     root = Path(__file__).parents[1]
     text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))))
     found = re.findall(r"(?:^|[ /`])minitron ([a-z]+ [^`|\n#]*)", text.replace("\\\n", " "), re.MULTILINE)
-    examples = [example.replace("%%", "%").removeprefix("minitron ") for example in cli.EXAMPLES.values()]
+    examples = [example.replace("%%", "%").removeprefix("minitron ") for example in EXAMPLES.values()]
     whole = [line for line in found if re.match(r"(distill --teacher|[a-z]+ [^- ]\S* .*--)", line)]
     return [re.sub(r"\bN\b", "64", line.strip()) for line in whole if line.split()[0] in OPTIONS] + examples
 
 
 @pytest.mark.parametrize("line", sorted({line for line in documented() if "..." not in line}))
 def test_no_option_of_a_documented_command_is_without_effect(line: str) -> None:
-    words, parser = shlex.split(line), cli.build_parser()
+    words, parser = shlex.split(line), build_parser()
     args = parser.parse_args(words)
     args.given = given_options(args.parser, args, words[1:])
     require_options(args)

@@ -13,8 +13,8 @@ import tiny
 import torch
 from processes import forked
 
-from minitron import cli
 from minitron.calibration.collect import Statistics
+from minitron.cli.main import main
 from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
@@ -135,7 +135,7 @@ def test_statistics_of_two_processes_are_those_of_one(
     desk: Path, samples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(desk)
-    assert cli.main([str(word) for word in calibration("text.jsonl", samples, f"one{samples}")[1:]]) == 0
+    assert main([str(word) for word in calibration("text.jsonl", samples, f"one{samples}")[1:]]) == 0
     together = forked(2, *calibration("text.jsonl", samples, f"two{samples}"), cwd=desk)
     assert together.returncode == 0, together.stderr
     assert together.stdout == capsys.readouterr().out.replace("one", "two")  # one of them speaks
@@ -327,7 +327,7 @@ def test_other_commands_refuse_several_processes(
 ) -> None:
     for name, value in (("WORLD_SIZE", 2), ("RANK", rank), ("LOCAL_RANK", rank)):
         monkeypatch.setenv(name, str(value))
-    assert cli.main(["inspect", str(desk / "teacher")]) == 1
+    assert main(["inspect", str(desk / "teacher")]) == 1
     message = (
         "error: torchrun started 2 processes, and this command runs in one: start it without torchrun; "
         "`minitron calibrate` and `minitron distill` are the commands that several processes share\n"

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi, constants, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from minitron import cli
+from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.report.card import write_card
 from minitron.report.hub import planned_uploads, push
@@ -132,13 +132,13 @@ def test_a_push_sends_student_card_terms_and_gguf_files_and_nothing_else(run: Pa
 def test_a_dry_run_lists_the_same_files_offline_and_sends_nothing(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(run), "me/half", "--dry-run", "--json"]) == 0
+    assert main(["push", str(run), "me/half", "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {row["to"]: row["bytes"] for row in facts["files"]} == {
         f"me/half/{name}": len(content) for name, content in expected(run).items()
     }
     assert facts["bytes"] == sum(map(len, expected(run).values()))
-    assert cli.main(["push", str(run), "me/half", "--dry-run"]) == 0
+    assert main(["push", str(run), "me/half", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "\n7 files, " in said and said.endswith("; nothing was sent\n")
     assert "me/half/run-Q4_K_M.gguf" in said
@@ -172,7 +172,7 @@ def test_without_network_or_token_the_message_says_so(run: Path, monkeypatch: py
 def test_a_bad_name_is_refused_before_anything_is_read(
     tmp_path: Path, repo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(tmp_path), "--dry-run", "--", repo]) == 1
+    assert main(["push", str(tmp_path), "--dry-run", "--", repo]) == 1
     assert f"REPO {repo!r} is no name on the hub, such as me/my-model-4b" in capsys.readouterr().err
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_is_not_finished_is_refused(run: Path, tmp_path: Path) -> Non
     (run / "student" / "README.md").unlink()
     with pytest.raises(MinitronError, match="has no student with a card yet"):
         planned_uploads(records)
-    assert cli.main(["push", str(tmp_path / "nowhere"), "me/half"]) == 1
+    assert main(["push", str(tmp_path / "nowhere"), "me/half"]) == 1
 
 
 def test_the_hubs_own_parser_finds_every_measured_value_in_the_card(run: Path) -> None:

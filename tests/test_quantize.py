@@ -437,7 +437,7 @@ def test_more_threads_than_cores_are_not_taken(wide: GgufModel, tmp_path: Path) 
 
 
 def test_the_command_line_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from minitron.cli import main
+    from minitron.cli.main import main
 
     model, text = small.teacher(tmp_path / "model"), small.text(tmp_path / "text.jsonl")
     arguments = ["quantize", str(model), "--types", "q8_0,Q4_K_M", "--quiet"]

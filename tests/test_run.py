@@ -13,8 +13,8 @@ import tiny
 import torch
 import yaml
 
-from minitron import cli
 from minitron.calibration.collect import CalibrateConfig, Statistics
+from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, open_corpus
 from minitron.evaluation.quality import evaluate
@@ -442,7 +442,7 @@ def test_what_a_run_makes_generates_the_same_text_without_minitron(
     paths = [str(out / name) for out in runs.values() for name in ("pruned", "student")]
     texts = []
     for path in paths:
-        assert cli.main(["generate", path, "--prompt", PROMPT, "--new-tokens", "20", "--json"]) == 0
+        assert main(["generate", path, "--prompt", PROMPT, "--new-tokens", "20", "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     done = subprocess.run([sys.executable, "-c", GENERATE, *paths, PROMPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

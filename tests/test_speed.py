@@ -11,7 +11,9 @@ import small
 import tiny
 import torch
 
-from minitron import cli, result_text, speed_room
+from minitron import speed_room
+from minitron.cli import results
+from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
 from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
@@ -111,7 +113,7 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
 ) -> None:
     teacher, student = files if engine == "llama.cpp" else pair
     grid = ("--batch", "2,1", "--context", "8", "--new-tokens", "4", "--rounds", "2", "--threads", "1")
-    assert cli.main(["speed", str(student), "--teacher", str(teacher), *grid, "--json", "--quiet"]) == 0
+    assert main(["speed", str(student), "--teacher", str(teacher), *grid, "--json", "--quiet"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["engine"] == engine and facts["threads"] == 1 and len(facts["load_average"]) == 2
     total = {name: sum(p.numel() for p in tiny.model(path).parameters()) for name, path in zip("ts", pair, strict=True)}
@@ -124,7 +126,7 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
                 assert 0 < low <= row[name][kind] <= high
         assert 1 < row["teacher"]["peak_memory_bytes"] / facts["models"]["teacher"]["weight_bytes"] < 2
         assert row["student"]["peak_memory_bytes"] < row["teacher"]["peak_memory_bytes"]
-    lines = result_text.speed_lines(facts | {"load_average": [0.0, 9.25]})
+    lines = results.speed_lines(facts | {"load_average": [0.0, 9.25]})
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["1", "8", "teacher"],
         ["1", "8", "student"],

@@ -1,5 +1,5 @@
 import sys
 
-from minitron.cli import main
+from minitron.cli.main import main
 
 sys.exit(main())

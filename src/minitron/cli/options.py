@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.console import Console
+from minitron.cli.console import Console
 from minitron.core.errors import MinitronError, did_you_mean
 from minitron.core.paths import expanded
 

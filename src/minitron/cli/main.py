@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from minitron import arguments, verbs
-from minitron.console import Console, complain, flush_result, open_streams
+from minitron.cli import options, verbs
+from minitron.cli.console import Console, complain, flush_result, open_streams
+from minitron.cli.rules import given_options, require_options
 from minitron.core.errors import Interrupted, MinitronError
-from minitron.option_rules import given_options, require_options
 
 EXAMPLES = {
     "demo": "minitron demo --out runs/demo",
@@ -138,97 +138,97 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     demo = add("demo", verbs.demo)
-    demo.add_argument("--out", type=arguments.path, default=Path("runs/demo"))
-    arguments.add_set(demo)
+    demo.add_argument("--out", type=options.path, default=Path("runs/demo"))
+    options.add_set(demo)
 
     inspect = add("inspect", verbs.inspect)
     inspect.add_argument(
-        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+        "model", type=options.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
     )
     inspect.add_argument("--revision")
 
     smaller = add("compress", verbs.compress)
-    smaller.add_argument("model", type=arguments.named, metavar="MODEL", help="a local directory or a hub id")
+    smaller.add_argument("model", type=options.named, metavar="MODEL", help="a local directory or a hub id")
     smaller.add_argument("--revision")
     smaller.add_argument(
         "--target-params", required=True, help="50%% of the non-embedding parameters, or a total such as 4.5B"
     )
-    arguments.add_data(smaller)
-    smaller.add_argument("--tokens", type=arguments.count, help="distillation tokens, such as 20M; default one pass")
-    smaller.add_argument("--seed", type=arguments.seed, default=0)
-    smaller.add_argument("--out", type=arguments.path, help="run directory; default runs/NAME-TARGET")
-    arguments.add_dry_run(smaller)
-    arguments.add_set(smaller)
+    options.add_data(smaller)
+    smaller.add_argument("--tokens", type=options.count, help="distillation tokens, such as 20M; default one pass")
+    smaller.add_argument("--seed", type=options.seed, default=0)
+    smaller.add_argument("--out", type=options.path, help="run directory; default runs/NAME-TARGET")
+    options.add_dry_run(smaller)
+    options.add_set(smaller)
 
     run = add("run", verbs.run)
     run.add_argument(
         "recipe",
-        type=arguments.named,
+        type=options.named,
         metavar="RECIPE",
         help="a .yaml file, or the name of a recipe that ships with minitron",
     )
-    run.add_argument("--out", type=arguments.path, help="run directory; default runs/RECIPE")
-    arguments.add_dry_run(run)
-    arguments.add_set(run)
+    run.add_argument("--out", type=options.path, help="run directory; default runs/RECIPE")
+    options.add_dry_run(run)
+    options.add_set(run)
 
     calibrate = add("calibrate", verbs.calibrate)
-    calibrate.add_argument("model", type=arguments.named, metavar="MODEL")
-    arguments.add_data(calibrate)
-    calibrate.add_argument("--samples", type=arguments.count, default=1024)
+    calibrate.add_argument("model", type=options.named, metavar="MODEL")
+    options.add_data(calibrate)
+    calibrate.add_argument("--samples", type=options.count, default=1024)
     calibrate.add_argument(
-        "--block-tokens", type=arguments.count, help="tokens per sample; default the context, at most 2048"
+        "--block-tokens", type=options.count, help="tokens per sample; default the context, at most 2048"
     )
-    calibrate.add_argument("--seed", type=arguments.seed, default=0)
+    calibrate.add_argument("--seed", type=options.seed, default=0)
     calibrate.add_argument(
         "--second-moment",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also the residual stream's second moment, which repair by a residual basis needs; default yes",
     )
-    calibrate.add_argument("--out", type=arguments.path, required=True)
+    calibrate.add_argument("--out", type=options.path, required=True)
 
     search = add("search", verbs.search)
-    search.add_argument("model", type=arguments.named, metavar="MODEL")
+    search.add_argument("model", type=options.named, metavar="MODEL")
     search.add_argument(
         "--target-params", help="most parameters: 50%% of the non-embedding ones, or a total such as 4.5B"
     )
-    search.add_argument("--window", type=arguments.positive, default=0.05, help="fewest, as a share below the most")
+    search.add_argument("--window", type=options.positive, default=0.05, help="fewest, as a share below the most")
     search.add_argument("--least", help="fewest parameters, instead of a window")
-    search.add_argument("--max-memory", type=arguments.size, help="most bytes of weights, such as 8GB")
-    search.add_argument("--bytes-per-parameter", type=arguments.positive, help="such as 0.5625 for a 4.5-bit file")
-    search.add_argument("--max-kv-cache", type=arguments.size, help="most bytes of the key-value cache, such as 500MB")
-    search.add_argument("--max-decode-time", type=arguments.positive, help="most modelled seconds of a decoding step")
+    search.add_argument("--max-memory", type=options.size, help="most bytes of weights, such as 8GB")
+    search.add_argument("--bytes-per-parameter", type=options.positive, help="such as 0.5625 for a 4.5-bit file")
+    search.add_argument("--max-kv-cache", type=options.size, help="most bytes of the key-value cache, such as 500MB")
+    search.add_argument("--max-decode-time", type=options.positive, help="most modelled seconds of a decoding step")
     search.add_argument(
-        "--max-prefill-time", type=arguments.positive, help="most modelled seconds of reading the context"
+        "--max-prefill-time", type=options.positive, help="most modelled seconds of reading the context"
     )
-    search.add_argument("--context", type=arguments.count, default=2048, help="tokens of context for cache and times")
-    search.add_argument("--batch", type=arguments.count, default=1, help="sequences for cache and times")
-    search.add_argument("--bytes-per-second", type=arguments.size, help="memory bandwidth; default measured here")
-    search.add_argument("--flops-per-second", type=arguments.positive, help="matrix products; default measured here")
+    search.add_argument("--context", type=options.count, default=2048, help="tokens of context for cache and times")
+    search.add_argument("--batch", type=options.count, default=1, help="sequences for cache and times")
+    search.add_argument("--bytes-per-second", type=options.size, help="memory bandwidth; default measured here")
+    search.add_argument("--flops-per-second", type=options.positive, help="matrix products; default measured here")
     search.add_argument(
         "--dims", nargs="+", default=[], metavar="DIM=SIZES", help="such as layers=29-32 heads=32,48 ffn=2.5x,3x"
     )
     search.add_argument(
         "--gguf-block", type=int, choices=(32, 256), help="only shapes that llama.cpp loads, in multiples of so many"
     )
-    search.add_argument("--statistics", type=arguments.path, help="directory that `minitron calibrate` wrote")
-    arguments.add_data(search)
+    search.add_argument("--statistics", type=options.path, help="directory that `minitron calibrate` wrote")
+    options.add_data(search)
     search.add_argument(
-        "--block-tokens", type=arguments.count, help="tokens per block; default the context, at most 2048"
+        "--block-tokens", type=options.count, help="tokens per block; default the context, at most 2048"
     )
     search.add_argument(
-        "--cut", type=arguments.count, metavar="N", help="also cut the best N and measure their loss on the data"
+        "--cut", type=options.count, metavar="N", help="also cut the best N and measure their loss on the data"
     )
-    search.add_argument("--top", type=arguments.count, default=20, help="rows of the table; --json has all")
+    search.add_argument("--top", type=options.count, default=20, help="rows of the table; --json has all")
 
     prune = add("prune", verbs.prune)
-    prune.add_argument("model", type=arguments.named, metavar="MODEL")
+    prune.add_argument("model", type=options.named, metavar="MODEL")
     prune.add_argument("--target-params", help="50%% of the non-embedding parameters, or a total such as 4.5B")
-    prune.add_argument("--shape", type=arguments.sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
-    prune.add_argument("--layers", type=arguments.layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
+    prune.add_argument("--shape", type=options.sizes, help="such as hidden=3072,ffn=9216; dims not named stay")
+    prune.add_argument("--layers", type=options.layers, help="drop=15-30 or keep=0-14,31, numbered from 0")
     prune.add_argument(
         "--plan",
-        type=arguments.path,
+        type=options.path,
         help='a plan.json, or one that lists units of some dims, such as {"layers": [0, 1, 3]}',
     )
     prune.add_argument("--criterion", help="how units are scored: activation (default), magnitude or random")
@@ -237,80 +237,80 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument(
         "--layer-task",
-        type=arguments.named,
+        type=options.named,
         metavar="TASK",
         help="for --layer-criterion task: a .jsonl file of questions",
     )
-    prune.add_argument("--iterations", type=arguments.count, help="cut in so many steps, each on new scores; default 1")
+    prune.add_argument("--iterations", type=options.count, help="cut in so many steps, each on new scores; default 1")
     prune.add_argument(
         "--repair", default="auto", help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/recipe.md"
     )
-    prune.add_argument("--statistics", type=arguments.path, help="directory that `minitron calibrate` wrote")
-    arguments.add_data(prune)
+    prune.add_argument("--statistics", type=options.path, help="directory that `minitron calibrate` wrote")
+    options.add_data(prune)
     prune.add_argument(
-        "--samples", type=arguments.count, default=1024, help="blocks of text for statistics and repair; default 1024"
+        "--samples", type=options.count, default=1024, help="blocks of text for statistics and repair; default 1024"
     )
-    prune.add_argument("--out", type=arguments.path, required=True)
+    prune.add_argument("--out", type=options.path, required=True)
 
     distill = add("distill", verbs.distill)
-    distill.add_argument("--teacher", type=arguments.named, required=True)
-    distill.add_argument("--student", type=arguments.named, required=True)
-    arguments.add_data(distill)
-    distill.add_argument("--tokens", type=arguments.count, help="such as 20M; default one pass over the text")
+    distill.add_argument("--teacher", type=options.named, required=True)
+    distill.add_argument("--student", type=options.named, required=True)
+    options.add_data(distill)
+    distill.add_argument("--tokens", type=options.count, help="such as 20M; default one pass over the text")
     distill.add_argument(
-        "--block-tokens", type=arguments.count, help="tokens per block; default the context, at most 2048"
+        "--block-tokens", type=options.count, help="tokens per block; default the context, at most 2048"
     )
     distill.add_argument("--learning-rate", type=float)
-    arguments.add_set(distill, "any key of the recipe section distill, such as distill.loss=reverse_kl")
-    distill.add_argument("--seed", type=arguments.seed, default=0)
-    distill.add_argument("--out", type=arguments.path, required=True)
+    options.add_set(distill, "any key of the recipe section distill, such as distill.loss=reverse_kl")
+    distill.add_argument("--seed", type=options.seed, default=0)
+    distill.add_argument("--out", type=options.path, required=True)
 
     evaluate = add("evaluate", verbs.evaluate)
     evaluate.add_argument(
-        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+        "model", type=options.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
     )
-    evaluate.add_argument("--teacher", type=arguments.named)
-    arguments.add_data(evaluate, sampled=False)
+    evaluate.add_argument("--teacher", type=options.named)
+    options.add_data(evaluate, sampled=False)
     evaluate.add_argument("--whole", action="store_true", help="measure on all of the data, not on its held-out part")
-    evaluate.add_argument("--blocks", type=arguments.count, default=512, help="blocks to measure on, at most")
+    evaluate.add_argument("--blocks", type=options.count, default=512, help="blocks to measure on, at most")
     evaluate.add_argument(
-        "--block-tokens", type=arguments.count, help="tokens per block; default the context, at most 2048"
+        "--block-tokens", type=options.count, help="tokens per block; default the context, at most 2048"
     )
-    arguments.add_tasks(evaluate)
+    options.add_tasks(evaluate)
 
     generate = add("generate", verbs.generate)
     generate.add_argument(
-        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
+        "model", type=options.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
     )
-    generate.add_argument("--prompt", type=arguments.words, required=True)
+    generate.add_argument("--prompt", type=options.words, required=True)
     generate.add_argument(
-        "--new-tokens", type=arguments.count, help="default 200, or as many as the model's context has room for"
+        "--new-tokens", type=options.count, help="default 200, or as many as the model's context has room for"
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--seed", type=arguments.seed, default=0)
+    generate.add_argument("--seed", type=options.seed, default=0)
 
     quantize = add("quantize", verbs.quantize)
-    quantize.add_argument("model", type=arguments.named, metavar="MODEL")
+    quantize.add_argument("model", type=options.named, metavar="MODEL")
     quantize.add_argument(
-        "--types", type=arguments.names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files"
+        "--types", type=options.names, default=[], help="such as Q8_0,Q4_K_M,IQ4_XS, or F16 for plain files"
     )
     quantize.add_argument(
         "--target-bpw",
-        type=arguments.numbers,
+        type=options.numbers,
         default=[],
         metavar="BITS",
         help="also mixtures of minitron's own at so many bits per weight, such as 4.5,3.5",
     )
     quantize.add_argument(
         "--target-size",
-        type=arguments.byte_counts,
+        type=options.byte_counts,
         default=[],
         metavar="SIZE",
         help="the same, for files of so many bytes: 4.5GB",
     )
-    arguments.add_data(quantize, separable=False, names=("--calibration", "--data"))
+    options.add_data(quantize, separable=False, names=("--calibration", "--data"))
     quantize.add_argument(
-        "--imatrix", type=arguments.path, help="an importance matrix to use, of minitron's or llama.cpp's"
+        "--imatrix", type=options.path, help="an importance matrix to use, of minitron's or llama.cpp's"
     )
     quantize.add_argument(
         "--tensor-type",
@@ -320,12 +320,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="type of the tensors whose GGUF name has the pattern, such as output=Q8_0",
     )
     quantize.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, where it is not known")
-    quantize.add_argument("--samples", type=arguments.count, default=256, help="calibration blocks")
-    quantize.add_argument("--blocks", type=arguments.count, default=32, help="held-out blocks each file is measured on")
+    quantize.add_argument("--samples", type=options.count, default=256, help="calibration blocks")
+    quantize.add_argument("--blocks", type=options.count, default=32, help="held-out blocks each file is measured on")
     quantize.add_argument(
-        "--block-tokens", type=arguments.count, help="tokens per block; default the context, at most 512"
+        "--block-tokens", type=options.count, help="tokens per block; default the context, at most 512"
     )
-    quantize.add_argument("--threads", type=arguments.count, help="default all cores")
+    quantize.add_argument("--threads", type=options.count, help="default all cores")
     quantize.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -333,43 +333,41 @@ def build_parser() -> argparse.ArgumentParser:
         help="run each file in llama.cpp and hold it against the model; default yes",
     )
     quantize.add_argument("--dry-run", action="store_true", help="print the sizes, and write nothing")
-    quantize.add_argument("--out", type=arguments.path, help="directory of the files; needed but with --dry-run")
+    quantize.add_argument("--out", type=options.path, help="directory of the files; needed but with --dry-run")
 
     speed = add("speed", verbs.speed)
-    speed.add_argument(
-        "model", type=arguments.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file"
-    )
-    speed.add_argument("--teacher", type=arguments.named, help="measured in turn with MODEL: of the same kind")
+    speed.add_argument("model", type=options.named, metavar="MODEL", help="a local directory, a hub id, or a GGUF file")
+    speed.add_argument("--teacher", type=options.named, help="measured in turn with MODEL: of the same kind")
     speed.add_argument(
         "--engine", choices=("transformers", "llama.cpp", "vllm"), help="default llama.cpp for GGUF, else transformers"
     )
     speed.add_argument(
-        "--batch", type=arguments.counts, default=[1, 8], metavar="N,N", help="sequences at a time; default 1,8"
+        "--batch", type=options.counts, default=[1, 8], metavar="N,N", help="sequences at a time; default 1,8"
     )
     speed.add_argument(
-        "--context", type=arguments.counts, metavar="N,N", help="tokens read; default those of 128,1024 that fit"
+        "--context", type=options.counts, metavar="N,N", help="tokens read; default those of 128,1024 that fit"
     )
-    speed.add_argument("--new-tokens", type=arguments.count, default=32, help="tokens decoded after them")
-    speed.add_argument("--rounds", type=arguments.count, default=5, help="each visits every model; one more warms up")
+    speed.add_argument("--new-tokens", type=options.count, default=32, help="tokens decoded after them")
+    speed.add_argument("--rounds", type=options.count, default=5, help="each visits every model; one more warms up")
     speed.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the weights; default as stored"
     )
-    speed.add_argument("--threads", type=arguments.count, help="of the CPU; default as many as torch takes")
+    speed.add_argument("--threads", type=options.count, help="of the CPU; default as many as torch takes")
 
     report = add("report", verbs.report)
     report.add_argument(
-        "runs", type=arguments.path, nargs="+", metavar="RUN", help="several: one page that compares them"
+        "runs", type=options.path, nargs="+", metavar="RUN", help="several: one page that compares them"
     )
     report.add_argument(
         "--out",
-        type=arguments.file,
+        type=options.file,
         metavar="FILE",
         help="default report.html in RUN; of several, comparison.html here",
     )
-    add("card", verbs.card).add_argument("run", type=arguments.path, metavar="RUN")
+    add("card", verbs.card).add_argument("run", type=options.path, metavar="RUN")
 
     push = add("push", verbs.push)
-    push.add_argument("run", type=arguments.path, metavar="RUN")
+    push.add_argument("run", type=options.path, metavar="RUN")
     push.add_argument("repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there")
     push.add_argument("--private", action="store_true", help="seen by nobody else, where REPO is made")
     push.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")

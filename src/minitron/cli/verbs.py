@@ -8,12 +8,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from minitron.arguments import data_config, data_section, pair, repair_section, section
-from minitron.console import Console
-from minitron.core.effects import require_once
-from minitron.core.errors import MinitronError
-from minitron.option_rules import require_cut_options
-from minitron.result_text import (
+from minitron.cli.console import Console
+from minitron.cli.options import data_config, data_section, pair, repair_section, section
+from minitron.cli.results import (
     aligned,
     benchmark_lines,
     candidate_lines,
@@ -22,6 +19,9 @@ from minitron.result_text import (
     planned_lines,
     speed_lines,
 )
+from minitron.cli.rules import require_cut_options
+from minitron.core.effects import require_once
+from minitron.core.errors import MinitronError
 
 
 def demo(args: argparse.Namespace, console: Console) -> None:
