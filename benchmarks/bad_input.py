@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2500, help="at most so many, shared evenly by the targets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", help="only targets whose name contains this; default all")
+    parser.add_argument("--found", type=Path, help="a Markdown file: what the campaign found on the way")
     parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
     args = parser.parse_args()
     targets = [t for t in TARGETS.values() if not args.target or any(part in t.name for part in args.target)]
@@ -46,7 +47,7 @@ def main() -> None:
         found = {target.name: campaign.tried(target) for target in targets}
         broken = [line for target in targets for line in campaign.violations(target, found[target.name])]
         room.close()
-    publish(report(found, broken, args.seed, time.monotonic() - started), args.out)
+    publish(report(found, broken, args, time.monotonic() - started), args.out)
     sys.exit(bool(broken))
 
 
@@ -117,7 +118,7 @@ def _options(count: int, *phases: Phase) -> settings:
     return settings(max_examples=count, phases=phases, **quiet)  # type: ignore[arg-type]
 
 
-def report(found: dict[str, list[Outcome]], broken: list[str], seed_number: int, seconds: float) -> str:
+def report(found: dict[str, list[Outcome]], broken: list[str], args: argparse.Namespace, seconds: float) -> str:
     rows = [[name, *cells(outcomes)] for name, outcomes in found.items()]
     every = [outcome for outcomes in found.values() for outcome in outcomes]
     refused = sum(outcome.ended.code == 1 for outcome in every)
@@ -126,7 +127,7 @@ def report(found: dict[str, list[Outcome]], broken: list[str], seed_number: int,
     return "\n".join(
         [
             header("Damaged input"),
-            f"Drawn by hypothesis {hypothesis.__version__} with seed {seed_number}; a row is a file that is damaged "
+            f"Drawn by hypothesis {hypothesis.__version__} with seed {args.seed}; a row is a file that is damaged "
             "and a command that reads it. A result is the weights, plan or page that the command makes, or what it "
             f"prints. It took {seconds / 60:.0f} minutes.",
             "",
@@ -138,6 +139,7 @@ def report(found: dict[str, list[Outcome]], broken: list[str], seed_number: int,
             "",
             *broken,
             "",
+            *(["## What it found", "", args.found.read_text(encoding="utf-8").strip(), ""] if args.found else []),
         ]
     )
 

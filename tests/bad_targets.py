@@ -122,7 +122,13 @@ def _targets() -> Iterator[Target]:
         "student",
     )
     yield Target(
-        "plan.json, some units", "units.json", "json", listed, ("plan",), "student", needs=("teacher", "text.jsonl")
+        "plan.json, some units",
+        "units.json",
+        "json",
+        listed,
+        ("plan", "--data"),
+        "student",
+        needs=("teacher", "text.jsonl"),
     )
     asked = ("--layer-criterion", "task", "--layer-task", "questions.jsonl", "--samples", "4")
     task = ("prune", "teacher", "--shape", "layers=2", "--repair", "none", *asked, *TEXT[:2], "--out", "student")

@@ -443,14 +443,17 @@ def drop_tokenizer(model: Path) -> None:
 BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no model": (empty, "is not a model directory: it has no config.json"),
     "no directory": (shutil.rmtree, "does not exist"),
-    "missing shard": (drop_a_shard, r"lacks 1 of \d+ shards: model-00002-of"),
+    "missing shard": (drop_a_shard, r"lacks 1 of \d+ shards that .* names: model-00002-of"),
     "truncated": (truncate, "model.safetensors is truncated: .* copy it again"),
     "contradiction": (
         lambda model: change_config(model, intermediate_size=48),
         r"mlp.\w+_proj.weight is \[.*40.*\], but by config.json it must be \[.*48.*\]",
     ),
     "too few layers": (lambda model: change_config(model, num_hidden_layers=3), "are not part of the llama family"),
-    "too many layers": (lambda model: change_config(model, num_hidden_layers=5), "9 are missing, first model.layers.4"),
+    "too many layers": (
+        lambda model: change_config(model, num_hidden_layers=5),
+        "9 are missing in .*, first model.layers.4",
+    ),
     "nan": (put_nan, "tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity: the checkpoint is damaged"),
     "pickle": (pickle, r"only pickled weights \(pytorch_model.bin\)"),
     "unknown family": (
@@ -670,7 +673,7 @@ def test_a_warning_is_shown_even_if_quiet(capsys: pytest.CaptureFixture[str]) ->
 def test_an_unfinished_run_has_no_report(desk: Desk) -> None:
     assert "is not a run directory: it has no recipe.yaml" in desk.refuses("report", desk.path)
     desk.recipe()
-    assert "is not finished; the same command" in desk.refuses("card", desk.path)
+    assert "is not finished: it has no evaluations/record.json; the same command" in desk.refuses("card", desk.path)
 
 
 @pytest.fixture(params=["16k", "64k"])

@@ -54,7 +54,9 @@ def test_key_value_heads_that_disagree_with_the_tensors_are_named(model: Path) -
         open_checkpoint(model)
 
 
-@pytest.mark.parametrize(("layers", "message"), [(5, "are missing, first model.layers.4"), (3, "not part of the")])
+@pytest.mark.parametrize(
+    ("layers", "message"), [(5, "are missing in .*, first model.layers.4"), (3, "not part of the")]
+)
 def test_a_layer_count_that_disagrees_with_the_tensors_is_named(model: Path, layers: int, message: str) -> None:
     change_config(model, num_hidden_layers=layers)
     with pytest.raises(CheckpointError, match=message):

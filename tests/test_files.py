@@ -1,5 +1,6 @@
 """An output's place is proven before the work, finished work is never thrown away, and streams cost no result."""
 
+import fcntl
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from minitron.cli.options import words
 from minitron.core import files
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.files import (
+    PROBE,
     atomic_directory,
     atomic_file,
     beside,
@@ -159,6 +161,18 @@ def test_a_proof_leaves_nothing_and_needs_no_parents(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_proof_clears_what_a_killed_one_left_and_not_what_another_process_is_at(tmp_path: Path) -> None:
+    left, busy = tmp_path / f"{PROBE}left", tmp_path / f"{PROBE}busy"
+    for probe in (left, busy):
+        probe.mkdir()
+        (probe / "probe").touch()
+    handle = os.open(busy, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    prove_directory(tmp_path / "made")
+    os.close(handle)
+    assert names(tmp_path) == {busy.name, f"{busy.name}/probe"}
+
+
 def test_a_name_that_is_too_long_is_one_clear_error(tmp_path: Path) -> None:
     for length in (250, 300):
         with pytest.raises(RunError, match=r"cannot write .*/x+: File name too long; choose another --out"):
@@ -175,6 +189,14 @@ def test_an_output_that_is_larger_than_the_disk_is_refused_with_both_numbers(tmp
 def test_an_error_about_another_file_does_not_blame_the_output(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_directory(tmp_path / "out"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "input.jsonl"))
+
+
+def test_a_copy_that_fails_is_an_error_about_where_it_goes(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=r"cannot write .*out: No space left"),
+        atomic_directory(tmp_path / "out") as made,
+    ):
+        raise OSError(28, "No space left on device", str(tmp_path / "teacher" / "a"), None, str(made / "a"))
 
 
 MOUNTED = """

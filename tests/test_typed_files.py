@@ -72,6 +72,26 @@ def test_what_is_no_yaml_is_one_error(text: str) -> None:
         parse_yaml(text, "recipe.yaml", yaml.SafeLoader, RunError)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "the alias at line 1 leads back to itself"),
+        (
+            "\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]),
+            "holds more",
+        ),
+    ],
+)
+def test_aliases_stand_for_a_bounded_number_of_values(text: str, message: str) -> None:
+    with pytest.raises(RunError, match=rf"^recipe.yaml is not YAML: .*{message}"):
+        parse_yaml(text, "recipe.yaml", yaml.SafeLoader, RunError)
+    assert parse_yaml("a: &a [1, 2]\nb: *a\n<<: {c: 3}", "recipe.yaml", yaml.SafeLoader, RunError) == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": 3,
+    }
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{}", b"\x01" + b"\0" * 7 + b"["])
 def test_what_is_no_safetensors_file_is_one_error_or_empty(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(data)

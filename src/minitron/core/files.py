@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -382,14 +382,34 @@ def _is_device(path: Path) -> bool:
 
 
 def _probe(directory: Path) -> None:
-    """Write something into a directory, to the disk, and take it away again."""
-    with tempfile.TemporaryDirectory(dir=directory, prefix=PROBE) as probe:
-        handle = os.open(Path(probe) / "probe", os.O_WRONLY | os.O_CREAT)
+    """Write something into a directory, to the disk, and take it away, with what a killed process left of this."""
+    for left in directory.glob(f"{PROBE}*"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    with ExitStack() as held:
+        probe = held.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix=PROBE, ignore_cleanup_errors=True))
+        with suppress(OSError):  # some file systems have no locks
+            held.enter_context(_locked(Path(probe)))
+        try:
+            handle = os.open(Path(probe) / "probe", os.O_WRONLY | os.O_CREAT)
+        except FileNotFoundError:  # another process took it for left over, before it was locked
+            return _probe(directory)
         try:
             os.write(handle, bytes(PROBE_BYTES))
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises: OSError if another process holds it."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -464,10 +484,16 @@ def _move_out(partial: Path, end: Path) -> None:
 
 
 def _is_about(error: OSError, path: Path) -> bool:
-    """Whether an error is about a directory or what is written for it. One that names no file is taken for that."""
-    if not isinstance(error.filename, str | bytes):
-        return True
-    named, end = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.realpath(path))
+    """Whether an error is about a directory or what is written for it. One that names no file is taken for that.
+
+    An error of a copy names two files: what was read and what was written.
+    """
+    named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return not named or any(_belongs(Path(os.path.abspath(os.fsdecode(name))), path) for name in named)
+
+
+def _belongs(named: Path, path: Path) -> bool:
+    end = Path(os.path.realpath(path))
     within = {each.name.removesuffix(".partial") for each in (named, *named.parents) if each.parent == end.parent}
     own = named in end.parents or end in named.parents or end.name in within  # a parent may be what cannot be made
     return own or any(part.startswith(PROBE) for part in named.parts)

@@ -82,7 +82,7 @@ def process_group() -> Iterator[Ranks]:
         yield here
         require_all_well()
     except Exception as error:
-        if _computing and _is_loss(error):
+        if _is_loss(error):
             raise _loss(error) from None
         if _computing or _lost:
             raise  # the others may wait inside a layer: torchrun ends them when this process has left

@@ -5,7 +5,9 @@ it lay in the file; keys that the type does not name are left alone.
 """
 
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.core.reading import Kind, parse_json, read_json, read_lines, read_text
+
+MOST_VALUES = 100_000  # of a YAML file, with its aliases written out
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -81,14 +85,48 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader], error: Kind) -> Any:
 def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader], error: Kind) -> Any:
     """The value that a text spells in YAML.
 
-    Raises: `error` for text that is no YAML, nested too deeply, or with a date or a number that there is not.
+    Raises: `error` for text that is no YAML, nested too deeply, or with a date or a number that there is not, and for
+        aliases that lead back to themselves or stand for more than `MOST_VALUES` values.
     """
     try:
-        return yaml.load(text, loader)
+        reader = loader(text)
+        try:
+            node = reader.get_single_node()
+            if node is not None:
+                _count_values(node, {})
+            return None if node is None else reader.construct_document(node)
+        finally:
+            reader.dispose()
     except (yaml.YAMLError, ValueError) as problem:
         raise error(f"{where} is not YAML: {problem}") from None
     except RecursionError:
         raise error(f"{where} is no YAML that can be read: its brackets are nested too deeply") from None
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node holds when its aliases are written out.
+
+    Args:
+        known: the counts of nodes that were seen, which is what makes this fast where they are many; 0 for those that
+            are being counted.
+
+    Raises: yaml.YAMLError.
+    """
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.YAMLError(f"the alias at line {node.start_mark.line + 1} leads back to itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = chain.from_iterable(node.value)
+    count = 1 + sum(_count_values(each, known) for each in inner)
+    if count > MOST_VALUES:
+        raise yaml.YAMLError(f"at line {node.start_mark.line + 1} it holds more than {MOST_VALUES:,} values")
+    known[id(node)] = count
+    return count
 
 
 def read_tensors(path: Path, error: Kind) -> dict[str, Tensor]:

@@ -40,10 +40,11 @@ from minitron.model.weights import (
 FINGERPRINT_BYTES = 4096  # of each tensor
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 RMS_ROWS = 64  # of each matrix, whose weights stand for all
+GENERATION = "generation_config.json"
 # Files that travel with the weights: tokenizer, chat template, generation config, licence.
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "tekken.json", "chat_template*", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 # Carried files of tables of tokens, in which no key is code; what loads the tokenizer checks them.
 LARGE_TABLES = ("tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json")
@@ -229,11 +230,13 @@ def _as_written(config: Mapping[str, Any], tensors: Mapping[str, TensorType]) ->
 def _without_code(file: Path) -> Any:
     """What a carried JSON file says without the keys that name code; None where the file stays as it is.
 
-    Raises: CheckpointError for a file that is named .json and is none.
+    Raises: CheckpointError for a file that is named .json and is none, and for a generation_config.json without keys.
     """
     if file.suffix != ".json" or file.name in LARGE_TABLES:
         return None
     said = read_json(file, CheckpointError)
+    if file.name == GENERATION and not isinstance(said, dict):
+        raise CheckpointError(f"{file} must be a JSON object: transformers would not load the model; remove the file")
     code = [key for key in CODE_KEYS if key in said] if isinstance(said, dict) else []
     return {key: value for key, value in said.items() if key not in code} if code else None
 
@@ -292,7 +295,8 @@ def _require_match(
     if missing:
         raise CheckpointError(
             _elsewhere(path, architecture, stored)
-            or f"{path}: config.json promises {len(specs)} tensors, {len(missing)} are missing, first {missing[0]}"
+            or f"{path}: config.json promises {len(specs)} tensors, {len(missing)} are missing in "
+            f"{_files_of(stored)}, first {missing[0]}"
             f"{'' if architecture.embedding in stored else f' (stored are names such as {min(stored)})'}"
         )
     # A tied model may store its output projection a second time.
@@ -303,6 +307,11 @@ def _require_match(
             f"{path}: {len(strange)} tensors are not part of the {architecture.name} family, first {strange[0]}: "
             "config.json does not describe these weights"
         )
+
+
+def _files_of(stored: Mapping[str, StoredTensor]) -> str:
+    first, *others = sorted({tensor.file.name for tensor in stored.values()})
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _elsewhere(path: Path, architecture: Architecture, stored: Mapping[str, StoredTensor]) -> str | None:

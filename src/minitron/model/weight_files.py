@@ -73,7 +73,9 @@ def _decided(path: Path) -> tuple[list[str], Mapping[str, str]]:
         names, said = [SINGLE], {}
     elif index and len(there) < len(names):
         missing = [name for name in names if name not in there]
-        raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(names)} shards that {INDEX} names: {', '.join(missing)}"
+        )
     adapters = [name for name in (*_ADAPTERS, ADAPTER) if (path / name).exists()]
     if adapters and names:
         raise CheckpointError(

@@ -75,7 +75,10 @@ def read_run(path: Path) -> RunRecords:
     if not (path / "recipe.yaml").exists():
         raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
     if not (path / "evaluations" / "record.json").exists():
-        raise RunError(f"the run in {path} is not finished; the same command that started it goes on with it")
+        raise RunError(
+            f"the run in {path} is not finished: it has no evaluations/record.json; the same command that started it "
+            "goes on with it"
+        )
     recipe = as_typed(
         read_yaml(path / "recipe.yaml", yaml.SafeLoader, RunError),
         layouts.RUN_RECIPE,
