@@ -327,8 +327,9 @@ def _elsewhere(path: Path, architecture: Architecture, stored: Mapping[str, Stor
             stand = f"the prefix {prefix!r}" if prefix else "no prefix"
             return (
                 f"{path}: the tensors in {_files_of(stored)} have {stand} ({found}), but those of a "
-                f"{architecture.name} model have the prefix {expected!r} ({expected}{end}): they are of a part of a model, or of one with more parts; load it "
-                "with transformers, and save the whole language model and only that (save_pretrained)"
+                f"{architecture.name} model have the prefix {expected!r} ({expected}{end}): they are of a part of a "
+                "model, or of one with more parts; load it with transformers, and save the whole language model and "
+                "only that (save_pretrained)"
             )
     return None
 
