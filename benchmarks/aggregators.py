@@ -13,15 +13,14 @@ from pathlib import Path
 
 from measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics
-from minitron.data.corpus import Corpus, DataConfig, prepare
+from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.pipeline.stages import calibrate_tokens, calibration_tokens
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import PruneConfig, choose, target_shape
-from minitron.pruning.scoring import score_units
+from minitron.pruning.steps import score_units
 from minitron.recipe import DEMO_TEACHER
 
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.
@@ -70,8 +69,7 @@ Held-out LM loss and KL to the teacher right after a cut in width by the default
 
 
 def draw(checkpoint: Checkpoint, corpus: Corpus, samples: int, seed: int) -> Statistics:
-    config = CalibrateConfig(samples=samples)
-    return calibrate_tokens(checkpoint, calibration_tokens(corpus, config, seed), config)
+    return calibrate(checkpoint, draw_samples(corpus, samples, seed), CalibrateConfig().as_pass())
 
 
 def section(checkpoint: Checkpoint, corpus: Corpus, drawn: list[Statistics], target: str, blocks: int) -> str:

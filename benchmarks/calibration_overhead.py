@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron.calibration.collect import calibrate
 from minitron.cli.main import keep_freed_memory
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.stream import default_batch
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, default_batch
 
 SIZES = {
     "hidden_size": 2048,
@@ -79,8 +80,8 @@ def measure(path: Path, tokens: Tensor, repetitions: int) -> dict[str, list[floa
     scores, moment = BARS
     variants: dict[str, Callable[[Tensor], object]] = {
         PLAIN: plain,
-        scores: lambda tokens: calibrate(checkpoint, tokens, dtype=DTYPE, batch=batch),
-        moment: lambda tokens: calibrate(checkpoint, tokens, dtype=DTYPE, batch=batch, second_moment=True),
+        scores: lambda tokens: calibrate(checkpoint, Samples(tokens), Pass(DTYPE, batch=batch)),
+        moment: lambda tokens: calibrate(checkpoint, Samples(tokens), Pass(DTYPE, batch=batch), second_moment=True),
     }
     for run in variants.values():
         run(tokens[:batch])

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig
+from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.pipeline.stages import calibrate_tokens, calibration_tokens
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.pruning.importance import block_influence, even_scores
@@ -55,7 +56,7 @@ def main() -> None:
             block_tokens=args.block_tokens,
             out=work / "corpus",
         )
-        tokens = calibration_tokens(corpus, CalibrateConfig(samples=args.samples), seed=0)
+        tokens = draw_samples(corpus, args.samples, seed=0).tokens
         scores = layer_scores(checkpoint, tokens, args.task)
         sections = [section(args, checkpoint, corpus, tokens, scores, count, work) for count in args.drop]
     scored = [[name, *(f"{value:.3f}" for value in of.tolist())] for name, of in scores.items()]
@@ -73,13 +74,13 @@ def layer_scores(checkpoint: Checkpoint, tokens: torch.Tensor, task: str | None)
     num_layers = checkpoint.shape.layers
     dtype = compute_dtype("auto", pick_device())
     found = {
-        "block influence": block_influence(calibrate_tokens(checkpoint, tokens, CalibrateConfig())),
-        "loss": leave_one_out(by_loss(checkpoint, tokens, dtype=dtype), num_layers),
+        "block influence": block_influence(calibrate(checkpoint, Samples(tokens), CalibrateConfig().as_pass())),
+        "loss": leave_one_out(by_loss(checkpoint, Samples(tokens), Pass(dtype)), num_layers),
     }
     if task is not None:
         tokenizer, questions = load_tokenizer(checkpoint.path), read_questions(task)
         found["task"] = leave_one_out(
-            by_task(checkpoint, questions, tokenizer, tokens.shape[1], dtype=dtype), num_layers
+            by_task(checkpoint, questions, tokenizer, tokens.shape[1], Pass(dtype)), num_layers
         )
     return found
 
@@ -108,7 +109,7 @@ def section(
 ) -> str:
     """The table of one number of dropped layers."""
     num_layers = checkpoint.shape.layers
-    measure = by_loss(checkpoint, tokens, dtype=compute_dtype("auto", pick_device()))
+    measure = by_loss(checkpoint, Samples(tokens), Pass(compute_dtype("auto", pick_device())))
     chosen = {name: lowest(of, count) for name, of in scores.items()}
     chosen["loss one by one"] = one_by_one(measure, num_layers, count)
     chosen["contiguous"] = lowest(contiguous_blocks(measure, num_layers, count), count)

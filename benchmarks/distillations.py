@@ -19,7 +19,7 @@ from measure import publish
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.cli.main import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, batch_rows, open_corpus, prepare
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.recording import write_lessons
@@ -27,9 +27,11 @@ from minitron.distillation.train import blocks_read
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import PruneConfig, choose, target_shape
-from minitron.pruning.repair.writer import BEST, Step, repaired_cut
+from minitron.pruning.repair.writer import BEST, Evidence, Step, repaired_cut
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {
@@ -221,25 +223,23 @@ class Bench:
         (work / "lessons").mkdir()
         assert config.top_k
         dtype = compute_dtype("auto", pick_device())
-        write_lessons(self.teacher, blocks, work / "lessons", top_k=config.top_k, dtype=dtype)
+        write_lessons(
+            self.teacher, Samples(torch.from_numpy(blocks)), Pass(dtype), work / "lessons", top_k=config.top_k
+        )
         size = sum(file.stat().st_size for file in (work / "lessons").iterdir())
         seconds = time.monotonic() - start
         return work / "lessons", {"recording_seconds": seconds, "lesson_bytes_a_token": size / blocks.size}
 
     def cut(self, student: Shape, steps: list[Step], out: Path) -> None:
-        rows = batch_rows(len(self.corpus.train), seed=0, step=0, batch=min(SAMPLES, len(self.corpus.train)))
-        tokens = torch.from_numpy(self.corpus.train.select(rows))
-        dtype = compute_dtype("auto", pick_device())
-        statistics = self.statistics(tokens, dtype)
+        samples, pass_ = draw_samples(self.corpus, SAMPLES, seed=0), Pass(compute_dtype("auto", pick_device()))
+        statistics = self.statistics(samples, pass_)
         scores = activation_scores(statistics, self.teacher.shape, "mean", "l2")
         plan = choose(scores, self.teacher.shape, student)
-        repaired_cut(
-            self.teacher, plan, out, steps=steps, statistics=statistics, scores=scores, tokens=tokens, dtype=dtype
-        )
+        repaired_cut(self.teacher, plan, out, steps, Evidence(statistics, scores, samples), pass_)
 
-    def statistics(self, tokens: torch.Tensor, dtype: torch.dtype) -> Statistics:
+    def statistics(self, samples: Samples, pass_: Pass) -> Statistics:
         if not hasattr(self, "_statistics"):
-            self._statistics = calibrate(self.teacher, tokens, dtype=dtype, second_moment=True)
+            self._statistics = calibrate(self.teacher, samples, pass_, second_moment=True)
         return self._statistics
 
     def measure(self, path: Path) -> dict[str, float]:

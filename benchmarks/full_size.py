@@ -35,6 +35,8 @@ from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
 from minitron.model.families import family_of
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
@@ -221,7 +223,7 @@ def run_calibrate(case: Case, work: Path) -> dict[str, Any]:
     tokens = torch.randint(
         0, checkpoint.shape.vocab, (SAMPLES, BLOCK_TOKENS), generator=torch.Generator().manual_seed(0)
     )
-    found = calibrate(checkpoint, tokens, dtype=torch.bfloat16, batch=BATCH)
+    found = calibrate(checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH))
     with atomic_directory(work / "statistics", replace=True) as out:
         found.save(out)
     assert all(bool(values.isfinite().all()) for values in found.sums.values())

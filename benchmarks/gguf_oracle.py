@@ -33,6 +33,8 @@ from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.types import file_keys, mixture, write_quantized
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.recipe import DEMO_TEACHER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -126,7 +128,7 @@ def importance_compared(work: Path, tools: Path, text: Path | None) -> str:
     command = [str(tools / "llama-imatrix"), "-m", str(plain), "-f", str(source), "-o", str(theirs), *options]
     subprocess.run(command, capture_output=True, check=True)
     chunks = torch.tensor(tokens[: CHUNK * CHUNKS]).view(CHUNKS, CHUNK)
-    statistics = calibrate(checkpoint, chunks, dtype=torch.float32)
+    statistics = calibrate(checkpoint, Samples(chunks), Pass(torch.float32))
     ours = importance_of(
         checkpoint,
         statistics.column_squares(),

@@ -20,9 +20,11 @@ from measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
-from minitron.pruning.repair.writer import Step, repaired_cut
+from minitron.pruning.repair.writer import Evidence, Step, repaired_cut
 
 SAMPLES, BLOCK_TOKENS, BATCH = 28, 512, 2
 VARIANTS: dict[str, list[Step]] = {
@@ -61,7 +63,7 @@ def measure(work: str, name: str) -> dict[str, Any]:
     with PeakMemory() as memory:
         started = time.monotonic()
         if name == "calibrate":
-            found = calibrate(checkpoint, tokens, dtype=torch.bfloat16, batch=BATCH, second_moment=True)
+            found = calibrate(checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH), second_moment=True)
             statistics_dir.mkdir()
             found.save(statistics_dir)
         else:
@@ -73,13 +75,9 @@ def measure(work: str, name: str) -> dict[str, Any]:
                     checkpoint,
                     plan,
                     Path(out),
-                    steps=VARIANTS[name],
-                    statistics=statistics,
-                    scores=scores,
-                    tokens=tokens,
-                    dtype=torch.bfloat16,
-                    batch=BATCH,
-                    scratch=Path(work),
+                    VARIANTS[name],
+                    Evidence(statistics, scores, Samples(tokens)),
+                    Pass(torch.bfloat16, BATCH, scratch=Path(work)),
                 )
         seconds = time.monotonic() - started
     return {"seconds": seconds, "anonymous": memory.peak.process}

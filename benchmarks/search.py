@@ -21,22 +21,20 @@ from typing import Any
 
 from measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, pass_options
+from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.cli.main import keep_freed_memory
-from minitron.core.progress import SILENT
-from minitron.data.corpus import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.pipeline.stages import calibrate_on, calibration_tokens
 from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.residual_basis import reading_moment
-from minitron.pruning.repair.writer import RepairConfig, Step, repaired_cut
+from minitron.pruning.repair.writer import Evidence, RepairConfig, Step, repaired_cut
 from minitron.pruning.repair.writer import resolve as resolve_repair
-from minitron.pruning.scoring import score_units
+from minitron.pruning.steps import score_units
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
@@ -115,7 +113,9 @@ def prepared(args: argparse.Namespace) -> Bench:
     kept = args.cache / "statistics"
     if not (kept / "statistics.json").exists():
         kept.mkdir(exist_ok=True)
-        calibrate_on(teacher, corpus, CALIBRATE, SEED, scratch=kept, listener=SILENT).save(kept)
+        samples = draw_samples(corpus, CALIBRATE.samples, SEED)
+        second_moment = CALIBRATE.second_moment
+        calibrate(teacher, samples, CALIBRATE.as_pass(kept), second_moment=second_moment).save(kept)
     search = SearchConfig(window=args.window, dims=dict(part.split("=") for part in args.dims))
     prune = PruneConfig(target=args.target)
     found = feasible(
@@ -187,11 +187,9 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
             bench.teacher,
             plan,
             pruned,
-            steps=bench.repairs,
-            statistics=bench.statistics,
-            scores=scores,
-            tokens=calibration_tokens(bench.corpus, CALIBRATE, SEED),
-            **pass_options(CALIBRATE),
+            bench.repairs,
+            Evidence(bench.statistics, scores, draw_samples(bench.corpus, CALIBRATE.samples, SEED)),
+            CALIBRATE.as_pass(),
         )
         run = (pruned, bench.teacher.path, bench.corpus, config)
         stops = [0, *(round(share * steps) for share in RUNGS), steps]

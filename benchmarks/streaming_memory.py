@@ -23,6 +23,8 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint, write_checkpoint
 from minitron.model.families.llama import LLAMA
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
@@ -101,7 +103,7 @@ def measure(step: str, work: str) -> dict[str, int]:
 def run_calibrate(work: Path, step: str) -> None:
     tokens = torch.randint(0, TEACHER.vocab, (SAMPLES, BLOCK_TOKENS), generator=torch.Generator().manual_seed(0))
     dtype = torch.float32 if step.endswith("float32") else torch.bfloat16
-    statistics = calibrate(open_checkpoint(work / "model"), tokens, dtype=dtype, batch=BATCH)
+    statistics = calibrate(open_checkpoint(work / "model"), Samples(tokens), Pass(dtype, batch=BATCH))
     (work / step).mkdir()
     statistics.save(work / step)
 

@@ -13,13 +13,16 @@ from minitron.calibration import collect as module
 from minitron.calibration.collect import Statistics, calibrate, cosine_sum, sample_sums
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 
 LENGTHS = [11, 4, 7, 1, 9]
 
 
 def measure(path: Path, tokens: Tensor, batch: int | None = 2, **options: Any) -> Statistics:
-    options = {"dtype": torch.float32, "second_moment": True} | options
-    return calibrate(open_checkpoint(path), tokens, batch=batch, **options)
+    named = {name: options.pop(name) for name in ("scratch", "progress") if name in options}
+    pass_ = Pass(options.pop("dtype", torch.float32), batch, **named)
+    return calibrate(open_checkpoint(path), Samples(tokens), pass_, **{"second_moment": True} | options)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from minitron.core.errors import CheckpointError, DataError, PlanError
 from minitron.evaluation.tasks.questions import choice, encode, read_questions
 from minitron.model import likelihood
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.model.samples import Batch, Separator
+from minitron.model.samples import Batch, Samples, Separator
+from minitron.model.stream import Pass
 from minitron.pruning import depth
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
@@ -47,7 +48,7 @@ def test_the_likelihoods_of_every_variant_are_those_of_the_cut_model(directory: 
     tokens = tiny.tokens(3, 9)
     scored = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     scored[:, 0] = False
-    found = likelihoods(open_checkpoint(directory), tokens, scored, VARIANTS, dtype=torch.float32, batch=2)
+    found = likelihoods(open_checkpoint(directory), Samples(tokens), scored, VARIANTS, Pass(torch.float32, batch=2))
     for number, dropped in enumerate(VARIANTS):
         nats, likeliest = log_likelihoods(cut_model(directory, dropped, tmp_path / str(number)), tokens)
         mask = scored[:, 1:]
@@ -59,8 +60,7 @@ def test_the_loss_of_documents_kept_apart_is_that_of_their_predicted_tokens(llam
     tokens, separator = tiny.tokens(3, 9), Separator(7, leads=False)
     tokens[0, 4] = tokens[1, 0] = tokens[1, 6] = 7
     batch = Batch(tokens, separator)
-    options: dict[str, Any] = {"dtype": torch.float32, "batch": 2, "separator": separator}
-    found = by_loss(open_checkpoint(llama), tokens, **options)(VARIANTS)
+    found = by_loss(open_checkpoint(llama), Samples(tokens, separator), Pass(torch.float32, batch=2))(VARIANTS)
     for number, dropped in enumerate(VARIANTS):
         with torch.no_grad():
             logits = cut_model(llama, dropped, tmp_path / str(number))(**batch.inputs, use_cache=False).logits
@@ -72,7 +72,7 @@ def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, checkpoint = tiny.tokens(5, 7), open_checkpoint(llama)
-    whole = by_loss(checkpoint, tokens, dtype=torch.float32)(VARIANTS)
+    whole = by_loss(checkpoint, Samples(tokens), Pass(torch.float32))(VARIANTS)
     monkeypatch.setattr(depth, "STATES_BYTES", 0)
     monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 4 * 32 * 13)
     monkeypatch.setattr(likelihood, "chunk_tokens", lambda vocab: 5)
@@ -80,11 +80,8 @@ def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(
     done: list[tuple[int, int]] = []
     measure = by_loss(
         checkpoint,
-        tokens,
-        dtype=torch.float32,
-        batch=2,
-        scratch=tmp_path,
-        progress=lambda *now: done.append(now),
+        Samples(tokens),
+        Pass(torch.float32, batch=2, scratch=tmp_path, progress=lambda *now: done.append(now)),
     )
     torch.testing.assert_close(measure(VARIANTS), whole, rtol=1e-6, atol=1e-6)
     assert done == [(number, 12) for number in range(1, 13)]
@@ -100,7 +97,7 @@ def test_states_that_variants_share_are_computed_once(llama: Path, monkeypatch: 
         return run(self, index, *rest)
 
     monkeypatch.setattr(depth.Stream, "run", counted)
-    leave_one_out(by_loss(open_checkpoint(llama), tiny.tokens(1, 4), dtype=torch.float32), 4)
+    leave_one_out(by_loss(open_checkpoint(llama), Samples(tiny.tokens(1, 4)), Pass(torch.float32)), 4)
     assert [runs.count(layer) for layer in range(4)] == [1, 2, 3, 4]  # the whole model, and those without one before
 
 
@@ -134,7 +131,7 @@ def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path) -> None:
     tensors["model.norm.weight"] *= 1e38
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="the loss of the model is not finite: its weights are damaged"):
-        by_loss(open_checkpoint(path), tiny.tokens(2, 5), dtype=torch.float32)([frozenset()])
+        by_loss(open_checkpoint(path), Samples(tiny.tokens(2, 5)), Pass(torch.float32))([frozenset()])
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def test_accuracies_of_variants_are_those_of_the_cut_models(tmp_path: Path) -> N
     path = small.teacher(tmp_path / "teacher")
     tokenizer = load_tokenizer(path)
     questions = read_questions(str(written(tmp_path / "task.jsonl", *ROWS.values())))
-    wrong = by_task(open_checkpoint(path), questions, tokenizer, 64, dtype=torch.float32, batch=3)(VARIANTS)
+    wrong = by_task(open_checkpoint(path), questions, tokenizer, 64, Pass(torch.float32, batch=3))(VARIANTS)
     for number, dropped in enumerate(VARIANTS):
         model, right = cut_model(path, dropped, tmp_path / str(number)), 0
         for form in ROWS:

@@ -15,6 +15,8 @@ from torch import Tensor
 from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pruning.cut import cut_tensor
 from minitron.pruning.importance import (
     CRITERIA,
@@ -48,7 +50,7 @@ def plain(samples: list[Tensor], sequence: str, batch: str) -> Tensor:
 @pytest.fixture(scope="module")
 def measured(llama: Path) -> tuple[Any, Statistics]:
     checkpoint = open_checkpoint(llama)
-    return checkpoint.shape, calibrate(checkpoint, tiny.tokens(5, 9), dtype=torch.float32, batch=2)
+    return checkpoint.shape, calibrate(checkpoint, Samples(tiny.tokens(5, 9)), Pass(torch.float32, batch=2))
 
 
 @pytest.mark.parametrize(("sequence", "batch"), PAIRS)
@@ -103,7 +105,7 @@ def test_the_magnitude_of_a_unit_is_the_norm_of_what_goes_with_it(directory: Pat
     """Without the unit, the squares of the layers' matrices sum to so much less."""
     checkpoint = open_checkpoint(directory)
     shape = checkpoint.shape
-    scores = magnitude_scores(calibrate(checkpoint, tiny.tokens(1, 3), dtype=torch.float32), shape)
+    scores = magnitude_scores(calibrate(checkpoint, Samples(tiny.tokens(1, 3)), Pass(torch.float32)), shape)
     every = {"layers": range(shape.layers), "hidden": range(shape.hidden), "ffn": range(shape.ffn)}
     every |= {"heads": range(shape.heads), "kv_heads": range(shape.kv_heads)}
     stored = tiny.tensors(directory)

@@ -36,6 +36,8 @@ from minitron.gguf.types import (
 )
 from minitron.gguf.verify import Measured
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 
 TEXT = tiny.tokens(2, 24, seed=1)
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
@@ -52,7 +54,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> GgufModel:
 
 @pytest.fixture(scope="module")
 def statistics(wide: GgufModel) -> Statistics:
-    return calibrate(wide.checkpoint, tiny.tokens(6, 24), dtype=torch.float32)
+    return calibrate(wide.checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
 
 
 @pytest.fixture(scope="module")

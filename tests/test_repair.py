@@ -15,7 +15,8 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.families import FAMILIES
-from minitron.model.stream import Stream
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, Stream
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import Plan, identity_plan
 from minitron.pruning.repair import writer as module
@@ -23,6 +24,7 @@ from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstac
 from minitron.pruning.repair.writer import (
     BEST,
     REPAIRS,
+    Evidence,
     RepairConfig,
     Repaired,
     Step,
@@ -37,19 +39,21 @@ FILLED = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 6, "layers": 3}
 FLOAT32 = [name for name, (_, differs) in tiny.VARIANTS.items() if "dtype" not in differs]
 
 
-def known(checkpoint: Checkpoint) -> dict[str, Any]:
-    statistics = calibrate(checkpoint, TOKENS, dtype=torch.float32, second_moment=True)
+def known(checkpoint: Checkpoint) -> Evidence:
+    statistics = calibrate(checkpoint, Samples(TOKENS), Pass(torch.float32), second_moment=True)
     scores = activation_scores(statistics, checkpoint.shape)
-    return {"statistics": statistics, "scores": scores, "tokens": TOKENS, "dtype": torch.float32, "batch": 3}
+    return Evidence(statistics, scores, Samples(TOKENS))
 
 
 def a_plan(checkpoint: Checkpoint, **sizes: int) -> Plan:
     return tiny.plan(checkpoint.shape, **(sizes or (FILLED if checkpoint.architecture.heads_fill_hidden else CUT)))
 
 
-def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, **options: Any) -> Repaired:
+def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int = 3, **options: Any) -> Repaired:
     out.mkdir()
-    return repaired_cut(checkpoint, plan, out, steps=steps, **known(checkpoint) | options)
+    given = {name: options.pop(name) for name in ("statistics", "scores", "samples") if name in options}
+    evidence = replace(known(checkpoint), **given)
+    return repaired_cut(checkpoint, plan, out, steps, evidence, Pass(torch.float32, batch), **options)
 
 
 def every_possible_step(checkpoint: Checkpoint) -> list[Step]:
@@ -63,10 +67,10 @@ def turned(checkpoint: Checkpoint, out: Path) -> Path:
     plan, given = identity_plan(checkpoint.shape), known(checkpoint)
     architecture = checkpoint.architecture
     tied = read_norm(checkpoint, architecture.final_norm) if architecture.tied(checkpoint.config) else None
-    moment = given["statistics"].second_moment
+    moment = given.statistics.second_moment
     basis = residual_basis(moment, checkpoint.shape.hidden, centred=architecture.centred_norms, tied=tied)
-    stream = Stream(checkpoint, TOKENS, dtype=torch.float32, batch=4)
-    work = module._Repair(stream, plan, frozenset(["basis"]), basis, given["scores"], lambda done, total: None)
+    stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
+    work = module._Repair(stream, plan, frozenset(["basis"]), basis, given.scores, lambda done, total: None)
     out.mkdir()
     with closing(work.pieces()) as pieces:
         shapes = {spec.name: (work.stored_dtype(spec), spec.shape(plan.student)) for spec in work.specs}
@@ -120,8 +124,8 @@ def test_without_fitted_steps_a_repaired_cut_is_the_plain_cut(variant: str, tmp_
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint)
     mend(checkpoint, plan, tmp_path / "plain")
-    stream = Stream(checkpoint, TOKENS, dtype=torch.float32, batch=4)
-    scores, kept = known(checkpoint)["scores"], Channels(torch.tensor(plan.hidden))
+    stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
+    scores, kept = known(checkpoint).scores, Channels(torch.tensor(plan.hidden))
     work = module._Repair(stream, plan, frozenset(), kept, scores, lambda done, total: None)
     plain = tiny.tensors(tmp_path / "plain")
     with closing(work.pieces()) as pieces:
@@ -204,7 +208,7 @@ def test_obs_keeps_equal_heads_in_every_kept_group(llama: Path, tmp_path: Path) 
 def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint("mistral", tmp_path / "mqa", num_key_value_heads=1))
     plan = replace(a_plan(checkpoint, heads=5), heads=((0, 1, 2, 3, 4),) * 4)
-    scores = known(checkpoint)["scores"]
+    scores = known(checkpoint).scores
     ranked = torch.arange(8, 0, -1, dtype=torch.float64).expand(4, 8)  # head 0 is the best
     mend(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
     name, size = "model.layers.2.self_attn.q_proj.weight", checkpoint.shape.head_dim
@@ -311,19 +315,19 @@ def test_steps_that_cannot_be_had_are_refused(variant: str, steps: list[Step], m
 def test_too_few_tokens_say_how_many_are_needed(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     with pytest.raises(PlanError, match=r"ffn_obs solves for 40 columns .* there are 24: raise calibrate.samples"):
-        mend(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", tokens=TOKENS[:1])
+        mend(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", samples=Samples(TOKENS[:1]))
 
 
 def test_a_basis_without_a_second_moment_says_how_to_get_it(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    statistics: Statistics = replace(known(checkpoint)["statistics"], second_moment=None)
+    statistics: Statistics = replace(known(checkpoint).statistics, second_moment=None)
     with pytest.raises(PlanError, match=r"no second moment of the residual stream.*calibrate --second-moment"):
         mend(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
 
 
 def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    moment = known(checkpoint)["statistics"].second_moment
+    moment = known(checkpoint).statistics.second_moment
     basis = residual_basis(moment, 24)
     assert isinstance(basis, Basis)
     held = torch.trace(basis.directions.double().T @ moment @ basis.directions.double())

@@ -13,10 +13,10 @@ import tiny
 import torch
 import yaml
 
-from minitron.calibration.collect import CalibrateConfig, Statistics
+from minitron.calibration.collect import Statistics
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
-from minitron.data.corpus import DataConfig, open_corpus
+from minitron.data.corpus import DataConfig, draw_samples, open_corpus
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.file import describe
@@ -25,7 +25,6 @@ from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch
 from minitron.pipeline.run import run
-from minitron.pipeline.stages import calibration_tokens
 from minitron.pruning.plan import Plan
 from minitron.recipe import build_recipe, load_recipe
 from minitron.shapes.space import SearchConfig
@@ -259,7 +258,7 @@ def test_a_run_that_keeps_documents_apart_does_so_throughout(tmp_path: Path) -> 
 
     inputs: list[torch.Tensor] = []
     teacher.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].abs()))
-    tokens = calibration_tokens(corpus, CalibrateConfig(samples=32), 0)
+    tokens = draw_samples(corpus, 32, 0).tokens
     with torch.no_grad():
         teacher(**Batch(tokens, corpus.separator).inputs, use_cache=False)
         teacher(input_ids=tokens, use_cache=False)

@@ -1,7 +1,6 @@
 """Runs that score layers by a pass of their own, and that cut in steps."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,16 @@ import small
 import tiny
 import torch
 
-from minitron.calibration.collect import CalibrateConfig, calibrate
+from minitron.calibration.collect import calibrate
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pipeline.run import run
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, contiguous_blocks, leave_one_out
 from minitron.pruning.plan import Plan, PruneConfig, choose, step_shapes
-from minitron.pruning.scoring import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.pruning.steps import Scoring, layers_need_a_pass, refine, score_layers, score_units
 from minitron.recipe import build_recipe
 
 QUESTIONS = [{"ctx": "the rain in", "endings": ["the plain", "a boat"], "label": number % 2} for number in range(5)]
@@ -36,16 +37,16 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scoring(teacher: Path, **config: Any) -> Scoring:
-    calibration = CalibrateConfig(precision="float32", batch=3)
-    return Scoring(PruneConfig(**config), calibration, tiny.tokens(6, 10), load_tokenizer(teacher))
+    pass_ = Pass(torch.float32, batch=3)
+    return Scoring(PruneConfig(**config), Samples(tiny.tokens(6, 10)), pass_, load_tokenizer(teacher))
 
 
 def test_layers_are_scored_by_the_criterion_that_is_asked_for(teacher: Path, task: Path) -> None:
     checkpoint = open_checkpoint(teacher)
     student = tiny.plan(checkpoint.shape, layers=2).student
-    statistics = calibrate(checkpoint, tiny.tokens(6, 10), dtype=torch.float32, batch=3)
+    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 10)), Pass(torch.float32, batch=3))
     units = score_units(statistics, checkpoint.shape, PruneConfig())
-    measure = by_loss(checkpoint, tiny.tokens(6, 10)[:4], dtype=torch.float32, batch=3)
+    measure = by_loss(checkpoint, Samples(tiny.tokens(6, 10)[:4]), Pass(torch.float32, batch=3))
     expected = {
         "block_influence": 1 - statistics.cosine,
         "loss": leave_one_out(measure, 4),
@@ -78,11 +79,11 @@ def test_every_step_is_chosen_by_scores_of_what_is_left(teacher: Path, tmp_path:
 
     def step(path: Path, shape: Any) -> Any:
         left = open_checkpoint(path)
-        statistics = calibrate(left, asked.tokens, dtype=torch.float32, batch=3)
+        statistics = calibrate(left, asked.calibration, Pass(torch.float32, batch=3))
         scores = score_layers(left, score_units(statistics, left.shape, asked.config), shape, asked)
         return choose(scores, left.shape, shape)
 
-    plan = refine(checkpoint, step(teacher, shapes[0]), shapes[1:], replace(asked, scratch=tmp_path))
+    plan = refine(checkpoint, step(teacher, shapes[0]), shapes[1:], asked.at(tmp_path))
     path = teacher
     for number, shape in enumerate(shapes):
         out = tmp_path / str(number)

@@ -15,15 +15,15 @@ from minitron.core.errors import CheckpointError
 from minitron.model import stream
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.model.samples import Batch, Separator
-from minitron.model.stream import Stream, default_batch
+from minitron.model.samples import Batch, Samples, Separator
+from minitron.model.stream import Pass, Stream, default_batch
 
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 
 
 def streamed(path: Path, tokens: Tensor, batch: int, separator: Separator | None = None) -> list[Tensor]:
     """The states before the first layer, after each layer, and after the final norm."""
-    flow = Stream(open_checkpoint(path), tokens, dtype=torch.float32, batch=batch, separator=separator)
+    flow = Stream(open_checkpoint(path), Samples(tokens, separator), Pass(torch.float32, batch=batch))
     flow.embed()
     states = [flow.states.clone()]
     for index, layer in flow.layers():
@@ -91,7 +91,7 @@ def test_embeddings_are_read_of_tokens_that_occur_and_in_parts(
 
 
 def test_only_the_layer_at_hand_has_matrices_in_memory(directory: Path) -> None:
-    flow = Stream(open_checkpoint(directory), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    flow = Stream(open_checkpoint(directory), Samples(tiny.tokens(1, 5)), Pass(torch.float32, batch=1))
     flow.embed()
     assert not matrices_in_memory(flow.model)
     for index, _ in flow.layers():
@@ -106,7 +106,7 @@ def matrices_in_memory(module: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_and_states_run_in_the_dtype_asked_for(llama: Path, dtype: torch.dtype) -> None:
-    flow = Stream(open_checkpoint(llama), tiny.tokens(1, 5), dtype=dtype, batch=1)
+    flow = Stream(open_checkpoint(llama), Samples(tiny.tokens(1, 5)), Pass(dtype, batch=1))
     flow.embed()
     for index, layer in flow.layers():
         assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
@@ -116,7 +116,7 @@ def test_weights_and_states_run_in_the_dtype_asked_for(llama: Path, dtype: torch
 
 def weights_of(path: Path, tokens: Tensor) -> list[int]:
     """Where in memory a matrix of each layer lies."""
-    flow = Stream(open_checkpoint(path), tokens, dtype=torch.float32, batch=1)
+    flow = Stream(open_checkpoint(path), Samples(tokens), Pass(torch.float32, batch=1))
     flow.embed()
     return [layer.mlp.down_proj.weight.data_ptr() for _, layer in flow.layers()]
 
@@ -145,7 +145,7 @@ def test_the_next_layer_is_read_while_one_computes_if_there_is_room(
     monkeypatch.setattr(Checkpoint, "read_rows", watched)
     if not room:
         monkeypatch.setattr(stream, "free_bytes", lambda device: 0)
-    flow = Stream(checkpoint, tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    flow = Stream(checkpoint, Samples(tiny.tokens(1, 5)), Pass(torch.float32, batch=1))
     flow.embed()
     layers = flow.layers()
     next(layers)
@@ -165,7 +165,7 @@ def test_a_damaged_layer_is_an_error_when_its_turn_comes(
     if not room:
         monkeypatch.setattr(stream, "free_bytes", lambda device: 0)
     seen = []
-    flow = Stream(open_checkpoint(tmp_path), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    flow = Stream(open_checkpoint(tmp_path), Samples(tiny.tokens(1, 5)), Pass(torch.float32, batch=1))
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN or infinity"):
         for index, _ in flow.layers():
             seen.append(index)
@@ -173,7 +173,7 @@ def test_a_damaged_layer_is_an_error_when_its_turn_comes(
 
 
 def test_no_thread_stays_behind_when_layers_are_left_early(llama: Path) -> None:
-    flow = Stream(open_checkpoint(llama), tiny.tokens(1, 5), dtype=torch.float32, batch=1)
+    flow = Stream(open_checkpoint(llama), Samples(tiny.tokens(1, 5)), Pass(torch.float32, batch=1))
     before = threading.active_count()
     layers = flow.layers()
     next(layers)
@@ -205,6 +205,6 @@ def test_the_default_batch_keeps_activations_within_their_budget(
 def test_a_token_that_the_embedding_has_no_row_for_is_refused(llama: Path, wrong: int) -> None:
     tokens = tiny.tokens(2, 8)
     tokens[1, 3] = wrong
-    stream = Stream(open_checkpoint(llama), tokens, dtype=torch.float32, batch=1)
+    stream = Stream(open_checkpoint(llama), Samples(tokens), Pass(torch.float32, batch=1))
     with pytest.raises(CheckpointError, match=f"embed_tokens.weight has 320 rows, and row {wrong} is asked for"):
         stream.embed()

@@ -18,6 +18,8 @@ from minitron.core.layouts import LESSONS, LOGGED, RECORD
 from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
 from minitron.data.corpus import open_corpus, require_undamaged
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.report.page import render
 from minitron.report.records import read_run
 
@@ -155,7 +157,7 @@ def test_statistics_that_do_not_fit_the_model_are_refused(
     damage: Any, message: str, llama: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(llama)
-    calibrate(checkpoint, tiny.tokens(2, 8), dtype=torch.float32).save(tmp_path)
+    calibrate(checkpoint, Samples(tiny.tokens(2, 8)), Pass(torch.float32)).save(tmp_path)
     Statistics.load_for(checkpoint, tmp_path)
     tensors = load_file(tmp_path / "statistics.safetensors")
     damage(tensors)

@@ -15,7 +15,8 @@ from test_checkpoint import EMBEDDING, HEAD, change_config, change_tensors, copy
 from minitron.core.errors import CheckpointError
 from minitron.model.checkpoint import carried_files, load_model, model_files, open_checkpoint
 from minitron.model.likelihood import Scored, score_tokens
-from minitron.model.stream import Stream
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, Stream
 from minitron.model.weight_files import INDEX, SINGLE, has_weights, weight_files
 from minitron.rooms import inspect_model
 
@@ -25,7 +26,7 @@ NORM = "model.norm.weight"
 def streamed_log_likelihood(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of every token but the first of each sample, in the checkpoint's own dtype."""
     checkpoint = open_checkpoint(path)
-    flow = Stream(checkpoint, tokens, dtype=checkpoint.dtype, batch=2)
+    flow = Stream(checkpoint, Samples(tokens), Pass(checkpoint.dtype, batch=2))
     flow.embed()
     for index, layer in flow.layers():
         for _ in flow.run(index, layer):

@@ -13,12 +13,12 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
-from minitron.calibration.collect import CalibrateConfig
 from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.data.corpus import Corpus, DataConfig, prepare
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.prepare import block_length, corpus_for, keep_sampled
 from minitron.evaluation.generate import num_new_tokens, require_temperature
 from minitron.evaluation.quality import Evaluation
 from minitron.gguf.config import QuantizeConfig
@@ -39,8 +39,6 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.model.naming import model_name
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
-from minitron.pipeline.stages import block_length, calibration_tokens
-from minitron.rooms import corpus_for, keep_sampled
 
 SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
 Result = TypeVar("Result")
@@ -72,7 +70,7 @@ def quantize_model(
                 usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
                 data_config = data_config.model_copy(update={"block_tokens": usual})
             corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
-            tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), 0)
+            tokens = draw_samples(corpus, config.samples, 0).tokens
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
             text = Text(tokens, heldout, data_config.source)
             keep_sampled(corpus.path, partial)

@@ -1,14 +1,12 @@
 """Each room on its own, as the command line's single verbs use it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from minitron.calibration.collect import CalibrateConfig, Statistics
+from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -19,12 +17,12 @@ from minitron.core.files import (
     put_directory,
     require_free_space,
     scratch_directory,
-    scratch_errors,
 )
-from minitron.core.progress import SILENT, Listener
-from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, open_corpus, separator
+from minitron.core.progress import SILENT, Listener, layers_of
+from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, open_corpus, separator
+from minitron.data.prepare import bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers, train
-from minitron.distillation.config import DistillConfig, of_correction, resolve
+from minitron.distillation.config import DistillConfig, of_correction, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
@@ -43,41 +41,21 @@ from minitron.model.config_json import read_config
 from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
+from minitron.model.samples import Samples
 from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
-from minitron.pipeline.run import bounded, require_correctable
-from minitron.pipeline.stages import (
-    block_length,
-    calibrate_on,
-    calibrate_tokens,
-    calibration_tokens,
-    correct,
-    make_corpus,
-    prepare_data,
-    record_lessons,
-    repairing,
-    scoring_on,
-    student_maker,
-    teach,
-)
+from minitron.pipeline.stages import correct, prepare_data, record_lessons, teach
 from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
-from minitron.pruning.cut import cut
-from minitron.pruning.importance import Scores, even_scores
 from minitron.pruning.plan import (
     Given,
     Plan,
     PruneConfig,
-    choose,
-    given_layers,
     load_given,
-    needs_scores,
-    step_shapes,
-    target_shape,
 )
-from minitron.pruning.repair.writer import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
+from minitron.pruning.repair.writer import CutNeeds, RepairConfig, needed_steps
 from minitron.pruning.repair.writer import resolve as resolve_repair
-from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
+from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
@@ -112,13 +90,14 @@ def calibrate_model(
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
             told_by = separator(data_config, load_tokenizer(teacher.path))
-            return calibrate_tokens(teacher, parallel.broadcast(None), config, separator=told_by)
+            samples = Samples(parallel.broadcast(None), told_by)
+            return calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
-                tokens = parallel.broadcast(calibration_tokens(corpus, config, seed))
-                statistics = calibrate_tokens(
-                    teacher, tokens, config, scratch=partial, separator=corpus.separator, listener=listener
-                )
+                samples = draw_samples(corpus, config.samples, seed)
+                parallel.broadcast(samples.tokens)
+                pass_ = config.as_pass(partial, layers_of(listener))
+                statistics = calibrate(teacher, samples, pass_, second_moment=config.second_moment)
                 keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
@@ -147,20 +126,20 @@ def search_model(
         if data_config is not None:
             corpus = stack.enter_context(corpus_for(teacher, data_config, listener, calibration.samples))
         work = stack.enter_context(scratch_directory())
+        samples, tokenizer = None, None
+        if corpus is not None:
+            samples = draw_samples(corpus, calibration.samples, 0)
+            tokenizer = load_tokenizer(teacher.path)
+        pass_ = calibration.as_pass(work, layers_of(listener))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
-            assert corpus is not None
-            statistics = calibrate_on(teacher, corpus, calibration, 0, scratch=work, listener=listener)
-        scores = score_units(statistics, teacher.shape, prune)
+            assert samples is not None
+            statistics = calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
-        make = None
-        if corpus is not None:
-            scoring = scoring_on(corpus, prune, calibration, 0, load_tokenizer(teacher.path), listener)
-            mend = repairing(recipe, statistics, scores, corpus, listener)
-            make = student_maker(teacher, scores, scoring, mend)
+        pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), repair.steps or [], statistics)
         listener.stage("search", "running")
-        _, facts = ranked(recipe, teacher, statistics, scores, corpus, make, work=work, listener=listener)
+        _, facts = ranked(recipe, pruner, corpus, work=work, listener=listener)
     listener.stage("search", "done")
     return facts
 
@@ -190,122 +169,42 @@ def prune_model(
     prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
-        given = Given() if plan_file is None else load_given(plan_file, teacher.shape)
-        fixed = [dim for dim in PRUNABLE if getattr(given, dim) is not None]
-        steps = resolve_repair(repair, teacher, fixed).steps or []
-        if isinstance(given, Plan):
+        listed = Given() if plan_file is None else load_given(plan_file, teacher.shape)
+        if isinstance(listed, Plan):
             _require_nothing_else(config, plan_file)
-        check(_needs(teacher, config, given, steps, with_statistics=statistics_dir is not None))
-        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
-        plan = given if isinstance(given, Plan) else _choose(known, given)
-        if isinstance(given, Plan):
-            known.require_free_space(plan.student)
-        needed = needed_steps(steps, plan)
+        fixed = [dim for dim in PRUNABLE if getattr(listed, dim) is not None]
+        steps = resolve_repair(repair, teacher, fixed).steps or []
+        shape, given = wanted(teacher, config, listed)
+        needs = cut_needs(teacher, config, shape, given, steps, with_statistics=statistics_dir is not None)
+        check(needs)
+        _require_free_space(teacher, shape, out, partial)
+        calibration = CalibrateConfig(samples=samples, second_moment="basis" in steps)
+        pass_, text, tokenizer, statistics = calibration.as_pass(partial, layers_of(listener)), None, None, None
+        if needs.statistics and statistics_dir is not None:
+            statistics = Statistics.load_for(teacher, statistics_dir)
+        if needs.text:
+            tokenizer = load_tokenizer(teacher.path)
+            with corpus_for(teacher, data_config(), listener, samples, scratch=partial) as corpus:
+                text = draw_samples(corpus, samples, 0)
+        if needs.statistics and statistics is None:
+            assert text is not None
+            statistics = calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
+        pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
+        plan = listed if isinstance(listed, Plan) else pruner.plan(shape, given)
         listener.stage("prune", "running")
-        if needed:
-            scoring = known.scoring
-            plan = repaired_cut(
-                teacher,
-                plan,
-                partial,
-                steps=needed,
-                statistics=known.statistics,
-                scores=known.scores,
-                tokens=scoring.tokens,
-                **scoring.pass_options,
-            ).plan
-        else:
-            cut(teacher, plan, partial)
+        needed = needed_steps(steps, plan)
+        plan = pruner.cut(plan, partial).plan
         plan.save(partial / "plan.json")
         facts = describe(open_checkpoint(partial)) | {"repairs": needed}
     listener.stage("prune", "done")
     return plan, facts
 
 
-def _needs(
-    teacher: Checkpoint, config: PruneConfig, given: Plan | Given, steps: Sequence[Step], *, with_statistics: bool
-) -> CutNeeds:
-    if isinstance(given, Plan):
-        shape, listed = given.student, Given(**{dim: getattr(given, dim) for dim in PRUNABLE})
-    else:
-        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
-        by_number = given_layers(config, teacher.shape)
-        listed = given if by_number.layers is None else replace(given, layers=by_number.layers)
-    choice = choice_left(teacher.architecture, config, teacher.shape, shape, listed, steps)
-    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
-    scored = needs_scores(teacher.shape, shape, listed)
-    return CutNeeds(
-        choice,
-        statistics=scored or bool(choice.repairs),
-        text=bool(choice.repairs) or (scored and (passes or not with_statistics)),
-    )
-
-
-@dataclass
-class _Known:
-    """What a cut is chosen by and its repair fitted to, got when it is first needed."""
-
-    teacher: Checkpoint
-    config: PruneConfig
-    steps: list[Step]
-    statistics_dir: Path | None
-    data_config: Callable[[], DataConfig]
-    samples: int
-    out: Path
-    work: Path
-    listener: Listener
-
-    def require_free_space(self, student: Shape) -> None:
-        """Raises: RunError if the disk has no room for a student of that shape."""
-        counts = [
-            self.teacher.architecture.count(shape, self.teacher.config) for shape in (student, self.teacher.shape)
-        ]
-        # By share, for not every tensor need have the dtype of the embedding.
-        require_free_space(self.out, round(self.teacher.weight_bytes * counts[0].total / counts[1].total), self.work)
-
-    @cached_property
-    def scoring(self) -> Scoring:
-        calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
-        tokenizer = load_tokenizer(self.teacher.path)
-        samples = calibration.samples
-        with corpus_for(self.teacher, self.data_config(), self.listener, samples, scratch=self.work) as corpus:
-            scoring = scoring_on(corpus, self.config, calibration, 0, tokenizer, self.listener)
-        return replace(scoring, scratch=self.work)
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        if self.statistics_dir is not None:
-            return Statistics.load_for(self.teacher, self.statistics_dir)
-        scoring = self.scoring
-        return calibrate_tokens(
-            self.teacher,
-            scoring.tokens,
-            scoring.calibrate,
-            scratch=self.work,
-            separator=scoring.separator,
-            listener=self.listener,
-        )
-
-    @cached_property
-    def scores(self) -> Scores:
-        return score_units(self.statistics, self.teacher.shape, self.config)
-
-
-def _choose(known: _Known, given: Given) -> Plan:
-    teacher, config = known.teacher, known.config
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, given)
-    known.require_free_space(shape)
-    by_number = given_layers(config, teacher.shape)
-    given = given if by_number.layers is None else replace(given, layers=by_number.layers)
-    if not needs_scores(teacher.shape, shape, given):
-        return choose(even_scores(teacher.shape), teacher.shape, shape, given)
-    first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
-    if not further and not layers_need_a_pass(config, teacher.shape, first):
-        return choose(known.scores, teacher.shape, first, given)
-    scoring = known.scoring
-    return plan_student(
-        teacher, lambda first: score_layers(teacher, known.scores, first, scoring), shape, scoring, given
-    )
+def _require_free_space(teacher: Checkpoint, student: Shape, out: Path, at: Path) -> None:
+    """Raises: RunError if the disk has no room for a student of that shape."""
+    counts = [teacher.architecture.count(shape, teacher.config) for shape in (student, teacher.shape)]
+    # By share, for not every tensor need have the dtype of the embedding.
+    require_free_space(out, round(teacher.weight_bytes * counts[0].total / counts[1].total), at)
 
 
 def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
@@ -502,38 +401,3 @@ def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperatur
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
     return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
-
-
-def keep_sampled(corpus: Path, out: Path) -> None:
-    """Text that was sampled took longest of all, and can be given to the next command."""
-    if (corpus / SAMPLED).exists():
-        shutil.copyfile(corpus / SAMPLED, out / SAMPLED)
-
-
-@contextmanager
-def corpus_for(
-    checkpoint: Checkpoint,
-    config: DataConfig,
-    listener: Listener,
-    samples: int | None = None,
-    seed: int = 0,
-    *,
-    whole: bool = False,
-    scratch: Path | None = None,
-) -> Iterator[Corpus]:
-    """A corpus that is gone after the block.
-
-    Args:
-        samples: training blocks that are needed of text without end, which may be the checkpoint's own.
-        seed: of text that is sampled.
-        whole: hold out all of the text.
-        scratch: an existing directory to keep it in; default the system's temporary directory.
-    """
-    listener.stage("data", "running")
-    if samples is not None:
-        config = bounded(config, samples * block_length(config, checkpoint))
-    with scratch_directory(scratch) as path:
-        tokenizer = load_tokenizer(checkpoint.path)
-        with scratch_errors(scratch):
-            make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
-        yield open_corpus(path)

@@ -18,10 +18,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,8 +33,8 @@ from minitron.core.typed_files import read_tensors, read_typed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import float32_logits
-from minitron.model.samples import Separator
-from minitron.model.stream import Stream, default_batch
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, Stream
 
 # Reductions of |activation| over the tokens of a sample, in the order in which `Statistics.sums` holds them.
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
@@ -59,6 +58,13 @@ class CalibrateConfig(Section):
     second_moment: bool = False
     """Also average the products of all pairs of residual channels: a hidden x hidden matrix, for about a tenth more
     time."""
+
+    def as_pass(
+        self, scratch: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Pass:
+        """How every streamed pass over the calibration samples runs."""
+        device = pick_device()
+        return Pass(compute_dtype(self.precision, device), self.batch, device, scratch, progress)
 
 
 @dataclass(frozen=True)
@@ -215,63 +221,27 @@ def require_second_moment(statistics: Statistics) -> None:
         )
 
 
-def pass_options(
-    config: CalibrateConfig,
-    *,
-    scratch: Path | None = None,
-    separator: Separator | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """The arguments that `calibrate` and every other streamed pass over the samples share."""
-    dtype = compute_dtype(config.precision, pick_device())
-    return {
-        "dtype": dtype,
-        "batch": config.batch,
-        "scratch": scratch,
-        "separator": separator,
-        "progress": progress,
-    }
-
-
 def calibrate(
     checkpoint: Checkpoint,
-    tokens: Int[Tensor, "samples tokens"],
+    samples: Samples,
+    pass_: Pass,
     *,
-    dtype: torch.dtype,
-    batch: int | None = None,
     second_moment: bool = False,
     valid: Bool[Tensor, "samples tokens"] | None = None,
-    device: torch.device | None = None,
-    scratch: Path | None = None,
-    separator: Separator | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Stream the samples through the model once, one decoder layer at work at a time.
 
     In a `parallel.process_group` each process takes a share of the samples, and all return the statistics of all.
 
     Args:
-        batch: samples per forward call; default `default_batch`.
+        second_moment: also average the products of all pairs of residual channels.
         valid: False for pads, which must be on the right; None when every token is real.
-        device: where the layers run; default `pick_device`.
-        separator: tells documents apart that are to be kept so in a sample.
-        progress: called with (layers done, layers).
 
     Paper: P1, "Importance Analysis"; the sums of all its aggregators are collected together.
     """
-    num_tokens = tokens.shape[1]
-    lengths = [num_tokens] * len(tokens) if valid is None else valid.sum(1).tolist()
-    batch = batch or default_batch(checkpoint.shape, num_tokens, dtype)
-    mine = parallel.joined().share(len(tokens), batch)
-    stream = Stream(
-        checkpoint,
-        tokens[mine],
-        dtype=dtype,
-        batch=batch,
-        device=device or pick_device(),
-        scratch=scratch,
-        separator=separator,
-    )
+    lengths = [samples.block_tokens] * len(samples) if valid is None else valid.sum(1).tolist()
+    mine = parallel.joined().share(len(samples), pass_.batch_of(checkpoint.shape, samples))
+    stream = Stream(checkpoint, samples[mine], pass_)
     collector = _Collector(stream, lengths[mine], second_moment)
     stream.embed()
     for index, layer in stream.layers():
@@ -280,11 +250,11 @@ def calibrate(
             for _, before, after in stream.run(index, layer):
                 collector.add_cosines(index, before, after)
         parallel.require_all_well()
-        progress(index + 1, checkpoint.shape.layers)
+        pass_.progress(index + 1, checkpoint.shape.layers)
     with stream.final_norm() as norm, collector.watch_final(norm):
         for _, states in stream.batches():
             norm(states)
-    return collector.statistics(len(tokens), sum(lengths))
+    return collector.statistics(len(samples), sum(lengths))
 
 
 class _Collector:

@@ -1,6 +1,7 @@
 """How work tells what it does: the command line draws it, a library is silent."""
 
 import warnings
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
@@ -29,3 +30,8 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+def layers_of(listener: Listener) -> Callable[[int, int], None]:
+    """What a streamed pass calls with (layers done, layers)."""
+    return lambda done, total: listener.progress(done, total, "layers")

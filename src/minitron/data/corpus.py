@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from minitron.core import layouts
@@ -32,7 +33,7 @@ from minitron.data.sources import builtin_documents as builtin_documents
 from minitron.data.sources import is_hub_id as is_hub_id
 from minitron.data.sources import keyed as keyed
 from minitron.data.sources import local_path as local_path
-from minitron.model.samples import Separator
+from minitron.model.samples import Samples, Separator
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
@@ -178,6 +179,13 @@ def require_undamaged(corpus: Corpus) -> None:
 
 def _again(path: Path) -> str:
     return f"remove {path} and run the same command to prepare the text again"
+
+
+def draw_samples(corpus: Corpus, count: int, seed: int) -> Samples:
+    """At most `count` training blocks, in the order in which a training of that seed reads its first."""
+    blocks = corpus.train
+    rows = batch_rows(len(blocks), seed=seed, step=0, batch=min(count, len(blocks)))
+    return Samples(torch.from_numpy(blocks.select(rows)), corpus.separator)
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:

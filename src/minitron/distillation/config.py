@@ -9,7 +9,8 @@ from pydantic import Field
 from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
-from minitron.core.errors import MinitronError
+from minitron.core.errors import MinitronError, RunError
+from minitron.data.corpus import TEACHER, DataConfig
 from minitron.distillation.hidden_loss import Places
 from minitron.distillation.losses import ON_LOGITS, LossName, Objective
 from minitron.distillation.optim import Optimizer, Weights
@@ -321,3 +322,13 @@ def of_correction(config: DistillConfig) -> DistillConfig:
 
 def num_steps(tokens: int, batch_blocks: int, block_tokens: int) -> int:
     return max(1, round(tokens / (batch_blocks * block_tokens)))
+
+
+def require_correctable(config: DistillConfig, text: DataConfig) -> None:
+    """Raises: MinitronError where a correction of the teacher would have no effect."""
+    require_correction_fits(config)
+    if config.correction is not None and text.source == TEACHER:
+        raise RunError(
+            f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "
+            f"data.source={TEACHER!r} is its own: leave distill.correction out, or give a text"
+        )

@@ -7,6 +7,7 @@ block is found by a digest of its tokens: it may be asked for in any order, in a
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron.core import layouts
-from minitron.core.device import pick_device
 from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json
 from minitron.core.typed_files import read_typed
@@ -26,8 +26,8 @@ from minitron.distillation.losses import LEAST_TAIL, TopK
 from minitron.distillation.teachers import Lesson
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
-from minitron.model.samples import Batch, Separator
-from minitron.model.stream import Stream, default_batch
+from minitron.model.samples import Batch, Samples, Separator
+from minitron.model.stream import Pass, Stream
 
 INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
@@ -38,51 +38,32 @@ DEFAULT_TOP_K = 64
 
 def write_lessons(
     teacher: Checkpoint,
-    blocks: Int[np.ndarray, "blocks tokens"],
+    samples: Samples,
+    pass_: Pass,
     out: Path,
     *,
     top_k: int = DEFAULT_TOP_K,
     temperature: float = 1.0,
-    separator: Separator | None = None,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    scratch: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run a teacher over blocks, a layer in memory at a time, and write its lessons into the existing directory `out`.
 
     Args:
+        samples: the blocks; whoever reads the lessons must have the same separator.
         temperature: of the distributions; losses that read the lessons must have the same.
-        separator: tells documents apart that are to be kept so; whoever reads the lessons must have the same.
-        scratch: where files of hidden states go if they are needed.
-        progress: called with (layers done, layers).
 
     Returns what `lessons.json` says: of which model and tokens the lessons are, and how many bytes a token takes.
     """
-    shape, num_tokens = teacher.shape, blocks.shape[1]
+    shape, num_tokens = teacher.shape, samples.block_tokens
     top_k = min(top_k, shape.vocab)
-    of_block = num_tokens * (shape.hidden * dtype.itemsize + 12 * top_k)
-    parts = np.array_split(blocks, -(-len(blocks) * of_block // PART_BYTES))
+    of_block = num_tokens * (shape.hidden * pass_.dtype.itemsize + 12 * top_k)
+    parts = np.array_split(samples.tokens.numpy(), -(-len(samples) * of_block // PART_BYTES))
     shards: list[dict[str, Any]] = []
     for number, part in enumerate(parts):
-        before = number * shape.layers
-        stream = Stream(
-            teacher,
-            torch.from_numpy(part),
-            dtype=dtype,
-            batch=default_batch(shape, num_tokens, dtype),
-            device=device or pick_device(),
-            scratch=scratch,
-            separator=separator,
-        )
-        stream.embed()
-        for index, layer in stream.layers():
-            for _ in stream.run(index, layer):
-                pass
-            progress(before + index + 1, len(parts) * shape.layers)
+        stream = Stream(teacher, Samples(torch.from_numpy(part), samples.separator), pass_)
+        stream.run_to_end(partial(_progress_of_part, pass_.progress, number, len(parts)))
         name = f"shard-{number:05d}.safetensors"
         tensors = _packed(_top_k(stream, top_k, temperature), shape.vocab)
-        save_file(tensors | {"blocks": torch.from_numpy(_digests(part, separator))}, out / name)
+        save_file(tensors | {"blocks": torch.from_numpy(_digests(part, samples.separator))}, out / name)
         shards.append({"file": name, "blocks": len(part), "sha256": digest_files([out / name], {})})
     num_bytes = sum((out / shard["file"]).stat().st_size for shard in shards)
     facts = {
@@ -90,13 +71,17 @@ def write_lessons(
         "vocab": shape.vocab,
         "top_k": top_k,
         "temperature": temperature,
-        "blocks": len(blocks),
+        "blocks": len(samples),
         "block_tokens": num_tokens,
-        "bytes_per_token": num_bytes / (len(blocks) * num_tokens),
+        "bytes_per_token": num_bytes / (len(samples) * num_tokens),
         "shards": shards,
     }
     write_json(out / INDEX, facts)
     return facts
+
+
+def _progress_of_part(progress: Callable[[int, int], None], number: int, num_parts: int, done: int, total: int) -> None:
+    progress(number * total + done, num_parts * total)
 
 
 class RecordedTeacher:

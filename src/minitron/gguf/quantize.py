@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from minitron.gguf.types import (
 )
 from minitron.gguf.verify import MOST_KL, Measured, Prover
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
@@ -368,9 +371,8 @@ def _importance(
         return None
     statistics = calibrate(
         checkpoint,
-        text.calibration,
-        dtype=torch.float32,
-        progress=lambda done, total: listener.progress(done, total, "layers of the importance matrix"),
+        Samples(text.calibration),
+        Pass(torch.float32, progress=partial(listener.progress, note="layers of the importance matrix")),
     )
     found = importance_of(
         checkpoint,

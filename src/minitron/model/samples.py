@@ -1,4 +1,4 @@
-"""Documents that share a block, kept apart: attention, positions and predictions as if each stood alone."""
+"""Blocks of tokens as models read them, with the documents in a block kept apart where that is asked for."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,32 @@ class Separator:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Blocks of tokens as a model reads them; without a separator each block is one document.
+class Samples:
+    """Blocks of tokens that a streamed pass reads, one block a sample."""
 
-    A document that a block begins in the middle of begins with the block.
+    tokens: Int[Tensor, "samples tokens"]
+    separator: Separator | None = None
+    """Tells the documents of a sample apart; without one a sample is one document."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "Samples":
+        return Samples(self.tokens[rows], self.separator)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.tokens.shape[1]
+
+    def batch(self, rows: slice, device: torch.device) -> "Batch":
+        return Batch(self.tokens[rows].to(device), self.separator)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward call reads: attention, positions and predictions are as if each document stood alone.
+
+    Without a separator each block is one document. A document cut by the block boundary starts at the block.
     """
 
     tokens: Int[Tensor, "blocks tokens"]

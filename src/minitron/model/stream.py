@@ -8,9 +8,10 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from minitron.core.device import copying_beside, free_bytes, helper_thread
+from minitron.core.device import copying_beside, free_bytes, helper_thread, pick_device
 from minitron.core.direct_io import ALIGNED, aligned
 from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hugging_face import CPU, empty_model
-from minitron.model.samples import Batch, Separator
+from minitron.model.samples import Samples
 from minitron.model.weights import bytes_of, require_fits
 
 # Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
@@ -48,6 +49,32 @@ def default_batch(shape: Shape, num_tokens: int, dtype: torch.dtype) -> int:
     return max(1, min(LARGEST_DEFAULT_BATCH, ACTIVATION_BYTES // (3 * shape.ffn * num_tokens * dtype.itemsize)))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """How a streamed pass over samples runs. What it computes does not depend on this, but for rounding.
+
+    dtype: of weights and states while they run.
+    batch: samples per forward call; default `default_batch`.
+    device: where the layers run; default `pick_device`.
+    scratch: an existing directory for what does not fit into memory; default the system's temporary directory.
+    progress: called with (layers done, layers).
+    """
+
+    dtype: torch.dtype
+    batch: int | None = None
+    device: torch.device = field(default_factory=pick_device)
+    scratch: Path | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    def batch_of(self, shape: Shape, samples: Samples) -> int:
+        """Samples per forward call."""
+        return self.batch or default_batch(shape, samples.block_tokens, self.dtype)
+
+    def at(self, scratch: Path) -> "Pass":
+        """The same with its scratch files in another directory."""
+        return replace(self, scratch=scratch)
+
+
 class Stream:
     """A checkpoint and the token blocks on their way through it.
 
@@ -55,32 +82,18 @@ class Stream:
     states are on their way through a module.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokens: Tensor,
-        *,
-        dtype: torch.dtype,
-        batch: int,
-        device: torch.device = CPU,
-        scratch: Path | None = None,
-        num_states: int = 1,
-        separator: Separator | None = None,
-    ):
+    def __init__(self, checkpoint: Checkpoint, samples: Samples, pass_: Pass, *, num_states: int = 1):
         """
         Args:
-            tokens: token ids, int64 [samples, tokens].
-            dtype: dtype of weights and states while they run.
-            batch: samples per forward call; results do not depend on it beyond rounding.
-            scratch: where the file of hidden states goes if it is needed; default the system's temporary directory.
             num_states: sets of states that live at once (see `more_states`) and share the room for states.
-            separator: tells documents apart that are to be kept so in a sample.
         """
-        self.checkpoint, self.tokens, self.dtype, self.device = checkpoint, tokens, dtype, device
-        self.model = skeleton(checkpoint, dtype, device)
-        self.slices = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
+        self.checkpoint, self.samples, self.tokens = checkpoint, samples, samples.tokens
+        self.dtype, self.device = pass_.dtype, pass_.device
+        self.model = skeleton(checkpoint, self.dtype, self.device)
+        batch, count = pass_.batch_of(checkpoint.shape, samples), len(samples)
+        self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
-        self._scratch, self._num_states, self._separator = scratch, num_states, separator
+        self._scratch, self._num_states = pass_.scratch, num_states
         # Keyword arguments of each layer, by the size of the batch; those of documents kept apart by the batch's first
         # sample, and only of the last batch: masks of all batches would be larger than their states.
         self._calls: dict[int, list[dict[str, Any]]] = {}
@@ -154,6 +167,22 @@ class Stream:
             yield rows, before, after
             kept[rows] = after
 
+    def advance(self, index: int, layer: nn.Module, states: Tensor | None = None) -> None:
+        """`run` for its effect alone."""
+        for _ in self.run(index, layer, states):
+            pass
+
+    def run_to_end(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Fill `states` with what the last layer gives.
+
+        Args:
+            progress: called with (layers done, layers).
+        """
+        self.embed()
+        for index, layer in self.layers():
+            self.advance(index, layer)
+            progress(index + 1, self.checkpoint.shape.layers)
+
     def more_states(self) -> Tensor:
         """Room for another set of states, for samples that take several ways through the layers."""
         return self._buffer((*self.tokens.shape, self.checkpoint.shape.hidden))
@@ -181,7 +210,7 @@ class Stream:
             yield first, piece.to(dtype).to(self.device).float()
 
     def _inputs(self, rows: slice) -> dict[str, Tensor]:
-        return Batch(self.tokens[rows].to(self.device), self._separator).inputs
+        return self.samples.batch(rows, self.device).inputs
 
     def _arguments(self, rows: slice, states: Tensor) -> list[dict[str, Any]]:
         """What each layer is called with for a batch."""
@@ -194,12 +223,12 @@ class Stream:
         return self._calls[self._key(rows)]
 
     def _remember(self, rows: slice, stand_ins: list["_StandIn"]) -> None:
-        if self._separator is not None:
+        if self.samples.separator is not None:
             self._calls.clear()
         self._calls.setdefault(self._key(rows), [stand_in.arguments for stand_in in stand_ins])
 
     def _key(self, rows: slice) -> int:
-        return rows.stop - rows.start if self._separator is None else rows.start
+        return rows.stop - rows.start if self.samples.separator is None else rows.start
 
     @property
     def _layers(self) -> nn.ModuleList:

@@ -5,12 +5,12 @@ from typing import Any
 
 from minitron.core.device import compute_dtype, matmul_flops_per_second, pick_device
 from minitron.data.corpus import TEACHER
+from minitron.data.prepare import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.describe import describe, describe_shape, forward_flops
 from minitron.model.model_config import ModelConfig, open_config
 from minitron.pipeline.run import resolve
-from minitron.pipeline.stages import block_length
 from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from minitron.core.device import settle_precision
-from minitron.core.errors import DataError, RunError
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
-from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, local_path
+from minitron.data.corpus import BUILTIN, TEACHER, local_path
+from minitron.data.prepare import block_length, bounded
 from minitron.distillation import trackers
-from minitron.distillation.config import DistillConfig, require_correction_fits
+from minitron.distillation.config import require_correctable
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import prompt_of
 from minitron.gguf.config import require_installed
@@ -24,8 +24,6 @@ from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import (
-    STATISTICS,
-    block_length,
     collect_statistics,
     correct,
     found_shape,
@@ -34,22 +32,18 @@ from minitron.pipeline.stages import (
     plan_benchmarks,
     prepare_data,
     prune,
+    pruner_of,
     publish,
     record_lessons,
-    repairing,
     resolve_correction,
     resolve_distill,
-    scoring_on,
     ship,
-    student_maker,
-    task_digest,
     teach,
 )
 from minitron.pipeline.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
 from minitron.pruning.plan import given_layers, target_shape
 from minitron.pruning.repair.writer import choice_left
 from minitron.pruning.repair.writer import resolve as resolve_repair
-from minitron.pruning.scoring import score_units
 from minitron.recipe import Recipe
 from minitron.report.records import RunRecords
 from minitron.shapes.space import needs_machine
@@ -85,8 +79,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             recipe = stages.settle(distill=resolve_correction(recipe, teacher, corpus))
             teacher = open_checkpoint(correct(stages, recipe.distill, recipe.seed, teacher.path, corpus))
         statistics = collect_statistics(stages, recipe, teacher, corpus)
-        scores = score_units(statistics, teacher.shape, recipe.prune)
-        mend = repairing(recipe, statistics, scores, corpus, stages.listener)
+        pruner = pruner_of(recipe, teacher, statistics, corpus, stages)
         searching = recipe.search.level != "off"
         guide = teacher.path
         if recipe.distill.teacher == "recorded":
@@ -94,22 +87,10 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
             resolved = resolve_distill(recipe, shape, teacher, corpus)
             guide = record_lessons(stages, resolved, teacher, corpus, recipe.seed, judge)
         if searching:
-            scoring = scoring_on(corpus, recipe.prune, recipe.calibrate, recipe.seed, tokenizer, stages.listener)
-            make = student_maker(teacher, scores, scoring, mend)
-            task = task_digest(stages, recipe.prune)
-            shape = find_shape(stages, recipe, teacher, guide, statistics, scores, corpus, make, inputs=task)
+            shape = find_shape(stages, recipe, pruner, guide, corpus)
             recipe = stages.settle(**found_shape(recipe, shape))
         recipe = stages.settle(distill=resolve_distill(recipe, shape, teacher, corpus))
-        plan = make_plan(stages, recipe, teacher, corpus, tokenizer, statistics, shape)
-        pruned = prune(
-            stages,
-            teacher,
-            plan,
-            mend,
-            recipe.repair.steps or [],
-            inputs={"data": corpus.digest, "statistics": stages.digest([stages.out / STATISTICS])},
-            config={"calibrate": recipe.calibrate, "seed": recipe.seed},
-        )
+        pruned = prune(stages, pruner, make_plan(stages, pruner, shape, corpus), recipe, corpus)
         if searching:
             take_over(stages)
         student = teach(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
@@ -168,38 +149,6 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
             ),
         }
     ), shape
-
-
-def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
-    """The config with an end to text that has none of its own: after `tokens` training tokens, what the work needs.
-
-    Raises: RunError if the text has no end and `tokens` is None; DataError if held-out text is to be sampled.
-    """
-    if config.heldout == TEACHER:
-        raise DataError(
-            f"data.heldout cannot be {TEACHER!r}: of text sampled from the teacher (data.source) a part is "
-            "held out anyway; leave data.heldout out, or name a text"
-        )
-    reason = "is a dataset id, which may be endless" if is_hub_id(config.source) else None
-    reason = "is text without end, sampled from the teacher" if config.source == TEACHER else reason
-    if reason is None or config.max_tokens is not None:
-        return config
-    if tokens is None:
-        raise RunError(
-            f"{config.source!r} {reason}: "
-            "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
-        )
-    return config.model_copy(update={"max_tokens": tokens})
-
-
-def require_correctable(config: DistillConfig, text: DataConfig) -> None:
-    """Raises: MinitronError where a correction of the teacher would have no effect."""
-    require_correction_fits(config)
-    if config.correction is not None and text.source == TEACHER:
-        raise RunError(
-            f"distill.correction={config.correction} teaches the teacher a text that it has not written, and "
-            f"data.source={TEACHER!r} is its own: leave distill.correction out, or give a text"
-        )
 
 
 def _whole_path(source: str) -> str:

@@ -1,8 +1,8 @@
 """The stages of a run, each a function that does its work if its directory does not have it yet."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate, pass_options
+from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
-from minitron.core.errors import RunError
 from minitron.core.files import write_json
-from minitron.core.progress import SILENT, Listener
+from minitron.core.progress import Listener, layers_of
 from minitron.data.corpus import (
-    SAMPLED,
     TEACHER,
     Blocks,
     Corpus,
     DataConfig,
-    batch_rows,
+    draw_samples,
     open_corpus,
-    prepare,
-    read_documents,
     require_undamaged,
     source_files,
 )
-from minitron.data.sampling import sample_text
+from minitron.data.prepare import make_corpus
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
 from minitron.distillation.recording import DEFAULT_TOP_K, write_lessons
@@ -48,24 +44,25 @@ from minitron.model.checkpoint import (
     Checkpoint,
     carried_files,
     load_model,
+    load_tokenizer,
     model_files,
     open_checkpoint,
 )
 from minitron.model.describe import describe
-from minitron.model.model_config import ModelConfig
 from minitron.model.naming import run_name
-from minitron.model.samples import Separator
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
+from minitron.pipeline.student_shape import task_digest
 from minitron.pruning.importance import Scores
-from minitron.pruning.plan import Given, Plan, PruneConfig, given_layers, step_shapes
-from minitron.pruning.repair.writer import Repaired, Step, needed_steps, repaired_cut
-from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
+from minitron.pruning.plan import Plan, PruneConfig, given_layers
+from minitron.pruning.repair.writer import needed_steps
+from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
 from minitron.report.page import write_report
 from minitron.report.records import RunRecords, read_run
 
-LARGEST_DEFAULT_BLOCK = 2048
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
 STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
@@ -95,59 +92,12 @@ def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, 
     return corpus
 
 
-def make_corpus(
-    config: DataConfig,
-    teacher: Checkpoint,
-    tokenizer: Any,
-    *,
-    seed: int,
-    out: Path,
-    state: Path | None = None,
-    whole: bool = False,
-    listener: Listener,
-) -> dict[str, Any]:
-    """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
-
-    Args:
-        state: where sampled text is kept from one call to the next.
-        whole: hold out all of the text.
-
-    Returns what a record should say of it.
-    """
-    block_tokens = block_length(config, teacher)
-    facts: dict[str, Any] = {}
-    documents = None
-    if config.source == TEACHER:
-        file = (state or out) / SAMPLED
-        rows = sample_text(
-            teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
-        )
-        if state is not None:
-            shutil.copyfile(file, out / SAMPLED)
-        facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
-        documents = read_documents(str(file), DataConfig())
-        config = config.model_copy(update={"max_tokens": None})  # all of it is read
-    corpus = prepare(
-        config,
-        tokenizer,
-        vocab=teacher.shape.vocab,
-        block_tokens=block_tokens,
-        out=out,
-        documents=documents,
-        whole=whole,
-        progress=listener.progress,
-        warn=listener.warn,
-    )
-    if (config.delimiter, corpus.delimiter) == ("auto", "none"):
-        listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")
-    return asdict_without_path(corpus) | facts
-
-
 def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> Statistics:
     config, seed = recipe.calibrate, recipe.seed
 
     def work(out: Path) -> dict[str, Any]:
-        statistics = calibrate_on(teacher, corpus, config, seed, scratch=out, listener=stages.listener)
+        samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(out, layers_of(stages.listener))
+        statistics = calibrate(teacher, samples, pass_, second_moment=config.second_moment)
         statistics.save(out)
         return {"samples": statistics.samples, "tokens": statistics.tokens}
 
@@ -160,18 +110,10 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
     return Statistics.load_of_shape(teacher, stages.out / "statistics")
 
 
-def make_plan(
-    stages: RunDirectory,
-    recipe: Recipe,
-    teacher: Checkpoint,
-    corpus: Corpus,
-    tokenizer: Any,
-    statistics: Statistics,
-    shape: Shape,
-) -> Plan:
-    config, given = recipe.prune, given_layers(recipe.prune, teacher.shape)
-    first, *further = step_shapes(teacher.architecture, teacher.shape, shape, config.iterations, given)
-    scoring = scoring_on(corpus, config, recipe.calibrate, recipe.seed, tokenizer, stages.listener)
+def make_plan(stages: RunDirectory, pruner: Pruner, shape: Shape, corpus: Corpus) -> Plan:
+    config, teacher = pruner.scoring.config, pruner.teacher
+    given = given_layers(config, teacher.shape)
+    first = pruner.first_shape(shape, given)
     criterion: dict[str, Any] = {
         "criterion": config.criterion,
         "sequence": config.sequence_aggregate,
@@ -186,33 +128,27 @@ def make_plan(
         inputs |= measured | task_digest(stages, config)
 
     def score(out: Path) -> dict[str, Any]:
-        scores = score_units(statistics, teacher.shape, config)
-        score_layers(teacher, scores, first, replace(scoring, scratch=out)).save(out)
+        pruner.at(out).score(first).save(out)
         return criterion
 
     def plan(out: Path) -> dict[str, Any]:
         scores = Scores.load(stages.out / "scores", teacher.shape)
-        made = plan_student(teacher, lambda _: scores, shape, replace(scoring, scratch=out), given)
+        made = pruner.at(out).plan(shape, given, scores)
         made.save(out / "plan.json")
         return {"plan": str(made)}
 
     stages.do("scores", score, inputs=inputs, config={"prune": criterion})
     shapes: dict[str, Any] = {"shape": asdict(shape), "drop_layers": config.drop_layers}
     shapes |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
-    shapes |= {"iterations": config.iterations, "criterion": criterion} if further else {}
+    stepwise = first != shape
+    shapes |= {"iterations": config.iterations, "criterion": criterion} if stepwise else {}
     stages.do(
         "plan",
         plan,
-        inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])} | (measured if further else {}),
+        inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])} | (measured if stepwise else {}),
         config=shapes,
     )
     return Plan.load(stages.out / "plan" / "plan.json")
-
-
-def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
-    """Of the file of questions that layers are scored by, if there is one."""
-    file = Path(config.layer_task or "").expanduser()
-    return {"task": stages.digest([file])} if file.is_file() else {}
 
 
 def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
@@ -224,73 +160,36 @@ def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
     }
 
 
-Mend = Callable[[Checkpoint, Plan, Path], Repaired]
-
-
-def repairing(recipe: Recipe, statistics: Statistics, scores: Scores, corpus: Corpus, listener: Listener) -> Mend:
-    """A function (teacher, plan, directory) that makes the pruned checkpoint, a search's candidates included."""
+def pruner_of(
+    recipe: Recipe, teacher: Checkpoint, statistics: Statistics, corpus: Corpus, stages: RunDirectory
+) -> Pruner:
+    """What makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
-    tokens = calibration_tokens(corpus, recipe.calibrate, recipe.seed)
-    options = pass_options(recipe.calibrate, separator=corpus.separator, progress=_layers(listener))
-    return partial(
-        repaired_cut, steps=recipe.repair.steps, statistics=statistics, scores=scores, tokens=tokens, **options
-    )
+    samples = draw_samples(corpus, recipe.calibrate.samples, recipe.seed)
+    pass_ = recipe.calibrate.as_pass(progress=layers_of(stages.listener))
+    scoring = Scoring(recipe.prune, samples, pass_, load_tokenizer(teacher.path))
+    return Pruner(teacher, scoring, recipe.repair.steps, statistics)
 
 
-def student_maker(
-    teacher: Checkpoint, scores: Scores, scoring: Scoring, mend: Mend
-) -> Callable[[Shape, Path], Repaired]:
-    """A function that makes the pruned checkpoint of a shape in an empty directory, for the candidates of a search."""
-
-    known: dict[int, Scores] = {}  # by the number of layers: they depend on nothing else, and may take many passes
-
-    def make(shape: Shape, out: Path) -> Repaired:
-        here = replace(scoring, scratch=out.parent)
-
-        def score(first: Shape) -> Scores:
-            if first.layers not in known:
-                known[first.layers] = score_layers(teacher, scores, first, here)
-            return known[first.layers]
-
-        return mend(teacher, plan_student(teacher, score, shape, here, Given()), out)
-
-    return make
-
-
-def prune(
-    stages: RunDirectory,
-    teacher: Checkpoint,
-    plan: Plan,
-    mend: Mend,
-    steps: Sequence[Step] = (),
-    *,
-    inputs: Mapping[str, str] | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> Path:
-    """
-    Args:
-        steps: the repairs that `mend` makes where they are needed.
-        inputs, config: what they are fitted to.
-    """
-    needed = needed_steps(steps, plan)
+def prune(stages: RunDirectory, pruner: Pruner, plan: Plan, recipe: Recipe, corpus: Corpus) -> Path:
+    needed = needed_steps(pruner.repairs, plan)
     digests: dict[str, str] = {}
 
     def work(out: Path) -> dict[str, Any]:
-        repaired = mend(teacher, plan, out)
+        repaired = pruner.at(out).cut(plan, out)
         repaired.plan.save(out / "plan.json")
         digests.update(repaired.digests)
         return describe(open_checkpoint(out)) | {"repairs": needed}
 
-    made = stages.do(
-        "pruned",
-        work,
-        inputs={
-            "model": stages.digest(model_files(teacher.path)),
-            "plan": stages.digest([stages.out / "plan" / "plan.json"]),
-            **((inputs or {}) if needed else {}),
-        },
-        config={"repair": {"steps": needed}, **((config or {}) if needed else {})},
-    )
+    inputs = {
+        "model": stages.digest(model_files(pruner.teacher.path)),
+        "plan": stages.digest([stages.out / "plan" / "plan.json"]),
+    }
+    config: dict[str, Any] = {"repair": {"steps": needed}}
+    if needed:
+        inputs |= {"data": corpus.digest, "statistics": stages.digest([stages.out / STATISTICS])}
+        config |= {"calibrate": recipe.calibrate, "seed": recipe.seed}
+    made = stages.do("pruned", work, inputs=inputs, config=config)
     stages.remember({made / file: digest for file, digest in digests.items()})
     return made
 
@@ -360,16 +259,14 @@ def record_lessons(
         blocks = train.blocks_read(corpus, config, seed)
         if judge is not None:
             blocks = np.unique(np.concatenate([blocks, judge.select(slice(None))]), axis=0)
+        dtype = compute_dtype(config.precision, pick_device())
         facts = write_lessons(
             teacher,
-            blocks,
+            Samples(torch.from_numpy(blocks), corpus.separator),
+            Pass(dtype, scratch=out, progress=layers_of(stages.listener)),
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,
-            separator=corpus.separator,
-            dtype=compute_dtype(config.precision, pick_device()),
-            scratch=out,
-            progress=_layers(stages.listener),
         )
         return {name: value for name, value in facts.items() if name != "shards"}
 
@@ -516,7 +413,7 @@ def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) ->
     name = run_name(recipe.model, recipe.prune.target)
 
     def work(out: Path) -> dict[str, Any]:
-        tokens = calibration_tokens(corpus, CalibrateConfig(samples=config.samples), seed)
+        tokens = draw_samples(corpus, config.samples, seed).tokens
         heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
         source = recipe.data.source
         text = Text(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
@@ -532,57 +429,3 @@ def publish(out: Path) -> RunRecords:
     write_report(records)
     write_card(records)
     return records
-
-
-def calibrate_on(
-    teacher: Checkpoint, corpus: Corpus, config: CalibrateConfig, seed: int, *, scratch: Path, listener: Listener
-) -> Statistics:
-    tokens = calibration_tokens(corpus, config, seed)
-    return calibrate_tokens(teacher, tokens, config, scratch=scratch, separator=corpus.separator, listener=listener)
-
-
-def calibration_tokens(corpus: Corpus, config: CalibrateConfig, seed: int) -> torch.Tensor:
-    """Token ids, int64 [samples, tokens]."""
-    blocks = corpus.train
-    rows = batch_rows(len(blocks), seed=seed, step=0, batch=min(config.samples, len(blocks)))
-    return torch.from_numpy(blocks.select(rows))
-
-
-def calibrate_tokens(
-    teacher: Checkpoint,
-    tokens: torch.Tensor,
-    config: CalibrateConfig,
-    *,
-    scratch: Path | None = None,
-    separator: Separator | None = None,
-    listener: Listener = SILENT,
-) -> Statistics:
-    options = pass_options(config, scratch=scratch, separator=separator, progress=_layers(listener))
-    return calibrate(teacher, tokens, second_moment=config.second_moment, **options)
-
-
-def _layers(listener: Listener) -> Callable[[int, int], None]:
-    return lambda done, total: listener.progress(done, total, "layers")
-
-
-def scoring_on(
-    corpus: Corpus, prune: PruneConfig, calibrate: CalibrateConfig, seed: int, tokenizer: Any, listener: Listener
-) -> Scoring:
-    tokens = calibration_tokens(corpus, calibrate, seed)
-    return Scoring(prune, calibrate, tokens, tokenizer, separator=corpus.separator, progress=_layers(listener))
-
-
-def block_length(config: DataConfig, model: Checkpoint | ModelConfig) -> int:
-    """Tokens in a block: what the config says, else the model's context, at most LARGEST_DEFAULT_BLOCK.
-
-    Raises: RunError if the model's context is shorter.
-    """
-    context = model.config.get("max_position_embeddings") or LARGEST_DEFAULT_BLOCK
-    length = config.block_tokens or min(context, LARGEST_DEFAULT_BLOCK)
-    if length > context:
-        raise RunError(f"data.block_tokens={length} is longer than the model's context of {context} tokens")
-    return length
-
-
-def asdict_without_path(corpus: Corpus) -> dict[str, Any]:
-    return {name: value for name, value in asdict(corpus).items() if name != "path"}

@@ -1,7 +1,6 @@
 """Which shape the student gets: the stage that composes enumeration, prediction, cuts and short distillation runs."""
 
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.calibration.collect import Statistics
 from minitron.core import layouts
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
@@ -23,9 +21,9 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RunDirectory, read_record
-from minitron.pruning.importance import Scores
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.residual_basis import reading_moment
+from minitron.pruning.steps import Pruner
 from minitron.recipe import Recipe
 from minitron.shapes.rank import Ranked, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible
@@ -36,28 +34,20 @@ PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 def find_shape(
     stages: RunDirectory,
     recipe: Recipe,
-    teacher: Checkpoint,
+    pruner: Pruner,
     guide: Path,
-    statistics: Statistics,
-    scores: Scores,
     corpus: Corpus,
-    make: Callable[[Shape, Path], Any],
-    *,
-    inputs: Mapping[str, str],
 ) -> Shape:
     """The best shape within the budgets, as far as `search.level` looks; search/candidates.json holds all of them.
 
     Args:
+        pruner: makes the candidates.
         guide: what candidates are distilled from: the teacher, or its lessons.
-        make: cuts the student of a shape into an empty directory.
-        inputs: digests of what else `make` reads.
     """
     work = _work(stages)
 
     def do(out: Path) -> dict[str, Any]:
-        found, facts = ranked(
-            recipe, teacher, statistics, scores, corpus, make, guide=guide, work=work, listener=stages.listener
-        )
+        found, facts = ranked(recipe, pruner, corpus, guide=guide, work=work, listener=stages.listener)
         write_json(out / "candidates.json", facts)
         return {
             "winner": found[0].candidate.to_dict(),
@@ -71,10 +61,10 @@ def find_shape(
         "search",
         do,
         inputs={
-            "model": stages.digest(model_files(teacher.path)),
+            "model": stages.digest(model_files(pruner.teacher.path)),
             "statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"]),
             "data": corpus.digest,
-            **inputs,
+            **task_digest(stages, recipe.prune),
         },
         config={
             "search": recipe.search,
@@ -93,11 +83,8 @@ def find_shape(
 
 def ranked(
     recipe: Recipe,
-    teacher: Checkpoint,
-    statistics: Statistics,
-    scores: Scores,
+    pruner: Pruner,
     corpus: Corpus | None,
-    make: Callable[[Shape, Path], Any] | None,
     *,
     work: Path,
     listener: Listener,
@@ -106,19 +93,22 @@ def ranked(
     """The candidates, best first, and what candidates.json says of them.
 
     Args:
-        corpus, make: needed where losses are measured; `make` cuts the student of a shape into an empty directory.
+        pruner: makes the candidates that are measured.
+        corpus: needed where losses are measured.
         work: holds candidates that are measured, and what was measured so far.
         guide: what they are distilled from; default the teacher.
     """
+    teacher, statistics = pruner.teacher, pruner.statistics
+    assert statistics is not None
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
     reads = reading_moment(teacher, statistics) if "basis" in (recipe.repair.steps or []) else None
-    predict = predictor(statistics, scores, teacher.shape, reads=reads)
-    if corpus is None or make is None:
+    predict = predictor(statistics, pruner.unit_scores, teacher.shape, reads=reads)
+    if corpus is None:
         assert search.level == "predicted"
         found, step_tokens = rank(candidates, predict, None, search), 0
     else:
-        trial = _Trial(work, recipe, teacher, guide or teacher.path, corpus, make, listener)
+        trial = _Trial(work, recipe, pruner, guide or teacher.path, corpus, listener)
         found = rank(candidates, predict, trial.loss_at, search, steps=trial.steps, drop=trial.drop)
         step_tokens = trial.step_tokens
     facts = {
@@ -130,6 +120,12 @@ def ranked(
         "candidates": [one.to_dict() for one in found],
     }
     return found, facts
+
+
+def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
+    """Of the file of questions that layers are scored by, if there is one."""
+    file = Path(config.layer_task or "").expanduser()
+    return {"task": stages.digest([file])} if file.is_file() else {}
 
 
 def take_over(stages: RunDirectory) -> None:
@@ -187,14 +183,13 @@ class _Trial:
         self,
         work: Path,
         recipe: Recipe,
-        teacher: Checkpoint,
+        pruner: Pruner,
         guide: Path,
         corpus: Corpus,
-        make: Callable[[Shape, Path], Any],
         listener: Listener,
     ):
-        self.work, self.recipe, self.teacher, self.corpus, self.make = work, recipe, teacher, corpus, make
-        self.guide, self.listener = guide, listener
+        self.work, self.recipe, self.pruner, self.corpus = work, recipe, pruner, corpus
+        self.teacher, self.guide, self.listener = pruner.teacher, guide, listener
         self.judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks)
         self.file = work / "losses.json"
         self.known: dict[str, dict[str, float]] = (
@@ -203,8 +198,8 @@ class _Trial:
             else {}
         )
         tokens = recipe.distill.tokens or corpus.train_tokens
-        self.weights_rms = teacher.weights_rms()
-        resolved = self._resolve(teacher.shape)
+        self.weights_rms = self.teacher.weights_rms()
+        resolved = self._resolve(self.teacher.shape)
         assert resolved.batch_blocks
         self.steps = num_steps(tokens, resolved.batch_blocks, corpus.block_tokens)
         self.step_tokens = resolved.batch_blocks * corpus.block_tokens
@@ -215,7 +210,7 @@ class _Trial:
             here = self.work / candidate.name
             if not (here / "pruned").exists():
                 with atomic_directory(here / "pruned") as partial:
-                    self.make(candidate.shape, partial)
+                    self.pruner.at(here).make(candidate.shape, partial)
             losses[str(step)] = train.distill_until(
                 step,
                 self.judge,

@@ -7,20 +7,18 @@ part. The L models that lack one layer each take half the time of L passes, and 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, PlanError
 from minitron.evaluation.tasks.questions import Question, encode
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
-from minitron.model.samples import Batch, Separator
-from minitron.model.stream import Stream, default_batch
+from minitron.model.samples import Batch, Samples
+from minitron.model.stream import Pass, Stream
 
 Variant = frozenset[int]  # the layers that it lacks
 # States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.
@@ -68,12 +66,12 @@ def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Fl
     return scores
 
 
-def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **options: Any) -> Measure:
-    """The LM loss in nats per token; `options` are those of `likelihoods`."""
-    scored = Batch(tokens, options.get("separator")).predicted
+def by_loss(checkpoint: Checkpoint, samples: Samples, pass_: Pass) -> Measure:
+    """The LM loss in nats per token."""
+    scored = Batch(samples.tokens, samples.separator).predicted
 
     def measure(variants: Sequence[Variant]) -> Tensor:
-        found = likelihoods(checkpoint, tokens, scored, variants, **options)
+        found = likelihoods(checkpoint, samples, scored, variants, pass_)
         losses = -found.nats.sum(1) / scored.sum()
         if not losses.isfinite().all():
             raise CheckpointError(f"{checkpoint.path}: the loss of the model is not finite: its weights are damaged")
@@ -83,13 +81,13 @@ def by_loss(checkpoint: Checkpoint, tokens: Int[Tensor, "samples tokens"], **opt
 
 
 def by_task(
-    checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: Any, max_tokens: int, **options: Any
+    checkpoint: Checkpoint, questions: Sequence[Question], tokenizer: Any, max_tokens: int, pass_: Pass
 ) -> Measure:
-    """The share of questions that are answered wrong; `options` are those of `likelihoods`, without a separator."""
+    """The share of questions that are answered wrong."""
     rows = encode(questions, tokenizer, max_tokens)
 
     def measure(variants: Sequence[Variant]) -> Tensor:
-        found = likelihoods(checkpoint, rows.tokens, rows.scored, variants, **options)
+        found = likelihoods(checkpoint, Samples(rows.tokens), rows.scored, variants, pass_)
         results = [
             zip(nats, greedy, strict=True)
             for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)
@@ -102,51 +100,31 @@ def by_task(
 
 def likelihoods(
     checkpoint: Checkpoint,
-    tokens: Int[Tensor, "samples tokens"],
+    samples: Samples,
     scored: Bool[Tensor, "samples tokens"],
     variants: Sequence[Variant],
-    *,
-    dtype: torch.dtype,
-    batch: int | None = None,
-    device: torch.device | None = None,
-    scratch: Path | None = None,
-    separator: Separator | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    pass_: Pass,
 ) -> Likelihoods:
     """What each variant gives the scored tokens, each after those before it, in one streamed pass.
 
     Args:
         scored: not the first token of a sample, and no pad; pads stand on the right.
-        batch: samples per forward call; default `default_batch`.
-        device: where the layers run; default `pick_device`.
-        scratch: where files of hidden states go if they are needed.
-        separator: tells documents apart that are to be kept so in a sample.
-        progress: called with (layers done, layers).
     """
     assert not scored[:, 0].any()
-    shape, num_tokens = checkpoint.shape, tokens.shape[1]
-    batch = batch or default_batch(shape, num_tokens, dtype)
+    shape = checkpoint.shape
     most = max(len(_prefixes(variants, layer)) for layer in range(shape.layers + 1))
-    of_sample = most * num_tokens * shape.hidden * dtype.itemsize
-    parts = tokens.split(max(batch, STATES_BYTES // of_sample))
+    of_sample = most * samples.block_tokens * shape.hidden * pass_.dtype.itemsize
+    parts = samples.tokens.split(max(pass_.batch_of(shape, samples), STATES_BYTES // of_sample))
     found, start = [], 0
     for number, part in enumerate(parts):
-        stream = Stream(
-            checkpoint,
-            part,
-            dtype=dtype,
-            batch=batch,
-            device=device or pick_device(),
-            scratch=scratch,
-            num_states=most,
-            separator=separator,
-        )
+        stream = Stream(checkpoint, Samples(part, samples.separator), pass_, num_states=most)
         before = number * shape.layers
-        branches: dict[Variant, Tensor] = {}
-        for layer, branches in enumerate(_after_layers(stream, variants), start=1):  # noqa: B007
-            progress(before + layer, len(parts) * shape.layers)
-        sums = _of_samples(stream, list(branches.values()), scored[start : start + len(part)])
-        order = [list(branches).index(variant) for variant in variants]
+        states_of: dict[Variant, Tensor] = {}
+        for layer, after_layer in enumerate(_after_layers(stream, variants), start=1):
+            states_of = after_layer
+            pass_.progress(before + layer, len(parts) * shape.layers)
+        sums = _of_samples(stream, list(states_of.values()), scored[start : start + len(part)])
+        order = [list(states_of).index(variant) for variant in variants]
         found.append(Likelihoods(sums.nats[order], sums.greedy[order]))
         start += len(part)
     return Likelihoods(torch.cat([part.nats for part in found], 1), torch.cat([part.greedy for part in found], 1))
@@ -168,8 +146,7 @@ def _after_layers(stream: Stream, variants: Sequence[Variant]) -> Iterator[dict[
             if dropped | {index} in wanted:
                 after[dropped | {index}] = stream.more_states().copy_(states) if dropped in wanted else states
             if dropped in wanted:
-                for _ in stream.run(index, layer, states):
-                    pass
+                stream.advance(index, layer, states)
                 after[dropped] = states
         branches = after
         yield branches

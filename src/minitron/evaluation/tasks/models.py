@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from minitron.core.device import free_bytes, pick_device
+from minitron.core.device import free_bytes
 from minitron.core.errors import TaskError
 from minitron.evaluation.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
-from minitron.model.stream import Stream, default_batch, skeleton
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, Stream, skeleton
 from minitron.model.tokens import chat_ids, prompt_ids, quoted, require_within, text_ids
 
 Progress = Callable[[int, int], None]
@@ -298,15 +299,9 @@ class Streamed(_Model):
         tokens = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
-        shape, dtype = self.checkpoint.shape, self.checkpoint.dtype
-        batch = self._rows_of_batch or default_batch(shape, tokens.shape[1], dtype)
-        device = pick_device()
-        stream = Stream(self.checkpoint, tokens, dtype=dtype, batch=batch, device=device, scratch=self._scratch)
-        stream.embed()
-        for layer, module in stream.layers():
-            for _ in stream.run(layer, module):
-                pass
-            self.progress(number * shape.layers + layer + 1, num_passes * shape.layers)
+        pass_ = Pass(self.checkpoint.dtype, self._rows_of_batch, scratch=self._scratch)
+        stream = Stream(self.checkpoint, Samples(tokens), pass_)
+        stream.run_to_end(lambda done, total: self.progress(number * total + done, num_passes * total))
         places = [(row, len(rows[row]) - len(ids) + i, token) for ids, row in asked for i, token in enumerate(ids)]
         nats, greedy = score_tokens(stream, [stream.states], Scored(*torch.tensor(places).T.contiguous()))
         return _of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from minitron.calibration.collect import Statistics, require_second_moment
 from minitron.core.config import Section
-from minitron.core.device import pick_device
 from minitron.core.errors import PlanError
 from minitron.core.files import scratch_directory
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
 from minitron.model.model_config import ModelConfig
-from minitron.model.samples import Separator
-from minitron.model.stream import Stream, default_batch
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass, Stream
 from minitron.pruning.cut import (
     cut,
     embedding_gain,
@@ -131,22 +130,28 @@ class Repaired:
     digests: dict[str, str]  # sha256 of each file of weights
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a repair is fitted to.
+
+    statistics, scores: those that the plan was made from.
+    samples: calibration samples, whose activations are read.
+    """
+
+    statistics: Statistics
+    scores: Scores
+    samples: Samples
+
+
 def repaired_cut(
     checkpoint: Checkpoint,
     plan: Plan,
     out: Path,
-    *,
     steps: Sequence[Step],
-    statistics: Statistics,
-    scores: Scores,
-    tokens: Int[Tensor, "samples tokens"],
-    dtype: torch.dtype,
-    batch: int | None = None,
-    device: torch.device | None = None,
-    scratch: Path | None = None,
-    separator: Separator | None = None,
+    evidence: Evidence,
+    pass_: Pass,
+    *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Repaired:
     """Write the pruned checkpoint into the existing directory `out`, with the repairs that `steps` names.
 
@@ -154,9 +159,6 @@ def repaired_cut(
 
     Args:
         steps: such as `resolve` gives.
-        statistics, scores: those that the plan was made from.
-        tokens: calibration samples, to whose activations the repair is fitted.
-        dtype, batch, device, scratch, separator, progress: as for `calibrate`.
 
     Raises: PlanError if the family, the statistics or the number of tokens does not allow a step.
 
@@ -166,29 +168,25 @@ def repaired_cut(
     needed = needed_steps(steps, plan)
     if not needed:
         return Repaired(plan, cut(checkpoint, plan, out, shard_bytes=shard_bytes))
-    require_enough_tokens(needed, plan, tokens.numel())
-    batch = batch or default_batch(checkpoint.shape, tokens.shape[1], dtype)
-    residual = _residual(checkpoint, plan, needed, statistics)
+    require_enough_tokens(needed, plan, evidence.samples.tokens.numel())
+    residual, scores, progress = (
+        _residual(checkpoint, plan, needed, evidence.statistics),
+        evidence.scores,
+        pass_.progress,
+    )
+    pass_ = replace(pass_, batch=pass_.batch_of(checkpoint.shape, evidence.samples))  # the same for both models
 
     def stream(model: Checkpoint) -> Stream:
-        on = device or pick_device()
-        return Stream(model, tokens, dtype=dtype, batch=batch, device=on, scratch=scratch, separator=separator)
+        return Stream(model, evidence.samples, pass_)
 
     if "refit" not in needed:
         return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)
-    with scratch_directory(scratch or out.parent, prefix="minitron-unfitted-") as path:
+    with scratch_directory(pass_.scratch or out.parent, prefix="minitron-unfitted-") as path:
         steps = [step for step in needed if step != "refit"]
         made = _cut(stream(checkpoint), plan, path, steps, residual, scores, shard_bytes, progress)
-        unfitted = open_checkpoint(path)
-        digests = refit(
-            stream(checkpoint),
-            stream(unfitted),
-            made.plan,
-            residual,
-            out,
-            shard_bytes=shard_bytes,
-            progress=progress,
-        )
+        unfitted = stream(open_checkpoint(path))
+        options: dict[str, Any] = {"shard_bytes": shard_bytes, "progress": progress}
+        digests = refit(stream(checkpoint), unfitted, made.plan, residual, out, **options)
     return Repaired(made.plan, digests)
 
 

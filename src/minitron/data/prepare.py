@@ -1,0 +1,139 @@
+"""The text that a piece of work needs, as a corpus: how long a block is, how much is read, and where it lies."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minitron.core.errors import DataError, RunError
+from minitron.core.files import scratch_directory, scratch_errors
+from minitron.core.progress import Listener
+from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, is_hub_id, open_corpus, prepare, read_documents
+from minitron.data.sampling import sample_text
+from minitron.model.checkpoint import Checkpoint, load_tokenizer
+from minitron.model.model_config import ModelConfig
+
+LARGEST_DEFAULT_BLOCK = 2048
+
+
+def block_length(config: DataConfig, model: Checkpoint | ModelConfig) -> int:
+    """Tokens in a block: what the config says, else the model's context, at most LARGEST_DEFAULT_BLOCK.
+
+    Raises: RunError if the model's context is shorter.
+    """
+    context = model.config.get("max_position_embeddings") or LARGEST_DEFAULT_BLOCK
+    length = config.block_tokens or min(context, LARGEST_DEFAULT_BLOCK)
+    if length > context:
+        raise RunError(f"data.block_tokens={length} is longer than the model's context of {context} tokens")
+    return length
+
+
+def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
+    """The config with an end to text that has none of its own: after `tokens` training tokens, what the work needs.
+
+    Raises: RunError if the text has no end and `tokens` is None; DataError if held-out text is to be sampled.
+    """
+    if config.heldout == TEACHER:
+        raise DataError(
+            f"data.heldout cannot be {TEACHER!r}: of text sampled from the teacher (data.source) a part is "
+            "held out anyway; leave data.heldout out, or name a text"
+        )
+    reason = "is a dataset id, which may be endless" if is_hub_id(config.source) else None
+    reason = "is text without end, sampled from the teacher" if config.source == TEACHER else reason
+    if reason is None or config.max_tokens is not None:
+        return config
+    if tokens is None:
+        raise RunError(
+            f"{config.source!r} {reason}: "
+            "say how many tokens to train on with --tokens (distill.tokens), or to read with data.max_tokens"
+        )
+    return config.model_copy(update={"max_tokens": tokens})
+
+
+def make_corpus(
+    config: DataConfig,
+    teacher: Checkpoint,
+    tokenizer: Any,
+    *,
+    seed: int,
+    out: Path,
+    state: Path | None = None,
+    whole: bool = False,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
+
+    Args:
+        state: where sampled text is kept from one call to the next.
+        whole: hold out all of the text.
+
+    Returns what a record should say of it.
+    """
+    block_tokens = block_length(config, teacher)
+    facts: dict[str, Any] = {}
+    documents = None
+    if config.source == TEACHER:
+        file = (state or out) / SAMPLED
+        rows = sample_text(
+            teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
+        )
+        if state is not None:
+            shutil.copyfile(file, out / SAMPLED)
+        facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
+        documents = read_documents(str(file), DataConfig())
+        config = config.model_copy(update={"max_tokens": None})  # all of it is read
+    corpus = prepare(
+        config,
+        tokenizer,
+        vocab=teacher.shape.vocab,
+        block_tokens=block_tokens,
+        out=out,
+        documents=documents,
+        whole=whole,
+        progress=listener.progress,
+        warn=listener.warn,
+    )
+    if (config.delimiter, corpus.delimiter) == ("auto", "none"):
+        listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")
+    return _without_path(corpus) | facts
+
+
+def keep_sampled(corpus: Path, out: Path) -> None:
+    """Text that was sampled took longest of all, and can be given to the next command."""
+    if (corpus / SAMPLED).exists():
+        shutil.copyfile(corpus / SAMPLED, out / SAMPLED)
+
+
+@contextmanager
+def corpus_for(
+    checkpoint: Checkpoint,
+    config: DataConfig,
+    listener: Listener,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    whole: bool = False,
+    scratch: Path | None = None,
+) -> Iterator[Corpus]:
+    """A corpus that is gone after the block.
+
+    Args:
+        samples: training blocks that are needed of text without end, which may be the checkpoint's own.
+        seed: of text that is sampled.
+        whole: hold out all of the text.
+        scratch: an existing directory to keep it in; default the system's temporary directory.
+    """
+    listener.stage("data", "running")
+    if samples is not None:
+        config = bounded(config, samples * block_length(config, checkpoint))
+    with scratch_directory(scratch) as path:
+        tokenizer = load_tokenizer(checkpoint.path)
+        with scratch_errors(scratch):
+            make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
+        yield open_corpus(path)
+
+
+def _without_path(corpus: Corpus) -> dict[str, Any]:
+    return {name: value for name, value in asdict(corpus).items() if name != "path"}

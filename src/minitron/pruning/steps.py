@@ -1,0 +1,206 @@
+"""From statistics to a student: score, plan, cut and repair, at once or in several steps.
+
+The one path of the verb `prune`, of the stages of a run and of the candidates of a search.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minitron.calibration.collect import Statistics, calibrate
+from minitron.core.files import scratch_directory, scratch_errors
+from minitron.evaluation.tasks.questions import read_questions
+from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
+from minitron.pruning.cut import cut
+from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.importance import CRITERIA, Scores, even_scores
+from minitron.pruning.plan import (
+    Given,
+    Plan,
+    PruneConfig,
+    choose,
+    compose,
+    given_layers,
+    needs_scores,
+    step_shapes,
+    target_shape,
+)
+from minitron.pruning.repair.writer import CutNeeds, Evidence, Repaired, Step, choice_left, needed_steps, repaired_cut
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What units and layers are scored by, and on what.
+
+    samples: the calibration set; None where nothing but statistics is read (see `cut_needs`).
+    pass_: how the calibration set is streamed.
+    tokenizer: of the model, for questions that layers are scored by.
+    """
+
+    config: PruneConfig
+    samples: Samples | None
+    pass_: Pass
+    tokenizer: Any
+
+    @property
+    def calibration(self) -> Samples:
+        assert self.samples is not None, "cut_needs says that text is read"
+        return self.samples
+
+    def at(self, scratch: Path) -> "Scoring":
+        """The same with its scratch files in another directory."""
+        return replace(self, pass_=self.pass_.at(scratch))
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Makes students of one teacher, as the sections `prune` and `repair` of a recipe ask for.
+
+    repairs: the repair steps, such as `resolve` gives; those that a cut does not need do nothing.
+    statistics: of the teacher; None where neither a choice nor a repair reads them.
+    """
+
+    teacher: Checkpoint
+    scoring: Scoring
+    repairs: Sequence[Step]
+    statistics: Statistics | None
+    # By the number of layers that stay: scores depend on nothing else, and may take many passes.
+    _scores: dict[int, Scores] = field(default_factory=dict)
+
+    def at(self, scratch: Path) -> "Pruner":
+        """The same with its scratch files in another directory."""
+        return replace(self, scoring=self.scoring.at(scratch))
+
+    @cached_property
+    def unit_scores(self) -> Scores:
+        """The scores by statistics alone."""
+        assert self.statistics is not None, "cut_needs says that statistics are read"
+        return score_units(self.statistics, self.teacher.shape, self.scoring.config)
+
+    def score(self, first: Shape) -> Scores:
+        """The scores to cut the teacher to a shape by, the first on the way to the student's."""
+        if first.layers not in self._scores:
+            self._scores[first.layers] = score_layers(self.teacher, self.unit_scores, first, self.scoring)
+        return self._scores[first.layers]
+
+    def first_shape(self, student: Shape, given: Given = NOTHING) -> Shape:
+        """The shape that the first step of the cut leaves: the student's where there is only one."""
+        iterations = self.scoring.config.iterations
+        return step_shapes(self.teacher.architecture, self.teacher.shape, student, iterations, given)[0]
+
+    def plan(self, student: Shape, given: Given = NOTHING, scores: Scores | None = None) -> Plan:
+        """The plan of a student of that shape, in as many steps as the config says.
+
+        Args:
+            given: units that are listed.
+            scores: what `score` gave for the first step's shape.
+        """
+        teacher, iterations = self.teacher, self.scoring.config.iterations
+        if scores is None and not needs_scores(teacher.shape, student, given):
+            return choose(even_scores(teacher.shape), teacher.shape, student, given)
+        first, *further = step_shapes(teacher.architecture, teacher.shape, student, iterations, given)
+        plan = choose(scores or self.score(first), teacher.shape, first, given)
+        return refine(teacher, plan, further, self.scoring)
+
+    def cut(self, plan: Plan, out: Path) -> Repaired:
+        """Write the pruned checkpoint into the existing directory `out`, with the repairs that it needs."""
+        if not needed_steps(self.repairs, plan):
+            return Repaired(plan, cut(self.teacher, plan, out))
+        assert self.statistics is not None
+        evidence = Evidence(self.statistics, self.unit_scores, self.scoring.calibration)
+        return repaired_cut(self.teacher, plan, out, self.repairs, evidence, self.scoring.pass_)
+
+    def make(self, student: Shape, out: Path) -> Repaired:
+        """Plan and cut a student of that shape into the existing directory `out`."""
+        return self.cut(self.plan(student), out)
+
+
+def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING) -> tuple[Shape, Given]:
+    """The student's shape, and the units that are listed: by a plan file, or layers by their numbers in the config."""
+    if isinstance(listed, Plan):
+        return listed.student, Given(**{dim: getattr(listed, dim) for dim in PRUNABLE})
+    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, listed)
+    layers = given_layers(config, teacher.shape).layers
+    return shape, listed if layers is None else replace(listed, layers=layers)
+
+
+def cut_needs(
+    teacher: Checkpoint,
+    config: PruneConfig,
+    student: Shape,
+    given: Given,
+    repairs: Sequence[Step],
+    *,
+    with_statistics: bool,
+) -> CutNeeds:
+    """What a cut reads, before anything is read.
+
+    Args:
+        with_statistics: whether statistics of the teacher are there already.
+    """
+    choice = choice_left(teacher.architecture, config, teacher.shape, student, given, repairs)
+    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
+    scored = needs_scores(teacher.shape, student, given)
+    return CutNeeds(
+        choice,
+        statistics=scored or bool(choice.repairs),
+        text=bool(choice.repairs) or (scored and (passes or not with_statistics)),
+    )
+
+
+def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
+    """The scores of all units by `prune.criterion`, and those of layers that the statistics hold."""
+    score = CRITERIA[config.criterion]
+    return score(statistics, shape, config.sequence_aggregate, config.batch_aggregate, config.seed)
+
+
+def layers_need_a_pass(config: PruneConfig, teacher: Shape, student: Shape) -> bool:
+    """Whether layers are to be chosen by scores that the statistics do not hold."""
+    by_number = given_layers(config, teacher).layers is not None
+    return config.layer_criterion != "block_influence" and student.layers < teacher.layers and not by_number
+
+
+def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring: Scoring) -> Scores:
+    """`scores` with those of the layers by `prune.layer_criterion`, to cut the checkpoint to a student.
+
+    Raises: DataError for a task that cannot be read.
+    """
+    config, num_layers, pass_ = scoring.config, checkpoint.shape.layers, scoring.pass_
+    if not layers_need_a_pass(config, checkpoint.shape, student):
+        return scores
+    samples = scoring.calibration
+    if config.layer_criterion == "task":
+        assert config.layer_task is not None
+        questions = read_questions(config.layer_task, config.layer_samples)
+        measure = by_task(checkpoint, questions, scoring.tokenizer, samples.block_tokens, pass_)
+    else:
+        measure = by_loss(checkpoint, samples[: config.layer_samples], pass_)
+    if config.layer_criterion == "contiguous":
+        return replace(scores, layers=contiguous_blocks(measure, num_layers, num_layers - student.layers))
+    return replace(scores, layers=leave_one_out(measure, num_layers))
+
+
+def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring) -> Plan:
+    """`plan`, a first step, followed by one step to each of the shapes; still a plan of the checkpoint itself.
+
+    The model that each step left lies in the scratch directory while it is scored.
+
+    Paper: P1, "Single-shot vs Iterative Importance Estimation".
+    """
+    for shape in shapes:
+        scratch = scoring.pass_.scratch
+        with scratch_directory(scratch, prefix="minitron-step-") as path:
+            with scratch_errors(scratch):
+                cut(checkpoint, plan, path)
+            left = open_checkpoint(path)
+            statistics = calibrate(left, scoring.calibration, scoring.pass_)
+            scores = score_layers(left, score_units(statistics, left.shape, scoring.config), shape, scoring)
+            plan = compose(plan, choose(scores, left.shape, shape))
+    return plan
