@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -235,3 +237,17 @@ def test_a_program_in_the_sandbox_ends_with_the_process_that_watches_it() -> Non
     while Path(f"/proc/{found[0]}").exists():
         assert time.monotonic() < until, "the program lives on"
         time.sleep(0.01)
+
+
+AT_EXIT = """
+import atexit, os, signal, sys
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+from minitron.cli import main
+sys.argv = ["minitron", "inspect", "teacher"]
+sys.exit(main())
+"""
+
+
+def test_a_signal_when_all_is_done_changes_nothing(desk: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], cwd=desk, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.startswith("teacher: llama")

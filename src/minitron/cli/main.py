@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _at_signals(_interrupt)
     try:
         _run(_parsed(words), words)
+        if argv is None:
+            _at_signals(signal.SIG_IGN)  # all is done, and there is nothing to put in order while Python ends
     except Interrupted as error:
         return _interrupted(f"interrupted: {error}")
     except KeyboardInterrupt:

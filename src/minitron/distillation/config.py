@@ -46,7 +46,7 @@ class DistillConfig(Section):
     """Peak learning rate of the teacher. Default: a fifth of that of a plain cut with its hidden size."""
     correction_warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up of the teacher. Default: 120 steps (P2), at most a fifth of its steps."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
     """Share of the teacher in the mixture that jensen_shannon compares both with."""
@@ -74,7 +74,7 @@ class DistillConfig(Section):
     optimizer: Optimizer | None = None
     """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory (see
     --dry-run); `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
     """Decays of Adam's moments."""
