@@ -1,1 +1,1 @@
-"""What the benchmarks share. A script beside this directory imports it as `lib`: Python looks beside the script first."""
+"""What the benchmarks share. Scripts import it as `lib`, since Python looks first beside the script that it runs."""
