@@ -49,10 +49,10 @@ CALIBRATE = CalibrateConfig(samples=SAMPLES, second_moment=True)
 KEYS = ("kl_to_teacher", "lm_loss")
 NOTE = """The first form of the prediction was chosen on the demo teacher's table alone, so that the TinyStories table
 is its test. The present form, and that the loss after the cut drops no candidate, were chosen after most of both tables
-were known: they have no test here (docs/LOG.md)."""
+were known: they have no test here (docs/log)."""
 
 REPAIRED_NOTE = """The prediction's four powers were set with the tables at 50% of three models in sight, so its figure
-there is no test; those at 35% were measured after that, and are (docs/LOG.md). Trainings are kept, and may
+there is no test; those at 35% were measured after that, and are (docs/log). Trainings are kept, and may
 be of an earlier commit than the prediction."""
 
 
