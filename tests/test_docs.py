@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +100,10 @@ def test_every_page_is_in_an_index() -> None:
     superseded = {page for page in benchmarks.rglob("*.md") if "\nsuperseded by " in page.read_text()[:1000]}
     pages = {*docs.rglob("*.md"), *benchmarks.rglob("*.md"), *benchmarks.glob("*.py")}
     assert not {name_of(page) for page in pages - superseded - {docs / "README.md", benchmarks / "README.md"} - indexed}
+
+
+def test_the_recipe_reference_is_made_from_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "docs" / "recipe_reference.py"), run_name="__main__")
+    page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
+    assert page == capsys.readouterr().out, "make docs"
+    assert "| `gguf.types` | list[str] | `[]` |" in page and "| `model` | str | required |" in page
