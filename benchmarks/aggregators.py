@@ -1,7 +1,7 @@
 """Which of P1's nine aggregators, and which criterion, keeps the most right after a width cut?
 
-python benchmarks/aggregators.py --out benchmarks/results/aggregators_xeon-2c_2026-11-21.md
-python benchmarks/aggregators.py --model DIR --data text.jsonl --name "a 3M Llama" --out ...
+python benchmarks/aggregators.py --out FILE
+python benchmarks/aggregators.py --model DIR --data text.jsonl --name "a 3M Llama" --out FILE
 """
 
 import argparse
@@ -11,7 +11,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare

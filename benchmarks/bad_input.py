@@ -1,6 +1,6 @@
 """What does minitron do with damaged files: is each refused in one line that names it, and nothing left behind?
 
-    python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--out benchmarks/results/bad_input_....md]
+    python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--out FILE]
 
 Every kind of file that minitron reads (tests/bad_targets.py has the table) is damaged as hypothesis draws it, one place
 at a time, and given to a command in a process of its own. What the law is stands in tests/bad_input.py too.
@@ -15,7 +15,7 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -1,6 +1,6 @@
 """What does the chunked head + loss save against the plain way, and how large should its chunks be?
 
-    python benchmarks/chunked_loss.py [--out benchmarks/results/chunked_loss_xeon-2c_2026-11-22.md]
+    python benchmarks/chunked_loss.py [--out FILE]
 
 One step is forward KL and its gradient for the student's hidden states and head. The plain way makes both models' full
 logits in float32 and leaves the rest to autograd. Every variant runs in a process of its own, several times in turn.
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import PeakMemory, header, in_fresh_process, publish, table
+from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli.main import keep_freed_memory

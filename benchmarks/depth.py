@@ -1,7 +1,7 @@
 """Which layers to drop: criteria compared at equal depth, right after the cut and after a short distillation.
 
-python benchmarks/depth.py --out benchmarks/results/depth_xeon-2c_2026-11-21.md
-python benchmarks/depth.py --model DIR --data text.jsonl --task questions.jsonl --name "a 3M Llama" --out ...
+python benchmarks/depth.py --out FILE
+python benchmarks/depth.py --model DIR --data text.jsonl --task questions.jsonl --name "a 3M Llama" --out FILE
 """
 
 import argparse
@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.device import compute_dtype, pick_device

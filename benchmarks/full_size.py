@@ -1,6 +1,6 @@
 """A real model's size on a small machine: memory of calibrating and cutting, and the cut's speed against `cp`.
 
-    python benchmarks/full_size.py --model llama-3.1-8b [--scratch DIR] [--out benchmarks/results/full_size_....md]
+    python benchmarks/full_size.py --model llama-3.1-8b [--scratch DIR] [--out FILE]
     python benchmarks/full_size.py --model nemotron-4-15b --memory-limit
 
 A random bfloat16 model of the real shape is written in 5 GB shards, calibrated on a few random blocks and cut to the
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PeakMemory, header, publish, save_byte_tokenizer, table
+from lib.measure import PeakMemory, header, publish, save_byte_tokenizer, table
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.direct_io import digest_file
@@ -45,7 +45,6 @@ SAMPLES, BLOCK_TOKENS, BATCH = 4, 512, 2
 REPETITIONS = 3
 GIB = 1 << 30
 DRAWN = 1 << 25  # normal values, from which every tensor is made
-CALIBRATE_BAR, CUT_BAR, RATIO_BAR = 4 * GIB, 1.5 * GIB, 0.7
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 # Where memory cgroups live, version 1 and 2, and the file that takes the limit.
 CGROUPS = (
@@ -341,10 +340,10 @@ def report(case: Case, found: dict[str, Any], memory_limit: bool) -> str:
             "the statistics and the choice of what stays.",
             "",
             table(
-                ["step", "seconds", "peak of anonymous memory, GiB", "bar, GiB"],
+                ["step", "seconds", "peak of anonymous memory, GiB"],
                 [
-                    _step_row("calibrate", [found["calibrate"]], CALIBRATE_BAR),
-                    _step_row("cut", cuts, CUT_BAR),
+                    _step_row("calibrate", [found["calibrate"]]),
+                    _step_row("cut", cuts),
                 ],
             ),
             "",
@@ -366,8 +365,7 @@ def report(case: Case, found: dict[str, Any], memory_limit: bool) -> str:
                 ],
             ),
             "",
-            f"Cut / `cp`: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} "
-            f"(bar {RATIO_BAR}).",
+            f"Cut / `cp`: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}.",
             "",
             *(_limit_lines(found) if memory_limit else []),
         ]
@@ -378,10 +376,10 @@ def _size(model: dict[str, Any]) -> str:
     return f"{model['parameters']:,} parameters, {model['bytes'] / 1e9:.2f} GB"
 
 
-def _step_row(name: str, runs: list[dict[str, Any]], bar: float) -> list[str]:
+def _step_row(name: str, runs: list[dict[str, Any]]) -> list[str]:
     seconds = [one["seconds"] for one in runs]
     spread = f"{min(seconds):.1f}" if len(runs) == 1 else f"{min(seconds):.1f} to {max(seconds):.1f}"
-    return [name, spread, f"{max(one['anonymous'] for one in runs) / GIB:.2f}", f"{bar / GIB:.1f}"]
+    return [name, spread, f"{max(one['anonymous'] for one in runs) / GIB:.2f}"]
 
 
 def _limit_lines(found: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGMLQuantizationType as BlockType
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from full_size import CASES, copy_seconds, drop_caches, sync, write_model
-from measure import PeakMemory, header, in_fresh_process, publish, table
+from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.cli.main import keep_freed_memory
 from minitron.gguf.file import describe
@@ -28,7 +28,6 @@ from minitron.gguf.types import mixture, write_quantized
 from minitron.model.checkpoint import open_checkpoint
 
 TYPES = ("BF16", "F16", "Q8_0", "Q4_K_M")
-CONVERSION_BAR, QUANTIZATION_BAR, MEMORY_BAR = 0.5, 0.9, 2 << 30
 
 
 def main() -> None:
@@ -108,8 +107,7 @@ def report(args: argparse.Namespace, size: int, runs: dict[str, list[dict[str, A
     identical = "" if same is None else f" The two Q4_K_M files are {'equal' if same else 'different'} byte for byte."
     return f"""{header(f"Writing GGUF files: Llama-3.1-8B's widths, {args.layers} layers")}
 {size / 1e9:.2f} GB of bfloat16 weights; {args.rounds} rounds, {args.threads} threads. Seconds: median and range, all
-bytes on the disk. Bars: conversion at {CONVERSION_BAR} of cp's speed, quantization at {QUANTIZATION_BAR} of
-llama-quantize's, which starts from our BF16 file, and {MEMORY_BAR / 2**20:,.0f} MiB of anonymous memory.{identical}
+bytes on the disk. llama-quantize starts from our BF16 file.{identical}
 
 {table(["step", "seconds", "MB/s of weights", "speed", "peak anonymous, MiB"], rows)}
 """

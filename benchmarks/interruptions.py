@@ -1,6 +1,6 @@
 """Does everything that was interrupted end with the bits of what was not, and is nothing half-written taken as whole?
 
-    python benchmarks/interruptions.py [--trials 510] [--found NOTES.md] [--out benchmarks/results/interruptions_....md]
+    python benchmarks/interruptions.py [--trials 510] [--found NOTES.md] [--out FILE]
 
 Runs of a tiny model with every stage, and the verbs that write, are killed, sent signals, and robbed of the room on
 their disk: at the n-th operation on files, n drawn from all of the run, or at a time drawn from its length. What is
@@ -106,7 +106,7 @@ def main() -> None:
         for trial in trials:
             outcomes.append(in_a_fork(partial(tried, trial, work), work))
             show(trial, outcomes[-1])
-        from measure import publish
+        from lib.measure import publish
 
         publish(report(jobs, trials, outcomes, time.monotonic() - started, args.found), args.out)
 
@@ -646,7 +646,7 @@ def in_a_fork(work: Callable[[], Any], directory: Path) -> Any:
 def report(
     jobs: Sequence[Job], trials: Sequence[Trial], outcomes: Sequence[Outcome], seconds: float, found: Path | None
 ) -> str:
-    from measure import header, table
+    from lib.measure import header, table
 
     met = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if not outcome.ended_before]
     bad = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if outcome.violations]

@@ -1,7 +1,7 @@
 """Do bfloat16 weights teach as well as float32 ones? KL after equal tokens, bytes a parameter, and time a step.
 
     python benchmarks/low_precision.py --cache /tmp/low-precision [--model DIR --data train.jsonl --heldout valid.jsonl]
-        [--budgets 0.25M,1M] [--rates 1,0.1] [--seeds 0,1] [--part 0/1] [--out benchmarks/results/low_precision_....md]
+        [--budgets 0.25M,1M] [--rates 1,0.1] [--seeds 0,1] [--part 0/1] [--out FILE]
 
 One student, cut to half of the teacher and repaired, is taught with its weights in each format, on the same blocks in
 the same order, all with matrix products in bfloat16. `nearest` is what the other two improve upon: bfloat16 weights
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillations import (
+from lib.distillations import (
     BLOCK_TOKENS,
     HELDOUT_BLOCKS,
     Bench,
@@ -29,7 +29,7 @@ from distillations import (
     to_do,
     token_counts,
 )
-from measure import header, table
+from lib.measure import header, table
 
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve

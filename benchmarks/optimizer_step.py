@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from distill_contenders import Sizes, Task, minitron
 from distill_step import write_models
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.cli.main import keep_freed_memory
 from minitron.distillation.optim import make_optimizer, vocabulary_of

@@ -12,7 +12,7 @@ import statistics
 from itertools import product
 from typing import Any
 
-from distillations import (
+from lib.distillations import (
     BLOCK_TOKENS,
     HELDOUT_BLOCKS,
     Bench,
@@ -26,7 +26,7 @@ from distillations import (
     token_counts,
     variant,
 )
-from measure import header, table
+from lib.measure import header, table
 
 ONLINE, ON_LOGITS = "best", "best: intermediate=off"
 

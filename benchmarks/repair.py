@@ -18,7 +18,7 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
-from distillations import (
+from lib.distillations import (
     BLOCK_TOKENS,
     HELDOUT_BLOCKS,
     STARTS,
@@ -33,7 +33,7 @@ from distillations import (
     token_counts,
     variant,
 )
-from measure import header, table
+from lib.measure import header, table
 
 RATES = (0.5, 1.0, 2.0)  # times the most that a default is
 

@@ -1,6 +1,6 @@
 """What does repairing at the cut cost on a large model: seconds a layer, and memory?
 
-    python benchmarks/repair_cost.py [--layers 3] [--out benchmarks/results/repair_cost_....md]
+    python benchmarks/repair_cost.py [--layers 3] [--out FILE]
 
 Random bfloat16 weights of Llama-3.1-8B's layers and vocabulary, but few layers: memory does not depend on their number
 and time is proportional to it. The model is calibrated and cut to Llama-3.1-Minitron-4B-Width's hidden and ffn sizes
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import CALIBRATE_BAR, CASES, GIB, Case, write_model
-from measure import PeakMemory, header, in_fresh_process, publish, table
+from full_size import CASES, GIB, Case, write_model
+from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.checkpoint import open_checkpoint
@@ -100,8 +100,7 @@ def report(found: dict[str, Any], layers: int) -> str:
             header("What repairing at the cut costs"),
             f"Random bfloat16 weights of Llama-3.1-8B's sizes with {layers} layers, cut from hidden 4096 to 3072 and "
             f"ffn 14336 to 9216; {SAMPLES} samples of {BLOCK_TOKENS} tokens. Embedding and output projection, of "
-            "128256 rows each, are part of the seconds. Memory is that of the whole process; the bar is that of "
-            f"calibrating, {CALIBRATE_BAR / GIB:.0f} GiB.",
+            "128256 rows each, are part of the seconds. Memory is that of the whole process.",
             "",
             table(columns, rows),
             "",

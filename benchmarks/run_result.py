@@ -1,12 +1,12 @@
 """What did a run keep? Its result table and what it cost, as a result file.
 
-python benchmarks/run_result.py runs/demo --command "make demo" --title "The demo" --out benchmarks/results/demo.md
+python benchmarks/run_result.py runs/demo --command "make demo" --title "The demo" --out FILE
 """
 
 import argparse
 from pathlib import Path
 
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.core.text import count, duration, size
 from minitron.report.records import RunRecords, read_run, result_table

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from full_size import CASES, write_model
-from measure import header, publish, table
+from lib.measure import header, publish, table
 
 from minitron.core.text import rate, short_count, shown, size, with_range
 from minitron.gguf.config import QuantizeConfig

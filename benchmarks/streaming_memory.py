@@ -1,6 +1,6 @@
 """Do calibrating and cutting hold more than one decoder layer of weights, plus the embeddings, at a time?
 
-    python benchmarks/streaming_memory.py [--out benchmarks/results/streaming_memory_xeon-2c_2026-11-21.md]
+    python benchmarks/streaming_memory.py [--out FILE]
 
 Two random bfloat16 models that differ only in their number of layers (about 1 GB and 4 GB) are written to a temporary
 directory, then calibrated and cut, each step in a process of its own. Peaks are beyond what the process held after
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (lazily imported otherwise, and counted as memory held)
-from measure import PeakMemory, header, in_fresh_process, publish, save_byte_tokenizer, table
+from lib.measure import PeakMemory, header, in_fresh_process, publish, save_byte_tokenizer, table
 from transformers import LlamaConfig
 
 from minitron.calibration.collect import Statistics, calibrate

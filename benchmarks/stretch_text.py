@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from distillations import BLOCK_TOKENS, token_counts
+from lib.distillations import BLOCK_TOKENS, token_counts
 
 from minitron.cli.main import keep_freed_memory
 from minitron.data.corpus import DataConfig

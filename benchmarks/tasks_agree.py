@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lib.measure import header, publish, table
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from measure import header, publish, table
 from transformers.utils.logging import set_verbosity_error
 
 from minitron.evaluation.tasks import harness

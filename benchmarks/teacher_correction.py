@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillations import (
+from lib.distillations import (
     BLOCK_TOKENS,
     HELDOUT_BLOCKS,
     Bench,
@@ -31,7 +31,7 @@ from distillations import (
     to_do,
     token_counts,
 )
-from measure import header, table
+from lib.measure import header, table
 
 from minitron.core.device import pick_device
 from minitron.distillation import train

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from distillations import (
+from lib.distillations import (
     BLOCK_TOKENS,
     HELDOUT_BLOCKS,
     Bench,
@@ -29,7 +29,7 @@ from distillations import (
     token_counts,
     variant,
 )
-from measure import header, table
+from lib.measure import header, table
 from repair import best_rate, cell, tokens_to_reach
 
 from minitron.model.describe import forward_flops

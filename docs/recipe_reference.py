@@ -1,4 +1,4 @@
-"""Print docs/recipe.md from the recipe's own field descriptions: `make docs`."""
+"""Print docs/reference/recipe.md from the recipe's own field descriptions: `make docs`."""
 
 from typing import Annotated, Any, get_args, get_origin
 
@@ -22,6 +22,8 @@ def type_name(annotation: Any) -> str:
 
 def default_of(field: Any) -> str:
     value = field.default
+    if field.default_factory is not None:
+        value = field.default_factory()
     if value is PydanticUndefined:
         return "required"
     return "null" if value is None else f"`{value}`"

@@ -164,7 +164,7 @@ def test_inspect_drafts_the_table_of_an_unknown_family(desk: Desk) -> None:
     desk.capsys.readouterr()
     code, out, err = desk.run("inspect", desk.path / "model")
     assert code == 1 and err.startswith("error: model_type 'stablelm' is not supported")
-    assert '"model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",' in out and "docs/adding-a-family.md" in out
+    assert '"model.layers.{layer}.mlp.down_proj.weight": "hidden ffn",' in out and "docs/extend/family.md" in out
     drafted = json.loads(desk.run("inspect", desk.path / "model", "--json")[1])["draft"]
     assert drafted["config_keys"]["ffn"] == "intermediate_size" and not drafted["unplaced"]
 

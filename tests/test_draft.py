@@ -328,7 +328,7 @@ def test_the_text_of_gpt2(tmp_path: Path) -> None:
     assert "Stored as [in, out], where minitron takes axis 1 for the input: transformer.h.{layer}.attn.c_attn" in tail
     assert 'no head is stored; untied: "lm_head.weight": "vocab hidden ?!tie_word_embeddings"' in tail
     assert "Switches of the config that may be conditions: tie_word_embeddings." in tail
-    assert "Next (docs/adding-a-family.md)" in tail
+    assert "Next (docs/extend/family.md)" in tail
     assert "settle the doubtful lines (3) and place the unplaced tensors (1)" in tail
     assert max(map(len, lines)) <= 120
 

@@ -945,7 +945,7 @@ def test_the_recipe_that_a_run_leaves_runs_again(desk: Desk, everything: Everyth
 def documented() -> list[str]:
     """Commands in README and docs, each on one line, and the examples of `--help`."""
     root = Path(__file__).parents[1]
-    text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))))
+    text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").rglob("*.md"))))
     found = re.findall(r"(?:^|[ /`])minitron ([a-z]+ [^`|\n#]*)", text.replace("\\\n", " "), re.MULTILINE)
     examples = [example.replace("%%", "%").removeprefix("minitron ") for example in EXAMPLES.values()]
     whole = [line for line in found if re.match(r"(distill --teacher|[a-z]+ [^- ]\S* .*--)", line)]

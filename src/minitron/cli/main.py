@@ -245,7 +245,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--iterations", type=options.count, help="cut in so many steps, each on new scores; default 1")
     prune.add_argument(
-        "--repair", default="auto", help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/recipe.md"
+        "--repair",
+        default="auto",
+        help="auto, none, or a list such as basis,ffn_obs,heads_obs; see docs/reference/recipe.md",
     )
     prune.add_argument("--statistics", type=options.path, help="directory that `minitron calibrate` wrote")
     options.add_data(prune)

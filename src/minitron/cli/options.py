@@ -47,7 +47,9 @@ def add_data(
     parser.set_defaults(separate_documents=False)
     if separable:
         parser.add_argument(
-            "--separate-documents", action="store_true", help="keep the documents of a block apart; see docs/recipe.md"
+            "--separate-documents",
+            action="store_true",
+            help="keep the documents of a block apart; see docs/reference/recipe.md",
         )
 
 

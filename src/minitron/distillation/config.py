@@ -136,7 +136,7 @@ def resolve(
 
     Learning rate: Adam moves every weight by about as much a step, so what suits a student goes with the size of its
     weights. On three teachers whose weights differ by a factor of five in size, the best rates at 0.25M tokens are 4%
-    to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/LOG.md): 6% and 3%, with
+    to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/log): 6% and 3%, with
     a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
     2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among

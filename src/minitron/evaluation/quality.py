@@ -31,7 +31,7 @@ class EvaluateConfig(Section):
     """Whether to measure prefill and decode speed of teacher and student."""
     tasks: list[str] = Field(default=[])
     """Benchmarks of teacher and student: tasks of lm-evaluation-harness, folders of `tasks_dir`, or `minitron`, the
-    nine of the papers. See docs/evaluation.md."""
+    nine of the papers. See docs/guide/evaluation.md."""
     tasks_dir: UserPath | None = None
     """Directory of local rows, one folder per task; without `tasks`, all of its tasks are measured."""
     limit: int | None = Field(default=None, ge=1)

@@ -138,7 +138,7 @@ ParameterTerms = dict[str, dict[tuple[str, ...], int]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models, as data. A new family is a new table; see docs/adding-a-family.md."""
+    """A family of models, as data. A new family is a new table; see docs/extend/family.md."""
 
     name: str
     tensors: Mapping[str, str]

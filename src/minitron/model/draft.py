@@ -2,7 +2,7 @@
 
 A tensor is placed by its name, and only where the sizes agree: dims coincide too often for a size alone to prove
 anything. A line that the shape cannot settle is marked, and a tensor that fits nowhere is listed with the reason. A
-table starts from a draft; it ends with the laws of the test suite, see docs/adding-a-family.md.
+table starts from a draft; it ends with the laws of the test suite, see docs/extend/family.md.
 """
 
 import json
@@ -69,7 +69,7 @@ NORM_BEFORE = {
 AXES = ("vocab", "hidden", "ffn", Q, KV, "head_dim", "heads", "kv_heads", "ffn+ffn", QKV)
 FUSED = "the shape does not tell segments laid end to end, as written, from segments interleaved per head, group or row"
 NEXT_STEPS = (
-    "Next (docs/adding-a-family.md): with the model's forward in transformers, settle the doubtful lines ({doubtful}) "
+    "Next (docs/extend/family.md): with the model's forward in transformers, settle the doubtful lines ({doubtful}) "
     "and place the unplaced tensors ({unplaced}); add conditions, for one checkpoint shows one config; fill the columns"
     " that no tensor shows; add the table to FAMILIES and a variant to tests/tiny.py, and run the tests."
 )

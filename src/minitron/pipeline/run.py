@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen. Only this module and those beside it in docs/design.md compose the rooms."""
+"""The whole pipeline on one screen. Only this module and those beside it (docs/explain/design.md) compose the rooms."""
 
 import os
 from pathlib import Path

@@ -22,16 +22,16 @@ from minitron.pruning.importance import Scores
 from minitron.shapes.space import Candidate, SearchConfig
 
 # How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
-# alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/LOG.md).
+# alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/log).
 STREAM_POWER = 6.0
 # Of a repaired cut: what a lost share of the stream, of the layers' way, of neurons and of heads weighs, as powers.
 # Every matrix misses what the stream lost, nothing makes up for a layer, and neurons and heads are half a layer each,
-# of which the repair makes up for half (docs/LOG.md).
+# of which the repair makes up for half (docs/log).
 REPAIRED_POWERS = {"hidden": 4.0, "layers": 1.0, "ffn": 0.25, "heads": 0.25}
 
 # Successive elimination: the share that each rung drops to, and how many times as long those train. Early losses tell
 # bad shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these
-# on none (docs/LOG.md).
+# on none (docs/log).
 KEPT, LONGER = 1 / 4, 8
 
 LossAt = Callable[[Candidate, int], float]

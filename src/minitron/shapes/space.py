@@ -26,7 +26,7 @@ from minitron.model.architecture import (
 from minitron.pruning.plan import PruneConfig, default_multiple, parse_target, require_task_fits
 
 # Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
-# the layers (docs/LOG.md), and P2's depth-pruned model has half.
+# the layers (docs/log), and P2's depth-pruned model has half.
 LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.5, 0.5, 0.25
 NEAREST = 3  # shapes named when none fits
 

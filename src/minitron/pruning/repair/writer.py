@@ -78,7 +78,7 @@ FITTED: dict[str, set[Step]] = {
     "mlp_out": {"ffn_least_squares", "ffn_obs"},
     "attention_out": {"heads_least_squares", "heads_obs"},
 }
-# The combination that wins after distillation (docs/LOG.md).
+# The combination that wins after distillation (docs/log).
 BEST: tuple[Step, ...] = ("basis", "ffn_obs", "heads_obs")
 
 

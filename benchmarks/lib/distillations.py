@@ -1,0 +1,264 @@
+"""What benchmarks of distillations share: their arguments, a teacher with its text, and a cache of runs."""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.measure import publish
+from minitron.calibration.collect import Statistics, calibrate
+from minitron.cli.main import keep_freed_memory
+from minitron.core.device import compute_dtype, pick_device
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
+from minitron.distillation import train
+from minitron.distillation.config import DistillConfig, num_steps, resolve
+from minitron.distillation.recording import write_lessons
+from minitron.distillation.train import blocks_read
+from minitron.evaluation.quality import evaluate
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.samples import Samples
+from minitron.model.stream import Pass
+from minitron.pruning.importance import activation_scores
+from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.repair.writer import BEST, Evidence, Step, repaired_cut
+from minitron.recipe import DEMO_TEACHER
+
+STARTS: dict[str, list[Step]] = {
+    "plain": [],
+    "norm_gain": ["norm_gain"],
+    "basis": ["basis"],
+    "ffn_least_squares": ["ffn_least_squares"],
+    "ffn_obs": ["ffn_obs"],
+    "heads_least_squares": ["heads_least_squares"],
+    "heads_obs": ["heads_obs"],
+    "residual_heads": ["residual_heads"],
+    "refit": ["refit"],
+    "basis + ffn_obs": ["basis", "ffn_obs"],
+    "basis + ffn_obs + refit": ["basis", "ffn_obs", "refit"],
+    "best": list(BEST),
+    "scratch": [],
+}
+KEY = ("shape", "start", "tokens", "rate", "seed")  # of every run; what else a run's key has are its changes
+RUNS = "runs.jsonl"  # in the cache
+BLOCK_TOKENS, SAMPLES, HELDOUT_BLOCKS = 256, 256, 128
+
+
+def arguments(description: str, *, data: str | None = "builtin") -> argparse.ArgumentParser:
+    """What every benchmark of distillations can be told; without a default for `data`, it must be given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
+    parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
+    parser.add_argument("--data", default=data, required=data is None)
+    parser.add_argument("--heldout")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--part", default="0/1", help="I/N: do every Nth run, from the Ith")
+    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
+def opened(args: argparse.Namespace) -> "Bench":
+    """The teacher, its text and the runs so far: those in the cache, or those beside the result file."""
+    keep_freed_memory()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    runs, kept = args.cache / RUNS, _kept(args)
+    if kept and kept.exists() and not runs.exists():
+        shutil.copy(kept, runs)
+    return Bench(args.model, args.data, args.heldout, args.cache)
+
+
+def to_do(args: argparse.Namespace, grid: Iterable[Any]) -> Iterator[Any]:
+    """The part of the grid that this process is to run."""
+    part, parts = map(int, args.part.split("/"))
+    return islice(() if args.only_table else grid, part, None, parts)
+
+
+def published(bench: "Bench", text: str, args: argparse.Namespace) -> None:
+    """Print or write the result, and put the runs beside it."""
+    publish(text, args.out)
+    kept = _kept(args)
+    if kept:
+        shutil.copy(bench.runs, kept)
+
+
+def _kept(args: argparse.Namespace) -> Path | None:
+    return args.out and args.out.with_suffix(".jsonl")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def token_counts(text: str) -> list[int]:
+    """0.25M,1M -> [250000, 1000000]"""
+    return [round(float(number.removesuffix("M")) * 1e6) for number in text.split(",")]
+
+
+def variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A start, and changes of the distillation: `best: teacher=recorded top_k=8`."""
+    start, _, changes = text.partition(":")
+    pairs = (change.split("=") for change in changes.split())
+    return start, {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+def label(key: dict[str, Any]) -> str:
+    """What `variant` was made from."""
+    changes = " ".join(f"{name}={value}" for name, value in key.items() if name not in KEY)
+    return f"{key['start']}: {changes}" if changes else key["start"]
+
+
+class Bench:
+    """A teacher, its text, and the runs that were made with them."""
+
+    def __init__(self, model: Path, data: str, heldout: str | None, cache: Path):
+        self.teacher = open_checkpoint(model)
+        self.cache, self.runs = cache, cache / RUNS
+        self.corpus = _corpus(self.teacher, data, heldout, cache / "data")
+        self.rows = [json.loads(line) for line in self.runs.read_text().splitlines()] if self.runs.exists() else []
+
+    def shape(self, kind: str) -> Shape:
+        """About half of the non-embedding parameters: less width, fewer layers, or some of both; `width 30%` is that
+        share instead.
+        """
+        table, config, shape = self.teacher.architecture, self.teacher.config, self.teacher.shape
+        if kind.startswith("width"):
+            return target_shape(table, config, shape, PruneConfig(target=kind.removeprefix("width").strip() or "50%"))
+        if kind == "depth":
+            return replace(shape, layers=-(-shape.layers // 2))
+        fewer = replace(shape, layers=shape.layers - max(1, shape.layers // 5))
+        share = 50 * table.count(shape, config).non_embedding / table.count(fewer, config).non_embedding
+        return target_shape(table, config, fewer, PruneConfig(target=f"{share}%"))
+
+    def run(self, shape: str, start: str, tokens: int, rate: float, seed: int, **changes: Any) -> None:
+        """One student, unless the cache has it.
+
+        Args:
+            rate: times the default of a plain cut, without regard to the size of the weights.
+            changes: of the distillation.
+        """
+        key = {"shape": shape, "start": start, "tokens": tokens, "rate": rate, "seed": seed, **changes}
+        if self.has(key):
+            return
+        student = self.shape(shape)
+        loss = {"loss": "cross_entropy"} if start == "scratch" else {}
+        config = resolve(
+            DistillConfig(tokens=tokens, **loss, **changes),
+            student,
+            self.teacher.shape,
+            weights_rms=math.inf,
+            block_tokens=BLOCK_TOKENS,
+            train_tokens=self.corpus.train_tokens,
+        )
+        steps = num_steps(tokens, config.batch_blocks or 1, BLOCK_TOKENS)
+        peak = (config.learning_rate or 0) * rate
+        config = config.model_copy(
+            update={
+                "learning_rate": peak,
+                "min_learning_rate": peak / 10,
+                "evaluate_steps": steps,
+                "evaluate_blocks": 1,
+                "checkpoint_steps": steps,
+            }
+        )
+        with tempfile.TemporaryDirectory(dir=self.cache) as path:
+            work = Path(path)
+            pruned, out = work / "pruned", work / "student"
+            for directory in (pruned, out):
+                directory.mkdir()
+            self.cut(student, STARTS[start], pruned)
+            guide, recorded = self.guide(config, seed, work)
+            trained = train.distill(
+                pruned,
+                guide,
+                self.corpus,
+                config,
+                seed=seed,
+                work=work / "distill",
+                out=out,
+                initialize="random" if start == "scratch" else "weights",
+            )
+            row = {
+                "key": key,
+                "cut": None if start == "scratch" else self.measure(pruned),
+                "student": self.measure(out),
+                "learning_rate": peak,
+                "seconds": trained.seconds,
+                **recorded,
+            }
+        self.record(row)
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return any(row["key"] == key for row in self.rows)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Keep a run, whose `key` says what it was."""
+        with self.runs.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def guide(self, config: DistillConfig, seed: int, work: Path) -> tuple[Path | None, dict[str, float]]:
+        """What the student learns from, and what it took to record it, where it is recorded."""
+        if config.loss == "cross_entropy":
+            return None, {}
+        if config.teacher == "online":
+            return self.teacher.path, {}
+        blocks, start = blocks_read(self.corpus, config, seed), time.monotonic()
+        (work / "lessons").mkdir()
+        assert config.top_k
+        dtype = compute_dtype("auto", pick_device())
+        write_lessons(
+            self.teacher, Samples(torch.from_numpy(blocks)), Pass(dtype), work / "lessons", top_k=config.top_k
+        )
+        size = sum(file.stat().st_size for file in (work / "lessons").iterdir())
+        seconds = time.monotonic() - start
+        return work / "lessons", {"recording_seconds": seconds, "lesson_bytes_a_token": size / blocks.size}
+
+    def cut(self, student: Shape, steps: list[Step], out: Path) -> None:
+        samples, pass_ = draw_samples(self.corpus, SAMPLES, seed=0), Pass(compute_dtype("auto", pick_device()))
+        statistics = self.statistics(samples, pass_)
+        scores = activation_scores(statistics, self.teacher.shape, "mean", "l2")
+        plan = choose(scores, self.teacher.shape, student)
+        repaired_cut(self.teacher, plan, out, steps, Evidence(statistics, scores, samples), pass_)
+
+    def statistics(self, samples: Samples, pass_: Pass) -> Statistics:
+        if not hasattr(self, "_statistics"):
+            self._statistics = calibrate(self.teacher, samples, pass_, second_moment=True)
+        return self._statistics
+
+    def measure(self, path: Path) -> dict[str, float]:
+        """Held-out loss and KL to the teacher, in nats, both models in float32."""
+        device = pick_device()
+        if not hasattr(self, "_model"):
+            self._model = load_model(self.teacher.path, torch.float32).to(device)
+        model = load_model(path, torch.float32).to(device)
+        quality = evaluate(model, self.corpus.heldout.head(HELDOUT_BLOCKS), teacher=self._model)
+        assert quality.kl_to_teacher is not None
+        return {"loss": quality.lm_loss, "kl": quality.kl_to_teacher}
+
+
+def _corpus(teacher: Checkpoint, data: str, heldout: str | None, path: Path) -> Corpus:
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.partial")
+        partial.mkdir(exist_ok=True)
+        config = DataConfig(source=data, heldout=heldout, block_tokens=BLOCK_TOKENS)
+        tokenizer, vocab = load_tokenizer(teacher.path), teacher.shape.vocab
+        prepare(config, tokenizer, vocab=vocab, block_tokens=BLOCK_TOKENS, out=partial)
+        partial.rename(path)
+    return open_corpus(path)
