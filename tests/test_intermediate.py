@@ -116,7 +116,7 @@ def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_wi
     pupil = Pupil(model, layers, Objective(), between, torch.float32).train()
     lesson = guide(batch)
     before = pupil(batch, lesson)[1].item()
-    pupil.fit_maps([(batch, lesson)])
+    pupil.fit_maps([(batch, lesson, 1.0)])
     objective, compared = pupil(batch, lesson)
     assert 0 < compared.item() <= before * (1 if hidden == 32 else 0.9)
     alone, nothing = Pupil(model, layers, Objective(), None, torch.float32)(batch, lesson)

@@ -313,12 +313,21 @@ def test_the_command_is_shared_by_processes(desk: Path) -> None:
         assert one and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
 
 
-def test_a_batch_that_cannot_be_divided_is_an_error_that_says_so(desk: Path) -> None:
-    words = ["distill", "--teacher", "teacher", "--student", "teacher", "--data", "text.jsonl", "--block-tokens", 16]
-    words += ["--tokens", 3 * 3 * 16, "--set", "distill.batch_blocks=3", "--out", "uneven"]
-    made = forked(2, "minitron", *words, cwd=desk)
-    assert made.returncode != 0
-    assert made.stderr.count("distill.batch_blocks=3 cannot be divided among 2 processes: choose a multiple") == 1
+def test_a_batch_need_not_be_a_multiple_of_the_processes(desk: Path) -> None:
+    """With three blocks in pieces of one, the second of two processes runs a block that counts nothing."""
+    teacher = open_checkpoint(desk / "teacher")
+    (desk / "student").mkdir()
+    cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24), desk / "student")
+    words = ["distill", "--teacher", "teacher", "--student", "student", "--data", "text.jsonl", "--block-tokens", 16]
+    words += ["--tokens", 3 * 3 * 16, "--set", "distill.batch_blocks=3", "--set", "distill.precision=float32"]
+    words += ["--set", "distill.micro_batch_tokens=16", "--set", "distill.correction=parallel"]
+    words += ["--set", "distill.correction_learning_rate=1e-3"]
+    for processes, out in ((1, "odd-alone"), (2, "odd-shared")):
+        made = forked(processes, "minitron", *words, "--out", out, cwd=desk)
+        assert made.returncode == 0, made.stderr
+    for ending in ("", ".corrected"):
+        one, two = (tiny.tensors(desk / f"{out}{ending}") for out in ("odd-alone", "odd-shared"))
+        assert one and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
 from minitron.core.errors import MinitronError, RunError
@@ -139,8 +138,8 @@ def resolve(
     to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/log): 6% and 3%, with
     a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
-    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). Among
-    several processes it is the next multiple of their number.
+    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). The number of
+    processes does not matter.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
@@ -186,9 +185,7 @@ def resolve_without_student(
     _require_weights_fit(config)
     tokens = config.tokens or train_tokens
     usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
-    processes = parallel.ranks().size
-    usual_batch = -(-max(1, min(usual_batch, tokens // block_tokens)) // processes) * processes
-    batch = config.batch_blocks or usual_batch
+    batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
     _require_a_batch("distill.tokens", tokens, batch, block_tokens)
     steps = num_steps(tokens, batch, block_tokens)
     config = config.model_copy(

@@ -59,13 +59,13 @@ class LearningTeacher:
         hidden, states, _ = self.reader(batch, with_loss=False)
         return self._lesson(hidden, states)
 
-    def learn(self, batch: Batch, num_predicted: int) -> tuple[Lesson, float]:
+    def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[Lesson, float]:
         """The same lesson, and the sum of the cross-entropy over the batch's tokens, in nats.
 
-        The gradient of that sum, divided by `num_predicted`, is added to the parameters'.
+        The gradient of that sum, times `weight` and divided by `num_predicted`, is added to the parameters'.
         """
         hidden, states, loss = self.reader(batch, with_loss=True)
-        (loss / num_predicted).backward()
+        (weight * loss / num_predicted).backward()
         return self._lesson(hidden, states), loss.item()
 
     def parameters(self) -> dict[str, Tensor]:

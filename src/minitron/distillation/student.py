@@ -66,11 +66,15 @@ class Pupil(nn.Module):
         return loss, between(states, lesson.states)
 
     @torch.no_grad()
-    def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson]]) -> None:
-        """Start the maps, if there are any, as the least-squares fit on these batches, those of all processes."""
+    def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson, float]]) -> None:
+        """Start the maps, if there are any, as the least-squares fit on these batches, those of all processes.
+
+        Args:
+            lessons: batches, what the teacher says of them, and their weights.
+        """
         if self.intermediate is None or not self.intermediate.maps:
             return
-        products = torch.stack([self(batch, lesson, fitting=True) for batch, lesson in lessons]).sum(0)
+        products = torch.stack([weight * self(batch, lesson, fitting=True) for batch, lesson, weight in lessons]).sum(0)
         parallel.all_reduce_sum(products)
         for linear, weight in zip(self.intermediate.maps, self.intermediate.fitted(products), strict=True):
             linear.weight.copy_(parallel.divided_like(weight, linear.weight))

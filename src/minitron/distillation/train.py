@@ -155,12 +155,6 @@ def _train(
     Trackers see a training that goes to its end, and with it the steps up to an `until` before.
     """
     assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
-    here = parallel.joined()
-    if config.batch_blocks % here.size:
-        raise MinitronError(
-            f"distill.batch_blocks={config.batch_blocks} cannot be divided among {here.size} processes: "
-            "choose a multiple of their number"
-        )
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
     if config.compile:
@@ -224,21 +218,20 @@ def _train(
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-            own = Batch(batch.tokens[here.rank :: here.size], batch.separator)
-            micros = own.split(max(1, config.micro_batch_tokens // corpus.block_tokens))
+            micros = micro_batches(batch, max(1, config.micro_batch_tokens // corpus.block_tokens))
             if drawn == 0 and guide is not None:
-                pupil.fit_maps((micro, guide(micro)) for micro in micros)
+                pupil.fit_maps((micro, guide(micro), weight) for micro, weight in micros)
             between_weight = (states_weight * share_at(step, steps)).item()
             # Of the student's objective, of its states between layers, and of the teacher that learns.
             sums = torch.zeros(3, dtype=torch.float64)
-            for micro in micros:
+            for micro, weight in micros:
                 if learning is None:
                     lesson, read = None if guide is None else guide(micro), 0.0
                 else:
-                    lesson, read = learning.learn(micro, batch.num_predicted)
+                    lesson, read = learning.learn(micro, weight, batch.num_predicted)
                 objective, between = pupil(micro, lesson)
-                ((objective + between_weight * between) / batch.num_predicted).backward()
-                sums += torch.tensor([objective.item(), between.item(), read], dtype=torch.float64)
+                (weight * (objective + between_weight * between) / batch.num_predicted).backward()
+                sums += weight * torch.tensor([objective.item(), between.item(), read], dtype=torch.float64)
             parallel.all_reduce_sum(sums)
             if sums[1] > 0:
                 states_weight.copy_(sums[0] / sums[1])
@@ -272,6 +265,22 @@ def _train(
             speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
             progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
     return _Made(pupil, guide, checkpoint, step, seen_tokens, time.monotonic() - start)
+
+
+def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """This process's part of a batch, in pieces of at most `size` blocks, each with the weight of its losses.
+
+    All processes have as many pieces, for they go in step: one that has no blocks left runs the batch's first one with
+    weight 0. So a batch need not be a multiple of the processes.
+    """
+    here = parallel.joined()
+    mine = batch.tokens[here.rank :: here.size]
+    pieces = []
+    for start in range(0, -(-len(batch.tokens) // here.size), size):
+        blocks = mine[start : start + size]
+        weight = 1.0 if len(blocks) else 0.0
+        pieces.append((Batch(blocks if len(blocks) else batch.tokens[:1], batch.separator), weight))
+    return pieces
 
 
 def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
