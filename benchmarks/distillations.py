@@ -29,7 +29,8 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import PruneConfig, choose, target_shape
-from minitron.pruning.repair.writer import BEST, Step, repaired_cut
+from minitron.pruning.repair.config import BEST, Step
+from minitron.pruning.repair.writer import repaired_cut
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {

@@ -22,7 +22,8 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
-from minitron.pruning.repair.writer import Step, repaired_cut
+from minitron.pruning.repair.config import Step
+from minitron.pruning.repair.writer import repaired_cut
 
 SAMPLES, BLOCK_TOKENS, BATCH = 28, 512, 2
 VARIANTS: dict[str, list[Step]] = {

@@ -33,9 +33,10 @@ from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, op
 from minitron.pipeline.stages import calibrate_on, calibration_tokens
 from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.repair.config import RepairConfig, Step
+from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
-from minitron.pruning.repair.writer import RepairConfig, Step, repaired_cut
-from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.repair.writer import repaired_cut
 from minitron.pruning.scoring import score_units
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank

@@ -12,10 +12,11 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("data", "calibration"),
     ("gguf",),
-    ("distillation", "report"),
+    ("distillation",),
     ("evaluation",),
     ("pruning",),
     ("shapes",),
+    ("report",),
     ("recipe",),
     ("pipeline",),
     ("rooms",),
@@ -27,8 +28,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
 # Inside a room, the stages follow each other too.
 STAGES = {
     "core": (
-        *("errors", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
-        *("worker", "effects", "text", "progress", "typed_files", "layouts"),
+        *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
+        *("worker", "effects", "progress", "typed_files", "layouts"),
     ),
     "pruning": ("importance", "depth", "plan", "cut", "scoring", "repair"),
     "shapes": ("space", "rank"),

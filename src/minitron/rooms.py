@@ -63,6 +63,7 @@ from minitron.pipeline.stages import (
 )
 from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.cut import cut
+from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import Scores, even_scores
 from minitron.pruning.plan import (
     Given,
@@ -75,8 +76,9 @@ from minitron.pruning.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.pruning.repair.writer import CutNeeds, RepairConfig, Step, choice_left, needed_steps, repaired_cut
-from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.repair.config import CutNeeds, RepairConfig, Step, choice_left, needed_steps, replaces_channels
+from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.repair.writer import repaired_cut
 from minitron.pruning.scoring import Scoring, layers_need_a_pass, plan_student, score_layers, score_units
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
@@ -140,7 +142,7 @@ def search_model(
     """
     teacher = open_checkpoint(resolve_model(model))
     repair = resolve_repair(RepairConfig(), teacher)
-    calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
+    calibration = CalibrateConfig(second_moment=replaces_channels(repair.steps))
     feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
         corpus = None
@@ -232,7 +234,7 @@ def _needs(
         by_number = given_layers(config, teacher.shape)
         listed = given if by_number.layers is None else replace(given, layers=by_number.layers)
     choice = choice_left(teacher.architecture, config, teacher.shape, shape, listed, steps)
-    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
+    passes = choice.steps > 1 or (choice.layers and LAYER_CRITERIA[config.layer_criterion].needs_a_pass)
     scored = needs_scores(teacher.shape, shape, listed)
     return CutNeeds(
         choice,
@@ -265,7 +267,7 @@ class _Known:
 
     @cached_property
     def scoring(self) -> Scoring:
-        calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
+        calibration = CalibrateConfig(samples=self.samples, second_moment=replaces_channels(self.steps))
         tokenizer = load_tokenizer(self.teacher.path)
         samples = calibration.samples
         with corpus_for(self.teacher, self.data_config(), self.listener, samples, scratch=self.work) as corpus:

@@ -147,9 +147,19 @@ def short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def place_of(location: Iterable[int | str]) -> str:
+    """Where an error of pydantic is, such as `distill.loss`.
+
+    In a union the place is followed by the type that was tried, such as literal['a','b'], which is left out.
+    """
+    return ".".join(
+        part for part in map(str, location) if not part.startswith(("literal[", "dict[", "function-plain["))
+    )
+
+
 def _explain(problem: ValidationError) -> str:
     first = problem.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
+    place = place_of(first["loc"])
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error":  # of a validator of ours, which names its place

@@ -11,7 +11,7 @@ from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
 from minitron.core.errors import MinitronError
 from minitron.distillation.hidden_loss import Places
-from minitron.distillation.losses import ON_LOGITS, LossName, Objective
+from minitron.distillation.losses import LOSSES, LossName, Objective
 from minitron.distillation.optim import Optimizer, Weights
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.distillation.trackers import TrackerName
@@ -31,8 +31,8 @@ class DistillConfig(Section):
     tokens: int | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
     loss: LossName | dict[LossName, Weight] = "forward_kl"
-    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse: 0.1}.
-    Forward KL alone is the papers' choice; cross_entropy looks at the text only."""
+    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse:
+    0.1}."""
     teacher: Literal["online", "recorded"] = "online"
     """Whether the teacher runs beside the student, or says everything before, in a pass with one layer in memory at a
     time, and is then gone; what is recorded is its `top_k` likeliest tokens and the rest."""
@@ -46,7 +46,7 @@ class DistillConfig(Section):
     correction_warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up of the teacher. Default: 120 steps (P2), at most a fifth of its steps."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
+    """Of both models' distributions, in the losses that compare these."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
     """Share of the teacher in the mixture that jensen_shannon compares both with."""
     top_k: int | None = Field(default=None, ge=1)
@@ -112,7 +112,7 @@ class DistillConfig(Section):
 
     @property
     def objective(self) -> Objective:
-        terms: Mapping[LossName, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+        terms: Mapping[str, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
         return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail, self.compile)
 
 
@@ -256,7 +256,7 @@ def _has_states(config: DistillConfig) -> bool:
 
 
 def _require_losses_fit(config: DistillConfig) -> None:
-    on_logits = sorted(config.objective.terms.keys() & ON_LOGITS.keys())
+    on_logits = sorted(name for name in config.objective.terms if LOSSES[name].reads == "logits")
     if config.top_k is not None and on_logits:
         raise MinitronError(
             f"distill.loss {on_logits[0]} compares all logits, and distill.top_k={config.top_k} leaves only some: "

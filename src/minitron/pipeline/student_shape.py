@@ -25,6 +25,7 @@ from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.importance import Scores
 from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.config import replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.recipe import Recipe
 from minitron.shapes.rank import Ranked, distilled_steps, predictor, rank
@@ -112,7 +113,7 @@ def ranked(
     """
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
-    reads = reading_moment(teacher, statistics) if "basis" in (recipe.repair.steps or []) else None
+    reads = reading_moment(teacher, statistics) if replaces_channels(recipe.repair.steps) else None
     predict = predictor(statistics, scores, teacher.shape, reads=reads)
     if corpus is None or make is None:
         assert search.level == "predicted"

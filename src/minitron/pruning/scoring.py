@@ -15,7 +15,7 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Separator
 from minitron.pruning.cut import cut
-from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.depth import LAYER_CRITERIA, by_loss, by_task
 from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Given, Plan, PruneConfig, choose, compose, given_layers, step_shapes
 
@@ -45,14 +45,14 @@ class Scoring:
 
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
-    score = CRITERIA[config.criterion]
-    return score(statistics, shape, config.sequence_aggregate, config.batch_aggregate, config.seed)
+    criterion = CRITERIA[config.criterion]
+    return criterion.score(statistics, shape, **{option: getattr(config, option) for option in criterion.options})
 
 
 def layers_need_a_pass(config: PruneConfig, teacher: Shape, student: Shape) -> bool:
     """Whether layers are to be chosen by scores that the statistics do not hold."""
     by_number = given_layers(config, teacher).layers is not None
-    return config.layer_criterion != "block_influence" and student.layers < teacher.layers and not by_number
+    return LAYER_CRITERIA[config.layer_criterion].needs_a_pass and student.layers < teacher.layers and not by_number
 
 
 def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring: Scoring) -> Scores:
@@ -61,9 +61,11 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
     Raises: DataError for a task that cannot be read.
     """
     config, num_layers = scoring.config, checkpoint.shape.layers
+    criterion = LAYER_CRITERIA[config.layer_criterion]
     if not layers_need_a_pass(config, checkpoint.shape, student):
         return scores
-    if config.layer_criterion == "task":
+    assert criterion.score is not None
+    if criterion.reads == "questions":
         assert config.layer_task is not None
         questions = read_questions(config.layer_task, config.layer_samples)
         max_tokens = scoring.tokens.shape[1]
@@ -71,9 +73,8 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
         measure = by_task(checkpoint, questions, scoring.tokenizer, max_tokens, **options)
     else:
         measure = by_loss(checkpoint, scoring.tokens[: config.layer_samples], **scoring.pass_options)
-    if config.layer_criterion == "contiguous":
-        return replace(scores, layers=contiguous_blocks(measure, num_layers, num_layers - student.layers))
-    return replace(scores, layers=leave_one_out(measure, num_layers))
+    dropped = [num_layers - student.layers] if criterion.drops else []
+    return replace(scores, layers=criterion.score(measure, num_layers, *dropped))
 
 
 def plan_student(

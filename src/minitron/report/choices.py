@@ -19,6 +19,9 @@ from minitron.core.text import (
     shown,
     size,
 )
+from minitron.pruning.depth import LAYER_CRITERIA
+from minitron.pruning.importance import CRITERIA
+from minitron.pruning.repair.config import REPAIRS, replaces_channels
 from minitron.report import html, plots
 from minitron.report.records import RunRecords, layer_criterion, layers_by_number, repairs
 from minitron.report.tables import candidate_cells, candidate_columns
@@ -28,37 +31,6 @@ ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 OPEN_LAYERS = 16  # most rows of a table that is open at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
 UNITS = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
-# prune.layer_criterion -> its name, what a bar is, and the unit of its length.
-LAYER_CRITERIA = {
-    "block_influence": (
-        "Block Influence",
-        "1 - cosine between a layer’s input and output",  # noqa: RUF001
-        "Block Influence",
-    ),
-    "loss": ("LM loss without each layer", "by how much the loss rises without a layer", "nats per token"),
-    "contiguous": (
-        "LM loss without each block of neighbours",
-        "by how much the loss rises without the best block that a layer is part of; the last layer has no bar, for it "
-        "always stays",
-        "nats per token",
-    ),
-    "task": ("accuracy in a task without each layer", "the share of answers lost without a layer", "accuracy lost"),
-}
-# Step of repair.steps -> what it does.
-REPAIRS = {
-    "basis": "The residual stream keeps its leading directions, combinations of all hidden channels, instead of some "
-    "of the channels. The scores of hidden channels chose nothing.",
-    "norm_gain": "The gains of the norms make up for the hidden channels that were cut off.",
-    "ffn_least_squares": "The kept FFN neurons take over what the others contributed, by least squares.",
-    "ffn_obs": "FFN neurons were dropped one by one, each time the one that the layer’s output misses least, and "  # noqa: RUF001
-    "the kept ones take over what the others contributed. The scores had no say in it.",
-    "heads_least_squares": "The kept attention heads take over what the others contributed, by least squares.",
-    "heads_obs": "Attention heads were dropped one by one, each time the one that the layer’s output misses least, "  # noqa: RUF001
-    "and the kept ones take over what the others contributed. The scores had no say in it.",
-    "residual_heads": "Kept query heads take over what sets them apart from those that their group loses.",
-    "refit": "Layer by layer, the matrices were fitted again to what the teacher’s give, on the inputs that the "  # noqa: RUF001
-    "pruned model gives itself.",
-}
 
 
 def why(records: RunRecords) -> str:
@@ -190,7 +162,7 @@ def _legend(records: RunRecords) -> str:
     steps = prune.get("iterations", 1)
     text = (
         f"Scores from {count(samples['samples'])} calibration samples ({count(samples['tokens'])} tokens); "
-        f"criterion: {prune['criterion']}; layers by {LAYER_CRITERIA[layer_criterion(records)][0]}."
+        f"units by {CRITERIA[prune['criterion']].title}; layers by {LAYER_CRITERIA[layer_criterion(records)].title}."
     )
     text += f" The cut was made in {steps} steps; these are the scores of the first." if steps > 1 else ""
     swatches = '<span class="swatch kept"></span>kept <span class="swatch removed"></span>removed. '
@@ -198,15 +170,16 @@ def _legend(records: RunRecords) -> str:
 
 
 def _layer_figure(records: RunRecords) -> str:
-    name, meaning, unit = LAYER_CRITERIA[layer_criterion(records)]
+    criterion = LAYER_CRITERIA[layer_criterion(records)]
     kept, num_layers = records.cut["layers"], records.cut["teacher"]["layers"]
     outcome = _kept(len(kept), num_layers)
     if len(kept) < num_layers:
         outcome += f"; dropped: {_ranges(sorted(set(range(num_layers)) - set(kept)))}"
     if layers_by_number(records):
         outcome += ". The recipe gives their numbers; the scores chose none"
-    drawn = plots.layer_scores(records.scores["layers"], kept, unit)
-    return html.figure(drawn, f"Layers, by {name}", f"{meaning[0].upper()}{meaning[1:]}. {outcome}.")
+    drawn = plots.layer_scores(records.scores["layers"], kept, criterion.unit)
+    meaning = criterion.meaning[0].upper() + criterion.meaning[1:]
+    return html.figure(drawn, f"Layers, by {criterion.title}", f"{meaning}. {outcome}.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -219,7 +192,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _hidden_figure(records: RunRecords) -> str:
     scores, kept = records.scores["hidden"], records.cut["hidden"]
     title, text = "Hidden channels", "One score for all layers"
-    if "basis" in (repairs(records) or []):
+    if replaces_channels(repairs(records)):
         drawn = plots.hidden_scores(scores, None)
         return html.figure(
             drawn, title, f"{text}; not used: a basis of {count(len(kept))} directions took their place."
@@ -328,4 +301,4 @@ def repair(records: RunRecords) -> str:
     if not steps:
         return html.subsection("Repair", html.note("None: what was kept was left as it was in the teacher."))
     note = "What was done at the cut against what it loses, fitted to the calibration samples, without training."
-    return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step] for step in steps}))
+    return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step].text for step in steps}))

@@ -12,6 +12,7 @@ from minitron.core import layouts
 from minitron.core.errors import RunError
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.corpus import TEACHER
+from minitron.distillation.losses import LOSSES
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
 from minitron.report.tables import source_name
@@ -22,16 +23,6 @@ STAGES = (
     *("data", "corrected", "statistics", "lessons", "search", "scores", "plan"),
     *("pruned", "student", "scratch", "evaluations", "gguf"),
 )
-
-LOSS_NAMES = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jensen_shannon": "Jensen-Shannon",
-    "mse": "squared difference of logits",
-    "cosine": "cosine of logits",
-    "cross_entropy": "cross-entropy",
-}
-
 
 PER_LAYER = ("ffn", "heads", "kv_heads")
 WAY_OUT = "put the file back, or remove its directory and run the same command that made it again"
@@ -305,7 +296,7 @@ def exists(path: Path) -> bool:
 def loss_name(distill: Mapping[str, Any]) -> str:
     """What the student was trained for, from a recipe's section."""
     terms = {distill["loss"]: 1} if isinstance(distill["loss"], str) else distill["loss"]
-    name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSS_NAMES[loss]}" for loss, weight in terms.items())
+    name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSSES[loss].title}" for loss, weight in terms.items())
     if distill.get("top_k") is not None:
         name += f" over the teacher's {distill['top_k']} likeliest tokens"
     if distill.get("temperature", 1) != 1:
