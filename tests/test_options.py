@@ -889,6 +889,7 @@ FURTHER = (
     "distill --teacher {M} --student {C} --data {T} --block-tokens 16 --tokens 64 --set distill.batch_blocks=4 "
     "--set distill.correction=parallel --set distill.evaluate_blocks=1 --set distill.intermediate=off --out taught",
     "prune {M} --shape layers=3 --data {T} --samples 1 --layer-criterion task --layer-task {Q} --out fewer",
+    "prune {M} --shape hidden=16 --data {T} --samples 1 --criterion random --repair none --out drawn",
 )
 
 

@@ -10,9 +10,10 @@ from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
 from minitron.core.errors import MinitronError
+from minitron.core.text import either
 from minitron.distillation.hidden_loss import Places
 from minitron.distillation.losses import LOSSES, LossName, Objective
-from minitron.distillation.optim import Optimizer, Weights
+from minitron.distillation.optim import OPTIMIZERS, Optimizer, Weights
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.distillation.trackers import TrackerName
 from minitron.model.architecture import Shape
@@ -71,8 +72,7 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory (see
-    --dry-run); `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
+    """What moves the weights. Default: soap, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
@@ -272,10 +272,11 @@ def _require_weights_fit(config: DistillConfig) -> None:
             f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
             "asks for another format: leave one of them out"
         )
-    if config.weights != "float32" and config.optimizer == "soap":
+    if config.weights != "float32" and config.weights not in OPTIMIZERS[config.moved_by].in_bfloat16:
+        others = either(name for name, row in OPTIMIZERS.items() if config.weights in row.in_bfloat16)
         raise MinitronError(
-            f"distill.weights={config.weights} has no room for the axes of distill.optimizer=soap: set "
-            "distill.optimizer=adamw, or leave distill.weights out"
+            f"distill.weights={config.weights} has no room for what distill.optimizer={config.optimizer} holds of each "
+            f"weight: set distill.optimizer={others}, or leave distill.weights out"
         )
 
 
