@@ -29,17 +29,18 @@ ORDER: tuple[tuple[str, ...], ...] = (
 STAGES = {
     "core": (
         *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
-        *("worker", "effects", "progress", "typed_files", "layouts"),
+        *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
-    "pruning": ("importance", "depth", "plan", "cut", "scoring", "repair"),
-    "shapes": ("space", "rank"),
-    "distillation": ("losses", "optim", "state", "trackers", "config", "train"),
-    "evaluation": ("quality", "generate", "tasks"),
+    "pruning": ("layouts", "importance", "depth", "plan", "cut", "scoring", "repair"),
+    "shapes": ("layouts", "space", "rank"),
+    "distillation": ("layouts", "losses", "optim", "state", "trackers", "config", "train"),
+    "evaluation": ("layouts", "quality", "generate", "tasks"),
     "gguf": (
-        *("config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types", "verify"),
-        *("mixtures", "quantize"),
+        *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
+        *("verify", "mixtures", "quantize"),
     ),
-    "data": ("sources", "overlap", "corpus", "sampling"),
+    "data": ("layouts", "sources", "overlap", "corpus", "sampling"),
+    "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": ("console", "options", "rules", "results", "verbs", "main"),
     "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
     "model": (

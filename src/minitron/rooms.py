@@ -361,7 +361,7 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            facts = read_record(made)["result"]
+            facts = read_record(made).result
             if made != out:
                 _keep_metrics(work / "distill", made)
                 if config.correction == "before":

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron.core import layouts
 from minitron.core.device import versions
 from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError
@@ -23,6 +22,7 @@ from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
+from minitron.distillation import layouts
 from minitron.model.weights import write_shard
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
@@ -322,6 +322,6 @@ def _tokens_of(line: str) -> int | None:
     """The tokens seen at a row of metrics; None if the line is none, such as the last one that a kill cut short."""
     try:
         row = parse_json(line, "metrics.jsonl", RunError)
-        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError)["tokens"]
+        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError).tokens
     except RunError:
         return None

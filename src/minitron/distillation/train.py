@@ -416,10 +416,9 @@ def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: to
     recorded = RecordedTeacher(path, device)
     facts = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
     for name, wanted in facts.items():
-        if recorded.facts[name] != wanted:
-            raise MinitronError(
-                f"the lessons in {path} have {name} {recorded.facts[name]}, and {wanted} is wanted: write them again"
-            )
+        found = getattr(recorded.facts, name)
+        if found != wanted:
+            raise MinitronError(f"the lessons in {path} have {name} {found}, and {wanted} is wanted: write them again")
     return recorded
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
-from minitron.core import layouts
 from minitron.core.config import choice
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
 from minitron.model.architecture import Shape
+from minitron.pruning import layouts
 
 Aggregate = Literal["mean", "l2", "variance"]
 
@@ -49,10 +49,11 @@ class Scores:
         file, again = path / "scores.json", f"remove {path} and run the same command to score again"
         rows = read_typed(file, layouts.SCORES, PlanError, way_out=again)
         for dim in ("layers", "hidden", *PER_LAYER):
-            sizes = {len(row) for row in rows[dim]} if dim in PER_LAYER else {len(rows[dim])}
-            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(rows[dim]) != shape.layers):
+            of_dim = getattr(rows, dim)
+            sizes = {len(row) for row in of_dim} if dim in PER_LAYER else {len(of_dim)}
+            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(of_dim) != shape.layers):
                 raise PlanError(f"{file}: {dim} has not a score for each of the model's units; {again}")
-        return Scores(**{one.name: torch.tensor(rows[one.name], dtype=torch.float64) for one in fields(Scores)})
+        return Scores(**{dim: torch.tensor(of_dim, dtype=torch.float64) for dim, of_dim in vars(rows).items()})
 
 
 def activation_scores(

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from minitron.calibration.collect import PER_LAYER
-from minitron.core import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.reading import read_json
 from minitron.core.typed_files import as_typed
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
+from minitron.pruning import layouts
 from minitron.pruning.depth import LAYER_CRITERIA, LayerCriterionName, layer_criteria_that_read
 from minitron.pruning.importance import Aggregate, CriterionName, Scores
 
@@ -98,10 +98,10 @@ def _read(path: Path) -> Any:
 
 def _whole(raw: Any, path: Path) -> Plan:
     """The plan that a whole plan file holds."""
-    as_typed(raw, layouts.PLAN, str(path), PlanError)
-    teacher, student = (Shape(**{one.name: raw[whose][one.name] for one in fields(Shape)}) for whose in WHOSE)
-    ffn, heads, kv_heads = (tuple(map(tuple, raw[dim])) for dim in PER_LAYER)
-    plan = Plan(teacher, student, tuple(raw["layers"]), tuple(raw["hidden"]), ffn, heads, kv_heads)
+    whole = as_typed(raw, layouts.PLAN, str(path), PlanError)
+    teacher, student = (Shape(**vars(sizes)) for sizes in (whole.teacher, whole.student))
+    ffn, heads, kv_heads = (tuple(map(tuple, getattr(whole, dim))) for dim in PER_LAYER)
+    plan = Plan(teacher, student, tuple(whole.layers), tuple(whole.hidden), ffn, heads, kv_heads)
     try:
         require_consistent(plan)
     except PlanError as error:
