@@ -17,16 +17,14 @@ def sections(records: RunRecords) -> str:
     columns = ["model", *(f"{column.heading}, {column.unit}" for column in RESULT_COLUMNS)]
     rows = [[row["model"], *result_cells(row)] for row in result_table(records)]
     kl = {row["model"]: row["kl_to_teacher"] for row in result_table(records)}
-    costs = [
-        [name, duration(stage["seconds"]), size(stage["peak_memory_bytes"])] for name, stage in records.stages.items()
-    ]
-    total = sum(stage["seconds"] for stage in records.stages.values())
-    trained = records.stages["student"]["result"]["training"]
-    tokens = count(records.evaluations["teacher"]["tokens"])
-    threads = records.stages["student"]["hardware"]["threads"]
+    costs = [[name, duration(stage.seconds), size(stage.peak_memory_bytes)] for name, stage in records.stages.items()]
+    total = sum(stage.seconds for stage in records.stages.values())
+    trained = records.stages["student"].result["training"]
+    tokens = count(records.evaluations["teacher"].tokens)
+    threads = records.stages["student"].hardware.threads
     return f"""
-{records.stages["plan"]["result"]["plan"]}; {count(trained["tokens"])} distillation tokens in {trained["steps"]} steps,
-learning rate {records.recipe["distill"]["learning_rate"]}, seed {records.recipe["seed"]}. Means over {tokens} tokens
+{records.results.plan.plan}; {count(trained["tokens"])} distillation tokens in {trained["steps"]} steps,
+learning rate {records.whole_recipe["distill"]["learning_rate"]}, seed {records.recipe.seed}. Means over {tokens} tokens
 of held-out text.
 
 {table(columns, rows)}

@@ -4,14 +4,16 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from minitron.core.config import Section
+from minitron.core.config import KeyOf, Section
 from minitron.recipe import Recipe
 
 
 def type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return type_name(get_args(annotation)[0])
+        inner, *metadata = get_args(annotation)
+        tables = [each.table for each in metadata if isinstance(each, KeyOf)]
+        return " \\| ".join(map(repr, tables[0])) if tables else type_name(inner)
     if origin is None:
         return getattr(annotation, "__name__", str(annotation)).replace("NoneType", "null")
     names = [repr(arg) if isinstance(arg, str) else type_name(arg) for arg in get_args(annotation)]
@@ -35,7 +37,8 @@ def rows(section: type[Section], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             continue
         text = " ".join((field.description or "").split())
-        lines.append(f"| `{prefix}{name}` | {type_name(field.annotation)} | {default_of(field)} | {text} |")
+        kind = type_name(Annotated[field.annotation, *field.metadata, None])
+        lines.append(f"| `{prefix}{name}` | {kind} | {default_of(field)} | {text} |")
     return lines
 
 

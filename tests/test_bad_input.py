@@ -4,19 +4,12 @@ A few inputs of each kind, always the same ones; benchmarks/bad_input.py draws t
 """
 
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 from bad_input import Room
 from bad_targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from mutations import Mutation
-
-from minitron.core import layouts
-from minitron.pruning.plan import PruneConfig
-from minitron.pruning.repair.writer import Step
-from minitron.report.choices import LAYER_CRITERIA, REPAIRS
-from minitron.report.records import LOSS_NAMES
 
 EXAMPLES = 2  # the simplest, and one that is drawn
 SLOW = ("run again", "recipe: run", "--set: distill", "training", "lessons", "rows")  # seconds each
@@ -42,10 +35,3 @@ def test_a_damaged_file_is_one_line_that_names_it_or_harmless(room: Room, name: 
         assert not outcome.violations, (mutation.how, outcome.violations, outcome.ended)
 
     holds()
-
-
-def test_the_layouts_know_the_names_that_a_recipe_knows() -> None:
-    assert set(get_args(layouts.Loss)) == LOSS_NAMES.keys()
-    assert set(get_args(layouts.LayerCriterion)) == LAYER_CRITERIA.keys()
-    assert get_args(layouts.LayerCriterion) == get_args(PruneConfig.model_fields["layer_criterion"].annotation)
-    assert set(get_args(layouts.Repair)) == set(get_args(Step)) == REPAIRS.keys()

@@ -13,7 +13,7 @@ import yaml
 from minitron.cli.main import main
 from minitron.core.errors import RunError
 from minitron.report.comparison import cautions, headline, name_runs, render_comparison
-from minitron.report.records import RunRecords, read_run, result_table, stage_flops
+from minitron.report.records import ResultRow, RunRecords, read_run, result_table, stage_flops
 from minitron.report.tables import result_cells
 
 
@@ -65,11 +65,13 @@ def test_runs_that_are_the_same_are_said_to_be(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_said(runs: list[RunRecords]) -> None:
     one, two = runs
     stage = two.stages["evaluations"]
-    stage = stage | {"inputs": {"teacher": "x", "data": "y"}, "hardware": stage["hardware"] | {"threads": 64}}
+    hardware = stage.hardware.model_copy(update={"threads": 64})
+    stage = stage.model_copy(update={"inputs": {"teacher": "x", "data": "y"}, "hardware": hardware})
+    distill = two.recipe.distill.model_copy(update={"loss": "reverse_kl"})
     other = dataclasses.replace(
         two,
-        recipe=two.recipe | {"model": "acme/another", "distill": two.recipe["distill"] | {"loss": "reverse_kl"}},
-        stages=two.stages | {"evaluations": stage},
+        recipe=two.recipe.model_copy(update={"model": "acme/another", "distill": distill}),
+        stages={**two.stages, "evaluations": stage},
     )
     notes = cautions({"one": one, "two": other})
     assert [note.split("(")[0].split(":")[0].strip() for note in notes] == [
@@ -80,13 +82,17 @@ def test_what_cannot_be_compared_is_said(runs: list[RunRecords]) -> None:
     assert "Their curves cannot be held against each other." in render_comparison([one, other])
 
 
-def test_the_headline_names_the_nearest_and_the_smallest() -> None:
-    students = {"a": {"kl_to_teacher": 0.5, "total": 10_000}, "b": {"kl_to_teacher": 0.25, "total": 20_000}}
+def test_the_headline_names_the_nearest_and_the_smallest(runs: list[RunRecords]) -> None:
+    (student,) = (row for row in result_table(runs[0]) if row["model"] == "student")
+    students: dict[str, ResultRow] = {
+        "a": {**student, "kl_to_teacher": 0.5, "total": 10_000},
+        "b": {**student, "kl_to_teacher": 0.25, "total": 20_000},
+    }
     assert headline(students) == (
         "b is nearest to its teacher, with a KL divergence of 0.250 nats per token; a is the smallest, "
         "with 10.0K parameters."
     )
-    assert "; it is the smallest" in headline(students | {"b": students["b"] | {"total": 1}})
+    assert "; it is the smallest" in headline(students | {"b": {**students["b"], "total": 1}})
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_aggregates_of_sums_are_the_formulas_on_activations(sequence: Any, batch
 @pytest.mark.parametrize(("sequence", "batch"), PAIRS)
 def test_scores_combine_channels_as_the_paper_says(measured: Any, sequence: Any, batch: Any) -> None:
     shape, statistics = measured
-    scores = CRITERIA["activation"](statistics, shape, sequence, batch, 0)
+    scores = activation_scores(statistics, shape, sequence, batch)
 
     def channel(site: str, layer: int, index: int) -> float:
         total, squares = statistics.sums[site][layer, SEQUENCE_AGGREGATES.index(sequence), :, index].tolist()
@@ -91,7 +91,7 @@ def test_scores_combine_channels_as_the_paper_says(measured: Any, sequence: Any,
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scores_have_one_number_per_unit(measured: Any, criterion: str) -> None:
     shape, statistics = measured
-    scores = CRITERIA[criterion](statistics, shape, "mean", "l2", 0)
+    scores = CRITERIA[criterion].score(statistics, shape)
     assert {field.name: tuple(getattr(scores, field.name).shape) for field in fields(Scores)} == {
         "layers": (shape.layers,),
         "hidden": (shape.hidden,),

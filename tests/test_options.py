@@ -35,7 +35,7 @@ from minitron.data.corpus import DataConfig
 from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.pruning.plan import PruneConfig
-from minitron.pruning.repair.writer import RepairConfig
+from minitron.pruning.repair.config import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.report.card import write_card
 from minitron.report.records import read_run
@@ -889,6 +889,7 @@ FURTHER = (
     "distill --teacher {M} --student {C} --data {T} --block-tokens 16 --tokens 64 --set distill.batch_blocks=4 "
     "--set distill.correction=parallel --set distill.evaluate_blocks=1 --set distill.intermediate=off --out taught",
     "prune {M} --shape layers=3 --data {T} --samples 1 --layer-criterion task --layer-task {Q} --out fewer",
+    "prune {M} --shape hidden=16 --data {T} --samples 1 --criterion random --repair none --out drawn",
 )
 
 

@@ -17,6 +17,7 @@ from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.report.card import write_card
 from minitron.report.hub import planned_uploads, push
+from minitron.report.layouts import FilesRecipe
 from minitron.report.records import read_run
 
 STUDENT = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "words", "LICENSE": "terms"}
@@ -178,7 +179,7 @@ def test_a_bad_name_is_refused_before_anything_is_read(
 
 def test_a_run_that_is_not_finished_is_refused(run: Path, tmp_path: Path) -> None:
     records = read_run(run)
-    wanted = records.recipe | {"gguf": {"types": ["Q4_K_M"]}}
+    wanted = records.recipe.model_copy(update={"gguf": FilesRecipe(types=["Q4_K_M"])})
     with pytest.raises(MinitronError, match=r"GGUF files that the recipe .* asks for are not there yet"):
         planned_uploads(type(records)(**{**vars(records), "recipe": wanted}))
     (run / "gguf" / GGUF[0]).unlink()

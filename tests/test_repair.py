@@ -20,18 +20,9 @@ from minitron.model.stream import Pass, Stream
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import Plan, identity_plan
 from minitron.pruning.repair import writer as module
+from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve
 from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
-from minitron.pruning.repair.writer import (
-    BEST,
-    REPAIRS,
-    Evidence,
-    RepairConfig,
-    Repaired,
-    Step,
-    needed_steps,
-    repaired_cut,
-    resolve,
-)
+from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 
 TOKENS = tiny.tokens(8, 24)
 CUT = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 3, "layers": 3}

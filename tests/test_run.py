@@ -17,6 +17,7 @@ from minitron.calibration.collect import Statistics
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, draw_samples, open_corpus
+from minitron.evaluation.layouts import Asked
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.file import describe
@@ -254,7 +255,7 @@ def test_a_run_that_keeps_documents_apart_does_so_throughout(tmp_path: Path) -> 
     for name in ("teacher", "student"):
         model = teacher if name == "teacher" else tiny.model(tmp_path / "out" / name)
         found = evaluate(model, corpus.heldout.head(8))
-        assert records.evaluations[name]["lm_loss"] == pytest.approx(found.lm_loss, rel=1e-5)
+        assert records.evaluations[name].lm_loss == pytest.approx(found.lm_loss, rel=1e-5)
 
     inputs: list[torch.Tensor] = []
     teacher.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].abs()))
@@ -298,7 +299,7 @@ def test_a_run_on_text_sampled_from_the_teacher_says_so_and_is_resumed(tmp_path:
     run(recipe, tmp_path / "out", heard)
     assert {state for _, state in heard.stages} == {"unchanged"}
     assert load_recipe(tmp_path / "out" / "recipe.yaml").data.max_tokens == 40 * 16
-    sampled = records.stages["data"]["result"]["sampled"]
+    sampled = records.stages["data"].result["sampled"]
     assert f"sampled from the teacher, {sampled['documents']} documents at temperature 1" in (
         (tmp_path / "out" / "report.html").read_text()
     )
@@ -367,7 +368,7 @@ def test_candidates_are_cut_as_their_final_plan_is(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     recipe = load_recipe(tmp_path / "recipe.yaml")
     records = run(recipe, tmp_path / "searched")
-    shape = {dim: records.recipe["prune"]["shape"][dim] for dim in PRUNABLE}
+    shape = {dim: records.whole_recipe["prune"]["shape"][dim] for dim in PRUNABLE}
     assert shape["layers"] < 4
     prune = recipe.prune.model_copy(update={"target": None, "shape": shape})
     run(recipe.model_copy(update={"prune": prune, "search": SearchConfig()}), tmp_path / "undisturbed")
@@ -454,13 +455,14 @@ def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> N
     raw["prune"] |= {"layer_criterion": "task", "layer_task": str(rows / "stories" / "dev.jsonl")}
     raw["evaluate"] |= {"tasks_dir": str(rows), "limit": 4}
     records = run(build_recipe(raw), tmp_path / "out")
-    tasks = records.tasks["tasks"]
+    assert records.tasks is not None
+    tasks = records.tasks.tasks
     expected = measure_tasks(
         {"teacher": Path(raw["model"]), "student": tmp_path / "out" / "student"},
         plan_tasks([], rows, TaskOptions(limit=4)),
     )
-    assert tasks == {name: {task: one.to_dict() for task, one in of.items()} for name, of in expected.items()}
-    assert records.tasks["chosen_by"] == ["stories"]
+    assert tasks == {name: {task: Asked(**one.to_dict()) for task, one in of.items()} for name, of in expected.items()}
+    assert records.tasks.chosen_by == ["stories"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "stories (used to choose)" in page and "Only the first 4 items" in page
     assert run(build_recipe(raw), tmp_path / "out").tasks == records.tasks

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import DataError, RunError
-from minitron.core.layouts import LESSONS, LOGGED, RECORD
+from minitron.core.run_layout import RECORD
 from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
 from minitron.data.corpus import open_corpus, require_undamaged
+from minitron.distillation.layouts import LESSONS, LOGGED, Logged
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -57,7 +58,7 @@ def test_a_message_is_short_however_large_the_value(tmp_path: Path) -> None:
 
 def test_what_the_type_does_not_name_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "row.json").write_text(json.dumps(ROW | {"note": [1]}))
-    assert read_typed(tmp_path / "row.json", LOGGED, RunError, way_out="") == ROW | {"note": [1]}
+    assert read_typed(tmp_path / "row.json", LOGGED, RunError, way_out="") == Logged(**ROW)
 
 
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ from minitron.pruning.plan import (
     PruneConfig,
     load_given,
 )
-from minitron.pruning.repair.writer import CutNeeds, RepairConfig, needed_steps
-from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels
+from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.repair.writer import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
@@ -119,7 +120,7 @@ def search_model(
     """
     teacher = open_checkpoint(resolve_model(model))
     repair = resolve_repair(RepairConfig(), teacher)
-    calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
+    calibration = CalibrateConfig(second_moment=replaces_channels(repair.steps))
     feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
         corpus = None
@@ -258,7 +259,7 @@ def distill_models(
                 source = record_lessons(stages, config, guide, corpus, seed)
             parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
-            facts = read_record(made)["result"]
+            facts = read_record(made).result
             if made != out:
                 _keep_metrics(work / "distill", made)
                 if config.correction == "before":

@@ -25,7 +25,8 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minitron.core import layouts, parallel
+from minitron.calibration import layouts
+from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import Precision, compute_dtype, pick_device, sums_device
 from minitron.core.errors import PlanError, RunError
@@ -143,9 +144,9 @@ class Statistics:
             cosine=tensors["cosine"],
             second_moment=tensors.get("second_moment"),
             mean=tensors.get("mean"),
-            samples=meta["samples"],
-            tokens=meta["tokens"],
-            model=meta.get("model", ""),
+            samples=meta.samples,
+            tokens=meta.tokens,
+            model=meta.model,
         )
 
     @staticmethod

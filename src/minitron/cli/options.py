@@ -103,7 +103,7 @@ def data_config(args: argparse.Namespace, console: Console) -> Any:
 
 
 def repair_section(text: str) -> Any:
-    from minitron.pruning.repair.writer import REPAIRS, RepairConfig
+    from minitron.pruning.repair.config import REPAIRS, RepairConfig
 
     if text == "auto":
         return RepairConfig()

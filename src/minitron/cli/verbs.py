@@ -388,7 +388,7 @@ def _show_run(records: Any, console: Console) -> None:
     shown = [True, *(column.key not in hidden for column in RESULT_COLUMNS)]
     cells = [list(itertools.compress(row, shown)) for row in cells]
     lines = aligned(cells)
-    tokens = records.evaluations["teacher"]["tokens"]
+    tokens = records.evaluations["teacher"].tokens
     notes = [
         "",
         f"Measured on {tokens:,} tokens of held-out text.",

@@ -4,11 +4,26 @@ Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Number = int | float
 
 MISSING = "–"  # noqa: RUF001 (an en dash)
+
+
+def either(names: Iterable[str]) -> str:
+    """a, b or c."""
+    return _listed(names, "or")
+
+
+def both(names: Iterable[str]) -> str:
+    """a, b and c."""
+    return _listed(names, "and")
+
+
+def _listed(names: Iterable[str], word: str) -> str:
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
 
 
 def count(number: Number) -> str:

@@ -1,7 +1,7 @@
 """Files with known keys, read as a type: what a file holds is checked here, and the code behind can rely on it.
 
-The types are pydantic's: those of a run directory's files are in layouts.py. A value that is of its type comes back as
-it lay in the file; keys that the type does not name are left alone.
+The types are pydantic's: each room's layouts.py has those of its files. A value comes back as an instance of its type,
+without the keys that the type does not name.
 """
 
 import reprlib
@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,15 +25,26 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+Value = TypeVar("Value")
+Checked = TypeVar("Checked", covariant=True)
+
+
+@runtime_checkable
+class Adapter(Protocol[Checked]):
+    """What is used of pydantic's TypeAdapter."""
+
+    def validate_python(self, value: Any, /, *, strict: bool) -> Checked: ...
+
+
 @dataclass(frozen=True)
-class FileKind:
+class FileKind(Generic[Value]):
     """What a file or a line of it holds: in words, as in `it is not ...`, and its type."""
 
     name: str
-    type: TypeAdapter
+    type: Adapter[Value]
 
 
-def read_typed(path: Path, kind: FileKind, error: Kind, *, way_out: str) -> Any:
+def read_typed(path: Path, kind: FileKind[Value], error: Kind, *, way_out: str) -> Value:
     """The value in a JSON file, which must be of a kind.
 
     Args:
@@ -47,7 +58,7 @@ def read_typed(path: Path, kind: FileKind, error: Kind, *, way_out: str) -> Any:
         raise error(f"{problem}; {way_out}") from None
 
 
-def read_typed_lines(path: Path, kind: FileKind, error: Kind, *, way_out: str) -> list[Any]:
+def read_typed_lines(path: Path, kind: FileKind[Value], error: Kind, *, way_out: str) -> list[Value]:
     """The values in a file of JSON lines, each of which must be of a kind.
 
     Raises: `error` naming the line, the place in it and the value there.
@@ -62,16 +73,15 @@ def read_typed_lines(path: Path, kind: FileKind, error: Kind, *, way_out: str) -
         raise error(f"{problem}; {way_out}") from None
 
 
-def as_typed(value: Any, kind: FileKind, where: str, error: Kind) -> Any:
-    """The same value, which must be of a kind.
+def as_typed(value: Any, kind: FileKind[Value], where: str, error: Kind) -> Value:
+    """A value out of a file, which must be of a kind.
 
     Raises: `error` naming the first place that is not.
     """
     try:
-        kind.type.validate_python(value, strict=True)
+        return kind.type.validate_python(value, strict=True)
     except ValidationError as problem:
         raise error(f"{where} is not {kind.name}: {_explain(problem)}") from None
-    return value
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader], error: Kind) -> Any:
@@ -147,9 +157,19 @@ def short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def place_of(location: Iterable[int | str]) -> str:
+    """Where an error of pydantic is, such as `distill.loss`.
+
+    In a union the place is followed by the type that was tried, such as literal['a','b'], which is left out.
+    """
+    return ".".join(
+        part for part in map(str, location) if not part.startswith(("literal[", "dict[", "function-plain["))
+    )
+
+
 def _explain(problem: ValidationError) -> str:
     first = problem.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
+    place = place_of(first["loc"])
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error":  # of a validator of ours, which names its place

@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from minitron.core import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.typed_files import read_typed
+from minitron.data import layouts
 from minitron.data.overlap import HeldOut
 from minitron.data.sources import BUILTIN, Document, find_source, read_source
 from minitron.data.sources import TEACHER as TEACHER
@@ -146,9 +146,8 @@ def open_corpus(path: Path) -> Corpus:
     if not file.exists():
         raise DataError(f"{path} is not a prepared corpus: it has no corpus.json")
     meta = read_typed(file, layouts.CORPUS, DataError, way_out=_again(path))
-    apart = meta.get("separator")
-    known = {one.name: meta[one.name] for one in fields(Corpus) if one.name in meta and one.name != "separator"}
-    corpus = Corpus(path=path, separator=apart and Separator(**apart), **known)
+    apart = None if meta.separator is None else Separator(**vars(meta.separator))
+    corpus = Corpus(path=path, **{**vars(meta), "separator": apart})
     for name, tokens, dtype in (
         ("train.bin", corpus.train_tokens, corpus.dtype),
         ("heldout.bin", corpus.heldout_tokens, corpus.dtype),

@@ -9,10 +9,11 @@ from pydantic import Field
 from minitron.core.config import Section
 from minitron.core.device import Precision, settle_precision
 from minitron.core.errors import MinitronError, RunError
+from minitron.core.text import either
 from minitron.data.corpus import TEACHER, DataConfig
 from minitron.distillation.hidden_loss import Places
-from minitron.distillation.losses import ON_LOGITS, LossName, Objective
-from minitron.distillation.optim import Optimizer, Weights
+from minitron.distillation.losses import LOSSES, LossName, Objective
+from minitron.distillation.optim import OPTIMIZERS, Optimizer, Weights
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.distillation.trackers import TrackerName
 from minitron.model.architecture import Shape
@@ -31,8 +32,8 @@ class DistillConfig(Section):
     tokens: int | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
     loss: LossName | dict[LossName, Weight] = "forward_kl"
-    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse: 0.1}.
-    Forward KL alone is the papers' choice; cross_entropy looks at the text only."""
+    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse:
+    0.1}."""
     teacher: Literal["online", "recorded"] = "online"
     """Whether the teacher runs beside the student, or says everything before, in a pass with one layer in memory at a
     time, and is then gone; what is recorded is its `top_k` likeliest tokens and the rest."""
@@ -46,7 +47,7 @@ class DistillConfig(Section):
     correction_warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up of the teacher. Default: 120 steps (P2), at most a fifth of its steps."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Of both models' distributions in forward_kl, reverse_kl and jensen_shannon."""
+    """Of both models' distributions, in the losses that compare these."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
     """Share of the teacher in the mixture that jensen_shannon compares both with."""
     top_k: int | None = Field(default=None, ge=1)
@@ -71,8 +72,7 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """`soap`: Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory (see
-    --dry-run); `adamw`: Adam along the axes that there are. Default: soap, or adamw for weights in bfloat16."""
+    """What moves the weights. Default: soap, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
@@ -112,7 +112,7 @@ class DistillConfig(Section):
 
     @property
     def objective(self) -> Objective:
-        terms: Mapping[LossName, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+        terms: Mapping[str, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
         return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail, self.compile)
 
 
@@ -254,7 +254,7 @@ def _has_states(config: DistillConfig) -> bool:
 
 
 def _require_losses_fit(config: DistillConfig) -> None:
-    on_logits = sorted(config.objective.terms.keys() & ON_LOGITS.keys())
+    on_logits = sorted(name for name in config.objective.terms if LOSSES[name].reads == "logits")
     if config.top_k is not None and on_logits:
         raise MinitronError(
             f"distill.loss {on_logits[0]} compares all logits, and distill.top_k={config.top_k} leaves only some: "
@@ -270,10 +270,11 @@ def _require_weights_fit(config: DistillConfig) -> None:
             f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
             "asks for another format: leave one of them out"
         )
-    if config.weights != "float32" and config.optimizer == "soap":
+    if config.weights != "float32" and config.weights not in OPTIMIZERS[config.moved_by].in_bfloat16:
+        others = either(name for name, row in OPTIMIZERS.items() if config.weights in row.in_bfloat16)
         raise MinitronError(
-            f"distill.weights={config.weights} has no room for the axes of distill.optimizer=soap: set "
-            "distill.optimizer=adamw, or leave distill.weights out"
+            f"distill.weights={config.weights} has no room for what distill.optimizer={config.optimizer} holds of each "
+            f"weight: set distill.optimizer={others}, or leave distill.weights out"
         )
 
 

@@ -1,7 +1,6 @@
 """Losses per token, in nats, and the chunked head + loss that never holds a full [tokens, vocab] matrix.
 
-To add one: a function, a row of DIVERGENCES (of two distributions) or of ON_LOGITS, a name in LossName, and
-a row of the tests.
+To add one: a function, a row of LOSSES, and a row of the tests.
 """
 
 import math
@@ -9,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import unwrap
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.core.config import choice
 from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, float32_logits, project, usual_chunk
 
-LossName = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "cross_entropy"]
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.
 LEAST_TAIL = -80.0
@@ -68,12 +67,54 @@ def cosine(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "token
     return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
+def cross_entropy(student: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """-log of the probability that the student gives each token of the text."""
+    return torch.nn.functional.cross_entropy(student, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES.
+
+    of: the loss of each token, from what the row reads.
+    title: how the report and the model card name the loss.
+    reads: the two arguments of `of`. `distributions`: log-probabilities of the teacher and the student, at the
+        objective's temperature, of all tokens or of the teacher's likeliest; `logits`: all of the student's and the
+        teacher's; `text`: the student's logits and the tokens of the text.
+    options: fields of Objective that `of` takes besides, by their names.
+    """
+
+    of: Callable[..., Tensor]
+    title: str
+    doc: str
+    reads: Literal["distributions", "logits", "text"]
+    options: tuple[str, ...] = ()
+
+
+LOSSES: dict[str, Loss] = {
+    "forward_kl": Loss(
+        forward_kl, "forward KL", "KL(teacher, student), which alone is the papers' choice", "distributions"
+    ),
+    "reverse_kl": Loss(reverse_kl, "reverse KL", "KL(student, teacher)", "distributions"),
+    "jensen_shannon": Loss(
+        jensen_shannon,
+        "Jensen-Shannon",
+        "the divergence of both from a mixture of the two, see `jensen_shannon_beta`",
+        "distributions",
+        options=("beta",),
+    ),
+    "mse": Loss(mse, "squared difference of logits", "the squared difference of the logits", "logits"),
+    "cosine": Loss(cosine, "cosine of logits", "1 - the cosine between the logits", "logits"),
+    "cross_entropy": Loss(
+        cross_entropy, "cross-entropy", "-log of the probability of the text, which asks no teacher", "text"
+    ),
 }
-ON_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
+LossName = Annotated[str, choice(LOSSES)]
+
+
+def losses_that_read(*kinds: Literal["distributions", "logits", "text"]) -> list[str]:
+    """The names of the losses that read one of these."""
+    return [name for name, loss in LOSSES.items() if loss.reads in kinds]
 
 
 @dataclass(frozen=True)
@@ -100,8 +141,8 @@ class Objective:
     """What a student is trained for: a weighted sum of losses.
 
     Losses against the teacher's distribution are taken of softmax(logits / temperature), times temperature squared,
-    which keeps gradients comparable across temperatures (Hinton et al. 2015, section 2). Cross-entropy, mse and cosine
-    know no temperature.
+    which keeps gradients comparable across temperatures (Hinton et al. 2015, section 2). Losses that read logits or
+    the text know no temperature.
 
     top_k: of the teacher's distribution only the k likeliest tokens, and the rest as one outcome more. What is lost is
         how the rest is spread: the divergence is a lower bound of that of the whole vocabulary, equal at k = vocab, and
@@ -111,7 +152,7 @@ class Objective:
     compiled: take the forward KL of a whole vocabulary, and its gradient, with torch.compile.
     """
 
-    terms: Mapping[LossName, float] = field(default_factory=lambda: {"forward_kl": 1.0})
+    terms: Mapping[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
     temperature: float = 1.0
     beta: float = 0.5
     top_k: int | None = None
@@ -120,7 +161,12 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.terms.keys() != {"cross_entropy"}
+        return bool(self.reads - {"text"})
+
+    @property
+    def reads(self) -> set[str]:
+        """The kinds of what its losses read."""
+        return {LOSSES[name].reads for name in self.terms}
 
     def __call__(
         self,
@@ -132,15 +178,17 @@ class Objective:
         found = []
         distributions = None
         for name, weight in self.terms.items():
-            if name == "cross_entropy":
-                value = torch.nn.functional.cross_entropy(student, targets, reduction="none")
-            elif name in ON_LOGITS:
-                assert isinstance(teacher, Tensor), f"{name} needs all of the teacher's logits"
-                value = ON_LOGITS[name](student, teacher)
-            else:
-                distributions = distributions or self._distributions(student, teacher)
-                options = {"beta": self.beta} if name == "jensen_shannon" else {}
-                value = self.temperature**2 * DIVERGENCES[name](*distributions, **options)
+            loss = LOSSES[name]
+            options = {option: getattr(self, option) for option in loss.options}
+            match loss.reads:
+                case "text":
+                    value = loss.of(student, targets, **options)
+                case "logits":
+                    assert isinstance(teacher, Tensor), f"{name} needs all of the teacher's logits"
+                    value = loss.of(student, teacher, **options)
+                case "distributions":
+                    distributions = distributions or self._distributions(student, teacher)
+                    value = self.temperature**2 * loss.of(*distributions, **options)
             found.append(weight * value)
         return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 

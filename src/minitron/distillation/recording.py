@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron.core import layouts
 from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json
 from minitron.core.typed_files import read_typed
+from minitron.distillation import layouts
 from minitron.distillation.losses import LEAST_TAIL, TopK
 from minitron.distillation.teachers import Lesson
 from minitron.model.checkpoint import Checkpoint
@@ -95,9 +95,9 @@ class RecordedTeacher:
         again = f"remove {path} and write the lessons again"
         self.facts = read_typed(path / INDEX, layouts.LESSONS, MinitronError, way_out=again)
         self._files = []
-        for shard in self.facts["shards"]:
-            file = path / shard["file"]
-            if not file.is_file() or digest_files([file], {}) != shard["sha256"]:
+        for shard in self.facts.shards:
+            file = path / shard.file
+            if not file.is_file() or digest_files([file], {}) != shard.sha256:
                 raise MinitronError(f"{file} is missing or damaged: {again}")
             self._files.append(safe_open(file, framework="pt"))
         digests = np.concatenate([file.get_tensor("blocks").numpy() for file in self._files])

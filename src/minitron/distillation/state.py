@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron.core import layouts
 from minitron.core.device import versions
 from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError
@@ -23,7 +22,7 @@ from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
-from minitron.distillation.optim.soap import Soap
+from minitron.distillation import layouts
 from minitron.model.weights import write_shard
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
@@ -56,6 +55,7 @@ class States:
 
     Args:
         extra: further tensors by name, trained or not; resuming fills them in place, as it does the weights.
+        holders: parameter -> the process that holds all of what the optimizer holds of it.
         warn: told of each state that cannot be used, and of what is used instead.
     """
 
@@ -66,6 +66,7 @@ class States:
     block_tokens: int
     warn: Callable[[str], None]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    holders: Mapping[Tensor, int] = field(default_factory=dict)
     _good: list[Path] = field(init=False, default_factory=list)  # the states to keep, newest last
     _step: int = field(init=False, default=0)  # of the newest of them
 
@@ -157,7 +158,7 @@ class States:
     def _contents(self) -> dict[str, dict[str, "_Entry"]]:
         """File -> tensors."""
         names = {tensor: name for name, tensor in self._named().items()}
-        device, holders = self._device(), self._holders()
+        device, holders = self._device(), self.holders
         held = {
             f"{entry}.{names[parameter]}": _Entry(value, device, None if entry == "step" else holders.get(parameter))
             for parameter, entries in self.optimizer.state.items()
@@ -166,10 +167,6 @@ class States:
         others = {**self._tensors(), RANDOM: _random_state(device)}
         made = {file: {name: _Entry(t, device) for name, t in tensors.items()} for file, tensors in others.items()}
         return {**made, OPTIMIZER: held}
-
-    def _holders(self) -> Mapping[Tensor, int]:
-        """Parameter -> the process that holds what is held of it, where one holds it whole."""
-        return self.optimizer.holders if isinstance(self.optimizer, Soap) else {}
 
     def _restore(self, path: Path, facts: Facts) -> None:
         kind = type(self.optimizer).__name__
@@ -201,7 +198,7 @@ class States:
             device = parameter.device if entry != "step" or beside[parameter] else "cpu"
             value = value.to(device)
             if entry != "step":
-                holder = self._holders().get(parameter)
+                holder = self.holders.get(parameter)
                 value = divided_like(value, parameter) if holder is None else at_holder(value, holder)
             self.optimizer.state[parameter][entry] = value
 
@@ -325,6 +322,6 @@ def _tokens_of(line: str) -> int | None:
     """The tokens seen at a row of metrics; None if the line is none, such as the last one that a kill cut short."""
     try:
         row = parse_json(line, "metrics.jsonl", RunError)
-        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError)["tokens"]
+        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError).tokens
     except RunError:
         return None

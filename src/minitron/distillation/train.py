@@ -24,7 +24,7 @@ from minitron.distillation.compiling import compile_layers, require_compiler
 from minitron.distillation.config import DistillConfig, num_steps, of_correction
 from minitron.distillation.correction import LearningTeacher
 from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of, share_at
-from minitron.distillation.optim import hold_weights, make_optimizer, vocabulary_of
+from minitron.distillation.optim import OPTIMIZERS, hold_weights, make_optimizer, vocabulary_of
 from minitron.distillation.recording import RecordedTeacher
 from minitron.distillation.state import States
 from minitron.distillation.student import Pupil
@@ -183,7 +183,8 @@ def _train(
     states_weight = torch.zeros((), dtype=torch.float64)
     extra = {f"teacher.{name}": parameter for name, parameter in of_teacher.items()}
     extra |= {"states_weight": states_weight} if pupil.intermediate else {}
-    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra)
+    holders = OPTIMIZERS[config.moved_by].holders(optimizer)
+    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra, holders)
     step, seen_tokens = states.resume()
     end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
@@ -424,10 +425,9 @@ def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: to
     recorded = RecordedTeacher(path, device)
     facts = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
     for name, wanted in facts.items():
-        if recorded.facts[name] != wanted:
-            raise MinitronError(
-                f"the lessons in {path} have {name} {recorded.facts[name]}, and {wanted} is wanted: write them again"
-            )
+        found = getattr(recorded.facts, name)
+        if found != wanted:
+            raise MinitronError(f"the lessons in {path} have {name} {found}, and {wanted} is wanted: write them again")
     return recorded
 
 

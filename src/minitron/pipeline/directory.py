@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from minitron.core import layouts
 from minitron.core.config import Section
 from minitron.core.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.core.errors import CheckpointError, RunError
@@ -31,14 +30,12 @@ from minitron.core.files import (
     write_text,
 )
 from minitron.core.progress import SILENT, Listener
+from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record
 from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
 
 # What a run makes in its directory, of which no input may be a part.
-RUN_ENTRIES = (
-    *("data", "data-state", "statistics", "scores", "plan", "search", "search-state", "lessons", "corrected", "pruned"),
-    *("student", "distill", "distill-corrected", "distill-scratch", "scratch", "evaluations", "gguf"),
-)
+RUN_ENTRIES = (*STAGES, *WORK)
 
 
 @dataclass
@@ -154,18 +151,13 @@ class RunDirectory:
         write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
 
-def read_record(stage: Path) -> dict[str, Any]:
+def read_record(stage: Path) -> Record:
     """What a finished stage's record.json says.
 
     Raises: RunError if it cannot be read or is no record.
     """
-    record: dict[str, Any] = read_typed(
-        stage / "record.json",
-        layouts.RECORD,
-        RunError,
-        way_out=f"remove {stage} and run the same command to make it again",
-    )
-    return record
+    again = f"remove {stage} and run the same command to make it again"
+    return read_typed(stage / "record.json", RECORD, RunError, way_out=again)
 
 
 def hardware() -> dict[str, Any]:
@@ -191,7 +183,7 @@ def _plain(value: Any) -> Any:
 
 def _require_same(
     path: Path,
-    record: dict[str, Any],
+    known: Inputs,
     inputs: Mapping[str, str],
     config: Mapping[str, Any],
     places: Mapping[str, Path],
@@ -199,9 +191,9 @@ def _require_same(
     changed = [
         f"{name} ({places[name]})" if name in places else name
         for name, digest in inputs.items()
-        if record["inputs"].get(name) != digest
+        if known.inputs.get(name) != digest
     ]
-    old, new = _flat(record["config"]), _flat(config)
+    old, new = _flat(known.config), _flat(config)
     changed += [
         f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in {*old, *new} if old.get(key) != new.get(key)
     ]
@@ -215,7 +207,7 @@ def _require_same(
 def _require_same_start(state: Path, start: dict[str, Any], places: Mapping[str, Path]) -> None:
     file = state / "inputs.json"
     if file.exists():
-        known = read_typed(file, layouts.INPUTS, RunError, way_out=f"remove {state} to start again")
+        known = read_typed(file, INPUTS, RunError, way_out=f"remove {state} to start again")
         _require_same(state, known, start["inputs"], start["config"], places)
         return
     with readable_os_errors(state):

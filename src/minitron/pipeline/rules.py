@@ -7,11 +7,14 @@ left behind are no request, and are let through.
 from pathlib import Path
 
 from minitron.core.effects import Rule, changed_keys, require_effects
+from minitron.core.text import both, either
 from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.losses import DIVERGENCES
+from minitron.distillation.losses import LOSSES, losses_that_read
 from minitron.model.architecture import PRUNABLE
-from minitron.pruning.repair.writer import Choice
+from minitron.pruning.depth import LAYER_CRITERIA, layer_criteria_that_read
+from minitron.pruning.importance import CRITERIA, criteria_that_take
+from minitron.pruning.repair.config import REPAIRS, Choice
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
@@ -78,14 +81,14 @@ OF_DISTILL: tuple[Rule[DistillConfig], ...] = (
     ),
     Rule(
         _keys("distill", "temperature"),
-        lambda config: bool(config.objective.terms.keys() & DIVERGENCES.keys()),
-        f"with a distill.loss of {', '.join(DIVERGENCES)}",
+        lambda config: "distributions" in config.objective.reads,
+        f"with a distill.loss of {', '.join(losses_that_read('distributions'))}",
         "choose one of them",
     ),
     Rule(
         _keys("distill", "jensen_shannon_beta"),
-        lambda config: "jensen_shannon" in config.objective.terms,
-        "with distill.loss=jensen_shannon",
+        lambda config: any("beta" in LOSSES[name].options for name in config.objective.terms),
+        f"with distill.loss={either(name for name, loss in LOSSES.items() if 'beta' in loss.options)}",
         "choose that",
     ),
     Rule(
@@ -139,20 +142,20 @@ OF_RECIPE: tuple[Rule[Recipe], ...] = (
     ),
     Rule(
         _keys("prune", "sequence_aggregate", "batch_aggregate"),
-        lambda recipe: recipe.prune.criterion == "activation",
-        "with prune.criterion=activation",
+        lambda recipe: "batch_aggregate" in CRITERIA[recipe.prune.criterion].options,
+        f"with prune.criterion={either(criteria_that_take('batch_aggregate'))}",
         "choose that",
     ),
     Rule(
         _keys("prune", "seed"),
-        lambda recipe: recipe.prune.criterion == "random",
-        "with prune.criterion=random",
+        lambda recipe: "seed" in CRITERIA[recipe.prune.criterion].options,
+        f"with prune.criterion={either(criteria_that_take('seed'))}",
         "choose that",
     ),
     Rule(
         _keys("prune", "layer_samples"),
-        lambda recipe: recipe.prune.layer_criterion != "block_influence",
-        "with a prune.layer_criterion of loss, contiguous or task",
+        lambda recipe: LAYER_CRITERIA[recipe.prune.layer_criterion].needs_a_pass,
+        f"with a prune.layer_criterion of {either(layer_criteria_that_read('text', 'questions'))}",
         "choose one of them",
     ),
     Rule(
@@ -220,8 +223,9 @@ OF_CHOICE: tuple[Rule[Choice], ...] = (
     Rule(
         _keys("prune", "criterion", "sequence_aggregate", "batch_aggregate", "seed"),
         lambda choice: bool(choice.by_criterion),
-        "where units of what is cut are left for it to choose: the repairs basis, ffn_obs and heads_obs choose by "
-        "themselves, and listed units are not chosen",
+        "where units of what is cut are left for it to choose: the repairs "
+        f"{both(step for step, repair in REPAIRS.items() if repair.chooses)} choose by themselves, and listed units "
+        "are not chosen",
         "leave those repairs out",
     ),
     Rule(

@@ -42,8 +42,8 @@ from minitron.pipeline.stages import (
 )
 from minitron.pipeline.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
 from minitron.pruning.plan import given_layers, target_shape
-from minitron.pruning.repair.writer import choice_left
-from minitron.pruning.repair.writer import resolve as resolve_repair
+from minitron.pruning.repair.config import choice_left, replaces_channels
+from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.recipe import Recipe
 from minitron.report.records import RunRecords
 from minitron.shapes.space import needs_machine
@@ -120,7 +120,7 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
     given = given_layers(recipe.prune, teacher.shape)
     left = choice_left(teacher.architecture, recipe.prune, teacher.shape, shape, given, repair.steps or [])
     require_choice_effects(recipe, left)
-    basis = "basis" in (repair.steps or []) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
+    basis = replaces_channels(repair.steps) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
     tokens = recipe.distill.tokens and max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
     of_run = bounded(recipe.data, tokens)

@@ -54,8 +54,10 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
 from minitron.pipeline.student_shape import task_digest
-from minitron.pruning.importance import Scores
+from minitron.pruning.depth import LAYER_CRITERIA
+from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Plan, PruneConfig, given_layers
+from minitron.pruning.repair.config import needed_steps
 from minitron.pruning.repair.writer import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
@@ -119,12 +121,13 @@ def make_plan(stages: RunDirectory, pruner: Pruner, shape: Shape, corpus: Corpus
         "sequence": config.sequence_aggregate,
         "batch": config.batch_aggregate,
     }
-    criterion |= {"seed": config.seed} if config.criterion == "random" else {}
+    criterion |= {"seed": config.seed} if "seed" in CRITERIA[config.criterion].options else {}
     inputs = {"statistics": stages.digest([stages.out / STATISTICS])}
     measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
     if layers_need_a_pass(config, teacher.shape, first):
         criterion |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
-        criterion |= {"dropped": teacher.shape.layers - first.layers} if config.layer_criterion == "contiguous" else {}
+        of_number = LAYER_CRITERIA[config.layer_criterion].drops
+        criterion |= {"dropped": teacher.shape.layers - first.layers} if of_number else {}
         inputs |= measured | task_digest(stages, config)
 
     def score(out: Path) -> dict[str, Any]:
@@ -338,7 +341,7 @@ def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | No
 
 def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
     """Tasks of which questions decided what layers stay: what they say of the student is no result."""
-    if config.layer_criterion != "task" or config.layer_task is None:
+    if config.layer_task is None:
         return []
     file = Path(config.layer_task)
     names = {task_of(name) for name in (config.layer_task, file.stem, file.parent.name)}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.core import layouts
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
@@ -22,9 +21,11 @@ from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.config import replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.steps import Pruner
 from minitron.recipe import Recipe
+from minitron.shapes import layouts
 from minitron.shapes.rank import Ranked, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible
 
@@ -78,7 +79,7 @@ def find_shape(
     found = stages.out / "search"
     again = f"remove {found} and run the same command to search again"
     facts = read_typed(found / "candidates.json", layouts.SEARCH, RunError, way_out=again)
-    return Shape(**facts["candidates"][0]["shape"])
+    return Shape(**vars(facts.candidates[0].shape))
 
 
 def ranked(
@@ -102,7 +103,7 @@ def ranked(
     assert statistics is not None
     search, machine = recipe.search, machine_for(recipe.search, teacher.dtype)
     candidates = feasible_for(teacher, recipe.prune, search, machine)
-    reads = reading_moment(teacher, statistics) if "basis" in (recipe.repair.steps or []) else None
+    reads = reading_moment(teacher, statistics) if replaces_channels(recipe.repair.steps) else None
     predict = predictor(statistics, pruner.unit_scores, teacher.shape, reads=reads)
     if corpus is None:
         assert search.level == "predicted"
@@ -133,8 +134,8 @@ def take_over(stages: RunDirectory) -> None:
     record = stages.out / "search" / "record.json"
     if not record.exists():
         return
-    found = as_typed(read_record(record.parent)["result"], layouts.RESULTS["search"], f"{record}: result", RunError)
-    winner = found["winner"]["name"]
+    found = as_typed(read_record(record.parent).result, layouts.SEARCH_RESULT, f"{record}: result", RunError)
+    winner = found.winner.name
     state, final = _work(stages) / winner / "distill", stages.out / "distill"
     if state.exists() and not final.exists():
         state.rename(final)

@@ -3,16 +3,19 @@
 A variant is the model without some of its layers. Variants run side by side. As long as two have dropped the same
 layers their states are the same, so those are computed and kept once: the pass is a tree that branches where variants
 part. The L models that lack one layer each take half the time of L passes, and the weights are read once.
+
+To add a criterion: a function, a row of LAYER_CRITERIA, and a row of the tests.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from minitron.core.config import choice
 from minitron.core.errors import CheckpointError, PlanError
 from minitron.evaluation.tasks.questions import Question, encode
 from minitron.model.checkpoint import Checkpoint
@@ -64,6 +67,78 @@ def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Fl
         block = slice(start, start + num_dropped)
         scores[block] = scores[block].minimum(loss)
     return scores
+
+
+@dataclass(frozen=True)
+class LayerCriterion:
+    """A row of LAYER_CRITERIA.
+
+    reads: what layers are scored on. `statistics`: those of the calibration hold the scores already; `text`: the LM
+        loss on calibration blocks; `questions`: the share of wrong answers to those of `prune.layer_task`.
+    score: how much worse the model is without each layer, from a Measure, the number of layers and, where `drops`
+        says so, the number of layers that are dropped; None where the statistics hold the scores.
+    drops: whether scores depend on how many layers are dropped.
+    title: the report's name of the criterion.
+    meaning: what a layer's bar in the report shows.
+    unit: that of the bar's length.
+    """
+
+    reads: Literal["statistics", "text", "questions"]
+    score: Callable[..., Float[Tensor, " layers"]] | None
+    title: str
+    meaning: str
+    unit: str
+    doc: str
+    drops: bool = False
+
+    @property
+    def needs_a_pass(self) -> bool:
+        """Whether the teacher is read once more to score its layers."""
+        return self.reads != "statistics"
+
+
+LAYER_CRITERIA: dict[str, LayerCriterion] = {
+    "block_influence": LayerCriterion(
+        "statistics",
+        None,
+        title="Block Influence",
+        meaning="1 - cosine between a layer’s input and output",  # noqa: RUF001
+        unit="Block Influence",
+        doc="by the cosine between input and output, which costs nothing",
+    ),
+    "loss": LayerCriterion(
+        "text",
+        leave_one_out,
+        title="LM loss without each layer",
+        meaning="by how much the loss rises without a layer",
+        unit="nats per token",
+        doc="by the LM loss without each one",
+    ),
+    "contiguous": LayerCriterion(
+        "text",
+        contiguous_blocks,
+        title="LM loss without each block of neighbours",
+        meaning="by how much the loss rises without the best block that a layer is part of; the last layer has no bar, "
+        "for it always stays",
+        unit="nats per token",
+        doc="by the LM loss without each block of neighbours, of which one is dropped",
+        drops=True,
+    ),
+    "task": LayerCriterion(
+        "questions",
+        leave_one_out,
+        title="accuracy in a task without each layer",
+        meaning="the share of answers lost without a layer",
+        unit="accuracy lost",
+        doc="by the accuracy in `layer_task` without each one",
+    ),
+}
+LayerCriterionName = Annotated[str, choice(LAYER_CRITERIA)]
+
+
+def layer_criteria_that_read(*kinds: Literal["statistics", "text", "questions"]) -> list[str]:
+    """The names of the layer criteria that read one of these."""
+    return [name for name, criterion in LAYER_CRITERIA.items() if criterion.reads in kinds]
 
 
 def by_loss(checkpoint: Checkpoint, samples: Samples, pass_: Pass) -> Measure:

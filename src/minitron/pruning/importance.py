@@ -1,20 +1,24 @@
-"""Importance of every unit: pure functions Statistics -> Scores. A higher score is kept longer."""
+"""Importance of every unit: pure functions Statistics -> Scores. A higher score is kept longer.
+
+To add a criterion: a function, a row of CRITERIA, and a row of the tests.
+"""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
-from minitron.core import layouts
+from minitron.core.config import choice
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
 from minitron.model.architecture import Shape
+from minitron.pruning import layouts
 
 Aggregate = Literal["mean", "l2", "variance"]
 
@@ -45,14 +49,18 @@ class Scores:
         file, again = path / "scores.json", f"remove {path} and run the same command to score again"
         rows = read_typed(file, layouts.SCORES, PlanError, way_out=again)
         for dim in ("layers", "hidden", *PER_LAYER):
-            sizes = {len(row) for row in rows[dim]} if dim in PER_LAYER else {len(rows[dim])}
-            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(rows[dim]) != shape.layers):
+            of_dim = getattr(rows, dim)
+            sizes = {len(row) for row in of_dim} if dim in PER_LAYER else {len(of_dim)}
+            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(of_dim) != shape.layers):
                 raise PlanError(f"{file}: {dim} has not a score for each of the model's units; {again}")
-        return Scores(**{one.name: torch.tensor(rows[one.name], dtype=torch.float64) for one in fields(Scores)})
+        return Scores(**{dim: torch.tensor(of_dim, dtype=torch.float64) for dim, of_dim in vars(rows).items()})
 
 
 def activation_scores(
-    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
+    statistics: Statistics,
+    shape: Shape,
+    sequence_aggregate: Aggregate = "mean",
+    batch_aggregate: Aggregate = "l2",
 ) -> Scores:
     """Scores from activation magnitude.
 
@@ -64,7 +72,7 @@ def activation_scores(
     """
 
     def channels(site: str) -> Tensor:
-        return aggregate(statistics.sums[site], statistics.samples, sequence, batch)
+        return aggregate(statistics.sums[site], statistics.samples, sequence_aggregate, batch_aggregate)
 
     per_head = channels("attention_out").unflatten(-1, (shape.heads, shape.head_dim)).square().sum(-1).sqrt()
     return Scores(
@@ -76,14 +84,12 @@ def activation_scores(
     )
 
 
-def magnitude_scores(
-    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
-) -> Scores:
+def magnitude_scores(statistics: Statistics, shape: Shape) -> Scores:
     """Scores from the L2 norm of the weights that go with a unit: a baseline that sees no text.
 
     An ffn neuron: its rows of gate and up, and its column of down. A head: its rows of the query projection and its
     columns of the output projection; a kv head: its rows of key and value, and its query heads. A hidden channel: its
-    columns and rows of all the layers' matrices. The aggregates mean nothing here.
+    columns and rows of all the layers' matrices.
 
     Raises: PlanError if the statistics are of a version that did not collect weights.
     """
@@ -104,10 +110,8 @@ def magnitude_scores(
     )
 
 
-def random_scores(
-    statistics: Statistics, shape: Shape, sequence: Aggregate = "mean", batch: Aggregate = "l2", seed: int = 0
-) -> Scores:
-    """Scores drawn from `seed`: the baseline that every other criterion must beat. The aggregates mean nothing here."""
+def random_scores(statistics: Statistics, shape: Shape, seed: int = 0) -> Scores:
+    """Scores drawn from `seed`: the baseline that every other criterion must beat."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
@@ -132,12 +136,37 @@ def even_scores(shape: Shape) -> Scores:
     return Scores(**flat, **per_layer)
 
 
-# Statistics, shape, sequence and batch aggregate, seed -> Scores.
-CRITERIA: dict[str, Callable[[Statistics, Shape, Aggregate, Aggregate, int], Scores]] = {
-    "activation": activation_scores,
-    "magnitude": magnitude_scores,
-    "random": random_scores,
+@dataclass(frozen=True)
+class Criterion:
+    """A row of CRITERIA.
+
+    score: a function of the statistics and the teacher's shape.
+    title: what units are scored by, as the report says it.
+    options: keys of the recipe's section `prune` that `score` takes besides, by their names.
+    """
+
+    score: Callable[..., Scores]
+    title: str
+    doc: str
+    options: tuple[str, ...] = ()
+
+
+CRITERIA: dict[str, Criterion] = {
+    "activation": Criterion(
+        activation_scores,
+        "the size of their activations",
+        "by the size of their activations on the calibration set",
+        options=("sequence_aggregate", "batch_aggregate"),
+    ),
+    "magnitude": Criterion(magnitude_scores, "the norm of their weights", "by the norm of their weights, a baseline"),
+    "random": Criterion(random_scores, "a random draw", "by a draw, a baseline", options=("seed",)),
 }
+CriterionName = Annotated[str, choice(CRITERIA)]
+
+
+def criteria_that_take(option: str) -> list[str]:
+    """The names of the criteria that take a key of the recipe's section `prune`."""
+    return [name for name, criterion in CRITERIA.items() if option in criterion.options]
 
 
 def aggregate(

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from minitron.calibration.collect import PER_LAYER
-from minitron.core import layouts
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.reading import read_json
 from minitron.core.typed_files import as_typed
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
-from minitron.pruning.importance import Aggregate, Scores
+from minitron.pruning import layouts
+from minitron.pruning.depth import LAYER_CRITERIA, LayerCriterionName, layer_criteria_that_read
+from minitron.pruning.importance import Aggregate, CriterionName, Scores
 
 Units = tuple[int, ...]
 WHOSE = ("teacher", "student")
@@ -33,19 +34,16 @@ class PruneConfig(Section):
     """Layers to drop whatever their score, such as `15-30` or `3,7,9-11`, numbered from 0 as in the tensors' names."""
     keep_layers: str | None = None
     """Instead of `drop_layers`, the layers to keep."""
-    criterion: Literal["activation", "magnitude", "random"] = "activation"
-    """How units other than layers are scored: by activations, or, as baselines, by the norm of their weights or by a
-    draw."""
+    criterion: CriterionName = "activation"
+    """How units other than layers are scored."""
     sequence_aggregate: Aggregate = "mean"
     """Reduction of absolute activations over the tokens of a sample; mean is best in P1's ablation."""
     batch_aggregate: Aggregate = "l2"
     """Reduction over samples; l2 is best in P1's ablation."""
     seed: int = Field(default=0, ge=0)
     """Seed of the criterion `random`; the others have no use for it."""
-    layer_criterion: Literal["block_influence", "loss", "contiguous", "task"] = "block_influence"
-    """How layers are scored: by the cosine between input and output, which costs nothing; by the LM loss without each
-    one; by the LM loss without each block of neighbours, of which one is dropped; by the accuracy in `layer_task`
-    without each one."""
+    layer_criterion: LayerCriterionName = "block_influence"
+    """How layers are scored."""
     layer_task: UserPath | None = None
     """For the layer criterion `task`: a .jsonl file of multiple-choice questions, or, where lm-evaluation-harness is
     installed, the name of one of its tasks or a .yaml file of one."""
@@ -100,10 +98,10 @@ def _read(path: Path) -> Any:
 
 def _whole(raw: Any, path: Path) -> Plan:
     """The plan that a whole plan file holds."""
-    as_typed(raw, layouts.PLAN, str(path), PlanError)
-    teacher, student = (Shape(**{one.name: raw[whose][one.name] for one in fields(Shape)}) for whose in WHOSE)
-    ffn, heads, kv_heads = (tuple(map(tuple, raw[dim])) for dim in PER_LAYER)
-    plan = Plan(teacher, student, tuple(raw["layers"]), tuple(raw["hidden"]), ffn, heads, kv_heads)
+    whole = as_typed(raw, layouts.PLAN, str(path), PlanError)
+    teacher, student = (Shape(**vars(sizes)) for sizes in (whole.teacher, whole.student))
+    ffn, heads, kv_heads = (tuple(map(tuple, getattr(whole, dim))) for dim in PER_LAYER)
+    plan = Plan(teacher, student, tuple(whole.layers), tuple(whole.hidden), ffn, heads, kv_heads)
     try:
         require_consistent(plan)
     except PlanError as error:
@@ -395,10 +393,11 @@ def target_shape(
 
 def require_task_fits(prune: PruneConfig) -> None:
     """Raises: PlanError for a task without the criterion that reads it, and the other way round."""
-    if (prune.layer_criterion == "task") != (prune.layer_task is not None):
+    if (LAYER_CRITERIA[prune.layer_criterion].reads == "questions") != (prune.layer_task is not None):
         raise PlanError(
             f"prune.layer_criterion is {prune.layer_criterion!r} and prune.layer_task is {prune.layer_task!r}: "
-            "the criterion 'task' needs a task, and no other criterion has use for one"
+            f"the criterion {' or '.join(map(repr, layer_criteria_that_read('questions')))} needs a task, and no other "
+            "criterion has use for one"
         )
 
 

@@ -17,7 +17,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.cut import cut
-from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.depth import LAYER_CRITERIA, by_loss, by_task
 from minitron.pruning.importance import CRITERIA, Scores, even_scores
 from minitron.pruning.plan import (
     Given,
@@ -30,7 +30,8 @@ from minitron.pruning.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.pruning.repair.writer import CutNeeds, Evidence, Repaired, Step, choice_left, needed_steps, repaired_cut
+from minitron.pruning.repair.config import CutNeeds, choice_left
+from minitron.pruning.repair.writer import Evidence, Repaired, Step, needed_steps, repaired_cut
 
 NOTHING = Given()
 
@@ -146,7 +147,7 @@ def cut_needs(
         with_statistics: whether statistics of the teacher are there already.
     """
     choice = choice_left(teacher.architecture, config, teacher.shape, student, given, repairs)
-    passes = choice.steps > 1 or (choice.layers and config.layer_criterion != "block_influence")
+    passes = choice.steps > 1 or (choice.layers and LAYER_CRITERIA[config.layer_criterion].needs_a_pass)
     scored = needs_scores(teacher.shape, student, given)
     return CutNeeds(
         choice,
@@ -157,14 +158,14 @@ def cut_needs(
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
     """The scores of all units by `prune.criterion`, and those of layers that the statistics hold."""
-    score = CRITERIA[config.criterion]
-    return score(statistics, shape, config.sequence_aggregate, config.batch_aggregate, config.seed)
+    criterion = CRITERIA[config.criterion]
+    return criterion.score(statistics, shape, **{option: getattr(config, option) for option in criterion.options})
 
 
 def layers_need_a_pass(config: PruneConfig, teacher: Shape, student: Shape) -> bool:
     """Whether layers are to be chosen by scores that the statistics do not hold."""
     by_number = given_layers(config, teacher).layers is not None
-    return config.layer_criterion != "block_influence" and student.layers < teacher.layers and not by_number
+    return LAYER_CRITERIA[config.layer_criterion].needs_a_pass and student.layers < teacher.layers and not by_number
 
 
 def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring: Scoring) -> Scores:
@@ -175,16 +176,16 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
     config, num_layers, pass_ = scoring.config, checkpoint.shape.layers, scoring.pass_
     if not layers_need_a_pass(config, checkpoint.shape, student):
         return scores
-    samples = scoring.calibration
-    if config.layer_criterion == "task":
+    criterion, samples = LAYER_CRITERIA[config.layer_criterion], scoring.calibration
+    assert criterion.score is not None
+    if criterion.reads == "questions":
         assert config.layer_task is not None
         questions = read_questions(config.layer_task, config.layer_samples)
         measure = by_task(checkpoint, questions, scoring.tokenizer, samples.block_tokens, pass_)
     else:
         measure = by_loss(checkpoint, samples[: config.layer_samples], pass_)
-    if config.layer_criterion == "contiguous":
-        return replace(scores, layers=contiguous_blocks(measure, num_layers, num_layers - student.layers))
-    return replace(scores, layers=leave_one_out(measure, num_layers))
+    dropped = [num_layers - student.layers] if criterion.drops else []
+    return replace(scores, layers=criterion.score(measure, num_layers, *dropped))
 
 
 def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring) -> Plan:

@@ -2,18 +2,19 @@
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from minitron.core.files import write_text
-from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, size
+from minitron.core.run_layout import RunLayout
+from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, shown, size
 from minitron.data.corpus import BUILTIN, TEACHER
 from minitron.report.published import DATASETS
 from minitron.report.records import (
+    Benchmark,
     RunRecords,
     benchmarks,
     correction,
@@ -36,8 +37,9 @@ from minitron.report.tables import (
     source_name,
 )
 
+MetricKey = Literal["lm_loss", "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement"]
 # Result keys that go into the model index, as (metric id, name). Only perplexity is a metric id of the hub.
-METRICS = {
+METRICS: dict[MetricKey, tuple[str, str]] = {
     "lm_loss": ("lm_loss", "LM loss (nats per token)"),
     "perplexity": ("perplexity", "Perplexity per token"),
     "bits_per_byte": ("bits_per_byte", "Bits per byte"),
@@ -56,7 +58,7 @@ def write_card(records: RunRecords) -> Path:
 
     Raises: RunError if the file cannot be written.
     """
-    path = records.path / "student" / "README.md"
+    path = RunLayout(records.path).card
     write_text(path, str(make_card(records)))
     return path
 
@@ -72,14 +74,14 @@ def metadata(records: RunRecords) -> ModelCardData:
     weights, trained further. The tags say what else it is. Left out, the hub guesses, and takes a repository with GGUF
     files for a quantization. base_model must be a hub id, so a local teacher is named in the text only.
     """
-    data_id, parent = hub_id(records.recipe["data"]["source"]), hub_id(records.recipe["model"])
+    data_id, parent = hub_id(records.recipe.data.source), hub_id(records.recipe.model)
     return ModelCardData(
         base_model=parent,
         base_model_relation="finetune" if parent else None,
         datasets=[data_id] if data_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["minitron", "pruning", "distillation", records.evaluations["student"]["family"]],
+        tags=["minitron", "pruning", "distillation", records.evaluations["student"].family],
         model_name=model_name(records),
         eval_results=_eval_results(records),
         **parent_licence(records),
@@ -87,13 +89,13 @@ def metadata(records: RunRecords) -> ModelCardData:
 
 
 def model_name(records: RunRecords) -> str:
-    teacher = source_name(records.recipe["model"]).rpartition("/")[2]
-    return f"{teacher}-minitron-{short_count(records.evaluations['student']['parameters']['total'])}"
+    teacher = source_name(records.recipe.model).rpartition("/")[2]
+    return f"{teacher}-minitron-{short_count(records.evaluations['student'].parameters.total)}"
 
 
 def parent_card(records: RunRecords) -> dict[str, Any]:
     """The metadata of the parent's own card: of a local directory, or of a hub model that was downloaded."""
-    model, revision = records.recipe["model"], records.recipe["revision"]
+    model, revision = records.recipe.model, records.recipe.revision
     readme = Path(model).expanduser() / "README.md"
     if not readme.is_file():
         known = try_to_load_from_cache(model, "README.md", revision=revision) if hub_id(model) else None
@@ -114,33 +116,33 @@ def parent_licence(records: RunRecords) -> dict[str, Any]:
 
 def _eval_results(records: RunRecords) -> list[EvalResult]:
     source = heldout_source(records)
-    student = records.evaluations["student"]
+    (student,) = (row for row in result_table(records) if row["model"] == "student")
+    measured = {key: value for key in METRICS if (value := student[key]) is not None and math.isfinite(value)}
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
             dataset_type=hub_id(source) or "custom",
             dataset_name=KNOWN_DATASETS.get(source, f"{source_name(source)}, held-out part"),
-            metric_type=metric,
-            metric_name=name,
-            metric_value=student[key],
+            metric_type=METRICS[key][0],
+            metric_name=METRICS[key][1],
+            metric_value=value,
         )
-        for key, (metric, name) in METRICS.items()
-        if student[key] is not None and math.isfinite(student[key])
-    ] + [_task_result(row) for row in benchmarks(records) if not row["chosen_by"]]
+        for key, value in measured.items()
+    ] + [_task_result(row) for row in benchmarks(records) if not row.chosen_by]
 
 
-def _task_result(row: Mapping[str, Any]) -> EvalResult:
-    student = row["student"]
+def _task_result(row: Benchmark) -> EvalResult:
+    student = row.student
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=DATASETS.get(row["task"], row["task"]),  # of its own: equal types are merged
-        dataset_name=row["title"],
-        metric_type=student["metric"],
-        metric_name=f"{student['metric']} ({student['shots']}-shot)",
-        metric_value=student["value"],
-        metric_args={"shots": student["shots"], "items": student["n"], "stderr": student["stderr"]},
+        dataset_type=DATASETS.get(row.task, row.task),  # of its own: equal types are merged
+        dataset_name=student.title,
+        metric_type=student.metric,
+        metric_name=f"{student.metric} ({student.shots}-shot)",
+        metric_value=student.value,
+        metric_args={"shots": student.shots, "items": student.n, "stderr": student.stderr},
         source_name="lm-evaluation-harness",
         source_url="https://github.com/EleutherAI/lm-evaluation-harness",
     )
@@ -155,13 +157,13 @@ A smaller {_parent(records)}: {count(student["total"])} parameters instead of {c
 {share(student["non_embedding_share"])} of the non-embedding parameters. Its least important units were removed, and the
 remaining model was trained to give the parent's next-token distributions. The method is that of Minitron
 ([arXiv:2407.14679](https://arxiv.org/abs/2407.14679), [arXiv:2408.11796](https://arxiv.org/abs/2408.11796)), in the
-implementation of `minitron` {records.stages["student"]["versions"]["minitron"]}.
+implementation of `minitron` {records.stages["student"].versions["minitron"]}.
 
 ## Results
 
 {_results(records)}
 
-Means over {count(records.evaluations["student"]["tokens"])} predicted tokens of held-out text. `teacher` is the parent,
+Means over {count(records.evaluations["student"].tokens)} predicted tokens of held-out text. `teacher` is the parent,
 `pruned` the model before distillation, `student` this model{_others(records)}. KL is KL(teacher ‖ model).
 {_benchmarks(records)}
 ## Shape
@@ -208,16 +210,16 @@ With vLLM (not tested by this run): `vllm serve PATH`.
 
 def _gguf(records: RunRecords) -> str:
     """The GGUF files and how they are run; nothing where there are none."""
-    files = records.ladder.get("files", [])
-    if not files:
+    if records.ladder is None or not records.ladder.files:
         return ""
+    files = records.ladder.files
     rows = []
     for row in files:
-        seen = row["measured"]
-        cells = [row["file"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
-        rows.append([*cells, *([f"{seen['kl']:.5f}", percent(seen["top1"])] if seen else [MISSING] * 2)])
-    tested = "Each was run in llama.cpp and held against this model." if files[0]["measured"] else "None was tested."
-    notes = "".join(f"\n\nNote: {note}." for note in records.ladder["notes"])
+        seen = row.measured
+        cells = [row.file, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
+        rows.append([*cells, *([f"{seen.kl:.5f}", percent(seen.top1)] if seen else [MISSING] * 2)])
+    tested = "Each was run in llama.cpp and held against this model." if files[0].measured else "None was tested."
+    notes = "".join(f"\n\nNote: {note}." for note in records.ladder.notes)
     table = _table(["file", "size", "bits/weight", "importance matrix", "KL to this model", "top-1 agreement"], rows)
     return f"""
 ## GGUF files
@@ -226,14 +228,14 @@ def _gguf(records: RunRecords) -> str:
 
 {table}
 
-With llama.cpp: `llama-cli -m {files[0]["file"]} -p {_prompt(records)!r}`. With Ollama:
+With llama.cpp: `llama-cli -m {files[0].file} -p {_prompt(records)!r}`. With Ollama:
 
-{_fenced(f"FROM ./{files[0]['file']}", "Modelfile")}
+{_fenced(f"FROM ./{files[0].file}", "Modelfile")}
 """
 
 
 def _parent(records: RunRecords) -> str:
-    model = records.recipe["model"]
+    model = records.recipe.model
     return f"[{model}](https://huggingface.co/{model})" if hub_id(model) else f"`{source_name(model)}`"
 
 
@@ -247,20 +249,20 @@ def _others(records: RunRecords) -> str:
     scratch = ", `scratch` its shape trained from random weights on the same tokens" if known else ""
     if not how:
         return scratch
-    kl = nats(records.evaluations["student"]["kl_to_corrected"])
+    kl = shown(records.evaluations["student"].kl_to_corrected, nats)
     return f"{scratch},\n`corrected` the parent {how} (this model's KL to that one is {kl})"
 
 
 def _benchmarks(records: RunRecords) -> str:
-    rows = [row for row in benchmarks(records) if not row["chosen_by"]]
+    rows = [row for row in benchmarks(records) if not row.chosen_by]
     if not rows:
         return ""
     head = ["benchmark", "metric", "shots", "items", "parent", "this model"]
     cells = []
     for row in rows:
-        student = row["student"]
-        numbers = [str(student["shots"]), count(student["n"]), score(row["teacher"]), score(student)]
-        cells.append([row["title"], student["metric"], *numbers])
+        student = row.student
+        numbers = [str(student.shots), count(student.n), score(vars(row.teacher)), score(vars(student))]
+        cells.append([student.title, student.metric, *numbers])
     return f"\n{_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
 
 
@@ -268,35 +270,36 @@ def _shape(records: RunRecords) -> str:
     rows = []
     for name in ("teacher", "student"):
         row = records.evaluations[name]
-        dims = [count(row["shape"][dim]) for dim in SHAPE_DIMS]
-        rows.append([name, *dims, count(row["kv_cache_bytes_per_token"])])
+        dims = [count(getattr(row.shape, dim)) for dim in SHAPE_DIMS]
+        rows.append([name, *dims, count(row.kv_cache_bytes_per_token)])
     return _table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
 
 
 def _method(records: RunRecords) -> str:
-    statistics, student = records.stages["statistics"]["result"], records.stages["student"]
-    recipe, samples, tokens = records.recipe, count(statistics["samples"]), count(statistics["tokens"])
-    criterion = f"`{recipe['prune']['criterion']}`, layers by `{layer_criterion(records)}`"
+    statistics, student = records.results.statistics, records.stages["student"]
+    recipe, samples, tokens = records.recipe, count(statistics.samples), count(statistics.tokens)
+    criterion = f"`{recipe.prune.criterion}`, layers by `{layer_criterion(records)}`"
     return f"""1. Scored units by the criterion {criterion},
-   on {samples} samples ({tokens} tokens) of {_text_name(recipe["data"]["source"])}{_sampling(records)}.
-2. Cut: {records.stages["plan"]["result"]["plan"]}.{_choices(records)}
-3. Distilled on {count(student["result"]["training"]["tokens"])} tokens of the same text with the loss
-   {loss_name(recipe["distill"])}, in {duration(student["seconds"])} on {student["hardware"]["device"]}."""
+   on {samples} samples ({tokens} tokens) of {_text_name(recipe.data.source)}{_sampling(records)}.
+2. Cut: {records.results.plan.plan}.{_choices(records)}
+3. Distilled on {count(records.results.student.training.tokens)} tokens of the same text with the loss
+   {loss_name(recipe.distill)}, in {duration(student.seconds)} on {student.hardware.device}."""
 
 
 def _choices(records: RunRecords) -> str:
     """What else than the scores had a say in the cut."""
-    steps, by_number = repairs(records), layers_by_number(records)
-    text = f" The layers were given by number: {', '.join(map(str, records.cut['layers']))} stay." if by_number else ""
+    steps, cut = repairs(records), records.cut
+    by_number = layers_by_number(records) and cut is not None
+    text = f" The layers were given by number: {', '.join(map(str, cut.layers))} stay." if cut and by_number else ""
     if steps is None:
         return text
     return f"{text}\n   Repaired at the cut by {', '.join(f'`{step}`' for step in steps) or 'nothing'}."
 
 
 def _measured_on(records: RunRecords) -> str:
-    if records.recipe["data"]["heldout"]:
-        return _text_name(records.recipe["data"]["heldout"])
-    return f"the source it was trained on ({_text_name(records.recipe['data']['source'])})"
+    if records.recipe.data.heldout:
+        return _text_name(records.recipe.data.heldout)
+    return f"the source it was trained on ({_text_name(records.recipe.data.source)})"
 
 
 def _text_name(source: str) -> str:
@@ -324,13 +327,13 @@ def _licence_text(records: RunRecords) -> str:
 
 
 def _prompt(records: RunRecords) -> str:
-    return next(iter(records.recipe["evaluate"]["prompts"]), "Once upon a time")
+    return next(iter(records.recipe.evaluate.prompts), "Once upon a time")
 
 
 def _provenance(records: RunRecords) -> str:
     """Seed, machine, software, and what went into the student."""
-    facts = {"Seed": str(records.recipe["seed"])} | environments(records.stages)
-    inputs: dict[str, str] = records.stages["student"]["inputs"]
+    facts = {"Seed": str(records.recipe.seed)} | environments(records.stages)
+    inputs = records.stages["student"].inputs
     facts |= {f"sha256 of the {name}": f"`{digest}`" for name, digest in inputs.items()}
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from minitron.core.text import (
     MISSING,
@@ -19,46 +18,20 @@ from minitron.core.text import (
     shown,
     size,
 )
+from minitron.pruning.depth import LAYER_CRITERIA
+from minitron.pruning.importance import CRITERIA
+from minitron.pruning.layouts import MadePlan, UnitScores
+from minitron.pruning.repair.config import REPAIRS, replaces_channels
 from minitron.report import html, plots
 from minitron.report.records import RunRecords, layer_criterion, layers_by_number, repairs
 from minitron.report.tables import candidate_cells, candidate_columns
+from minitron.shapes.layouts import Candidate
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 OPEN_LAYERS = 16  # most rows of a table that is open at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
 UNITS = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
-# prune.layer_criterion -> its name, what a bar is, and the unit of its length.
-LAYER_CRITERIA = {
-    "block_influence": (
-        "Block Influence",
-        "1 - cosine between a layer’s input and output",  # noqa: RUF001
-        "Block Influence",
-    ),
-    "loss": ("LM loss without each layer", "by how much the loss rises without a layer", "nats per token"),
-    "contiguous": (
-        "LM loss without each block of neighbours",
-        "by how much the loss rises without the best block that a layer is part of; the last layer has no bar, for it "
-        "always stays",
-        "nats per token",
-    ),
-    "task": ("accuracy in a task without each layer", "the share of answers lost without a layer", "accuracy lost"),
-}
-# Step of repair.steps -> what it does.
-REPAIRS = {
-    "basis": "The residual stream keeps its leading directions, combinations of all hidden channels, instead of some "
-    "of the channels. The scores of hidden channels chose nothing.",
-    "norm_gain": "The gains of the norms make up for the hidden channels that were cut off.",
-    "ffn_least_squares": "The kept FFN neurons take over what the others contributed, by least squares.",
-    "ffn_obs": "FFN neurons were dropped one by one, each time the one that the layer’s output misses least, and "  # noqa: RUF001
-    "the kept ones take over what the others contributed. The scores had no say in it.",
-    "heads_least_squares": "The kept attention heads take over what the others contributed, by least squares.",
-    "heads_obs": "Attention heads were dropped one by one, each time the one that the layer’s output misses least, "  # noqa: RUF001
-    "and the kept ones take over what the others contributed. The scores had no say in it.",
-    "residual_heads": "Kept query heads take over what sets them apart from those that their group loses.",
-    "refit": "Layer by layer, the matrices were fitted again to what the teacher’s give, on the inputs that the "  # noqa: RUF001
-    "pruned model gives itself.",
-}
 
 
 def why(records: RunRecords) -> str:
@@ -67,13 +40,13 @@ def why(records: RunRecords) -> str:
 
 def shape(records: RunRecords) -> str:
     """By which rule the shape came, in one sentence."""
-    prune, changes = records.recipe["prune"], _changes(records)
-    if records.search:
-        found = records.search["candidates"]
+    prune, changes = records.recipe.prune, _changes(records)
+    if records.search is not None:
+        found = records.search.candidates
         text = f"A search ranked {count(len(found))} shapes within the budgets and took {changes}: {_verdict(found)}."
-    elif prune["target"] is not None:
+    elif prune.target is not None:
         text = (
-            f"The default rule for a target of {prune['target']} gave {changes}: width first, hidden and ffn by the "
+            f"The default rule for a target of {prune.target} gave {changes}: width first, hidden and ffn by the "
             "most nearly equal ratio, then heads, then layers, only as far as width does not suffice."
         )
     else:
@@ -82,7 +55,7 @@ def shape(records: RunRecords) -> str:
 
 
 def _changes(records: RunRecords) -> str:
-    teacher, student = (records.evaluations[name]["shape"] for name in ("teacher", "student"))
+    teacher, student = (vars(records.evaluations[name].shape) for name in ("teacher", "student"))
     changes = [
         f"{dim} {count(teacher[dim])}{ARROW}{count(student[dim])} ({share(student[dim] / teacher[dim])})"
         for dim in CUT_DIMS
@@ -91,61 +64,63 @@ def _changes(records: RunRecords) -> str:
     return ", ".join(changes) or "the teacher’s own shape"  # noqa: RUF001
 
 
-def _verdict(found: Sequence[Mapping[str, Any]]) -> str:
+def _verdict(found: Sequence[Candidate]) -> str:
     """What the best candidate was judged by, against the next that was judged alike."""
     best, *others = found
-    if not best["losses"]:
-        return f"its predicted damage, {nats(best['predicted'])}, is the lowest"
-    measured = sorted(map(int, best["losses"]), reverse=True)
-    step = next((step for step in measured if any(str(step) in one["losses"] for one in others)), measured[0])
-    losses = sorted(one["losses"][str(step)] for one in others if str(step) in one["losses"])
+    if not best.losses:
+        return f"its predicted damage, {nats(best.predicted)}, is the lowest"
+    measured = sorted(map(int, best.losses), reverse=True)
+    step = next((step for step in measured if any(str(step) in one.losses for one in others)), measured[0])
+    losses = sorted(one.losses[str(step)] for one in others if str(step) in one.losses)
     when = f"after {count(step)} steps of distillation" if step else "right after the cut"
     against = f", the best of the others’ {nats(losses[0])}" if losses else ""  # noqa: RUF001
-    return f"its loss {when} is {nats(best['losses'][str(step)])} nats per token{against}"
+    return f"its loss {when} is {nats(best.losses[str(step)])} nats per token{against}"
 
 
 def search(records: RunRecords) -> str:
-    if not records.search:
+    if records.search is None:
         return ""
-    facts, found = records.search, records.search["candidates"]
-    columns = candidate_columns(found)
+    facts, found = records.search, records.search.candidates
+    cells_of = [one.model_dump() for one in found]
+    columns = candidate_columns(cells_of)
     head = ["Rank", *(c.heading if not c.unit else (c.heading, c.unit) for c in columns)]
-    rows = [[f"{rank}", *candidate_cells(one, columns)] for rank, one in enumerate(found[:SHOWN_CANDIDATES], start=1)]
-    machine = facts["machine"]
+    best = enumerate(cells_of[:SHOWN_CANDIDATES], start=1)
+    rows = [[f"{rank}", *candidate_cells(one, columns)] for rank, one in best]
+    machine = facts.machine
     note = (
         f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is predicted from the "
         "statistics and has no unit; losses are the training loss, in nats per token, on the training blocks that "
-        f"the first pass reads last. KV cache and times are of {count(facts['batch'])} × "  # noqa: RUF001
-        f"{count(facts['context_tokens'])} tokens; times are modelled from {size(machine['bytes_per_second'])} and "
-        f"{flops(machine['flops_per_second'])} per second, not measured."
+        f"the first pass reads last. KV cache and times are of {count(facts.batch)} × "  # noqa: RUF001
+        f"{count(facts.context_tokens)} tokens; times are modelled from {size(machine.bytes_per_second)} and "
+        f"{flops(machine.flops_per_second)} per second, not measured."
     )
     table = html.table("Candidates", head, rows)
     return html.subsection("The search for the shape", html.note(note), table, html.figures(_search_figures(found)))
 
 
-def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def _search_figures(found: Sequence[Candidate]) -> list[str]:
     """Costs against a loss that is comparable: at the first rung, else after the cut, else the prediction."""
-    steps = sorted({int(step) for one in found for step in one["losses"]})
+    steps = sorted({int(step) for one in found for step in one.losses})
     step = next((str(step) for step in steps if step > 0), "0" if steps else None)
     y = "predicted damage" if step is None else "nats per token"
     when = {None: "predicted, not measured", "0": "right after the cut"}.get(step, f"after {step} steps")
-    here = [one for one in found if step is None or step in one["losses"]]
-    losses = [one["predicted"] if step is None else one["losses"][step] for one in here]
-    axes: dict[str, tuple[str, Callable[[Number], str]]] = {
-        "total": ("parameters", short_count),
-        "kv_cache_bytes": ("KV cache", size),
-        "decode_seconds": ("decoding step, modelled", milliseconds),
-    }
+    here = [one for one in found if step is None or step in one.losses]
+    losses = [one.predicted if step is None else one.losses[step] for one in here]
+    axes: list[tuple[str, Callable[[Number], str], list[Number]]] = [
+        ("parameters", short_count, [one.total for one in here]),
+        ("KV cache", size, [one.kv_cache_bytes for one in here]),
+        ("decoding step, modelled", milliseconds, [one.decode_seconds for one in here]),
+    ]
     figures = [
         html.figure(
-            plots.pareto([(one[key], loss) for one, loss in zip(here, losses, strict=True)], x, y, form),
+            plots.pareto(list(zip(costs, losses, strict=True)), x, y, form),
             f"Loss against {x}",
             f"Loss {when}; the line joins candidates that no other beats in both",
         )
-        for key, (x, form) in axes.items()
+        for x, form, costs in axes
     ]
     if len(steps) > 1:
-        curves = [{int(at): loss for at, loss in one["losses"].items()} for one in here]
+        curves = [{int(at): loss for at, loss in one.losses.items()} for one in here]
         caption = "Each rung keeps the best quarter; step 0 is right after the cut"
         figures.append(html.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
     return figures
@@ -153,60 +128,62 @@ def _search_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def units(records: RunRecords) -> str:
     """Which layers, channels, neurons and heads stay, by which scores."""
-    if not records.scores or not records.plan:
+    scores, plan, cut = records.scores, records.plan, records.cut
+    if scores is None or plan is None or cut is None:
         return ""
-    scores, before, after = records.scores, records.cut["teacher"], records.cut["student"]
-    choices = {dim: layer_choices(dim, scores, records.plan, records.cut) for dim in UNITS}
+    before, after = vars(cut.teacher), vars(cut.student)
+    choices = {dim: layer_choices(dim, scores, plan, cut) for dim in UNITS}
     kept = {dim: {one.layer: one.kept for one in choices[dim]} for dim in UNITS}
     group = before["heads"] // before["kv_heads"]
     figures = [
-        _layer_figure(records),
-        _hidden_figure(records),
+        _layer_figure(records, scores, cut),
+        _hidden_figure(records, scores, cut),
         html.figure(
-            plots.ffn_scores(scores["ffn"], kept["ffn"]),
+            plots.ffn_scores(scores.ffn, kept["ffn"]),
             "FFN neurons",
             "Sorted within each layer; opacity is the score, on a log scale. "
             + _outcome("ffn", before, after, choices["ffn"]),
         ),
         html.figure(
-            plots.head_scores(scores["heads"], kept["heads"], group, "query head"),
+            plots.head_scores(scores.heads, kept["heads"], group, "query head"),
             "Query heads",
             "Opacity is the score"
-            + "; lines part the heads of different kv heads" * (group > 1)
+            + ("; lines part the heads of different kv heads" if group > 1 else "")
             + ". "
             + _outcome("heads", before, after, choices["heads"]),
         ),
     ]
     if group > 1:
-        drawn = plots.head_scores(scores["kv_heads"], kept["kv_heads"], 0, "kv head")
+        drawn = plots.head_scores(scores.kv_heads, kept["kv_heads"], 0, "kv head")
         outcome = _outcome("kv_heads", before, after, choices["kv_heads"])
         figures.append(html.figure(drawn, "KV heads", f"Opacity is the score. {outcome}"))
-    cut = {dim: choices[dim] for dim in UNITS if after[dim] < before[dim]}
-    return html.subsection("Layers and units", _legend(records), html.figures(figures), _by_layer(cut))
+    fewer = {dim: choices[dim] for dim in UNITS if after[dim] < before[dim]}
+    return html.subsection("Layers and units", _legend(records), html.figures(figures), _by_layer(fewer))
 
 
 def _legend(records: RunRecords) -> str:
-    samples, prune = records.stages["statistics"]["result"], records.recipe["prune"]
-    steps = prune.get("iterations", 1)
+    samples, prune = records.results.statistics, records.recipe.prune
+    steps = prune.iterations
     text = (
-        f"Scores from {count(samples['samples'])} calibration samples ({count(samples['tokens'])} tokens); "
-        f"criterion: {prune['criterion']}; layers by {LAYER_CRITERIA[layer_criterion(records)][0]}."
+        f"Scores from {count(samples.samples)} calibration samples ({count(samples.tokens)} tokens); "
+        f"units by {CRITERIA[prune.criterion].title}; layers by {LAYER_CRITERIA[layer_criterion(records)].title}."
     )
     text += f" The cut was made in {steps} steps; these are the scores of the first." if steps > 1 else ""
     swatches = '<span class="swatch kept"></span>kept <span class="swatch removed"></span>removed. '
     return f'<p class="note">{swatches}{escape(text)}</p>'
 
 
-def _layer_figure(records: RunRecords) -> str:
-    name, meaning, unit = LAYER_CRITERIA[layer_criterion(records)]
-    kept, num_layers = records.cut["layers"], records.cut["teacher"]["layers"]
+def _layer_figure(records: RunRecords, scores: UnitScores, cut: MadePlan) -> str:
+    criterion = LAYER_CRITERIA[layer_criterion(records)]
+    kept, num_layers = cut.layers, cut.teacher.layers
     outcome = _kept(len(kept), num_layers)
     if len(kept) < num_layers:
         outcome += f"; dropped: {_ranges(sorted(set(range(num_layers)) - set(kept)))}"
     if layers_by_number(records):
         outcome += ". The recipe gives their numbers; the scores chose none"
-    drawn = plots.layer_scores(records.scores["layers"], kept, unit)
-    return html.figure(drawn, f"Layers, by {name}", f"{meaning[0].upper()}{meaning[1:]}. {outcome}.")
+    drawn = plots.layer_scores(scores.layers, kept, criterion.unit)
+    meaning = criterion.meaning[0].upper() + criterion.meaning[1:]
+    return html.figure(drawn, f"Layers, by {criterion.title}", f"{meaning}. {outcome}.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -216,15 +193,16 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _hidden_figure(records: RunRecords) -> str:
-    scores, kept = records.scores["hidden"], records.cut["hidden"]
+def _hidden_figure(records: RunRecords, of_units: UnitScores, cut: MadePlan) -> str:
+    scores, kept = of_units.hidden, cut.hidden
     title, text = "Hidden channels", "One score for all layers"
-    if "basis" in (repairs(records) or []):
+    if replaces_channels(repairs(records)):
         drawn = plots.hidden_scores(scores, None)
         return html.figure(
             drawn, title, f"{text}; not used: a basis of {count(len(kept))} directions took their place."
         )
-    outcome = _kept(len(kept), len(scores)) + _of_mass(kept_mass(scores, kept)) * (len(kept) < len(scores))
+    outcome = _kept(len(kept), len(scores))
+    outcome += _of_mass(kept_mass(scores, kept)) if len(kept) < len(scores) else ""
     return html.figure(plots.hidden_scores(scores, kept), title, f"{text}. {outcome}.")
 
 
@@ -244,23 +222,22 @@ class LayerChoice:
     otherwise: int
 
 
-def layer_choices(
-    dim: str, scores: Mapping[str, Any], plan: Mapping[str, Any], cut: Mapping[str, Any]
-) -> list[LayerChoice]:
+def layer_choices(dim: str, scores: UnitScores, plan: MadePlan, cut: MadePlan) -> list[LayerChoice]:
     """One for each layer that stays.
 
     Args:
         plan, cut: before and after the repair.
     """
+    of_layers, before, after = (getattr(each, dim) for each in (scores, plan, cut))
     return [
         LayerChoice(
             layer=layer,
             kept=kept,
-            mass=kept_mass(scores[dim][layer], kept),
-            planned_mass=kept_mass(scores[dim][layer], planned),
+            mass=kept_mass(of_layers[layer], kept),
+            planned_mass=kept_mass(of_layers[layer], planned),
             otherwise=len(set(kept) - set(planned)),
         )
-        for layer, planned, kept in zip(cut["layers"], plan[dim], cut[dim], strict=True)
+        for layer, planned, kept in zip(cut.layers, before, after, strict=True)
     ]
 
 
@@ -274,7 +251,7 @@ def _outcome(dim: str, before: Mapping[str, int], after: Mapping[str, int], choi
     """How many stay, how much of the scores that is, and how the repair chose otherwise; shares are means of layers."""
     text = _kept(after[dim], before[dim])
     if after[dim] == before[dim]:
-        return f"{text}{' in the layers that stay' * (after['layers'] < before['layers'])}."
+        return f"{text} in the layers that stay." if after["layers"] < before["layers"] else f"{text}."
     text += " per layer"
     mass, planned = (_mean([getattr(one, key) for one in choices]) for key in ("mass", "planned_mass"))
     text += _of_mass(mass)
@@ -313,7 +290,8 @@ def _by_layer(choices: Mapping[str, Sequence[LayerChoice]]) -> str:
     layers = [str(one.layer) for one in next(iter(choices.values()))]
     table = html.table("Units by layer", ["Layer", *columns], zip(layers, *columns.values(), strict=True))
     moved = any(one.otherwise for of_dim in choices.values() for one in of_dim)
-    note = html.note("Chosen otherwise: units that the repair kept and that the scores would have dropped.") * moved
+    text = "Chosen otherwise: units that the repair kept and that the scores would have dropped."
+    note = html.note(text) if moved else ""
     return html.details("Units by layer", note + table, is_open=len(layers) <= OPEN_LAYERS)
 
 
@@ -328,4 +306,4 @@ def repair(records: RunRecords) -> str:
     if not steps:
         return html.subsection("Repair", html.note("None: what was kept was left as it was in the teacher."))
     note = "What was done at the cut against what it loses, fitted to the calibration samples, without training."
-    return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step] for step in steps}))
+    return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step].text for step in steps}))

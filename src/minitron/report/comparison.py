@@ -22,15 +22,16 @@ from minitron.core.text import (
     shown,
     size,
 )
+from minitron.evaluation.layouts import Evaluated
 from minitron.report import html, plots
 from minitron.report.records import (
+    ResultRow,
     RunRecords,
     correction,
     loss_name,
     public_recipe,
     repairs,
     result_table,
-    speed_ratios,
     stage_flops,
 )
 from minitron.report.tables import source_name
@@ -78,9 +79,11 @@ def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
     return dict(zip(names, runs, strict=True))
 
 
-def headline(students: Mapping[str, Mapping[str, Any]]) -> str:
+def headline(students: Mapping[str, ResultRow]) -> str:
     known = {
-        name: row["kl_to_teacher"] for name, row in students.items() if shown(row["kl_to_teacher"], nats) != MISSING
+        name: kl
+        for name, row in students.items()
+        if (kl := row["kl_to_teacher"]) is not None and shown(kl, nats) != MISSING
     }
     if not known:
         return "No run knows how far its student is from its teacher."
@@ -92,7 +95,7 @@ def headline(students: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str, Any]]) -> str:
+def results(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
     quality: list[html.Heading] = [
         "Student of",
         ("Parameters", "total"),
@@ -115,7 +118,7 @@ def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str,
     ]
     kept, spent = [], []
     for name, records in named.items():
-        row, ratios = students[name], speed_ratios(records)
+        row, ratios = students[name], records.speed and records.speed.ratio
         kept.append(
             [
                 name,
@@ -126,26 +129,30 @@ def results(named: Mapping[str, RunRecords], students: Mapping[str, Mapping[str,
                 shown(row["perplexity"], perplexity),
                 shown(row["kl_to_teacher"], nats),
                 shown(row["top1_agreement"], percent),
-                shown(records.evaluations["pruned"]["kl_to_teacher"], nats),
+                shown(records.evaluations["pruned"].kl_to_teacher, nats),
             ]
         )
         spent.append(
             [
                 name,
-                count(records.stages["student"]["result"]["training"]["tokens"]),
+                count(records.results.student.training.tokens),
                 flops(sum(stage_flops(records).values())),
-                duration(sum(stage["seconds"] for stage in records.stages.values())),
+                duration(sum(stage.seconds for stage in records.stages.values())),
                 size(row["weight_bytes"]),
-                *(shown(ratios.get(kind), ratio) for kind in ("prefill", "decode")),
+                *(shown(value, ratio) for value in ((ratios.prefill, ratios.decode) if ratios else (None, None))),
             ]
         )
     figures = []
-    for key, title, unit in (
-        ("kl_to_teacher", "KL divergence against size", "KL to teacher, nats/token"),
-        ("lm_loss", "Held-out loss against size", "loss, nats/token"),
+    kls = {name: row["kl_to_teacher"] for name, row in students.items()}
+    losses = {name: row["lm_loss"] for name, row in students.items()}
+    for values, title, unit in (
+        (kls, "KL divergence against size", "KL to teacher, nats/token"),
+        (losses, "Held-out loss against size", "loss, nats/token"),
     ):
         points = {
-            name: (row["non_embedding"], row[key]) for name, row in students.items() if shown(row[key], nats) != MISSING
+            name: (students[name]["non_embedding"], value)
+            for name, value in values.items()
+            if value is not None and shown(value, nats) != MISSING
         }
         if points:
             drawn = plots.named_points(points, "non-embedding parameters", unit, short_count)
@@ -166,23 +173,22 @@ def cautions(named: Mapping[str, RunRecords]) -> list[str]:
         return len(set(map(str, values))) > 1
 
     runs, notes = list(named.values()), []
-    teachers = [records.stages["evaluations"]["inputs"].get("teacher", records.recipe["model"]) for records in runs]
+    teachers = [records.stages["evaluations"].inputs.get("teacher", records.recipe.model) for records in runs]
     if differ(teachers):
-        names = ", ".join(f"{name}: {source_name(records.recipe['model'])}" for name, records in named.items())
+        names = ", ".join(f"{name}: {source_name(records.recipe.model)}" for name, records in named.items())
         notes.append(
             f"The runs have different teachers ({names}): KL, agreement, share and speed are to each one's own."
         )
     texts = [
-        (records.stages["evaluations"]["inputs"].get("data"), records.evaluations["student"]["tokens"])
-        for records in runs
+        (records.stages["evaluations"].inputs.get("data"), records.evaluations["student"].tokens) for records in runs
     ]
     if differ(texts):
         notes.append(
             "They were not measured on the same tokens of held-out text: a difference of losses or KL may be "
             "one of the texts."
         )
-    machines = [records.stages["evaluations"]["hardware"] for records in runs]
-    if differ([(machine["device"], machine["threads"]) for machine in machines]):
+    machines = [records.stages["evaluations"].hardware for records in runs]
+    if differ([(machine.device, machine.threads) for machine in machines]):
         notes.append("They ran on different hardware or numbers of threads: times and speeds cannot be compared.")
     corrected = [name for name, records in named.items() if correction(records)]
     if corrected:
@@ -196,14 +202,14 @@ def cautions(named: Mapping[str, RunRecords]) -> list[str]:
 def curves(named: Mapping[str, RunRecords]) -> str:
     """The distillations over each other, by tokens: held-out points, and the smoothed loss of the batches."""
     heldout = {
-        name: [(row["tokens"], row["heldout_loss"]) for row in records.metrics if "heldout_loss" in row]
+        name: [(row.tokens, row.heldout_loss) for row in records.metrics if row.heldout_loss is not None]
         for name, records in named.items()
     }
     batches = {
-        name: [(row["tokens"], row["loss"]) for row in records.metrics if "loss" in row]
+        name: [(row.tokens, row.loss) for row in records.metrics if row.loss is not None]
         for name, records in named.items()
     }
-    losses = {name: loss_name(records.recipe["distill"]) for name, records in named.items()}
+    losses = {name: loss_name(records.recipe.distill) for name, records in named.items()}
     figures = [
         html.figure(plots.overlaid(some, "tokens", "nats per token", marked=marked), title, caption)
         for some, title, caption, marked in (
@@ -231,14 +237,14 @@ def shapes(named: Mapping[str, RunRecords]) -> str:
     rows = [_shape_row(name, records.evaluations["student"]) for name, records in named.items()]
     teachers = {}
     for records in named.values():
-        teachers[source_name(records.recipe["model"])] = records.evaluations["teacher"]
+        teachers[source_name(records.recipe.model)] = records.evaluations["teacher"]
     before = [_shape_row(f"teacher {name}", row) for name, row in teachers.items()]
     head: list[html.Heading] = ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")]
     return html.section("Shapes", html.table("Shapes of all students", head, [*before, *rows]))
 
 
-def _shape_row(name: str, row: Mapping[str, Any]) -> list[str]:
-    return [name, *(count(row["shape"][dim]) for dim in SHAPE_DIMS), count(row["kv_cache_bytes_per_token"])]
+def _shape_row(name: str, row: Evaluated) -> list[str]:
+    return [name, *(count(getattr(row.shape, dim)) for dim in SHAPE_DIMS), count(row.kv_cache_bytes_per_token)]
 
 
 def recipes(named: Mapping[str, RunRecords]) -> str:

@@ -8,10 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from minitron.core.errors import MinitronError, RunError
+from minitron.core.run_layout import RunLayout
 from minitron.model.checkpoint import model_files
 from minitron.report.records import RunRecords
-
-CARD, IMATRIX = "README.md", "imatrix.gguf"
 
 
 @dataclass(frozen=True)
@@ -27,21 +26,22 @@ def planned_uploads(records: RunRecords) -> list[Upload]:
 
     Raises: RunError if the run has not made all of it yet.
     """
-    student, gguf = records.path / "student", records.path / "gguf"
-    if "student" not in records.stages or not (student / CARD).is_file():
+    run = RunLayout(records.path)
+    student, gguf = run.stage("student"), run.stage("gguf")
+    if not run.card.is_file():
         raise RunError(
             f"the run in {records.path} has no student with a card yet; the same command that started it goes on"
         )
-    wanted = records.recipe.get("gguf") or {}
-    if (wanted.get("types") or wanted.get("bits_per_weight") or wanted.get("sizes")) and "gguf" not in records.stages:
+    wanted = records.recipe.gguf
+    if wanted and (wanted.types or wanted.bits_per_weight or wanted.sizes) and "gguf" not in records.stages:
         raise RunError(
             f"the GGUF files that the recipe of {records.path} asks for are not there yet; the same command that "
             "started it goes on with it"
         )
-    names = [row["file"] for row in records.ladder.get("files", [])]
-    files = [student / CARD, *model_files(student), *(gguf / name for name in names)]
-    if names and (gguf / IMATRIX).is_file():
-        files.append(gguf / IMATRIX)
+    names = [row.file for row in records.ladder.files] if records.ladder else []
+    files = [run.card, *model_files(student), *(gguf / name for name in names)]
+    if names and run.imatrix.is_file():
+        files.append(run.imatrix)
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise RunError(f"{missing[0]} is not there: the run in {records.path} was changed after it ended")

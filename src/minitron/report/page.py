@@ -1,5 +1,6 @@
 """report.html: one self-contained page about a finished run, made from its records only."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from minitron.core.files import prove_file, write_text
+from minitron.core.run_layout import MODELS, RunLayout
 from minitron.core.text import (
     MISSING,
     count,
@@ -28,7 +30,6 @@ from minitron.report import html, plots
 from minitron.report.choices import why
 from minitron.report.published import PUBLISHED
 from minitron.report.records import (
-    MODELS,
     RunRecords,
     benchmarks,
     correction,
@@ -36,7 +37,6 @@ from minitron.report.records import (
     loss_name,
     result_table,
     sampling,
-    speed_ratios,
     stage_flops,
 )
 from minitron.report.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
@@ -47,7 +47,7 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
 
     Raises: RunError if the file cannot be written.
     """
-    path = out or records.path / "report.html"
+    path = out or RunLayout(records.path).report
     prove_file(path, keeps=[records.path])
     write_text(path, render(records))
     return path
@@ -60,20 +60,18 @@ def render(records: RunRecords) -> str:
 
 
 def _title(records: RunRecords) -> str:
-    teacher, student = (
-        short_count(records.evaluations[name]["parameters"]["total"]) for name in ("teacher", "student")
-    )
-    return f"{source_name(records.recipe['model'])} ({teacher}) → student ({student})"
+    teacher, student = (short_count(records.evaluations[name].parameters.total) for name in ("teacher", "student"))
+    return f"{source_name(records.recipe.model)} ({teacher}) → student ({student})"
 
 
 def _header(records: RunRecords) -> str:
-    seconds = sum(stage["seconds"] for stage in records.stages.values())
+    seconds = sum(stage.seconds for stage in records.stages.values())
     last = records.stages["evaluations"]
     return f"""<header>
 <h1>{escape(_title(records))}</h1>
 <p class="lead">{escape(headline(records))}</p>
-<p class="run">Run <code>{escape(records.path.resolve().name)}</code>, {escape(last["started"][:10])},
-minitron {escape(last["versions"]["minitron"])}, {duration(seconds)} on {escape(last["hardware"]["device"])}.</p>
+<p class="run">Run <code>{escape(records.path.resolve().name)}</code>, {escape(last.started[:10])},
+minitron {escape(last.versions["minitron"])}, {duration(seconds)} on {escape(last.hardware.device)}.</p>
 </header>"""
 
 
@@ -81,14 +79,16 @@ def headline(records: RunRecords) -> str:
     """The run in one sentence."""
     rows = {row["model"]: row for row in result_table(records)}
     teacher, student = rows["teacher"], rows["student"]
-    key, whom = ("kl_to_corrected", "the corrected one") if correction(records) else ("kl_to_teacher", "it")
-    after_cut, after_all = (records.evaluations[name][key] for name in ("pruned", "student"))
+    corrected = correction(records) is not None
+    whom = "the corrected one" if corrected else "it"
+    found = [records.evaluations[name] for name in ("pruned", "student")]
+    after_cut, after_all = (one.kl_to_corrected if corrected else one.kl_to_teacher for one in found)
     return (
-        f"{source_name(records.recipe['model'])} was cut to {share(student['non_embedding_share'])} of its "
+        f"{source_name(records.recipe.model)} was cut to {share(student['non_embedding_share'])} of its "
         f"non-embedding parameters ({count(teacher['non_embedding'])} → {count(student['non_embedding'])}); "
         f"the KL divergence to {whom} on held-out text is {shown(after_cut, _headline_nats)} nats per token "
         f"after pruning and {shown(after_all, _headline_nats)} after distillation on "
-        f"{count(records.stages['student']['result']['training']['tokens'])} tokens."
+        f"{count(records.results.student.training.tokens)} tokens."
     )
 
 
@@ -98,19 +98,21 @@ def _headline_nats(value: float) -> str:
 
 def results(records: RunRecords) -> str:
     rows = result_table(records)
-    tokens = records.evaluations["teacher"]["tokens"]
+    tokens = records.evaluations["teacher"].tokens
     table = html.table(
         "Results",
         ["Model", *((column.heading, column.unit) for column in RESULT_COLUMNS)],
         [[row["model"], *result_cells(row)] for row in rows],
     )
-    charts = [
-        ("Language-model loss", "lm_loss", "On held-out text, at each stage. Lower is better."),
-        ("KL divergence to the teacher", "kl_to_teacher", "On the same text. 0 is the teacher itself."),
+    losses = {row["model"]: row["lm_loss"] for row in rows}
+    kls = {row["model"]: row["kl_to_teacher"] for row in rows}
+    charts: list[tuple[str, Mapping[str, float | None], str]] = [
+        ("Language-model loss", losses, "On held-out text, at each stage. Lower is better."),
+        ("KL divergence to the teacher", kls, "On the same text. 0 is the teacher itself."),
     ]
     figures = []
-    for name, key, caption in charts:
-        values = {row["model"]: row[key] for row in rows if shown(row[key], str) != MISSING}
+    for name, of_models, caption in charts:
+        values = {model: value for model, value in of_models.items() if value is not None and math.isfinite(value)}
         label = f"Bar chart, {name} in nats per token: " + ", ".join(f"{m} {v:.3f}" for m, v in values.items())
         figures.append(html.figure(plots.bars(values, "nats per token", label), name, caption))
     note = (
@@ -119,15 +121,15 @@ def results(records: RunRecords) -> str:
         "share of tokens for which the model and the teacher predict the same next token. 1 MB is 1,000,000 bytes."
     )
     scratch = " The scratch model has the student’s shape and was trained from random weights on the same tokens."  # noqa: RUF001
-    note += scratch * ("scratch" in records.evaluations)
+    note += scratch if "scratch" in records.evaluations else ""
     if how := correction(records):
         note += (
             f" The corrected model is the teacher, {how}. KL and agreement are those with the teacher as it was given; "
             "that it has learnt counts as distance there. KL to the corrected model: "
             + ", ".join(
-                f"{name} {shown(row['kl_to_corrected'], nats)}"
-                for name, row in records.evaluations.items()
-                if "kl_to_corrected" in row
+                f"{name} {shown(found.kl_to_corrected, nats)}"
+                for name, found in records.evaluations.items()
+                if "kl_to_corrected" in found.model_fields_set
             )
             + "."
         )
@@ -155,27 +157,27 @@ def measured_tasks(records: RunRecords) -> str:
     ]
     cells = [
         [
-            row["title"] + CHOSEN * row["chosen_by"],
-            row["student"]["metric"],
-            str(row["student"]["shots"]),
-            count(row["student"]["n"]),
-            score(row["teacher"]),
-            score(row["student"]),
-            shown(row["kept"], percent),
+            row.student.title + (CHOSEN if row.chosen_by else ""),
+            row.student.metric,
+            str(row.student.shots),
+            count(row.student.n),
+            score(vars(row.teacher)),
+            score(vars(row.student)),
+            shown(row.kept, percent),
         ]
         for row in rows
     ]
     note = f"{BENCHMARK_NOTE} Measured by lm-evaluation-harness, both models on the same items with the same prompts."
-    if any(row["chosen_by"] for row in rows):
+    if any(row.chosen_by for row in rows):
         note += f" {CHOSEN.strip()}: its questions decided which layers stay, so its value is no result of the student."
-    limit = records.recipe["evaluate"].get("limit")
+    limit = records.recipe.evaluate.limit
     note += f" Only the first {count(limit)} items of each task were asked." if limit else ""
     parts = [html.table("Benchmarks", head, cells), html.note(note)]
-    own = [row for row in rows if any(row["task"] in published for published in PUBLISHED.values())]
+    own = [row for row in rows if any(row.task in published for published in PUBLISHED.values())]
     if own:
-        names: list[html.Heading] = ["Model", *(row["title"] for row in own)]
+        names: list[html.Heading] = ["Model", *(row.student.title for row in own)]
         published = [
-            [model, *(f"{values[row['task']]:.1f}" if row["task"] in values else MISSING for row in own)]
+            [model, *(f"{values[row.task]:.1f}" if row.task in values else MISSING for row in own)]
             for model, values in PUBLISHED.items()
         ]
         table = html.table("Published values", names, published)
@@ -189,8 +191,8 @@ CHOSEN = " (used to choose)"
 
 def shapes(records: RunRecords) -> str:
     teacher, student = (records.evaluations[name] for name in ("teacher", "student"))
-    sizes = [row["shape"] | {"kv_cache": row["kv_cache_bytes_per_token"]} for row in (teacher, student)]
-    parts = [row["parameters"] for row in (teacher, student)]
+    sizes = [vars(row.shape) | {"kv_cache": row.kv_cache_bytes_per_token} for row in (teacher, student)]
+    parts = [vars(row.parameters) for row in (teacher, student)]
     shape_head = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
     part_head = ("embedding", "attention", "mlp", "norm")
     return html.section(
@@ -201,7 +203,7 @@ def shapes(records: RunRecords) -> str:
             _before_and_after((*shape_head, "kv_cache"), *sizes),
         ),
         html.table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
-        html.note(f"Weights and KV cache in {student['dtype']}, the dtype of the checkpoint."),
+        html.note(f"Weights and KV cache in {student.dtype}, the dtype of the checkpoint."),
     )
 
 
@@ -214,28 +216,27 @@ def _before_and_after(keys: Sequence[str], teacher: Mapping[str, int], student: 
 
 
 def speeds(records: RunRecords) -> str:
-    if not records.speed:
+    if records.speed is None:
         return ""
+    teacher, student, ratios = records.speed.teacher, records.speed.student, records.speed.ratio
+    assert ratios is not None
+    weights = {name: records.evaluations[name].weight_bytes for name in ("teacher", "student")}
     rows = []
-    for name in ("teacher", "student"):
-        speed = records.speed[name]
-        spreads = [with_range(speed[kind], speed[f"{kind}_range"], rate) for kind in ("prefill", "decode")]
-        rows.append([name, size(records.evaluations[name]["weight_bytes"]), *spreads])
-    teacher, student = records.speed["teacher"], records.speed["student"]
-    weights = [records.evaluations[name]["weight_bytes"] for name in ("student", "teacher")]
-    ratios = [shown(value, ratio) for value in speed_ratios(records).values()]
-    rows.append(["student / teacher", ratio(weights[0] / weights[1]), *ratios])
-    overlapping = [
-        kind
-        for kind in ("prefill", "decode")
-        if student[f"{kind}_range"][0] <= teacher[f"{kind}_range"][1]
-        and teacher[f"{kind}_range"][0] <= student[f"{kind}_range"][1]
-    ]
-    hardware = records.stages["evaluations"]["hardware"]
+    for name, speed in (("teacher", teacher), ("student", student)):
+        prefill, decode = (with_range(*of_kind, rate) for of_kind in (speed.of_prefill, speed.of_decode))
+        rows.append([name, size(weights[name]), prefill, decode])
+    shares = [shown(value, ratio) for value in (ratios.prefill, ratios.decode)]
+    rows.append(["student / teacher", ratio(weights["student"] / weights["teacher"]), *shares])
+    ranges = {
+        "prefill": (teacher.prefill_range, student.prefill_range),
+        "decode": (teacher.decode_range, student.decode_range),
+    }
+    overlapping = [kind for kind, (one, other) in ranges.items() if other[0] <= one[1] and one[0] <= other[1]]
+    hardware = records.stages["evaluations"].hardware
     note = (
-        f"Median of several rounds, slowest to fastest in brackets; one sequence, {teacher['prompt_tokens']} prompt "
-        f"tokens and {teacher['new_tokens']} new tokens, in transformers on {hardware['device']} "
-        f"(CPU threads: {hardware['threads']})."
+        f"Median of several rounds, slowest to fastest in brackets; one sequence, {teacher.prompt_tokens} prompt "
+        f"tokens and {teacher.new_tokens} new tokens, in transformers on {hardware.device} "
+        f"(CPU threads: {hardware.threads})."
     )
     if overlapping:
         note += f" The ranges of {' and '.join(overlapping)} overlap: weak evidence of a difference there."
@@ -245,18 +246,18 @@ def speeds(records: RunRecords) -> str:
 
 def quantized(records: RunRecords) -> str:
     """The ladder of GGUF files."""
-    files = records.ladder.get("files", [])
-    if not files:
+    if records.ladder is None or not records.ladder.files:
         return ""
+    files = records.ladder.files
     rows, points = [], {}
     for row in files:
-        seen = row["measured"]
-        cells = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
+        seen = row.measured
+        cells = [row.name, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
         measured = [MISSING] * 4
         if seen:
-            other = MISSING if row["kl_of_other"] is None else f"{row['kl_of_other']:.5f}"
-            measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"]), other]
-            points[row["name"]] = (row["bytes"], seen["kl"])
+            other = MISSING if row.kl_of_other is None else f"{row.kl_of_other:.5f}"
+            measured = [perplexity(seen.perplexity), f"{seen.kl:.5f}", percent(seen.top1), other]
+            points[row.name] = (row.bytes, seen.kl)
         rows.append([*cells, *measured])
     head: list[html.Heading] = [
         "Type",
@@ -269,16 +270,16 @@ def quantized(records: RunRecords) -> str:
         ("KL of the other", "nats/token"),
     ]
     parts = [html.table("GGUF files", head, rows)]
-    first = next((row["measured"] for row in files if row["measured"]), None)
+    first = next((row.measured for row in files if row.measured), None)
     if first:
         note = (
-            f"Each file was run in llama.cpp over {count(first['tokens'])} tokens of held-out text, against the "
-            f"student as it is, whose perplexity on them is {perplexity(first['reference_perplexity'])}. A type that "
+            f"Each file was run in llama.cpp over {count(first.tokens)} tokens of held-out text, against the "
+            f"student as it is, whose perplexity on them is {perplexity(first.reference_perplexity)}. A type that "
             "can do without an importance matrix was written with and without one, and the better file kept; the last "
             "column is the other. A name with bpw is a mixture of minitron's own."
         )
         parts.append(html.note(note))
-    parts += [html.note(note) for note in records.ladder["notes"]]
+    parts += [html.note(note) for note in records.ladder.notes]
     if len(points) > 1:
         figure = html.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
         parts.append(html.figures([figure]))
@@ -286,25 +287,23 @@ def quantized(records: RunRecords) -> str:
 
 
 def training(records: RunRecords) -> str:
-    steps = [row for row in records.metrics if "loss" in row]
+    steps = [row for row in records.metrics if row.loss is not None]
     if not steps:
         return ""
-    recipe, last = records.recipe["distill"], steps[-1]
+    recipe, last = records.recipe.distill, steps[-1]
     name = loss_name(recipe)
     thinned = -(-len(steps) // plots.MOST_POINTS)
     caption = f"{name[0].upper()}{name[1:]}, nats per token" + (
         f"; each point is a mean of about {thinned} steps" if thinned > 1 else ""
     )
     note = (
-        f"{count(last['step'])} steps of {count(steps[0]['tokens'] / steps[0]['step'])} tokens, "
-        f"{count(last['tokens'])} tokens in all. The held-out points use the first {count(recipe['evaluate_blocks'])} "
+        f"{count(last.step)} steps of {count(steps[0].tokens / steps[0].step)} tokens, "
+        f"{count(last.tokens)} tokens in all. The held-out points use the first {count(recipe.evaluate_blocks)} "
         "held-out blocks, or all if there are fewer; the result table may use another number."
     )
-    if recipe.get("correction"):
-        note += " The loss is against the corrected teacher" + ", as it was at each step" * (
-            recipe["correction"] == "parallel"
-        )
-        note += "."
+    if recipe.correction is not None:
+        when = ", as it was at each step" if recipe.correction == "parallel" else ""
+        note += f" The loss is against the corrected teacher{when}."
     figures = [
         html.figure(plots.training_curve(records.metrics, "nats per token"), "Distillation loss", caption),
         html.figure(plots.learning_rate_curve(records.metrics), "Learning rate", "at each step"),
@@ -315,11 +314,12 @@ def training(records: RunRecords) -> str:
 def texts(records: RunRecords) -> str:
     if not records.generations:
         return ""
-    parts = [html.note(f"Greedy continuations, at most {records.recipe['evaluate']['new_tokens']} tokens each.")]
+    parts = [html.note(f"Greedy continuations, at most {records.recipe.evaluate.new_tokens} tokens each.")]
     for row in records.generations:
-        columns = "".join(_continuation(name, row[name]) for name in MODELS if name in row)
+        of_models = row.of_models
+        columns = "".join(_continuation(name, of_models[name]) for name in MODELS if name in of_models)
         parts.append(
-            f'<h3>Prompt: <code class="text">{escape(row["prompt"])}</code></h3>\n<div class="texts">{columns}</div>'
+            f'<h3>Prompt: <code class="text">{escape(row.prompt)}</code></h3>\n<div class="texts">{columns}</div>'
         )
     return html.section("The same prompts, continued by each model", *parts)
 
@@ -343,23 +343,22 @@ def provenance(records: RunRecords) -> str:
     rows = [
         [
             name,
-            stage["started"].replace("T", " ").removesuffix("Z"),
-            duration(stage["seconds"]),
+            stage.started.replace("T", " ").removesuffix("Z"),
+            duration(stage.seconds),
             shown(_stage_tokens(records, name), count),
             shown(counted.get(name), flops),
-            size(stage["peak_memory_bytes"]),
-            ", ".join(f"{key}\N{NO-BREAK SPACE}{digest[:12]}" for key, digest in stage["inputs"].items()),
+            size(stage.peak_memory_bytes),
+            ", ".join(f"{key}\N{NO-BREAK SPACE}{digest[:12]}" for key, digest in stage.inputs.items()),
         ]
         for name, stage in records.stages.items()
     ]
     facts = {
-        "Teacher": records.recipe["model"]
-        + (f" at {records.recipe['revision']}" if records.recipe["revision"] else ""),
-        "Data": f"sampled from the teacher, {how}" if (how := sampling(records)) else records.recipe["data"]["source"],
-        "Seed": str(records.recipe["seed"]),
+        "Teacher": records.recipe.model + (f" at {records.recipe.revision}" if records.recipe.revision else ""),
+        "Data": f"sampled from the teacher, {how}" if (how := sampling(records)) else records.recipe.data.source,
+        "Seed": str(records.recipe.seed),
         "Cost": _cost(records, sum(counted.values())),
     }
-    recipe = yaml.safe_dump(records.recipe, sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(records.whole_recipe, sort_keys=False, allow_unicode=True)
     return html.section(
         "Provenance",
         html.facts(facts | environments(records.stages)),
@@ -370,11 +369,9 @@ def provenance(records: RunRecords) -> str:
 
 def _cost(records: RunRecords, operations: int) -> str:
     """Tokens, operations, hours, and energy where every stage knows its own."""
-    seconds = sum(stage["seconds"] for stage in records.stages.values())
-    trained = sum(
-        stage["result"]["training"]["tokens"] for stage in records.stages.values() if "training" in stage["result"]
-    )
-    joules = [stage.get("energy_joules") for stage in records.stages.values()]
+    seconds = sum(stage.seconds for stage in records.stages.values())
+    trained = sum(training.tokens for training in records.results.trainings.values())
+    joules = [stage.energy_joules for stage in records.stages.values()]
     known = [one for one in joules if one is not None]
     energy = f", {sum(known) / 3.6e6:,.3g} kWh by the processors' own counters" if len(known) == len(joules) else ""
     return (
@@ -384,16 +381,12 @@ def _cost(records: RunRecords, operations: int) -> str:
 
 
 def _stage_tokens(records: RunRecords, name: str) -> int | None:
-    result = records.stages[name]["result"]
-    match name:
-        case "data":
-            return result["train_tokens"] + result["heldout_tokens"]
-        case "statistics":
-            return result["tokens"]
-        case "search":
-            return result["tokens"]
-        case "corrected" | "student" | "scratch":
-            return result["training"]["tokens"]
-        case "evaluations":
-            return records.evaluations["teacher"]["tokens"]
-    return None
+    results = records.results
+    tokens = {name: training.tokens for name, training in results.trainings.items()}
+    tokens |= {
+        "data": results.data.train_tokens + results.data.heldout_tokens,
+        "statistics": results.statistics.tokens,
+        "evaluations": records.evaluations["teacher"].tokens,
+    }
+    tokens |= {} if results.search is None else {"search": results.search.tokens}
+    return tokens.get(name)

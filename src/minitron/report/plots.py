@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minitron.core.text import Number, short_count, size
+from minitron.distillation.layouts import Logged
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
 MOST_POINTS = 400  # of a curve, and columns of a heat map
@@ -56,7 +57,7 @@ STYLE: Any = {  # matplotlib types its keys as literals
 }
 
 
-def bars(values: Mapping[str, Any], unit: str, label: str) -> str:
+def bars(values: Mapping[str, Number], unit: str, label: str) -> str:
     """One horizontal bar per model, each with its value."""
     with _canvas(0.5 + 0.32 * len(values), label) as (figure, drawn):
         axes = figure.subplots()
@@ -69,21 +70,21 @@ def bars(values: Mapping[str, Any], unit: str, label: str) -> str:
     return drawn[0]
 
 
-def training_curve(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
-    training = [row for row in metrics if "loss" in row]
-    heldout = [row for row in metrics if "heldout_loss" in row]
+def training_curve(metrics: Sequence[Logged], unit: str) -> str:
+    training = [(row.step, row.loss) for row in metrics if row.loss is not None]
+    heldout = [(row.step, row.heldout_loss) for row in metrics if row.heldout_loss is not None]
     label = "Line chart of the distillation loss per step: " + ", ".join(
-        f"{name} from {rows[0][key]:.3f} to {rows[-1][key]:.3f} {unit}"
-        for name, key, rows in (("training", "loss", training), ("held-out", "heldout_loss", heldout))
-        if rows
+        f"{name} from {points[0][1]:.3f} to {points[-1][1]:.3f} {unit}"
+        for name, points in (("training", training), ("held-out", heldout))
+        if points
     )
     with _canvas(2.5, label) as (figure, drawn):
         axes = figure.subplots()
-        steps, losses = _thin([row["step"] for row in training]), _thin([row["loss"] for row in training])
+        steps, losses = _thin([step for step, _ in training]), _thin([loss for _, loss in training])
         axes.plot(steps, losses, color=COLORS["teacher"], linewidth=1.1, label="training batch")
         axes.plot(
-            [row["step"] for row in heldout],
-            [row["heldout_loss"] for row in heldout],
+            [step for step, _ in heldout],
+            [loss for _, loss in heldout],
             color=COLORS["student"],
             marker="o",
             markersize=3.5,
@@ -97,15 +98,15 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
     return drawn[0]
 
 
-def learning_rate_curve(metrics: Sequence[Mapping[str, Any]]) -> str:
-    training = [row for row in metrics if "learning_rate" in row]
-    rates = [row["learning_rate"] for row in training]
+def learning_rate_curve(metrics: Sequence[Logged]) -> str:
+    points = [(row.step, row.learning_rate) for row in metrics if row.learning_rate is not None]
+    rates = [rate for _, rate in points]
     with _canvas(2.5, f"Line chart of the learning rate per step: peak {max(rates):.2g}, end {rates[-1]:.2g}") as (
         figure,
         drawn,
     ):
         axes = figure.subplots()
-        axes.plot(_thin([row["step"] for row in training]), _thin(rates), color=COLORS["student"], linewidth=1.4)
+        axes.plot(_thin([step for step, _ in points]), _thin(rates), color=COLORS["student"], linewidth=1.4)
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("step")

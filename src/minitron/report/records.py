@@ -1,70 +1,100 @@
 """What a run directory says about itself; the only source of the report, the card and the result table."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import yaml
 
-from minitron.core import layouts
+from minitron.calibration.layouts import STATISTICS_RESULT, Calibrated
 from minitron.core.errors import RunError
+from minitron.core.run_layout import MODELS, RECORD, STAGES, Record, RunLayout
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.corpus import TEACHER
+from minitron.data.layouts import DATA_RESULT, Text
+from minitron.distillation.layouts import LOGGED, Logged, Trained, Training, training_result
+from minitron.distillation.losses import LOSSES
+from minitron.evaluation.layouts import (
+    EVALUATED,
+    GENERATIONS,
+    SPEEDS,
+    TASKS,
+    Asked,
+    Continued,
+    Evaluated,
+    Speeds,
+    Tasks,
+)
+from minitron.gguf.layouts import LADDER, Ladder
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
-from minitron.report.tables import source_name
-
-# The order in which models and stages are shown.
-MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
-STAGES = (
-    *("data", "corrected", "statistics", "lessons", "search", "scores", "plan"),
-    *("pruned", "student", "scratch", "evaluations", "gguf"),
+from minitron.pruning.layouts import MADE_PLAN, SCORES, MadePlan, UnitScores
+from minitron.report.layouts import (
+    PLAN_RESULT,
+    PRUNED_RESULT,
+    RUN_RECIPE,
+    SCORES_RESULT,
+    Planned,
+    Repaired,
+    RunRecipe,
+    Scored,
+    TrainingRecipe,
 )
+from minitron.report.tables import source_name
+from minitron.shapes.layouts import SEARCH, SEARCH_RESULT, Search, Searched
 
-LOSS_NAMES = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jensen_shannon": "Jensen-Shannon",
-    "mse": "squared difference of logits",
-    "cosine": "cosine of logits",
-    "cross_entropy": "cross-entropy",
-}
-
-
+Value = TypeVar("Value")
 PER_LAYER = ("ffn", "heads", "kv_heads")
 WAY_OUT = "put the file back, or remove its directory and run the same command that made it again"
 
 
 @dataclass(frozen=True)
-class RunRecords:
-    """The records of a run, as they lie on disk. A stage or model that the run has not reached is absent.
+class Results:
+    """What the records of a run's stages say of their results. A stage that the run does not have is None."""
 
-    evaluations: model -> its description (family, shape, parameters, bytes) and its measured quality.
-    generations: one row per prompt: {"prompt": ..., model: continuation}.
-    metrics: rows of distill/metrics.jsonl, training steps and held-out evaluations in one sequence.
+    data: Text
+    statistics: Calibrated
+    plan: Planned
+    student: Training
+    corrected: Training | None = None
+    search: Searched | None = None
+    scores: Scored | None = None
+    pruned: Repaired | None = None
+    scratch: Training | None = None
+
+    @property
+    def trainings(self) -> dict[str, Trained]:
+        """Stage -> its training, of those that train."""
+        stages = {"corrected": self.corrected, "student": self.student, "scratch": self.scratch}
+        return {name: result.training for name, result in stages.items() if result is not None}
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of a run. What the run has not reached or was not asked for is absent, None or empty.
+
+    recipe: what the report and the card read of recipe.yaml; `whole_recipe` is all of it.
+    stages: stage -> its record, in the order of the run.
+    evaluations: model -> what it is and its measured quality.
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
-    speed: evaluations/speed.json: teacher, student, and `ratio`, the median of the rounds' ratios, if the run has it.
-    search: search/candidates.json, or nothing where the shape was not searched for.
-    ladder: gguf/quantization.json, or nothing where no GGUF files were written.
-    tasks: evaluations/tasks.json: {"tasks": {model: {task: result}}, "kept": {task: share of the teacher's value},
-        "chosen_by": [task, ...]}, or nothing.
     """
 
     path: Path
-    recipe: dict[str, Any]
-    stages: dict[str, dict[str, Any]]
-    evaluations: dict[str, dict[str, Any]]
-    generations: list[dict[str, str]]
-    speed: dict[str, dict[str, Any]]
-    metrics: list[dict[str, Any]]
-    scores: dict[str, Any]
-    plan: dict[str, Any]
-    cut: dict[str, Any]
-    search: dict[str, Any]
-    ladder: dict[str, Any]
-    tasks: dict[str, Any]
+    recipe: RunRecipe
+    whole_recipe: Mapping[str, Any]
+    stages: Mapping[str, Record]
+    results: Results
+    evaluations: Mapping[str, Evaluated]
+    generations: list[Continued] = field(default_factory=list)
+    speed: Speeds | None = None
+    metrics: list[Logged] = field(default_factory=list)
+    scores: UnitScores | None = None
+    plan: MadePlan | None = None
+    cut: MadePlan | None = None
+    search: Search | None = None
+    ladder: Ladder | None = None
+    tasks: Tasks | None = None
 
 
 def read_run(path: Path) -> RunRecords:
@@ -72,229 +102,239 @@ def read_run(path: Path) -> RunRecords:
 
     Raises: RunError if the directory is no run, has no evaluations yet, or a file in it is missing or damaged.
     """
-    if not (path / "recipe.yaml").exists():
-        raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
-    if not (path / "evaluations" / "record.json").exists():
+    run = RunLayout(path)
+    if not run.recipe.exists():
+        raise RunError(f"{path} is not a run directory: it has no {run.recipe.name}")
+    if not run.record("evaluations").exists():
         raise RunError(
-            f"the run in {path} is not finished: it has no evaluations/record.json; the same command that started it "
-            "goes on with it"
+            f"the run in {path} is not finished: it has no {run.record('evaluations').relative_to(path)}; the same "
+            "command that started it goes on with it"
         )
-    recipe = as_typed(
-        read_yaml(path / "recipe.yaml", yaml.SafeLoader, RunError),
-        layouts.RUN_RECIPE,
-        str(path / "recipe.yaml"),
-        RunError,
-    )
-    stages = {name: record for name in STAGES if (record := _record(path / name / "record.json", name))}
-    evaluations = {
-        name: row
-        for name in MODELS
-        if (row := _optional(path / "evaluations" / f"{name}.json", layouts.EVALUATED, None))
+    whole_recipe = read_yaml(run.recipe, yaml.SafeLoader, RunError)
+    recipe = as_typed(whole_recipe, RUN_RECIPE, str(run.recipe), RunError)
+    stages = {name: record for name in STAGES if (record := _optional(run.record(name), RECORD))}
+    results = {
+        name: as_typed(stages[name].result, kind, f"{run.record(name)}: the result", RunError)
+        for name, kind in _RESULTS.items()
+        if name in stages
     }
-    _require_all(path, stages, evaluations)
-    metrics = path / "distill" / "metrics.jsonl"
-    plan = _plan(path / "plan" / "plan.json")
+    evaluations = {name: found for name in MODELS if (found := _optional(run.evaluation(name), EVALUATED))}
+    _require_all(run, stages, evaluations)
+    plan = _optional(run.plan, MADE_PLAN)
     records = RunRecords(
         path=path,
         recipe=recipe,
+        whole_recipe=whole_recipe,
         stages=stages,
+        results=Results(**results),
         evaluations=evaluations,
-        generations=_optional(path / "evaluations" / "generations.json", layouts.GENERATIONS, []),
-        speed=_optional(path / "evaluations" / "speed.json", layouts.SPEEDS, {}),
-        metrics=read_typed_lines(metrics, layouts.LOGGED, RunError, way_out=WAY_OUT) if exists(metrics) else [],
-        scores=_optional(path / "scores" / "scores.json", layouts.SCORES, {}),
+        generations=_optional(run.generations, GENERATIONS) or [],
+        speed=_optional(run.speed, SPEEDS),
+        metrics=read_typed_lines(run.metrics, LOGGED, RunError, way_out=WAY_OUT) if exists(run.metrics) else [],
+        scores=_optional(run.scores, SCORES),
         plan=plan,
-        cut=_plan(path / "pruned" / "plan.json") or plan,
-        search=_optional(path / "search" / "candidates.json", layouts.SEARCH, {}),
-        ladder=_optional(path / "gguf" / "quantization.json", layouts.LADDER, {}),
-        tasks=_optional(path / "evaluations" / "tasks.json", layouts.TASKS, {}),
+        cut=_optional(run.cut, MADE_PLAN) or plan,
+        search=_optional(run.candidates, SEARCH),
+        ladder=_optional(run.ladder, LADDER),
+        tasks=_optional(run.tasks, TASKS),
     )
-    _require_of_one_run(records)
+    _require_of_one_run(run, records)
     return records
 
 
-def _require_all(path: Path, stages: Mapping[str, Any], evaluations: Mapping[str, Any]) -> None:
+# Stage -> what its record says of the result, of those stages of which the report says something.
+_RESULTS: dict[str, FileKind[Any]] = {
+    "data": DATA_RESULT,
+    "statistics": STATISTICS_RESULT,
+    "search": SEARCH_RESULT,
+    "scores": SCORES_RESULT,
+    "plan": PLAN_RESULT,
+    "pruned": PRUNED_RESULT,
+    **{name: training_result(name) for name in ("corrected", "student", "scratch")},
+}
+
+
+def _require_all(run: RunLayout, stages: Mapping[str, Any], evaluations: Mapping[str, Any]) -> None:
     """Of a run that has evaluations, the stages before them are there too."""
-    files = [f"{name}/record.json" for name in ("data", "statistics", "plan", "student") if name not in stages]
-    files += [f"evaluations/{name}.json" for name in ("teacher", "pruned", "student") if name not in evaluations]
+    files = [run.record(name) for name in ("data", "statistics", "plan", "student") if name not in stages]
+    files += [run.evaluation(name) for name in ("teacher", "pruned", "student") if name not in evaluations]
     if files:
-        raise RunError(f"{path / files[0]} is missing: the run in {path} was changed after it ended; {WAY_OUT}")
+        raise RunError(f"{files[0]} is missing: the run in {run.out} was changed after it ended; {WAY_OUT}")
 
 
-def _require_of_one_run(records: RunRecords) -> None:
+def _require_of_one_run(run: RunLayout, records: RunRecords) -> None:
     """What one file says must fit to what another does."""
-    path, teacher = records.path, records.evaluations["teacher"]["shape"]
-    for name, plan in (("plan/plan.json", records.plan), ("pruned/plan.json", records.cut)):
-        if plan and plan["teacher"] != {dim: teacher[dim] for dim in plan["teacher"]}:
-            raise RunError(f"{path / name} is of another model than evaluations/teacher.json; {WAY_OUT}")
-    if records.plan and records.cut["layers"] != records.plan["layers"]:
-        raise RunError(f"{path / 'pruned' / 'plan.json'} keeps other layers than plan/plan.json; {WAY_OUT}")
+    teacher = vars(records.evaluations["teacher"].shape)
+    for file, plan in ((run.plan, records.plan), (run.cut, records.cut)):
+        if plan and vars(plan.teacher) != teacher:
+            raise RunError(f"{file} is of another model than evaluations/teacher.json; {WAY_OUT}")
+    if records.plan and records.cut and records.cut.layers != records.plan.layers:
+        raise RunError(f"{run.cut} keeps other layers than plan/plan.json; {WAY_OUT}")
     if records.scores:
-        sizes = {dim: [len(row) for row in records.scores[dim]] for dim in PER_LAYER}
-        sizes |= {dim: [len(records.scores[dim])] for dim in ("layers", "hidden")}
+        of_dims = vars(records.scores)
+        sizes = {dim: [len(row) for row in of_dims[dim]] for dim in PER_LAYER}
+        sizes |= {dim: [len(of_dims[dim])] for dim in ("layers", "hidden")}
         wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in PER_LAYER else 1) for dim in sizes}
         if bad := [dim for dim in sizes if sizes[dim] != wanted[dim]]:
-            file = path / "scores" / "scores.json"
-            raise RunError(f"{file}: {bad[0]} has not a score for each of the teacher's units; {WAY_OUT}")
+            raise RunError(f"{run.scores}: {bad[0]} has not a score for each of the teacher's units; {WAY_OUT}")
     if records.tasks:
-        measured = records.tasks["tasks"]
+        measured = records.tasks.tasks
         of_student = measured.get("student", {}).keys()
         if missing := [name for name in ("teacher", "student") if measured.get(name, {}).keys() != of_student]:
-            file = path / "evaluations" / "tasks.json"
-            raise RunError(f"{file} has other tasks for {missing[0]} than for student; {WAY_OUT}")
+            raise RunError(f"{run.tasks} has other tasks for {missing[0]} than for student; {WAY_OUT}")
 
 
-def result_table(records: RunRecords) -> list[dict[str, Any]]:
-    """One row per measured model: what it is and what it kept.
+class ResultRow(TypedDict):
+    """What a measured model is and what it kept. KL and agreement of the teacher itself are None.
 
-    Keys: model, total, non_embedding, non_embedding_share (of the teacher's), lm_loss, perplexity, bits_per_byte,
-    kl_to_teacher, top1_agreement, weight_bytes. KL and agreement of the teacher itself are None.
+    non_embedding_share: of the teacher's.
     """
-    whole = records.evaluations["teacher"]["parameters"]["non_embedding"]
-    quality = ("lm_loss", "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "weight_bytes")
+
+    model: str
+    total: int
+    non_embedding: int
+    non_embedding_share: float
+    lm_loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    kl_to_teacher: float | None
+    top1_agreement: float | None
+    weight_bytes: int
+
+
+def result_table(records: RunRecords) -> list[ResultRow]:
+    """One row per measured model."""
+    whole = records.evaluations["teacher"].parameters.non_embedding
     return [
-        {
-            "model": name,
-            "total": row["parameters"]["total"],
-            "non_embedding": row["parameters"]["non_embedding"],
-            "non_embedding_share": row["parameters"]["non_embedding"] / whole,
-        }
-        | {key: row[key] for key in quality}
-        for name, row in records.evaluations.items()
+        ResultRow(
+            model=name,
+            total=found.parameters.total,
+            non_embedding=found.parameters.non_embedding,
+            non_embedding_share=found.parameters.non_embedding / whole,
+            lm_loss=found.lm_loss,
+            perplexity=found.perplexity,
+            bits_per_byte=found.bits_per_byte,
+            kl_to_teacher=found.kl_to_teacher,
+            top1_agreement=found.top1_agreement,
+            weight_bytes=found.weight_bytes,
+        )
+        for name, found in records.evaluations.items()
     ]
 
 
-def benchmarks(records: RunRecords) -> list[dict[str, Any]]:
-    """One row per task, in the order they were measured. Keys: task, title, teacher and student (results), kept (the
-    student's share of the teacher's value, or None), chosen_by (whether it had a say in the choice of layers)."""
-    if not records.tasks:
+@dataclass(frozen=True)
+class Benchmark:
+    """A task that teacher and student were measured on.
+
+    kept: the student's share of the teacher's value; None where there is none, or an older version did not write it.
+    chosen_by: whether the task had a say in the choice of layers.
+    """
+
+    task: str
+    teacher: Asked
+    student: Asked
+    kept: float | None
+    chosen_by: bool
+
+
+def benchmarks(records: RunRecords) -> list[Benchmark]:
+    """One for each task, in the order they were measured."""
+    if records.tasks is None:
         return []
-    teacher, student = (records.tasks["tasks"][name] for name in ("teacher", "student"))
+    teacher, student = (records.tasks.tasks[name] for name in ("teacher", "student"))
     by_number = layers_by_number(records)  # then no task had a say
     return [
-        {
-            "task": task,
-            "title": row["title"],
-            "teacher": teacher[task],
-            "student": row,
-            "kept": records.tasks.get("kept", {}).get(task),  # older runs do not have it
-            "chosen_by": task in records.tasks["chosen_by"] and not by_number,
-        }
-        for task, row in student.items()
+        Benchmark(
+            task=task,
+            teacher=teacher[task],
+            student=asked,
+            kept=records.tasks.kept.get(task),
+            chosen_by=task in records.tasks.chosen_by and not by_number,
+        )
+        for task, asked in student.items()
     ]
-
-
-def speed_ratios(records: RunRecords) -> dict[str, float]:
-    """Student to teacher, of prefill and decode; nothing where speed was not measured.
-
-    Older runs do not have the ratios of the rounds; theirs is of the medians.
-    """
-    if not records.speed:
-        return {}
-    teacher, student = records.speed["teacher"], records.speed["student"]
-    found = records.speed.get("ratio") or {}
-    return {kind: found.get(kind, student[kind] / teacher[kind]) for kind in ("prefill", "decode")}
 
 
 def stage_flops(records: RunRecords) -> dict[str, int]:
     """Floating-point operations of calibration and trainings, counted as `minitron run --dry-run` does: a training step
     takes three forward passes, and the teacher's one where it is there. What other stages take is not counted."""
-    context, recipe = records.recipe["data"]["block_tokens"], records.recipe["distill"]
+    context, recipe = records.recipe.data.block_tokens, records.recipe.distill
 
     def forward(name: str) -> int:
-        row = records.evaluations[name]
-        parameters = Parameters(**{part.name: row["parameters"][part.name] for part in fields(Parameters)})
-        return forward_flops(Shape(**row["shape"]), parameters, context)
+        found = records.evaluations[name]
+        parameters = Parameters(**{part.name: getattr(found.parameters, part.name) for part in fields(Parameters)})
+        return forward_flops(Shape(**vars(found.shape)), parameters, context)
 
     teacher, student = forward("teacher"), forward("student")
-    beside = 0 if recipe.get("teacher") == "recorded" else 3 if recipe.get("correction") == "parallel" else 1
+    beside = 0 if recipe.teacher == "recorded" else 3 if recipe.correction == "parallel" else 1
     steps = {"corrected": 3 * teacher, "student": 3 * student + beside * teacher, "scratch": 3 * student}
-    found = {"statistics": records.stages["statistics"]["result"]["tokens"] * teacher}
-    for name, step in steps.items():
-        if name in records.stages:
-            found[name] = records.stages[name]["result"]["training"]["tokens"] * step
-    return found
+    trained = {name: training.tokens * steps[name] for name, training in records.results.trainings.items()}
+    return {"statistics": records.results.statistics.tokens * teacher} | trained
 
 
 def public_recipe(records: RunRecords) -> dict[str, Any]:
-    """The recipe as it may be published: whose machine it was, and how its directories are called, is nobody's."""
-    data = dict(records.recipe["data"])
+    """The recipe as it may be published, with the last part of local paths only."""
+    recipe = records.whole_recipe
+    data = dict(recipe["data"])
     for key in ("source", "heldout"):
         data[key] = source_name(data[key]) if data[key] else data[key]
-    evaluate = dict(records.recipe["evaluate"])
+    evaluate = dict(recipe["evaluate"])
     if evaluate.get("tasks_dir"):
         evaluate["tasks_dir"] = source_name(evaluate["tasks_dir"])
-    return records.recipe | {"model": source_name(records.recipe["model"]), "data": data, "evaluate": evaluate}
+    return {**recipe, "model": source_name(recipe["model"]), "data": data, "evaluate": evaluate}
 
 
 def layer_criterion(records: RunRecords) -> str:
-    """By what the layers in scores.json are scored. The stage names it only where it took a pass of its own."""
-    criterion: str = records.stages["scores"]["result"].get("layers", "block_influence")
-    return criterion
+    """By what the layers in scores.json are scored."""
+    return (records.results.scores or Scored()).layers
 
 
 def layers_by_number(records: RunRecords) -> bool:
     """Whether the recipe says which layers stay, so that their scores chose none."""
-    return bool(records.recipe["prune"].get("drop_layers") or records.recipe["prune"].get("keep_layers"))
+    return bool(records.recipe.prune.drop_layers or records.recipe.prune.keep_layers)
 
 
 def heldout_source(records: RunRecords) -> str:
     """Where the text comes from that everything was measured on."""
-    config = records.recipe["data"]
-    source: str = config["heldout"] or config["source"]
-    return source
+    return records.recipe.data.heldout or records.recipe.data.source
 
 
 def sampling(records: RunRecords) -> str | None:
     """How the text was sampled from the teacher; None where it was not."""
-    config = records.recipe["data"]
-    if config["source"] != TEACHER:
+    config, sampled = records.recipe.data, records.results.data.sampled
+    if config.source != TEACHER or sampled is None:
         return None
-    facts = records.stages["data"]["result"]["sampled"]
-    limits = {"top-k": config["sample_top_k"], "top-p": config["sample_top_p"]}
+    limits = {"top-k": config.sample_top_k, "top-p": config.sample_top_p}
     ways = [
-        f"temperature {config['sample_temperature']:g}",
+        f"temperature {config.sample_temperature:g}",
         *(f"{k} {v:g}" for k, v in limits.items() if v is not None),
     ]
-    return f"{facts['documents']:,} documents at {', '.join(ways)}"
+    return f"{sampled.documents:,} documents at {', '.join(ways)}"
 
 
 def correction(records: RunRecords) -> str | None:
     """How the teacher was trained on the text that it taught; None where it was not."""
-    config = records.recipe["distill"]
-    if config.get("correction") is None:
+    config = records.recipe.distill
+    if config.correction is None:
         return None
-    tokens = records.stages["student"]["result"]["training"]["tokens"]
-    own = min(config["correction_tokens"], tokens if config["correction"] == "parallel" else math.inf)
+    of_student = records.results.student.training.tokens
+    tokens = of_student if config.correction_tokens is None else config.correction_tokens
     when = {
         "before": "before it was measured, cut and distilled from",
         "parallel": "while the student, cut from it as it was, learnt from it",
     }
-    return f"trained by cross-entropy on {own:,} tokens of the same text {when[config['correction']]}"
+    own = min(tokens, of_student) if config.correction == "parallel" else tokens
+    return f"trained by cross-entropy on {own:,} tokens of the same text {when[config.correction]}"
 
 
 def repairs(records: RunRecords) -> list[str] | None:
     """The repair steps that ran; None where the records do not say."""
-    steps: list[str] | None = records.stages.get("pruned", {}).get("result", {}).get("repairs")
-    return steps
+    return None if records.results.pruned is None else records.results.pruned.repairs
 
 
-def _optional(path: Path, kind: FileKind, default: Any) -> Any:
+def _optional(path: Path, kind: FileKind[Value]) -> Value | None:
     """What a file holds that not every run has."""
-    return read_typed(path, kind, RunError, way_out=WAY_OUT) if exists(path) else default
-
-
-def _record(path: Path, stage: str) -> Any:
-    """A stage's record, with a result of that stage; None where the stage is not there."""
-    record = _optional(path, layouts.RECORD, None)
-    if record is not None and stage in layouts.RESULTS:
-        as_typed(record["result"], layouts.RESULTS[stage], f"{path}: the result", RunError)
-    return record
-
-
-def _plan(path: Path) -> dict[str, Any]:
-    plan: dict[str, Any] = _optional(path, layouts.MADE_PLAN, {})
-    return plan
+    return read_typed(path, kind, RunError, way_out=WAY_OUT) if exists(path) else None
 
 
 def exists(path: Path) -> bool:
@@ -302,12 +342,12 @@ def exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def loss_name(distill: Mapping[str, Any]) -> str:
+def loss_name(distill: TrainingRecipe) -> str:
     """What the student was trained for, from a recipe's section."""
-    terms = {distill["loss"]: 1} if isinstance(distill["loss"], str) else distill["loss"]
-    name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSS_NAMES[loss]}" for loss, weight in terms.items())
-    if distill.get("top_k") is not None:
-        name += f" over the teacher's {distill['top_k']} likeliest tokens"
-    if distill.get("temperature", 1) != 1:
-        name += f" at temperature {distill['temperature']:g}"
-    return name + ("" if distill.get("intermediate") in (None, False, "off") else ", states between layers too")
+    terms = {distill.loss: 1.0} if isinstance(distill.loss, str) else distill.loss
+    name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSSES[loss].title}" for loss, weight in terms.items())
+    if distill.top_k is not None:
+        name += f" over the teacher's {distill.top_k} likeliest tokens"
+    if distill.temperature != 1:
+        name += f" at temperature {distill.temperature:g}"
+    return name + (", states between layers too" if distill.intermediate not in (None, False, "off") else "")

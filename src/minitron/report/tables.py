@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron.core.run_layout import Record
 from minitron.core.text import (
     Number,
     count,
@@ -98,13 +99,13 @@ def source_name(source: str) -> str:
     return hub_id(source) or Path(source).name
 
 
-def environments(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def environments(stages: Mapping[str, Record]) -> dict[str, str]:
     """Hardware and software; a resumed run may have several, each with the names of its stages."""
     groups: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        machine = stage["hardware"]
-        device = f"{machine['device']}, {machine['cores']} CPU cores, {size(machine['memory_bytes'])} host memory"
-        software = ", ".join(f"{package} {number}" for package, number in stage["versions"].items())
+        machine = stage.hardware
+        device = f"{machine.device}, {machine.cores} CPU cores, {size(machine.memory_bytes)} host memory"
+        software = ", ".join(f"{package} {number}" for package, number in stage.versions.items())
         groups.setdefault(json.dumps([device, software]), []).append(name)
     facts = {}
     for key, names in groups.items():

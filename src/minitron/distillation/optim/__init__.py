@@ -1,16 +1,20 @@
-"""What moves the weights: which optimizer, for weights held how, and what it holds of each."""
+"""What moves the weights: which optimizer, for weights held how, and what it holds of each.
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal
+To add an optimizer: a row of OPTIMIZERS, and a row of the tests.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from minitron.core.config import choice
 from minitron.distillation.optim.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW
 from minitron.distillation.optim.soap import Soap, axes_bytes, turned_sides
 from minitron.model.architecture import Architecture, Shape
 
-Optimizer = Literal["soap", "adamw"]
 Weights = Literal["float32", "bfloat16_kahan", "bfloat16_stochastic"]
 # That training holds of each parameter: the weight, its gradient, two moments and what is left over.
 TRAINING_BYTES: dict[Weights, int] = {
@@ -22,6 +26,71 @@ LOW_PRECISION: dict[Weights, type[BFloat16AdamW]] = {
     "bfloat16_kahan": KahanAdamW,
     "bfloat16_stochastic": StochasticAdamW,
 }
+
+
+Group = dict[str, Any]  # torch's: the parameters that are moved in one way, and how
+
+
+def _adamw(groups: list[Group], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def _is_never_turned(shape: tuple[int, ...]) -> bool:
+    return False
+
+
+def _is_turned_by_soap(shape: tuple[int, ...]) -> bool:
+    return bool(turned_sides(shape))
+
+
+def _no_further_bytes(shape: tuple[int, ...]) -> int:
+    return 0
+
+
+def _none_held(optimizer: torch.optim.Optimizer) -> Mapping[Tensor, int]:
+    return {}
+
+
+def _held_by_soap(optimizer: torch.optim.Optimizer) -> Mapping[Tensor, int]:
+    assert isinstance(optimizer, Soap)
+    return optimizer.holders
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """A row of OPTIMIZERS.
+
+    make: the optimizer of groups of float32 weights, from Adam's betas and what `options` names.
+    options: arguments of `make_optimizer` that `make` takes besides, by their names.
+    in_bfloat16: for a format of weights in bfloat16, the optimizer that moves them; none where there is no room.
+    is_turned: whether a matrix of a shape is moved along axes of its own, as its group says then.
+    further_bytes: what is held of a matrix in a layer besides what AdamW holds of it.
+    holders: parameter -> the process that holds the state of all of it; where a parameter is missing, every process
+        holds a part.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    doc: str
+    options: tuple[str, ...] = ()
+    in_bfloat16: Mapping[Weights, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
+    is_turned: Callable[[tuple[int, ...]], bool] = _is_never_turned
+    further_bytes: Callable[[tuple[int, ...]], int] = _no_further_bytes
+    holders: Callable[[torch.optim.Optimizer], Mapping[Tensor, int]] = _none_held
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "soap": OptimizerRow(
+        Soap,
+        "Adam along the principal axes of each matrix's gradients, which takes fewer tokens and more memory (see "
+        "--dry-run)",
+        options=("dtype",),
+        is_turned=_is_turned_by_soap,
+        further_bytes=axes_bytes,
+        holders=_held_by_soap,
+    ),
+    "adamw": OptimizerRow(_adamw, "Adam along the axes that there are", in_bfloat16=LOW_PRECISION),
+}
+Optimizer = Annotated[str, choice(OPTIMIZERS)]
 
 
 def hold_weights(model: nn.Module, weights: Weights) -> None:
@@ -55,24 +124,22 @@ def make_optimizer(
         dtype: of the model's matrix products; SOAP's may round their inputs to it.
         seed: of the noise in stochastic rounding.
     """
-    of_tokens = {id(matrix) for matrix in vocabulary}
+    row, of_tokens = OPTIMIZERS[optimizer], {id(matrix) for matrix in vocabulary}
     groups = []
     for name, parameters in trained.items():
         kinds: dict[tuple[bool, bool], list[Tensor]] = {(True, True): [], (True, False): [], (False, False): []}
         for parameter in parameters:
-            may_turn = optimizer == "soap" and parameter.ndim == 2 and id(parameter) not in of_tokens
-            turned = may_turn and bool(turned_sides(tuple(parameter.shape)))
+            in_a_layer = parameter.ndim == 2 and id(parameter) not in of_tokens
+            turned = in_a_layer and row.is_turned(tuple(parameter.shape))
             kinds[parameter.ndim >= 2, turned].append(parameter)
         for (matrices, turned), members in kinds.items():
             decay = weight_decay if matrices else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "of": name, "turned": turned})
     if weights != "float32":
-        assert optimizer == "adamw", "settings.resolve allows no other"
-        return LOW_PRECISION[weights](groups, betas=betas, seed=seed)
-    if optimizer == "soap":
-        return Soap(groups, betas=betas, dtype=dtype)
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+        return row.in_bfloat16[weights](groups, betas=betas, seed=seed)
+    asked = {"dtype": dtype, "seed": seed}
+    return row.make(groups, betas=betas, **{option: asked[option] for option in row.options})
 
 
 def training_bytes(
@@ -80,7 +147,5 @@ def training_bytes(
 ) -> int:
     """What training a model of a shape holds, in all processes together: weights, gradients, moments, SOAP's axes."""
     bytes_ = TRAINING_BYTES[weights] * architecture.count(shape, config).total
-    if optimizer == "adamw":
-        return bytes_
     layer = [spec.shape(shape) for spec in architecture.specs(config, layers=1) if spec.layer is not None]
-    return bytes_ + shape.layers * sum(axes_bytes(size) for size in layer if len(size) == 2)
+    return bytes_ + shape.layers * sum(OPTIMIZERS[optimizer].further_bytes(size) for size in layer if len(size) == 2)

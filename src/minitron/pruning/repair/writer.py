@@ -5,7 +5,7 @@ student's layer. A matrix of products of a layer's neurons is hundreds of megaby
 a time, and none is stored.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,13 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitron.calibration.collect import Statistics, require_second_moment
-from minitron.core.config import Section
-from minitron.core.errors import PlanError
 from minitron.core.files import scratch_directory
-from minitron.model.architecture import PRUNABLE, Architecture, Shape, TensorSpec
+from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.logits import float32_logits
-from minitron.model.model_config import ModelConfig
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 from minitron.pruning.cut import (
@@ -36,90 +33,18 @@ from minitron.pruning.cut import (
     writing_order,
 )
 from minitron.pruning.importance import Scores
-from minitron.pruning.plan import Given, Plan, PruneConfig, Units, step_shapes
+from minitron.pruning.plan import Plan, Units
 from minitron.pruning.repair.columns import Surgeon
-from minitron.pruning.repair.refit import refit, require_refit, row_runs
+from minitron.pruning.repair.config import REPAIRS, Step, needed_steps, replaces_channels, require_enough_tokens
+from minitron.pruning.repair.refit import refit, row_runs
 from minitron.pruning.repair.residual_basis import (
     Channels,
     Residual,
-    basis_obstacle,
     read_norm,
     require_basis,
     residual_basis,
     scale_of,
 )
-
-Step = Literal[
-    "norm_gain", "basis", "ffn_least_squares", "ffn_obs", "heads_least_squares", "heads_obs", "residual_heads", "refit"
-]
-# Step -> the dims that it repairs the cut of.
-REPAIRS: dict[Step, tuple[str, ...]] = {
-    "norm_gain": ("hidden",),
-    "basis": ("hidden",),
-    "ffn_least_squares": ("ffn",),
-    "ffn_obs": ("ffn",),
-    "heads_least_squares": ("heads",),
-    "heads_obs": ("heads",),
-    "residual_heads": ("heads",),
-    "refit": ("layers", "hidden", "ffn", "heads"),
-}
-# Steps that do the same thing in two ways.
-EITHER: tuple[tuple[Step, Step], ...] = (
-    ("norm_gain", "basis"),
-    ("ffn_least_squares", "ffn_obs"),
-    ("heads_least_squares", "heads_obs"),
-)
-# Step -> the dims of which it chooses the units itself, whatever the plan has.
-CHOOSES: dict[Step, tuple[str, ...]] = {"basis": ("hidden",), "ffn_obs": ("ffn",), "heads_obs": ("heads", "kv_heads")}
-# Step that chooses units -> the one that takes those of the plan.
-FITTING_ONLY: dict[Step, Step] = {"ffn_obs": "ffn_least_squares", "heads_obs": "heads_least_squares"}
-# Site -> the steps that are fitted to the products of its channels.
-FITTED: dict[str, set[Step]] = {
-    "mlp_out": {"ffn_least_squares", "ffn_obs"},
-    "attention_out": {"heads_least_squares", "heads_obs"},
-}
-# The combination that wins after distillation (docs/log).
-BEST: tuple[Step, ...] = ("basis", "ffn_obs", "heads_obs")
-
-
-class RepairConfig(Section):
-    steps: list[Step] | None = None
-    """What to do at the cut against what it loses, in any order. Default: `basis` where the family allows it, `ffn_obs`
-    and `heads_obs`. An empty list is the plain cut of the papers. `basis`: the residual stream keeps its leading
-    directions instead of channels. `norm_gain`: norms make up for the channels that are cut off. `ffn_least_squares`,
-    `heads_least_squares`: the kept neurons or heads take over what the others contributed. `ffn_obs`, `heads_obs`: the
-    same, and what is dropped is chosen by what that costs. `residual_heads`: query heads take over those that their
-    group loses, as in P1."""
-
-
-def resolve(config: RepairConfig, model: Checkpoint | ModelConfig, given: Collection[str] = ()) -> RepairConfig:
-    """Fill in the steps that suit a model, or see to it that it can have those that are named.
-
-    Args:
-        given: dims whose units are given, so that no step may choose others.
-
-    Raises: PlanError if a step cannot be had, or if two exclude each other.
-    """
-    tied = model.architecture.tied(model.config)
-    given = {*given, "heads"} if "kv_heads" in given else set(given)
-    if config.steps is None:
-        steps = [FITTING_ONLY.get(step, step) if REPAIRS[step][0] in given else step for step in BEST]
-        possible = "hidden" not in given and basis_obstacle(model.architecture, tied=tied) is None
-        return RepairConfig(steps=[step for step in steps if step != "basis" or possible])
-    for one, other in EITHER:
-        if one in config.steps and other in config.steps:
-            raise PlanError(f"repair.steps names both {one} and {other}, which do the same thing in two ways: keep one")
-    for step in config.steps:
-        if step in BEST and REPAIRS[step][0] in given:
-            instead = f"use {FITTING_ONLY[step]}, which leaves the choice" if step in FITTING_ONLY else "leave it out"
-            raise PlanError(
-                f"repair step {step} chooses which {REPAIRS[step][0]} stay, but the plan lists them: {instead}"
-            )
-    if "basis" in config.steps:
-        require_basis(model.architecture, tied=tied)
-    if "refit" in config.steps:
-        require_refit(model.architecture)
-    return config
 
 
 @dataclass(frozen=True)
@@ -217,80 +142,8 @@ def _cut(
     return Repaired(work.plan, digests)
 
 
-def needed_steps(steps: Sequence[Step], plan: Plan) -> list[Step]:
-    """Those of the steps that have something to repair."""
-    return _needed(steps, plan.teacher, plan.student)
-
-
-def _needed(steps: Sequence[Step], teacher: Shape, student: Shape) -> list[Step]:
-    return [step for step in steps if _cut_dims(teacher, student) & set(REPAIRS[step])]
-
-
-def _cut_dims(teacher: Shape, student: Shape) -> set[str]:
-    return {dim for dim in PRUNABLE if getattr(student, dim) < getattr(teacher, dim)}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a cut leaves to be chosen, known before anything is scored.
-
-    by_criterion: dims with units that `prune.criterion` chooses, or that a repair ranks by it.
-    layers: whether layers are chosen by `prune.layer_criterion`.
-    steps: of the cut.
-    repairs: those that have something to repair.
-    """
-
-    by_criterion: frozenset[str]
-    layers: bool
-    steps: int
-    repairs: tuple[Step, ...]
-
-
-@dataclass(frozen=True)
-class CutNeeds:
-    """What a cut reads, known before it is read, and what it leaves to be chosen by that."""
-
-    choice: Choice
-    statistics: bool
-    text: bool
-
-
-def choice_left(
-    architecture: Architecture, config: PruneConfig, teacher: Shape, student: Shape, given: Given, steps: Sequence[Step]
-) -> Choice:
-    """
-    Args:
-        given: units that are listed, layers by number among them.
-        steps: repairs, such as `resolve` gives.
-    """
-    repairs = _needed(steps, teacher, student)
-    open_dims = {dim for dim in _cut_dims(teacher, student) if getattr(given, dim) is None}
-    chosen_by_repair = {dim for step in repairs for dim in CHOOSES.get(step, ())}
-    ranked = {"heads"} if "residual_heads" in repairs else set()
-    return Choice(
-        by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
-        layers="layers" in open_dims,
-        steps=len(step_shapes(architecture, teacher, student, config.iterations, given)) if open_dims else 1,
-        repairs=tuple(repairs),
-    )
-
-
-def require_enough_tokens(steps: Sequence[Step], plan: Plan, num_tokens: int) -> None:
-    """Raises: PlanError if there are fewer tokens than columns to solve for: the solution would be arbitrary."""
-    teacher = plan.teacher
-    columns = {"basis": teacher.hidden}
-    columns |= dict.fromkeys(FITTED["mlp_out"], teacher.ffn)
-    columns |= dict.fromkeys(FITTED["attention_out"], teacher.heads * teacher.head_dim)
-    for step in steps:
-        if columns.get(step, 0) > num_tokens:
-            raise PlanError(
-                f"repair step {step} solves for {columns[step]:,} columns and needs as many calibration tokens at "
-                f"least; there are {num_tokens:,}: raise calibrate.samples or data.block_tokens, or leave {step} out"
-            )
-
-
 def _residual(checkpoint: Checkpoint, plan: Plan, steps: Sequence[Step], statistics: Statistics) -> Residual:
-    if "basis" not in steps:
+    if not replaces_channels(steps):
         return Channels(torch.tensor(plan.hidden))
     architecture, tied = checkpoint.architecture, checkpoint.architecture.tied(checkpoint.config)
     require_basis(architecture, tied=tied)
@@ -337,8 +190,9 @@ class _Repair:
         self.sources = dict(zip((spec.name for spec in specs), sources_of(self.checkpoint, plan), strict=True))
         self.specs = writing_order(self.architecture, specs)
         self.norms = {norm.format(layer=layer) for norm in self.architecture.norms for layer in plan.layers}
-        self.sites = [site for site, fitted in FITTED.items() if fitted & steps]
-        self.scaled = bool(steps & {"basis", "norm_gain"})
+        of_steps = [repair.site for step, repair in REPAIRS.items() if step in steps]
+        self.sites = [site for site in dict.fromkeys(of_steps) if site is not None]
+        self.scaled = any(REPAIRS[step].scales for step in steps)
         self.held = residual.to(stream.device)
 
     def stored_dtype(self, spec: TensorSpec) -> torch.dtype:

@@ -1,0 +1,105 @@
+"""What the files of evaluations hold, checked when they are read."""
+
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from minitron.core.layouts import Count, Layout, Parts, Positive, Rate, Sizes
+from minitron.core.typed_files import FileKind
+
+
+class Evaluated(Layout):
+    """evaluations/<model>.json. Losses may be infinite, and are nan where they were not measured."""
+
+    family: str
+    shape: Sizes
+    parameters: Parts
+    dtype: str
+    weight_bytes: Positive
+    kv_cache_bytes_per_token: Positive
+    tokens: Count
+    lm_loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    kl_to_teacher: float | None
+    top1_agreement: float | None
+    kl_to_corrected: float | None = None
+
+
+class Continued(BaseModel):
+    """A row of evaluations/generations.json: a prompt, and what each model makes of it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    prompt: str
+
+    @property
+    def of_models(self) -> dict[str, str]:
+        """Model -> its continuation."""
+        return self.__pydantic_extra__
+
+
+class Speed(Layout):
+    prefill: Rate
+    prefill_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    decode: Rate
+    decode_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    prompt_tokens: Count
+    new_tokens: Count
+
+    @property
+    def of_prefill(self) -> tuple[float, list[float]]:
+        """The median, and the slowest and the fastest."""
+        return self.prefill, self.prefill_range
+
+    @property
+    def of_decode(self) -> tuple[float, list[float]]:
+        return self.decode, self.decode_range
+
+
+class Ratios(Layout):
+    prefill: float = math.nan
+    decode: float = math.nan
+
+
+class Speeds(Layout):
+    """evaluations/speed.json. Older versions did not write the ratios of the rounds; theirs are of the medians."""
+
+    teacher: Speed
+    student: Speed
+    ratio: Ratios | None = None
+
+    @model_validator(mode="after")
+    def with_ratios(self) -> "Speeds":
+        if self.ratio is None:
+            self.ratio = Ratios(
+                prefill=self.student.prefill / self.teacher.prefill, decode=self.student.decode / self.teacher.decode
+            )
+        return self
+
+
+class Asked(Layout):
+    """What a benchmark's task says."""
+
+    title: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: Count
+    shots: Count
+
+
+class Tasks(Layout):
+    """evaluations/tasks.json."""
+
+    tasks: dict[str, dict[str, Asked]]
+    kept: dict[str, float | None] = Field(default={})
+    chosen_by: list[str]
+
+
+EVALUATED = FileKind("the evaluation of a model", TypeAdapter(Evaluated))
+GENERATIONS = FileKind("a list of prompts and their continuations", TypeAdapter(list[Continued]))
+SPEEDS = FileKind("the speed of two models", TypeAdapter(Speeds))
+TASKS = FileKind("the results of benchmarks", TypeAdapter(Tasks))

@@ -1,0 +1,170 @@
+"""Every row of a table has its words, and a row that is added works from the recipe to the report and the card."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import small
+import torch
+from torch import Tensor
+
+from minitron.core.config import Row, Section, choice, choices_of
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.losses import LOSSES, Objective
+from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
+from minitron.model.architecture import PRUNABLE
+from minitron.pipeline.run import run
+from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
+from minitron.pruning.importance import CRITERIA
+from minitron.pruning.plan import PruneConfig
+from minitron.pruning.repair.config import BEST, REPAIRS, Repair, RepairConfig
+from minitron.recipe import Recipe, build_recipe
+
+TABLES: dict[str, Mapping[str, Any]] = {
+    "distill.loss": LOSSES,
+    "distill.optimizer": OPTIMIZERS,
+    "prune.criterion": CRITERIA,
+    "prune.layer_criterion": LAYER_CRITERIA,
+    "repair.steps": REPAIRS,
+}
+# Fields of rows that are words.
+WORDS = {"doc", "title", "text", "meaning", "unit"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The recipe of a short run."""
+    path = tmp_path_factory.mktemp("tables")
+    (path / "teacher").mkdir()
+    return {
+        "model": str(small.teacher(path / "teacher")),
+        "data": {"source": str(small.text(path / "text.jsonl")), "block_tokens": 16},
+        "calibrate": {"samples": 4},
+        "prune": {"shape": {"layers": 3, "ffn": 16}},
+        "repair": {"steps": []},
+        "distill": {"tokens": 128, "batch_blocks": 4, "evaluate_blocks": 2},
+        "evaluate": {"blocks": 2, "prompts": [], "speed": False},
+    }
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_row_has_its_words(table: Mapping[str, Any]) -> None:
+    for name, row in table.items():
+        assert isinstance(row, Row), name
+        words = {field.name: getattr(row, field.name) for field in fields(row) if field.name in WORDS}
+        assert words["doc"] and not words["doc"].endswith("."), name
+        assert all(text.strip() == text and text for text in words.values()), name
+
+
+@pytest.mark.parametrize(("place", "table"), TABLES.items(), ids=TABLES)
+def test_the_reference_of_the_recipe_has_the_words_of_every_row(place: str, table: Mapping[str, Any]) -> None:
+    section, key = place.split(".")
+    field = Recipe.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+    assert [found.table for found in choices_of(field)] == [table]
+    for name, row in table.items():
+        assert f"`{name}`: {row.doc}" in (field.description or "")
+
+
+def test_options_of_rows_are_keys_of_what_they_are_read_from() -> None:
+    assert {name for row in CRITERIA.values() for name in row.options} <= PruneConfig.model_fields.keys()
+    assert {name for row in LOSSES.values() for name in row.options} <= {field.name for field in fields(Objective)}
+
+
+def test_a_repair_names_only_dims_and_steps_that_there_are() -> None:
+    for step, repair in REPAIRS.items():
+        assert {*repair.dims, *repair.chooses, *repair.ranks} <= set(PRUNABLE)
+        assert {repair.excludes, repair.without_choice} - {None} <= REPAIRS.keys() - {step}
+        if repair.excludes is not None:
+            assert REPAIRS[repair.excludes].excludes == step
+    assert set(BEST) < REPAIRS.keys()
+
+
+FEW = {"a": LOSSES["mse"], "b": LOSSES["cosine"]}
+
+
+class Few(Section):
+    loss: Annotated[str, choice(FEW)]
+    """A loss."""
+
+
+def test_a_value_that_is_no_row_is_named_with_all_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bad in ("c", 1, None, ["a"]):
+        with pytest.raises(ValueError, match="Input should be 'a' or 'b'"):
+            Few(loss=bad)
+    monkeypatch.setitem(FEW, "c", LOSSES["mse"])
+    assert Few(loss="c").loss == "c"
+    description = "A loss. `a`: the squared difference of the logits; `b`: 1 - the cosine between the logits."
+    assert Few.model_fields["loss"].description == description
+
+
+def published(raw: dict[str, Any], out: Path, **sections: dict[str, Any]) -> tuple[str, str]:
+    """The report and the card of a run whose sections are changed."""
+    changed = raw | {name: raw[name] | section for name, section in sections.items()}
+    run(build_recipe(changed), out)
+    return (out / "report.html").read_text(), (out / "student" / "README.md").read_text()
+
+
+def test_a_loss_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absolute(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+        return beta * (student - teacher).abs().mean(-1)
+
+    row = replace(LOSSES["mse"], of=absolute, title="absolute difference", options=("beta",))
+    monkeypatch.setitem(LOSSES, "absolute", row)
+    report, card = published(raw, tmp_path / "out", distill={"loss": {"absolute": 2.0, "forward_kl": 1.0}})
+    assert "2 absolute difference + forward KL, states between layers too" in report
+    assert "with the loss\n   2 absolute difference + forward KL" in card
+
+
+def test_an_optimizer_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(groups: Any, betas: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, momentum=betas[0])
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", OptimizerRow(made, "plain descent"))
+    report, card = published(raw, tmp_path / "out", distill={"optimizer": "sgd", "learning_rate": 1e-3})
+    assert "optimizer: sgd" in report and "optimizer: sgd" in card
+
+
+def test_a_criterion_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = replace(CRITERIA["random"], title="another draw")
+    monkeypatch.setitem(CRITERIA, "draw", row)
+    report, card = published(raw, tmp_path / "out", prune={"criterion": "draw", "seed": 3})
+    assert "units by another draw;" in report and "the criterion `draw`" in card
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_layer_criterion_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drops: bool
+) -> None:
+    def score(measure: Measure, num_layers: int, *num_dropped: int) -> Tensor:
+        assert num_dropped == ((1,) if drops else ())
+        return -leave_one_out(measure, num_layers)
+
+    row = replace(LAYER_CRITERIA["loss"], score=score, title="the other way round", drops=drops)
+    monkeypatch.setitem(LAYER_CRITERIA, "reversed", row)
+    report, card = published(raw, tmp_path / "out", prune={"layer_criterion": "reversed", "layer_samples": 2})
+    assert "Layers, by the other way round" in report and "layers by `reversed`" in card
+
+
+def test_a_repair_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Repair(("ffn",), "Nothing was done to the kept FFN neurons.", doc="nothing is done")
+    monkeypatch.setitem(REPAIRS, "nothing", row)
+    report, card = published(raw, tmp_path / "out", repair={"steps": ["nothing"]})
+    assert "<dt>nothing</dt><dd>Nothing was done to the kept FFN neurons.</dd>" in report
+    assert "Repaired at the cut by `nothing`." in card
+
+
+def test_a_section_that_is_made_before_a_row_is_added_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPAIRS, "nothing", Repair(("ffn",), "Nothing.", doc="nothing"))
+    monkeypatch.setitem(LOSSES, "another", LOSSES["mse"])
+    assert RepairConfig(steps=["nothing"]).steps == ["nothing"]
+    assert DistillConfig(loss={"another": 1.0}).objective.reads == {"logits"}
