@@ -34,7 +34,7 @@ from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.config import RepairConfig, Step
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
-from minitron.pruning.repair.writer import Evidence, Step, repaired_cut
+from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank

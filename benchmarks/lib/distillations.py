@@ -32,7 +32,7 @@ from minitron.model.stream import Pass
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.config import BEST, Step
-from minitron.pruning.repair.writer import Evidence, Step, repaired_cut
+from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {

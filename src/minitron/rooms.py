@@ -1,7 +1,7 @@
 """Each room on its own, as the command line's single verbs use it."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from minitron.core.files import (
     scratch_directory,
 )
 from minitron.core.progress import SILENT, Listener, layers_of
-from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, open_corpus, separator
+from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, separator
 from minitron.data.prepare import bounded, corpus_for, keep_sampled
-from minitron.distillation import trackers, train
-from minitron.distillation.config import DistillConfig, of_correction, require_correctable, resolve
+from minitron.distillation import trackers
+from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
@@ -55,7 +55,6 @@ from minitron.pruning.plan import (
 )
 from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
-from minitron.pruning.repair.writer import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
@@ -232,9 +231,9 @@ def distill_models(
     trackers.require_installed(config.log_to)
     work, final = beside(out, "work"), {"student": out}
     final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
-    with parallel.process_group() as here:
-        if here.rank == 0:
-            inputs = [teacher, student, data_config.source, data_config.heldout]
+    with parallel.process_group():
+        inputs = [teacher, student, data_config.source, data_config.heldout]
+        if parallel.is_first():
             _forget(work)
             if not _is_complete(out, work):
                 for made in final.values():
@@ -244,21 +243,18 @@ def distill_models(
         guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
         require_same_vocabulary(guide, pupil)
         require_same_tokenizer(guide, pupil)
-        if here.rank > 0:
-            _assist(guide, pupil, config, seed, work, final)
-            return {}
         data_config = bounded(data_config, config.tokens)
         with RunDirectory(work, None, listener, final) as stages:
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
-            parallel.require_all_well()  # the others wait for the text
             config = _resolved(config, guide, pupil, corpus)
             if config.correction == "before":
                 guide = open_checkpoint(correct(stages, config, seed, guide.path, corpus))
             source = guide.path
             if config.teacher == "recorded":
                 source = record_lessons(stages, config, guide, corpus, seed)
-            parallel.require_all_well()  # the others wait for the teacher, or what it says
             made = teach(stages, "student", config, seed, pupil.path, source, corpus)
+            if not parallel.is_first():
+                return {}
             facts = read_record(made).result
             if made != out:
                 _keep_metrics(work / "distill", made)
@@ -291,32 +287,6 @@ def _leftover(work: Path) -> Path:
 
 def _forget(work: Path) -> None:
     shutil.rmtree(_leftover(work), ignore_errors=True)
-
-
-def _assist(
-    guide: Checkpoint,
-    pupil: Checkpoint,
-    config: DistillConfig,
-    seed: int,
-    work: Path,
-    final: Mapping[str, Path],
-) -> None:
-    """What processes other than the first do of a distillation."""
-
-    def done(stage: str) -> bool:
-        return any((path / "record.json").exists() for path in (work / stage, final[stage]))
-
-    parallel.require_all_well()
-    corpus = open_corpus(work / "data")
-    config = _resolved(config, guide, pupil, corpus)
-    if config.correction == "before" and not done(CORRECTED):
-        own = of_correction(config)
-        train.distill(guide.path, None, corpus, own, seed=seed, work=work / f"distill-{CORRECTED}", out=work)
-    parallel.require_all_well()
-    source = work / CORRECTED if config.correction == "before" else guide.path
-    source = work / "lessons" if config.teacher == "recorded" else source
-    if not done("student"):
-        train.distill(pupil.path, source, corpus, config, seed=seed, work=work / "distill", out=work)
 
 
 def _resolved(config: DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: Corpus) -> DistillConfig:

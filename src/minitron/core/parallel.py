@@ -5,11 +5,13 @@ ends all of them, and none waits for one that is gone.
 """
 
 import gc
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,8 @@ class Ranks:
 _computing = False
 # Whether the connection to the others has broken.
 _lost = False
+# Whether this process works by itself for a while.
+_alone = False
 
 
 class _Elsewhere(RunError):
@@ -60,7 +64,27 @@ def ranks() -> Ranks:
 
 def joined() -> Ranks:
     """This process among those of the `process_group` it is in, if any."""
-    return ranks() if dist.is_initialized() else Ranks()
+    return ranks() if _together() else Ranks()
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return joined().rank == 0
+
+
+def _together() -> bool:
+    return dist.is_initialized() and not _alone
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In this block the process works as if there were no others; they must wait for it outside, as in `agreed`."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @contextmanager
@@ -108,7 +132,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
     Args:
         dtype: that the blocks' parameters are gathered in; gradients are added in float32.
     """
-    if not dist.is_initialized():
+    if not _together():
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -147,7 +171,7 @@ def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: tor
 
 def _first_row(tensor: Tensor) -> int:
     """Of a tensor that may be divided, the first row that this process has."""
-    if not dist.is_initialized():
+    if not _together():
         return 0
     from torch.distributed.tensor import DTensor
 
@@ -167,7 +191,7 @@ def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be divided among the processes, all of it; every process must ask."""
-    if not dist.is_initialized():
+    if not _together():
         return tensor
     from torch.distributed.tensor import DTensor
 
@@ -176,7 +200,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be divided; what is written to it is written to the tensor."""
-    if not dist.is_initialized():
+    if not _together():
         return tensor
     from torch.distributed.tensor import DTensor
 
@@ -196,7 +220,7 @@ def at_holder(values: Tensor, holder: int) -> Tensor:
 
 def from_holder(values: Tensor, holder: int, device: torch.device) -> Tensor:
     """All of a tensor that one process holds, as `at_holder` gave it; every process must ask."""
-    if not dist.is_initialized():
+    if not _together():
         return values
     if values.is_meta:
         values = torch.empty_like(values, device=device)
@@ -206,7 +230,7 @@ def from_holder(values: Tensor, holder: int, device: torch.device) -> Tensor:
 
 def divided_like(values: Tensor, tensor: Tensor) -> Tensor:
     """All of a tensor's values, divided among the processes as the tensor is."""
-    if not dist.is_initialized():
+    if not _together():
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -224,7 +248,7 @@ def any_of(flag: bool) -> bool:
 def computing_together() -> Iterator[None]:
     """In this block the processes run divided modules: an error in one of them ends the job, with its own message."""
     global _computing
-    _computing = dist.is_initialized()
+    _computing = _together()
     yield
     _computing = False
 
@@ -239,7 +263,7 @@ def require_all_well() -> None:
 
     Raises: RunError with the message of one that failed.
     """
-    if dist.is_initialized():
+    if _together():
         with _loss_as_error():
             _exchange_failure(None)
 
@@ -247,7 +271,7 @@ def require_all_well() -> None:
 def all_reduce_sum(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the processes."""
     require_all_well()
-    if dist.is_initialized():
+    if _together():
         with _loss_as_error():
             dist.all_reduce(tensor)
 
@@ -255,11 +279,17 @@ def all_reduce_sum(tensor: Tensor) -> None:
 def broadcast(matrix: Int[Tensor, "rows columns"] | None) -> Int[Tensor, "rows columns"]:
     """The matrix, int64, that the first process gives; the others give None."""
     require_all_well()
-    if not dist.is_initialized():
+    if not _together():
         assert matrix is not None
         return matrix
     with _loss_as_error():
         return _send(matrix, source=0)
+
+
+def agreed(value: Any) -> Any:
+    """What the first process gives, for all of them; of JSON's types."""
+    text = torch.tensor([[*json.dumps(value).encode()]]) if is_first() else None
+    return value if not _together() else json.loads(bytes(broadcast(text)[0].tolist()))
 
 
 def _exchange_failure(message: str | None) -> None:

@@ -2,6 +2,9 @@
 
 A stage writes into a temporary directory that is renamed when it is complete; its record.json says what went in. A
 stage whose record is there and whose inputs are unchanged is done. Inputs that changed are an error that says which.
+
+Of several processes the first alone writes, and decides what is done already. A stage is shared by all of them, or done
+by the first while the others wait for its record.
 """
 
 import fcntl
@@ -10,12 +13,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.core.errors import CheckpointError, RunError
@@ -49,6 +54,8 @@ class RunDirectory:
     _digests: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "RunDirectory":
+        if not parallel.is_first():
+            return self
         with readable_os_errors(self.out):
             end = require_directory(self.out)
             self._created = not end.exists()
@@ -67,6 +74,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if not parallel.is_first():
+            return
         if kind is None:
             self._write_recipe()  # not before every stage has agreed to it
         elif self._created:
@@ -83,6 +92,8 @@ class RunDirectory:
         return self.recipe
 
     def digest(self, files: list[Path]) -> str:
+        if not parallel.is_first():
+            return ""  # the first compares it
         known = dict(self._digests)
         digest = digest_files(files, self._digests)
         if self._digests != known:
@@ -91,6 +102,8 @@ class RunDirectory:
 
     def remember(self, digests: Mapping[Path, str]) -> None:
         """Take over the digests of files that were hashed when they were written, so that they are not read again."""
+        if not parallel.is_first():
+            return
         for file, digest in digests.items():
             remember_digest(file, digest, self._digests)
         if digests:
@@ -105,6 +118,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         state: Path | None = None,
         places: Mapping[str, Path] | None = None,
+        assist: Callable[[], object] | None = None,
     ) -> Path:
         """Run one stage unless its record says that it is done; returns its directory.
 
@@ -112,27 +126,53 @@ class RunDirectory:
             work: fills the directory it is given and returns what the record should say of the result.
             state: where `work` keeps what it resumes from after an interruption, for the same inputs only.
             places: files that inputs are told by, where their names do not say it.
+            assist: what other processes than the first do of `work`; None where it works alone.
         """
-        path = self.out / name
-        plain = {key: _plain(value) for key, value in config.items()}
-        for made in (path, self.final.get(name, path)):
+        path, plain, made = self.out / name, {key: _plain(value) for key, value in config.items()}, None
+        if parallel.is_first():
+            made = self._found(name, inputs, plain, places or {})
+            if made is None and state is not None:
+                _require_same_start(state, {"inputs": dict(inputs), "config": plain}, places or {})
+        made = parallel.agreed(None if made is None else str(made))
+        self.listener.stage(name, "running" if made is None else "unchanged")
+        if made is not None:
+            return Path(made)
+        if parallel.is_first():
+            with parallel.alone() if assist is None else nullcontext():
+                self._make(name, work, inputs, plain)
+        elif assist is not None:
+            assist()
+        parallel.require_all_well()  # the others wait for the record
+        self.listener.stage(name, "done")
+        return path
+
+    def _found(
+        self, name: str, inputs: Mapping[str, str], config: Mapping[str, Any], places: Mapping[str, Path]
+    ) -> Path | None:
+        """Where a stage is that is done.
+
+        Raises: RunError if it was made from other inputs.
+        """
+        for made in (self.out / name, self.final.get(name, self.out / name)):
             if (made / "record.json").exists():
-                _require_same(made, read_record(made), inputs, plain, places or {})
-                self.listener.stage(name, "unchanged")
+                _require_same(made, read_record(made), inputs, config, places)
                 return made
-        if state is not None:
-            _require_same_start(state, {"inputs": dict(inputs), "config": plain}, places or {})
-        self.listener.stage(name, "running")
+        return None
+
+    def _make(
+        self, name: str, work: Callable[[Path], dict[str, Any]], inputs: Mapping[str, str], config: Mapping[str, Any]
+    ) -> None:
+        """The stage's directory, with its record."""
         started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
         forget_peak_memory()
-        with atomic_directory(path) as partial:
+        with atomic_directory(self.out / name) as partial:
             result = work(partial)
             write_json(
                 partial / "record.json",
                 {
                     "stage": name,
                     "inputs": dict(inputs),
-                    "config": plain,
+                    "config": config,
                     "result": result,
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "seconds": round(time.monotonic() - clock, 3),
@@ -142,8 +182,6 @@ class RunDirectory:
                     "hardware": hardware(),
                 },
             )
-        self.listener.stage(name, "done")
-        return path
 
     def _write_recipe(self) -> None:
         if self.recipe is None:

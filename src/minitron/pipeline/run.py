@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from minitron.core import parallel
 from minitron.core.device import settle_precision
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
@@ -52,7 +53,8 @@ from minitron.shapes.space import needs_machine
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> GGUF files -> report.
 
-    What is done is not done again.
+    What is done is not done again. Under torchrun all processes share the calibration and every training; what the
+    others cannot help with, the first does while they wait. They must all see `out`, the model and the text.
 
     A teacher that is corrected before stands for the teacher everywhere but in the evaluations: those are held against
     the one that the recipe names.
@@ -61,8 +63,14 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
+    with parallel.process_group():
+        return _run(recipe, out, listener)
+
+
+def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
     inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
-    prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
+    if parallel.is_first():
+        prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
     if recipe.gguf.wanted:
         require_installed()
@@ -71,7 +79,7 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     recipe, shape = resolve(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
-    benchmarks = plan_benchmarks(recipe.evaluate, listener)
+    benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as stages:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
         models = {"teacher": teacher.path}

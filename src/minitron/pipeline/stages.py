@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from minitron.calibration.collect import Statistics, calibrate
+from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.files import write_json
@@ -58,7 +59,6 @@ from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Plan, PruneConfig, given_layers
 from minitron.pruning.repair.config import needed_steps
-from minitron.pruning.repair.writer import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
@@ -86,10 +86,10 @@ def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, 
 
     was_there = (stages.out / "data" / "record.json").exists()
     stages.do("data", work, inputs=inputs, config=facts, state=state)
-    if state is not None:
+    if state is not None and parallel.is_first():
         shutil.rmtree(state, ignore_errors=True)
     corpus = open_corpus(stages.out / "data")
-    if was_there:  # perhaps for long; what has just been written is not read again
+    if was_there and parallel.is_first():  # perhaps for long; what has just been written is not read again
         require_undamaged(corpus)
     return corpus
 
@@ -97,9 +97,12 @@ def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, 
 def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> Statistics:
     config, seed = recipe.calibrate, recipe.seed
 
+    def collect(scratch: Path | None = None) -> Statistics:
+        samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(scratch, layers_of(stages.listener))
+        return calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+
     def work(out: Path) -> dict[str, Any]:
-        samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(out, layers_of(stages.listener))
-        statistics = calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+        statistics = collect(out)
         statistics.save(out)
         return {"samples": statistics.samples, "tokens": statistics.tokens}
 
@@ -108,6 +111,7 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
         work,
         inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
         config={"calibrate": config, "seed": seed},
+        assist=collect,
     )
     return Statistics.load_of_shape(teacher, stages.out / "statistics")
 
@@ -223,8 +227,8 @@ def correct(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Pat
     """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
     config, state = of_correction(config), stages.out / f"distill-{CORRECTED}"
 
-    def work(out: Path) -> dict[str, Any]:
-        trained = train.distill(
+    def learn(out: Path = state) -> train.Trained:
+        return train.distill(
             teacher,
             None,
             corpus,
@@ -236,11 +240,17 @@ def correct(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Pat
             progress=stages.listener.progress,
             warn=stages.listener.warn,
         )
+
+    def work(out: Path) -> dict[str, Any]:
+        trained = learn(out)
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
     inputs = {"model": stages.digest(model_files(teacher)), "data": corpus.digest}
-    made = stages.do(CORRECTED, work, inputs=inputs, config={"correction": config, "seed": seed}, state=state)
-    forget_states(state)
+    made = stages.do(
+        CORRECTED, work, inputs=inputs, config={"correction": config, "seed": seed}, state=state, assist=learn
+    )
+    if parallel.is_first():
+        forget_states(state)
     return made
 
 
@@ -299,8 +309,8 @@ def teach(
         config = of_scratch(config)
     state = stages.out / ("distill" if teacher else f"distill-{name}")
 
-    def work(out: Path) -> dict[str, Any]:
-        trained = train.distill(
+    def learn(out: Path = state) -> train.Trained:
+        return train.distill(
             pruned,
             teacher,
             corpus,
@@ -313,6 +323,9 @@ def teach(
             progress=stages.listener.progress,
             warn=stages.listener.warn,
         )
+
+    def work(out: Path) -> dict[str, Any]:
+        trained = learn(out)
         if config.correction == "parallel":
             shutil.rmtree(stages.out / CORRECTED, ignore_errors=True)  # of a run that was killed just here
             (state / CORRECTED).rename(stages.out / CORRECTED)
@@ -325,8 +338,9 @@ def teach(
         inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
         places = {"teacher": teacher / LESSONS_INDEX} if recorded else {}
     facts: dict[str, Any] = {"distill": config.of_record, "seed": seed}
-    made = stages.do(name, work, inputs=inputs, config=facts, state=state, places=places)
-    forget_states(state)
+    made = stages.do(name, work, inputs=inputs, config=facts, state=state, places=places, assist=learn)
+    if parallel.is_first():
+        forget_states(state)
     return made
 
 
@@ -429,6 +443,7 @@ def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) ->
 def publish(out: Path) -> RunRecords:
     """Write report.html and the student's card from the records."""
     records = read_run(out)
-    write_report(records)
-    write_card(records)
+    if parallel.is_first():
+        write_report(records)
+        write_card(records)
     return records

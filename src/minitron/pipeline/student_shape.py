@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron.core import parallel
 from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
@@ -47,8 +48,11 @@ def find_shape(
     """
     work = _work(stages)
 
+    def measure() -> tuple[list[Ranked], dict[str, Any]]:
+        return ranked(recipe, pruner, corpus, guide=guide, work=work, listener=stages.listener)
+
     def do(out: Path) -> dict[str, Any]:
-        found, facts = ranked(recipe, pruner, corpus, guide=guide, work=work, listener=stages.listener)
+        found, facts = measure()
         write_json(out / "candidates.json", facts)
         return {
             "winner": found[0].candidate.to_dict(),
@@ -75,6 +79,7 @@ def find_shape(
             "seed": recipe.seed,
         },
         state=work,
+        assist=measure,
     )
     found = stages.out / "search"
     again = f"remove {found} and run the same command to search again"
@@ -132,7 +137,7 @@ def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
 def take_over(stages: RunDirectory) -> None:
     """Let the final distillation go on from the winner's state, if there is one, and clear what the search left."""
     record = stages.out / "search" / "record.json"
-    if not record.exists():
+    if not record.exists() or not parallel.is_first():
         return
     found = as_typed(read_record(record.parent).result, layouts.SEARCH_RESULT, f"{record}: result", RunError)
     winner = found.winner.name
@@ -158,11 +163,12 @@ def feasible_for(
 
 
 def machine_for(search: SearchConfig, dtype: torch.dtype) -> Machine:
-    """The machine that the search names, and this one where it names none."""
-    return Machine(
+    """The machine that the search names, and where it names none that of the first process."""
+    here = Machine(
         search.bytes_per_second or bytes_per_second(),
         search.flops_per_second or matmul_flops_per_second(dtype, PROBE_SIZE),
     )
+    return Machine(*parallel.agreed([here.bytes_per_second, here.flops_per_second]))
 
 
 def judging_blocks(corpus: Corpus, seed: int, num_blocks: int) -> Blocks:
@@ -193,11 +199,11 @@ class _Trial:
         self.teacher, self.guide, self.listener = pruner.teacher, guide, listener
         self.judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks)
         self.file = work / "losses.json"
-        self.known: dict[str, dict[str, float]] = (
-            read_typed(self.file, layouts.LOSSES, RunError, way_out=f"remove {self.file} to measure them again")
-            if self.file.exists()
-            else {}
-        )
+        known: dict[str, dict[str, float]] = {}
+        if parallel.is_first() and self.file.exists():
+            again = f"remove {self.file} to measure them again"
+            known = read_typed(self.file, layouts.LOSSES, RunError, way_out=again)
+        self.known: dict[str, dict[str, float]] = parallel.agreed(known)
         tokens = recipe.distill.tokens or corpus.train_tokens
         self.weights_rms = self.teacher.weights_rms()
         resolved = self._resolve(self.teacher.shape)
@@ -209,9 +215,10 @@ class _Trial:
         losses = self.known.setdefault(candidate.name, {})
         if str(step) not in losses:
             here = self.work / candidate.name
-            if not (here / "pruned").exists():
-                with atomic_directory(here / "pruned") as partial:
+            if parallel.is_first() and not (here / "pruned").exists():
+                with parallel.alone(), atomic_directory(here / "pruned") as partial:
                     self.pruner.at(here).make(candidate.shape, partial)
+            parallel.require_all_well()  # the others wait for the candidate
             losses[str(step)] = train.distill_until(
                 step,
                 self.judge,
@@ -224,11 +231,13 @@ class _Trial:
                 progress=lambda done, total, note: self.listener.progress(done, total, f"{candidate.name}, {note}"),
                 warn=self.listener.warn,
             )
-            write_json(self.file, self.known)
+            if parallel.is_first():
+                write_json(self.file, self.known)
         return losses[str(step)]
 
     def drop(self, candidate: Candidate) -> None:
-        shutil.rmtree(self.work / candidate.name, ignore_errors=True)
+        if parallel.is_first():
+            shutil.rmtree(self.work / candidate.name, ignore_errors=True)
 
     def config(self, candidate: Candidate) -> DistillConfig:
         return self._resolve(candidate.shape)
