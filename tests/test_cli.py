@@ -93,13 +93,13 @@ def desk(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iter
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("verb", cli.EXAMPLES)
+@pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = desk.run(verb, "--help")
     assert code == 0
-    assert " ".join(cli.EXAMPLES[verb].split()) in " ".join(out.split())
-    assert cli.HELP[verb] in " ".join(out.split())
+    assert " ".join(cli.COMMANDS[verb].EXAMPLE.split()) in " ".join(out.split())
+    assert cli.COMMANDS[verb].HELP in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

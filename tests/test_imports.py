@@ -39,7 +39,10 @@ STAGES = {
         *("mixtures", "quantize"),
     ),
     "data": ("sources", "overlap", "corpus", "sampling"),
-    "cli": ("console", "options", "rules", "results", "verbs", "main"),
+    "cli": (
+        *("parse", "console", "options", "rules", "run", "compress", "demo", "inspect", "calibrate", "search", "prune"),
+        *("distill", "evaluate", "generate", "quantize", "speed", "report", "card", "push", "main"),
+    ),
     "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),

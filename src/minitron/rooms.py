@@ -28,7 +28,7 @@ from minitron.distillation.config import DistillConfig, of_correction, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import EvaluateConfig, evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
@@ -129,6 +129,8 @@ def search_model(
     *,
     prune: PruneConfig,
     search: SearchConfig,
+    calibrate: CalibrateConfig | None = None,
+    repair: RepairConfig | None = None,
     statistics_dir: Path | None,
     data_config: DataConfig | None,
     listener: Listener = SILENT,
@@ -139,8 +141,8 @@ def search_model(
         data_config: needed without statistics, and for the level `cut`.
     """
     teacher = open_checkpoint(resolve_model(model))
-    repair = resolve_repair(RepairConfig(), teacher)
-    calibration = CalibrateConfig(second_moment="basis" in (repair.steps or []))
+    repair = resolve_repair(repair or RepairConfig(), teacher)
+    calibration = (calibrate or CalibrateConfig()).model_copy(update={"second_moment": "basis" in (repair.steps or [])})
     feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
         corpus = None
@@ -174,6 +176,7 @@ def prune_model(
     statistics_dir: Path | None,
     data_config: Callable[[], DataConfig],
     samples: int = CalibrateConfig().samples,
+    calibrate: CalibrateConfig | None = None,
     check: Callable[[CutNeeds], None] = lambda needs: None,
     out: Path,
     listener: Listener = SILENT,
@@ -185,8 +188,10 @@ def prune_model(
 
     Args:
         samples: blocks of that text, which the repair is fitted to also where statistics are given.
+        calibrate: these blocks, and how they are read; default `samples` and the defaults.
         check: told what the cut needs before anything is read or chosen; may refuse.
     """
+    calibrate = calibrate or CalibrateConfig(samples=samples)
     prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
@@ -196,7 +201,7 @@ def prune_model(
         if isinstance(given, Plan):
             _require_nothing_else(config, plan_file)
         check(_needs(teacher, config, given, steps, with_statistics=statistics_dir is not None))
-        known = _Known(teacher, config, steps, statistics_dir, data_config, samples, out, partial, listener)
+        known = _Known(teacher, config, steps, statistics_dir, data_config, calibrate, out, partial, listener)
         plan = given if isinstance(given, Plan) else _choose(known, given)
         if isinstance(given, Plan):
             known.require_free_space(plan.student)
@@ -250,7 +255,7 @@ class _Known:
     steps: list[Step]
     statistics_dir: Path | None
     data_config: Callable[[], DataConfig]
-    samples: int
+    calibrate: CalibrateConfig
     out: Path
     work: Path
     listener: Listener
@@ -265,7 +270,7 @@ class _Known:
 
     @cached_property
     def scoring(self) -> Scoring:
-        calibration = CalibrateConfig(samples=self.samples, second_moment="basis" in self.steps)
+        calibration = self.calibrate.model_copy(update={"second_moment": "basis" in self.steps})
         tokenizer = load_tokenizer(self.teacher.path)
         samples = calibration.samples
         with corpus_for(self.teacher, self.data_config(), self.listener, samples, scratch=self.work) as corpus:
@@ -437,6 +442,7 @@ def evaluate_model(
     data_config: DataConfig,
     *,
     blocks: int | None,
+    batch: int = EvaluateConfig().batch,
     whole: bool = False,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
@@ -458,6 +464,7 @@ def evaluate_model(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
             teacher=guide,
+            batch=batch,
             progress=lambda done, total: listener.progress(done, total, "blocks"),
         )
     return quality.to_dict()
