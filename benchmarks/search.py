@@ -22,7 +22,7 @@ from typing import Any
 from measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, pass_options
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.core.progress import SILENT
 from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student

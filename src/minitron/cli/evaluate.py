@@ -46,6 +46,11 @@ RULES: Rules = (
     ),
     Rule(("evaluate.batch",), _is_checkpoint, "where a checkpoint is measured, and llama.cpp reads block by block"),
     Rule(("data.heldout", "data.heldout_fraction"), lambda args: not args.whole, "without --whole", "leave that out"),
+    Rule(
+        ("data.max_tokens",),
+        lambda args: not args.whole and args.asked.data.heldout is None,
+        "where a part of the text is held out, without --whole and data.heldout",
+    ),
     ROWS,
 )
 

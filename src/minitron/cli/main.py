@@ -1,7 +1,6 @@
 """The command line: which commands there are, how it starts one, and how it ends."""
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from minitron.cli import (
     speed,
 )
 from minitron.cli.console import Console, complain, flush_result, open_streams
+from minitron.cli.process import keep_freed_memory, quiet_libraries
 from minitron.cli.rules import Rules, given_options, require_options
 from minitron.core.errors import Interrupted, MinitronError
 
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> None:
 
     keep_freed_memory()
     if not args.verbose:
-        _quiet_libraries()
+        quiet_libraries()
     args.quiet |= ranks().rank > 0
     console = Console(args)
     try:
@@ -163,21 +163,6 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks instead of returning them to the system.
-
-    Training on a CPU allocates the same activations at every step; without this each step pays for them again in page
-    faults, and takes up to twice as long. Blocks above 256 MB are still returned.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # not glibc: nothing to tune
-    trim_threshold, mmap_threshold = -1, -3
-    libc.mallopt(mmap_threshold, 256 << 20)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def _complain(text: str) -> None:
     """On stderr. What ends one process ends them all, so the first speaks for them, unless it could not be told."""
     from minitron.core import parallel
@@ -204,14 +189,6 @@ def _at_signals(act: Callable[..., None] | signal.Handlers) -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _version() -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
 
 MODEL_OR_FILE = "a local directory, a hub id, or a GGUF file"
 Container = argparse._ActionsContainer  # a parser, or a group of its options
-Says = Callable[[Any], dict[str, Any]]  # the value of an option -> recipe keys and their values
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an option says of a recipe.
+
+    key: the recipe key that its default and its help are from.
+    values: told the value of the option; recipe keys and their values.
+    """
+
+    key: str
+    values: Callable[[Any], dict[str, Any]]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +35,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_key(
-    parser: Container, key: str, *flags: str, says: Says | None = None, more: str = "", **settings: Any
+    parser: Container,
+    key: str,
+    *flags: str,
+    says: Callable[[Any], dict[str, Any]] | None = None,
+    more: str = "",
+    **settings: Any,
 ) -> None:
     """Add an option that says what the recipe key says, and takes its default and its help from there.
 
@@ -39,7 +56,7 @@ def add_key(
     if not settings.get("required") and flags[0].startswith("-"):
         settings = {"default": default} | settings
     action = parser.add_argument(*flags, **settings)
-    parser.get_default("says")[action.dest] = says or (lambda value: {key: value})
+    parser.get_default("says")[action.dest] = Said(key, says or (lambda value: {key: value}))
 
 
 def recipe_field(key: str) -> Any:
@@ -92,7 +109,7 @@ def add_parameter(
 
 def add_model(parser: argparse.ArgumentParser, help: str = "a local directory or a hub id") -> None:
     parser.add_argument("model", type=parse.named, metavar="MODEL", help=help)
-    parser.get_default("says")["model"] = lambda value: {"model": value}
+    parser.get_default("says")["model"] = Said("model", lambda value: {"model": value})
 
 
 def add_target(parser: argparse.ArgumentParser, **settings: Any) -> None:

@@ -109,12 +109,12 @@ def _makes_recipe(args: Args) -> bool:
 
 def _keys(args: Args, dest: str) -> Iterable[str]:
     """The recipe keys that an option says, or its own name."""
-    return args.says[dest](getattr(args, dest)) if dest in args.says else (dest,)
+    return args.says[dest].values(getattr(args, dest)) if dest in args.says else (dest,)
 
 
 def _said(args: Args) -> dict[str, dict[str, Any]]:
     """The options that say recipe keys -> these keys and their values."""
-    return {dest: args.says[dest](getattr(args, dest)) for dest in args.given if dest in args.says}
+    return {dest: args.says[dest].values(getattr(args, dest)) for dest in args.given if dest in args.says}
 
 
 def _overlap(one: str, other: str) -> bool:
