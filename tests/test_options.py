@@ -454,6 +454,8 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
                 "evaluate {I} --data {T} --set evaluate.batch=2",
                 "evaluate.batch has an effect only where a checkpoint is measured",
             ),
+            Changes(f"{TASKS} --tasks stories", "--set evaluate.limit=2"),
+            Refused(f"{TASKS} --tasks a --set evaluate.tasks=[b]", "--tasks and --set evaluate.tasks=[b] say the same"),
             Refused(f"{EVALUATE} --set evaluate.limit=2", "evaluate.limit has an effect only with benchmarks"),
             Refused(
                 f"{EVALUATE} --set gguf.blocks=2", "`minitron evaluate` does not read 'gguf'; Available: data, eva"

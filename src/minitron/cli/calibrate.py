@@ -1,4 +1,4 @@
-"""`minitron calibrate`: the statistics of a model's activations."""
+"""`minitron calibrate` collects the statistics of a model's activations."""
 
 import argparse
 

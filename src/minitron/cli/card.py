@@ -1,4 +1,4 @@
-"""`minitron card`: the card of a run's student."""
+"""`minitron card` writes the card of a run's student again."""
 
 import argparse
 

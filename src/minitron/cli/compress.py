@@ -1,4 +1,4 @@
-"""`minitron compress`: the default recipe on any model."""
+"""`minitron compress` runs the default recipe on any model."""
 
 import argparse
 from pathlib import Path

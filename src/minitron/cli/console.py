@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: progress and notes on stderr, results on stdout."""
+"""A person at a terminal sees progress and notes on stderr, and results on stdout."""
 
 import argparse
 import io
@@ -14,7 +14,7 @@ from minitron.core.errors import MinitronError
 
 
 def open_streams() -> None:
-    """Make the three streams what the rest of the program takes them for.
+    """Open the three streams, so that the rest of the program can rely on them.
 
     A character that an encoding does not have is replaced: a result must not end in an error where it is printed. One
     that is closed leads nowhere, instead of into the next file that is opened and gets its number.
@@ -49,7 +49,7 @@ def complain(text: str) -> None:
 
 
 def flush_result() -> None:
-    """What a library has printed on stdout.
+    """Write out the text that a library has printed on stdout.
 
     Raises: MinitronError if it cannot be written.
     """
@@ -69,20 +69,20 @@ def _writing(what: str) -> Iterator[None]:
 
 
 def _silence(stream: TextIO) -> None:
-    """What is still in its buffer, and all that follows, goes nowhere."""
+    """Send the rest of its buffer, and all that follows, nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Lay the cells out as the lines of a table."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 class Console:
-    """Draws progress: a bar on a terminal, plain lines elsewhere. Results go to stdout, everything else to stderr."""
+    """A console prints results on stdout, and on stderr progress: a bar on a terminal, plain lines elsewhere."""
 
     LOG_SECONDS = 20.0
 
@@ -125,7 +125,7 @@ class Console:
             complain(text)
 
     def warn(self, text: str) -> None:
-        """Shown even if quiet: it is about the result."""
+        """Print a warning even if quiet: it is about the result."""
         self.close()
         complain(f"warning: {text}")
 

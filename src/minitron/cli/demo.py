@@ -1,4 +1,4 @@
-"""`minitron demo`: the whole pipeline on the teacher that ships."""
+"""`minitron demo` runs the whole pipeline on the teacher that ships."""
 
 import argparse
 from pathlib import Path

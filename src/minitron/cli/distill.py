@@ -1,4 +1,4 @@
-"""`minitron distill`: a student trained on a teacher's logits."""
+"""`minitron distill` trains a student on a teacher's logits."""
 
 import argparse
 

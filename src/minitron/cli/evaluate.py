@@ -1,4 +1,4 @@
-"""`minitron evaluate`: a model measured on held-out text, or in benchmarks."""
+"""`minitron evaluate` measures a model on held-out text, or in benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ EXAMPLE = "minitron evaluate student --teacher ./my-model --data heldout.jsonl -
 
 
 def _has_benchmarks(args: argparse.Namespace) -> bool:
-    return bool(args.suite or args.asked.evaluate.benchmarks)
+    return bool(args.asked.evaluate.benchmarks)
 
 
 def _measures_text(args: argparse.Namespace) -> bool:
@@ -77,7 +77,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_benchmarks(group: options.Container) -> None:
-    group.add_argument("--suite", choices=["minitron"], help="the nine benchmarks of the papers, with their shots")
+    options.add_key(
+        group,
+        "evaluate.tasks",
+        "--suite",
+        choices=["minitron"],
+        default=None,
+        says=lambda name: {"evaluate.tasks": [name]},
+        help="the nine benchmarks of the papers, with their shots",
+    )
     options.add_key(
         group,
         "evaluate.tasks",
@@ -126,7 +134,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The model on text."""
+    """Measure the model on text."""
     from minitron.rooms import evaluate_model
 
     data, asked = options.data_config(args, console), args.asked.evaluate
@@ -139,7 +147,7 @@ def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The model in benchmarks."""
+    """Measure the model in benchmarks."""
     from minitron.evaluation.tasks.measure import TaskOptions, cache_directory
     from minitron.rooms import benchmark_models
 
@@ -158,10 +166,9 @@ def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         streamed=args.streamed,
         batch=args.batch,
     )
-    tasks = [*([args.suite] if args.suite else []), *asked.tasks]
     directory = None if asked.tasks_dir is None else Path(asked.tasks_dir)
     cache = cache_directory() if args.cache else None
-    return benchmark_models(args.model, args.teacher, tasks, directory, how, cache=cache, listener=console)
+    return benchmark_models(args.model, args.teacher, asked.tasks, directory, how, cache=cache, listener=console)
 
 
 def _benchmark_lines(facts: dict[str, Any]) -> list[str]:

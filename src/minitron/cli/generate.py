@@ -1,4 +1,4 @@
-"""`minitron generate`: the continuation of a prompt."""
+"""`minitron generate` continues a prompt."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`minitron inspect`: what a model is."""
+"""`minitron inspect` says what a model is."""
 
 import argparse
 from pathlib import Path
@@ -56,7 +56,7 @@ def _lines(model: str, facts: dict[str, Any]) -> list[str]:
 
 
 def _inspect_file(args: argparse.Namespace, console: Console) -> None:
-    """Print what a GGUF file says and holds."""
+    """Print the facts that a GGUF file states, and the types of its tensors."""
     from minitron.gguf_rooms import inspect_gguf
 
     if args.revision is not None:
@@ -80,5 +80,5 @@ def _file_lines(file: str, facts: dict[str, Any]) -> list[str]:
 
 
 def _spelled(number: int | list[int]) -> str:
-    """A size, or the sizes of layers that have different ones."""
+    """Write a size, or the sizes of layers that differ in it."""
     return f"{number:,}" if isinstance(number, int) else ", ".join(f"{each:,}" for each in sorted(set(number)))

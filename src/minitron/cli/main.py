@@ -1,4 +1,4 @@
-"""The command line: which commands there are, how it starts one, and how it ends."""
+"""The command line starts here: it parses the words, runs the command that they name, and ends with its exit code."""
 
 import argparse
 import os
@@ -33,9 +33,9 @@ from minitron.core.errors import Interrupted, MinitronError
 
 
 class Command(Protocol):
-    """One module of this package: a command with its options, the rules of these, and what it does.
+    """A command is a module of this package that defines these names.
 
-    `add_options` and `run` import what they use: `minitron --help` does not wait for torch.
+    `add_options` and `run` import the libraries that they use: `minitron --help` does not wait for torch.
     """
 
     HELP: str
@@ -71,8 +71,10 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 the user's mistake or the machine's, 130 interrupted; 2 is
-    argparse's)."""
+    """Run one command and return the exit code: 0 done, 1 the user's mistake or the machine's, 130 interrupted.
+
+    argparse itself exits with 2 after wrong usage.
+    """
     open_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     _at_signals(_interrupt)
@@ -103,9 +105,10 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace, words: list[str]) -> None:
-    """
+    """Run the command that was parsed.
+
     Args:
-        words: of the command line, which tell the options that are given from those that are not.
+        words: the command line; they tell which options are given and which have their default.
     """
     from minitron.core.parallel import ranks  # and torch with it, for which --help does not wait
 
@@ -128,7 +131,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What the machine cannot do, in a line; None for an error of the program."""
+    """Say in a line what the machine cannot do; return None for an error of the program."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
     text = str(error).strip().split("\n")[0]
@@ -140,10 +143,11 @@ def _of_the_machine(error: Exception) -> str | None:
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """
+    """Build the parser.
+
     Args:
-        words: of the command line: of its commands, only the one that they name gets its options, for the defaults of
-            options are taken from where they are used, and torch comes with them. Default: all get theirs.
+        words: the command line; only the command that it names gets its options, because their defaults come from the
+            modules that use them, and torch comes with these. Default: every command gets its options.
     """
     parser = argparse.ArgumentParser(
         prog="minitron", description="Make a smaller language model from a pretrained one."
@@ -164,7 +168,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 
 def _complain(text: str) -> None:
-    """On stderr. What ends one process ends them all, so the first speaks for them, unless it could not be told."""
+    """Print on stderr. An error ends all processes, so the first speaks for them, unless it could not be told."""
     from minitron.core import parallel
 
     rank = parallel.ranks().rank
@@ -173,7 +177,7 @@ def _complain(text: str) -> None:
 
 
 def _interrupted(text: str) -> int:
-    """Say so, for all processes: a signal goes to each of them. What it ends has been put in order; another ends it."""
+    """Print the text once for all processes, each of which gets the signal. A second signal ends them at once."""
     _at_signals(signal.SIG_DFL)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0":  # torch may not be there yet
         with suppress(OSError):  # the terminal that has hung up

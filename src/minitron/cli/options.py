@@ -1,4 +1,4 @@
-"""Options that several commands share, and options that say what a recipe key says."""
+"""Some options are shared by several commands, and some say the same as a recipe key: both are made here."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ Container = argparse._ActionsContainer  # a parser, or a group of its options
 
 @dataclass(frozen=True)
 class Said:
-    """What an option says of a recipe.
+    """An option says the values of recipe keys.
 
-    key: the recipe key that its default and its help are from.
-    values: told the value of the option; recipe keys and their values.
+    key: the recipe key whose default and help the option has.
+    values: a function from the value of the option to recipe keys and their values.
     """
 
     key: str
@@ -42,13 +42,13 @@ def add_key(
     more: str = "",
     **settings: Any,
 ) -> None:
-    """Add an option that says what the recipe key says, and takes its default and its help from there.
+    """Add an option that says the same as a recipe key, and takes its default and its help from there.
 
     Args:
         key: a recipe key such as distill.tokens.
-        says: told the value of the option; default `key` with that value.
-        more: what the help says besides, such as an example.
-        settings: for `add_argument`.
+        says: a function from the value of the option to recipe keys and their values; default `key` with that value.
+        more: text behind the help, such as an example.
+        settings: arguments of `add_argument`.
     """
     field = recipe_field(key)
     default = parser.get_default("preset").get(key, _default(field))
@@ -60,7 +60,7 @@ def add_key(
 
 
 def recipe_field(key: str) -> Any:
-    """The pydantic field of a recipe key such as distill.tokens."""
+    """Find the pydantic field of a recipe key such as distill.tokens."""
     from minitron.recipe import Recipe  # and torch with it, for which `minitron --help` does not wait
 
     *sections, name = key.split(".")
@@ -71,7 +71,7 @@ def recipe_field(key: str) -> Any:
 
 
 def choices(field: Any) -> tuple[Any, ...]:
-    """The values that a field may have besides null; none where they are not listed."""
+    """List the values that a field may have besides null; the list is empty where the field does not name them."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
@@ -81,7 +81,7 @@ def _default(field: Any) -> Any:
 
 
 def _help(field: Any, default: Any, more: str) -> str:
-    """What the field says, which values it may have, and its default where that is a value."""
+    """Write the field's docstring, the values that it may have, and its default where that is a value."""
     text = " ".join((field.description or "").split())
     if listed_choices := choices(field):
         more = f"One of {', '.join(map(str, listed_choices))}. {more}"
@@ -99,7 +99,7 @@ def add_parameter(
     """Add an option that takes its default from a function's parameter.
 
     Args:
-        parameter: default the one of the option's name.
+        parameter: its name; default the option's.
     """
     name = parameter or flag.removeprefix("--").replace("-", "_")
     default = signature(function).parameters[name].default
@@ -126,8 +126,8 @@ def add_data(
     """Add the options that say what text to read.
 
     Args:
-        flags: of the text itself; default --data.
-        sampled: whether it can be sampled from the teacher, which is MODEL where nothing else is.
+        flags: names of the option for the text itself; default --data.
+        sampled: whether the text can be sampled from the teacher, which is MODEL where nothing else is.
         separable: whether documents can be kept apart.
         blocks: whether there is an option for the length of a block.
     """
@@ -149,7 +149,7 @@ def add_data(
 
 
 def add_set(parser: argparse.ArgumentParser, *sections: str) -> None:
-    """Add --set, of the sections alone if any are named, which are then those that the command reads."""
+    """Add --set for the keys of these sections, which the command reads; for every key where none are named."""
     meaning = f"change a key of the recipe's sections {listed(sections)}" if sections else "change a recipe key"
     parser.add_argument(
         "--set",
@@ -163,13 +163,13 @@ def add_set(parser: argparse.ArgumentParser, *sections: str) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names as a sentence has them: a, b and c."""
+    """Join names as a sentence does: a, b and c."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def data_config(args: argparse.Namespace, console: Console) -> "DataConfig":
-    """The section `data`, with a note where nobody has said what text to read."""
+    """Return the section `data`, after a note where nobody has said what text to read."""
     asked: DataConfig = args.asked.data
     if not names_text(args):
         console.note("no --data given: using the built-in corpus, Python source text, which may not suit this model")
@@ -177,12 +177,12 @@ def data_config(args: argparse.Namespace, console: Console) -> "DataConfig":
 
 
 def names_text(args: argparse.Namespace) -> bool:
-    """Whether the user says what text to read."""
+    """Tell whether the user says what text to read."""
     return "data" in args.given or any(text.startswith(("data=", "data.source=")) for text in args.set)
 
 
 def is_gguf(model: str) -> bool:
-    """Whether MODEL is a GGUF file.
+    """Tell whether the model is a GGUF file.
 
     Raises: GgufError if it is one and the packages for it are not there.
     """

@@ -1,6 +1,6 @@
-"""What an option's text means: 20M, 8GB, drop=15-30.
+"""These functions read the text of options: 20M, 8GB, drop=15-30.
 
-What argparse is to tell the user, with the usage, is an ArgumentTypeError; a MinitronError passes through argparse.
+An ArgumentTypeError is told by argparse, with the usage; a MinitronError passes through it.
 """
 
 import argparse

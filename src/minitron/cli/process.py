@@ -1,4 +1,4 @@
-"""How the process of a command is set up: its memory, and what libraries say in it."""
+"""These functions set up the process of a command: its memory, and the messages of libraries."""
 
 import ctypes
 import os

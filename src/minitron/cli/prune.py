@@ -1,4 +1,4 @@
-"""`minitron prune`: a model cut to a shape, a plan or a target, and repaired."""
+"""`minitron prune` cuts a model to a shape, a plan or a target, and repairs the cut."""
 
 import argparse
 from typing import Any
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _require_one_aim(args: argparse.Namespace) -> None:
-    """End with the usage where nothing says what to cut, or two things do."""
+    """Exit with the usage where no option says what to cut, or two do."""
     prune = args.asked.prune
     listed = {
         "shape": prune.shape,
@@ -123,7 +123,10 @@ def _require_one_aim(args: argparse.Namespace) -> None:
 
 
 def require_cut_options(args: argparse.Namespace, needs: Any) -> None:
-    """Refuse options that the cut has no use for, once it is known what it needs: a `CutNeeds`.
+    """Refuse options that the cut has no use for.
+
+    Args:
+        needs: a `CutNeeds`, which is known once the model is open.
 
     Raises: NoEffect.
     """

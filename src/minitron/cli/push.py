@@ -1,4 +1,4 @@
-"""`minitron push`: a run's student on the Hugging Face hub."""
+"""`minitron push` uploads a run's student to the Hugging Face hub."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""`minitron quantize`: GGUF files of a model, run and measured."""
+"""`minitron quantize` writes GGUF files of a model, runs them and measures them."""
 
 import argparse
 from typing import Any

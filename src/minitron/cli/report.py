@@ -1,4 +1,4 @@
-"""`minitron report`: the page of a run, or of several."""
+"""`minitron report` writes the page of a run, or of several."""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""Which options were given, what recipe they make, and the refusal of those that could not have an effect.
+"""These functions find the options that were given, make a recipe of them, and refuse those without an effect.
 
-A rule names options by what argparse keeps them under, and recipe keys, whether an option or `--set` says them:
-`data.*` is every key of that section. What a `--dry-run` previews is the same command, so its other options may stand
-beside it.
+A rule names an option as argparse keeps it, or a recipe key, which an option or `--set` may say; `data.*` stands for
+every key of that section. A `--dry-run` previews the same command, so the other options may stand beside it.
 """
 
 import argparse
@@ -20,7 +19,7 @@ REPEATED = ("set", "tensor_type")  # options that may be given several times, an
 
 
 class _Tally(argparse.Namespace):
-    """A namespace for argparse to parse into that keeps all that is set on it: the options that were given.
+    """A tally is a namespace that keeps all that argparse sets on it, which is the options that were given.
 
     argparse sets a default only where there is nothing yet.
     """
@@ -34,10 +33,11 @@ class _Tally(argparse.Namespace):
 
 
 def given_options(parser: argparse.ArgumentParser, args: Args, words: Sequence[str]) -> dict[str, list[Any]]:
-    """The options that the words give, with each value that they give them, where the defaults are in `args` too.
+    """Find the options that the words give, each with all its values; `args` has the defaults too.
 
     Args:
-        parser: of the command; the words are those behind its name.
+        parser: the command's own.
+        words: the words behind the name of the command.
     """
     tally = _Tally(vars(args))
     parser.parse_known_args(words, tally)
@@ -46,10 +46,10 @@ def given_options(parser: argparse.ArgumentParser, args: Args, words: Sequence[s
 
 
 def require_options(args: Args) -> None:
-    """Refuse options that could not change anything; a command whose options say recipe keys gets `args.asked`.
+    """Refuse options that could not change anything; set `args.asked`, the recipe that options and --set make.
 
     Args:
-        args: with `given`, as `given_options` finds it.
+        args: has `given`, which `given_options` finds.
 
     Raises: NoEffect; RecipeError for a value that a key cannot have.
     """
@@ -73,7 +73,7 @@ def require_rules(args: Args, rules: Iterable[Rule[Any]], facts: Any, *, besides
     """Refuse options and keys by rules.
 
     Args:
-        facts: what the rules are told.
+        facts: the argument of the rules' `has_effect`.
         besides: options and keys that are let through.
 
     Raises: NoEffect.
@@ -87,7 +87,7 @@ def require_rules(args: Args, rules: Iterable[Rule[Any]], facts: Any, *, besides
 
 
 def given_names(args: Args) -> dict[str, str]:
-    """What was given, as rules name it -> as the user writes it."""
+    """Map each option and key that was given, as rules name it, to its spelling on the command line."""
     names: dict[str, str] = {}
     for dest in args.given:
         names |= dict.fromkeys(_keys(args, dest), option(dest))
@@ -95,7 +95,7 @@ def given_names(args: Args) -> dict[str, str]:
 
 
 def set_keys(args: Args) -> list[str]:
-    """The recipe keys to which `--set` gives another value than their default."""
+    """List the recipe keys to which `--set` gives another value than their default."""
     paths = [text.partition("=")[0] for text in args.set] if _makes_recipe(args) else []
     return sorted(
         key for key in (changed_keys(args.asked) if paths else ()) if any(_overlap(key, one) for one in paths)
@@ -103,22 +103,22 @@ def set_keys(args: Args) -> list[str]:
 
 
 def _makes_recipe(args: Args) -> bool:
-    """Whether options and --set together say what the command asks for; a recipe of a file is read later."""
+    """Tell whether options and --set together make a recipe; a recipe in a file is read by its command."""
     return bool(args.says) and args.sections is not None
 
 
 def _keys(args: Args, dest: str) -> Iterable[str]:
-    """The recipe keys that an option says, or its own name."""
+    """List the recipe keys that an option says, or else its own name."""
     return args.says[dest].values(getattr(args, dest)) if dest in args.says else (dest,)
 
 
 def _said(args: Args) -> dict[str, dict[str, Any]]:
-    """The options that say recipe keys -> these keys and their values."""
+    """Map each option that says recipe keys to these keys and their values."""
     return {dest: args.says[dest].values(getattr(args, dest)) for dest in args.given if dest in args.says}
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two recipe keys are the same, or the one holds the other."""
+    """Tell whether two recipe keys are the same, or one holds the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
@@ -132,7 +132,10 @@ def _require_said_once(args: Args, said: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _require_read(args: Args) -> None:
-    """Raises: RecipeError for a `--set` of a section that the command does not read."""
+    """Refuse a `--set` of a section that the command does not read.
+
+    Raises: RecipeError.
+    """
     for text in args.set if args.sections else ():
         name = text.partition("=")[0].partition(".")[0]
         if name not in args.sections:
@@ -142,19 +145,20 @@ def _require_read(args: Args) -> None:
 
 
 def _asked(args: Args, said: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The recipe of what the options and `--set` say, with defaults for the rest."""
+    """Make the recipe that options and `--set` say, with defaults for the rest."""
     from minitron.recipe import build_asked
 
     values: dict[str, Any] = dict(args.preset)
     spelled: dict[str, str] = {}
     for dest, keys in said.items():
-        values |= keys
-        spelled |= dict.fromkeys(keys, option(dest))
+        for key, value in keys.items():  # two options that list tasks add up
+            values[key] = [*values[key], *value] if key in spelled and isinstance(value, list) else value
+            spelled[key] = option(dest)
     return build_asked(values, args.set, spelled)
 
 
 def _require_key_effects(args: Args) -> None:
-    """The rules of a run, for the keys that `--set` gives to a command that makes no run."""
+    """Apply the rules of a run to the keys that `--set` gives to a command that makes no run."""
     from minitron.pipeline.rules import OF_RECIPE
 
     keys = [key for key in set_keys(args) if not key.startswith("distill.")]  # whose rules distillation has itself

@@ -1,4 +1,4 @@
-"""`minitron run`: a recipe from a file, and what all runs share."""
+"""`minitron run` runs a recipe from a file; the other commands that run one call its functions."""
 
 import argparse
 import itertools
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: Console) -> None:
-    """Run a recipe, or with --dry-run print what it would make and cost."""
+    """Run a recipe, or print its shapes and cost with --dry-run."""
     from minitron.pipeline.estimate import Gpus, estimate
     from minitron.pipeline.run import run
 
@@ -126,7 +126,7 @@ def estimate_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _model_lines(name: str, facts: dict[str, Any]) -> list[str]:
-    """Shape, parameters and memory of one model."""
+    """Describe the shape, parameters and memory of one model."""
     from minitron.core.text import size
 
     model, context = facts[name], facts["context"]
@@ -140,7 +140,7 @@ def _model_lines(name: str, facts: dict[str, Any]) -> list[str]:
 
 
 def _cost_lines(facts: dict[str, Any]) -> list[str]:
-    """What a distillation of a known number of tokens costs, here and on GPUs."""
+    """Describe the cost of a distillation of a known number of tokens, here and on GPUs."""
     from minitron.core.text import duration, flops, size
 
     here, lines = facts["here"], [f"all of distillation: {flops(facts['distill_flops'])}"]

@@ -1,4 +1,4 @@
-"""`minitron search`: every shape within budgets, ranked."""
+"""`minitron search` ranks every shape within budgets."""
 
 import argparse
 from typing import Any
@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_budgets(parser: argparse.ArgumentParser) -> None:
-    """Add the options that leave shapes out."""
+    """Add the budgets, which leave shapes out."""
     for key, flag, kind, metavar, example in (
         ("window", "--window", parse.positive, "SHARE", ""),
         ("least", "--least", str, "SIZE", ""),
@@ -109,7 +109,7 @@ def _add_budgets(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what cache and times are computed for."""
+    """Add the load and the machine that cache and times are computed for."""
     options.add_key(parser, "search.context_tokens", "--context", type=parse.count, metavar="N")
     options.add_key(
         parser, "search.batch", "--batch", type=parse.count, metavar="N", help="sequences at once; default %(default)s"

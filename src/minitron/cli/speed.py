@@ -1,4 +1,4 @@
-"""`minitron speed`: how fast models run, and in how much memory."""
+"""`minitron speed` measures how fast models run, and in how much memory."""
 
 import argparse
 from typing import Any, get_args
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def speed_lines(facts: dict[str, Any]) -> list[str]:
-    """The table of speeds and memory, and what it is of."""
+    """Write the table of speeds and memory, and a line on how they were measured."""
     from minitron.core.text import rate, shown, size, with_range
 
     names = [*facts["models"], *(["ratio"] if "ratio" in facts["rows"][0] else [])]
