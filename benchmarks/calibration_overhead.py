@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.calibration.collect import calibrate
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, default_batch

@@ -20,7 +20,7 @@ import torch
 from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.distillation.losses import CPU_TEMPORARIES, Objective, chunked_loss
 from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, project
 

@@ -40,7 +40,7 @@ COMPILED = "_compiled"  # ends the name of a contender that uses torch.compile
 TOLERANCE = 0.01  # between losses, relative: the others round logits to bfloat16
 FIRST_STEPS = 2  # in the second one the optimizer has its state
 LOSS_VOCAB, LOSS_TOKENS = 128_256, 2048
-# What minitron.cli.main.keep_freed_memory sets, for processes that do not have it.
+# What minitron.cli.process.keep_freed_memory sets, for processes that do not have it.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 

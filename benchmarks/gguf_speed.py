@@ -22,7 +22,7 @@ from typing import Any
 from full_size import CASES, copy_seconds, drop_caches, sync, write_model
 from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.gguf.file import describe
 from minitron.gguf.types import mixture, write_quantized
 from minitron.model.checkpoint import open_checkpoint

@@ -19,7 +19,7 @@ from distill_contenders import Sizes, Task, minitron
 from distill_step import write_models
 from lib.measure import header, publish, table
 
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.distillation.optim import make_optimizer, vocabulary_of
 from minitron.distillation.optim.soap import AXES_STEPS
 

@@ -22,7 +22,7 @@ from typing import Any
 from lib.measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until

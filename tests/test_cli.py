@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +94,13 @@ def desk(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iter
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("verb", cli.EXAMPLES)
+@pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = desk.run(verb, "--help")
     assert code == 0
-    assert " ".join(cli.EXAMPLES[verb].split()) in " ".join(out.split())
-    assert cli.HELP[verb] in " ".join(out.split())
+    assert " ".join(cli.COMMANDS[verb].EXAMPLE.split()) in " ".join(out.split())
+    assert cli.COMMANDS[verb].HELP in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,16 @@ def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch
 def test_wrong_usage_exits_with_2_and_prints_the_usage(desk: Desk, command: list[str]) -> None:
     code, out, err = desk.run(*command)
     assert code == 2 and out == "" and err.startswith("usage: minitron")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["prun"]], ids=" ".join)
+def test_torch_is_not_waited_for_where_no_command_is_named(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom minitron.cli.main import main\ntry:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == (2 if words == ["prun"] else 0) and "AssertionError" not in done.stderr, done.stderr
 
 
 def test_version_is_that_of_the_package(desk: Desk) -> None:

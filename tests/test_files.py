@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron.cli import console
-from minitron.cli.main import build_parser, main, verbs
-from minitron.cli.options import words
+from minitron.cli import card, console
+from minitron.cli.main import build_parser, main
+from minitron.cli.parse import words
 from minitron.core import files
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.files import (
@@ -392,7 +392,7 @@ def test_what_the_machine_cannot_do_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(verbs, "card", fail)
+    monkeypatch.setattr(card, "run", fail)
     assert main(["card", "run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
@@ -402,7 +402,7 @@ def test_an_error_of_the_program_stays_one(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(verbs, "card", fail)
+    monkeypatch.setattr(card, "run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["card", "run"])
 

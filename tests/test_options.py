@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import small
 import yaml
 from huggingface_hub import constants
 
-from minitron.cli.main import EXAMPLES, build_parser, main
-from minitron.cli.rules import OF_CUT, RULES, given_options, require_options
+from minitron.cli.main import COMMANDS, build_parser, main
+from minitron.cli.options import recipe_field
+from minitron.cli.prune import OF_CUT
+from minitron.cli.rules import given_options, require_options
 from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
@@ -169,6 +172,17 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--block-tokens": [Changes(CALIBRATE.replace("--block-tokens 16 ", ""), "--block-tokens 16")],
         "--seed": [Changes(CALIBRATE, "--seed 1")],
         "--second-moment": [Changes(CALIBRATE, "--no-second-moment")],
+        "--set": [
+            Changes(CALIBRATE, "--set data.delimiter=none"),
+            Changes(CALIBRATE, "--set data.heldout_fraction=0.3"),
+            Changes(CALIBRATE, "--set calibrate.second_moment=false"),
+            Refused(
+                f"{CALIBRATE} --set data.sample_top_k=5", "data.sample_top_k has an effect only where the text is sam"
+            ),
+            Refused(f"{CALIBRATE} --set calibrate.samples=9", "--samples and --set calibrate.samples=9 say the same"),
+            Refused(f"{CALIBRATE} --set prune.target=50%", "does not read 'prune'; Available: calibrate, data"),
+            Refused(f"{CALIBRATE} --set seed=3", "`minitron calibrate` does not read 'seed'"),
+        ],
         "--out": [Changes(CALIBRATE.replace("--out {OUT}", ""), "--out {OUT}")],
     },
     "search": {
@@ -225,6 +239,29 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Refused(f"{SEARCH} --block-tokens 8", "--block-tokens has an effect only where text is read"),
         ],
         "--cut": [Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--cut 1")],
+        "--set": [
+            Changes(SEARCH, "--set search.batch=3"),
+            Changes(SEARCH, "--set prune.criterion=magnitude"),
+            Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--set calibrate.samples=2"),
+            Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--set search.level=cut"),
+            Changes(f"{CUT} --block-tokens 8 --data {{W}} --cut 2", "--set repair.steps=[]"),
+            Refused(f"{SEARCH} --set calibrate.samples=2", "calibrate.samples has an effect only where text is read"),
+            Refused(f"{SEARCH} --set data.max_tokens=99", "data.max_tokens has an effect only where text is read"),
+            Refused(
+                f"{CUT} --data {{W}} --set prune.iterations=2",
+                "prune.iterations has an effect only where candidates are cut; leave it out, or add --cut",
+            ),
+            Refused(
+                f"{CUT} --data {{W}} --set calibrate.second_moment=true",
+                "calibrate.second_moment has an effect only where statistics are kept",
+            ),
+            Refused(f"{SEARCH} --set search.window=0.2", "--window and --set search.window=0.2 say the same thing"),
+            Refused(f"{SEARCH} --cut 1 --set search.level=off", "--cut and --set search.level=off say the same thing"),
+            Refused(f"{SEARCH} --set search.level=distilled", "search.level=distilled is of a run"),
+            Refused(
+                f"{SEARCH} --set distill.tokens=5", "`minitron search` does not read 'distill'; Available: calibra"
+            ),
+        ],
         "--top": [Refused(f"{SEARCH} --top 1 --json", "--top has an effect only without --json, which has all")],
     },
     "prune": {
@@ -299,6 +336,38 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Changes(f"{PRUNE} --data {{T}}", "--samples 4"),
             Refused(f"{PRUNE_BY_STATISTICS} --samples 4", f"--samples {NO_TEXT}"),
         ],
+        "--set": [
+            Changes(PRUNE_BY_STATISTICS, "--set prune.batch_aggregate=mean"),
+            Changes(PRUNE_BY_TEXT, "--set data.block_tokens=16", "--set data.block_tokens=24"),
+            Changes(f"{PRUNE} --data {{T}}", "--set calibrate.samples=4"),
+            Changes("prune {M} --shape ffn=24 --data {T} --samples 40 --out {OUT}", "--set repair.steps=[]"),
+            Changes("prune {M} --repair none --statistics {S} --out {OUT}", "--set prune.target=60%"),
+            Refused(f"{PRUNE_BY_STATISTICS} --set data.block_tokens=16", f"data.block_tokens {NO_TEXT}"),
+            Refused(f"{PRUNE_BY_STATISTICS} --set calibrate.samples=9", f"calibrate.samples {NO_TEXT}"),
+            Refused(
+                "prune {M} --layers drop=1 --set prune.sequence_aggregate=l2 --out {OUT}",
+                "prune.sequence_aggregate has an effect only where units of what is cut",
+            ),
+            Refused(
+                "prune {M} --shape ffn=24 --statistics {S} --set repair.steps=[heads_obs] --out {OUT}",
+                "repair.steps has an effect only with steps that repair what is cut",
+            ),
+            Refused(
+                f"{PRUNE_BY_TEXT} --set prune.layer_samples=3",
+                "prune.layer_samples has an effect only with a prune.layer_criterion of loss",
+            ),
+            Refused(
+                "prune {M} --set prune.layer_criterion=loss --set prune.layer_samples=3 --plan {L} --out {OUT}",
+                "prune.layer_criterion has an effect only where it chooses layers",
+            ),
+            Refused(
+                f"{PRUNE_BY_TEXT} --set calibrate.second_moment=true",
+                "calibrate.second_moment has an effect only where statistics are kept",
+            ),
+            Refused(f"{PRUNE} --set repair.steps=[]", "--repair and --set repair.steps=[] say the same thing"),
+            Refused(f"{PRUNE} --set prune.shape.ffn=8", "--shape and --set prune.shape.ffn=8 say the same thing"),
+            Refused(f"{PRUNE} --set search.window=0.5", "`minitron prune` does not read 'search'"),
+        ],
         "--out": [Changes(PRUNE_BY_STATISTICS.replace("--out {OUT} ", ""), "--out {OUT}")],
     },
     "distill": {
@@ -321,6 +390,20 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         ],
         "--set": [
             Changes(DISTILL, "--set distill.weight_decay=0.5"),
+            Changes(DISTILL, "--set data.heldout_fraction=0.3"),
+            Changes(DISTILL.replace("--block-tokens 16", "--set data.block_tokens=16"), "--set data.delimiter=none"),
+            Refused(
+                f"{DISTILL} --set data.block_tokens=8", "--block-tokens and --set data.block_tokens=8 say the same"
+            ),
+            Refused(
+                f"{DISTILL} --set data.sample_batch=8", "data.sample_batch has an effect only where the text is sa"
+            ),
+            Refused(
+                f"{DISTILL} --set evaluate.blocks=8", "`minitron distill` does not read 'evaluate'; Available: data, di"
+            ),
+            Refused(
+                f"{DISTILL} --set distil.loss=mse", "does not read 'distil'; did you mean 'distill'? Available: data"
+            ),
             Refused(
                 f"{DISTILL} --set distill.top_k_tail=false", "distill.top_k_tail has an effect only where only the"
             ),
@@ -351,6 +434,32 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--block-tokens": [
             Changes(EVALUATE.replace("--block-tokens 16 ", ""), "--block-tokens 16"),
             Refused(f"{TASKS} --block-tokens 16", "--block-tokens has an effect only where text is measured"),
+        ],
+        "--set": [
+            Changes(EVALUATE, "--set data.heldout_fraction=0.3"),
+            Changes(EVALUATE.replace("--blocks 4", ""), "--set evaluate.blocks=4"),
+            Changes("evaluate {M} --no-cache --tasks stories", "--set evaluate.tasks_dir={B}"),
+            Refused(f"{EVALUATE} --set evaluate.new_tokens=5", "evaluate.new_tokens has an effect only in a run"),
+            Refused(
+                f"{EVALUATE} --whole --set data.heldout_fraction=0.3",
+                "data.heldout_fraction has an effect only without --whole",
+            ),
+            Refused(
+                f"{EVALUATE} --set data.heldout={{T}} --set data.max_tokens=99",
+                "data.max_tokens has an effect only where a part of the text is held out",
+            ),
+            Refused(f"{TASKS} --set data.max_tokens=9", "data.max_tokens has an effect only where text is measured"),
+            Refused(f"{TASKS} --set evaluate.batch=2", "evaluate.batch has an effect only where text is measured"),
+            Refused(
+                "evaluate {I} --data {T} --set evaluate.batch=2",
+                "evaluate.batch has an effect only where a checkpoint is measured",
+            ),
+            Changes(f"{TASKS} --tasks stories", "--set evaluate.limit=2"),
+            Refused(f"{TASKS} --tasks a --set evaluate.tasks=[b]", "--tasks and --set evaluate.tasks=[b] say the same"),
+            Refused(f"{EVALUATE} --set evaluate.limit=2", "evaluate.limit has an effect only with benchmarks"),
+            Refused(
+                f"{EVALUATE} --set gguf.blocks=2", "`minitron evaluate` does not read 'gguf'; Available: data, eva"
+            ),
         ],
         "--suite": [Changes(TASKS, "--suite minitron")],
         "--tasks": [Changes(TASKS, "--tasks nothing")],
@@ -429,6 +538,21 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Refused(f"{QUANTIZE} --block-tokens 16", "--block-tokens has an effect only where text is read"),
         ],
         "--threads": [Unseen(), Refused("quantize {M} --types Q8_0 --threads 0", "argument --threads")],
+        "--set": [
+            Changes(f"{QUANTIZE} --calibration {{T}}", "--set data.heldout_fraction=0.3"),
+            Changes(SIZES, "--set gguf.bits_per_weight=[4.5]"),
+            Changes("quantize {M} --no-verify --dry-run", "--set gguf.types=[Q8_0]"),
+            Refused(f"{QUANTIZE} --set data.max_tokens=16", "data.max_tokens has an effect only where text is read"),
+            Refused(
+                f"{QUANTIZE} --calibration {{T}} --set data.separate_documents=true",
+                "data.separate_documents has an effect only where a model is calibrated",
+            ),
+            Refused(f"{QUANTIZE} --set gguf.types=[Q8_0]", "--types and --set gguf.types=[Q8_0] say the same thing"),
+            Refused(
+                f"{QUANTIZE} --set gguf.blocks=2", "gguf.blocks has an effect only where files are run in llama.cpp"
+            ),
+            Refused(f"{QUANTIZE} --set calibrate.samples=2", "`minitron quantize` does not read 'calibrate'"),
+        ],
         "--verify": [Changes("quantize {M} --types F16 --blocks 2 --dry-run", "--no-verify")],
         "--dry-run": [Changes("quantize {M} --types Q8_0 --no-verify --threads 1", "--dry-run")],
         "--out": [Changes("quantize {M} --types Q8_0 --no-verify --threads 1", "--out {OUT}")],
@@ -679,17 +803,31 @@ def test_a_criterion_is_refused_exactly_where_the_student_is_the_same_without_it
 
 
 def test_every_rule_has_a_row_that_it_refuses() -> None:
-    of_choice = {name.removeprefix("prune.") for rule in OF_CHOICE for name in rule.names}
-    ruled = [(command, name) for command, rules in RULES.items() for rule in rules for name in rule.names]
-    ruled += [("prune", name) for rule in OF_CUT for name in rule.names]
-    ruled += [("prune", name) for name in of_choice & {action.dest for action in subparsers()["prune"]._actions}]
-    for command, name in ruled:
-        (said,) = {
-            next(text for text in action.option_strings if text.startswith("--"))
-            for action in subparsers()[command]._actions
-            if action.dest == name
-        }
-        assert any(isinstance(row, Refused) for row in OPTIONS[command][said]), (command, said)
+    rules = {name: [*command.RULES] for name, command in COMMANDS.items()}
+    rules["prune"] += [*OF_CUT, *OF_CHOICE]
+    for command, rule in ((command, rule) for command, found in rules.items() for rule in found):
+        named = names_of(command)
+        if command == "evaluate":
+            del named["--data"]  # with it there is text to measure, so that its rule never refuses it
+        for option, name in named.items():
+            if any(fnmatchcase(name, one) for one in rule.names):
+                assert any(isinstance(row, Refused) for row in OPTIONS[command][option]), (command, option)
+        alone = [one for one in rule.names if not any(fnmatchcase(name, one) for name in named.values())]
+        said = [row.says.split()[0] for row in OPTIONS[command].get("--set", []) if isinstance(row, Refused)]
+        assert not alone or any(fnmatchcase(key, one) for one in alone for key in said), (command, alone)
+
+
+def names_of(command: str) -> dict[str, str]:
+    """Of each option of a command, what rules call it: the recipe key that it says, or what argparse keeps it under."""
+    parser = subparsers()[command]
+    says = parser.get_default("says")
+    return {
+        next(name for name in action.option_strings if name.startswith("--")): (
+            says[action.dest].key if action.dest in says else action.dest
+        )
+        for action in parser._actions
+        if action.option_strings
+    }
 
 
 def test_what_all_commands_have_works(
@@ -735,6 +873,16 @@ def test_what_is_said_twice_is_refused(
 
 def test_what_is_said_twice_in_the_same_way_is_not(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert desk.run("inspect {M} --json --json -q -q", capsys)[0] == 0
+
+
+@pytest.mark.parametrize("command", subparsers())
+def test_an_option_that_says_a_key_has_its_default(command: str) -> None:
+    """But for what the command presets, and for options that say nothing until they are given."""
+    parser = subparsers()[command]
+    for dest, said in parser.get_default("says").items():
+        field, found = recipe_field(said.key), parser.get_default(dest)
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        assert found in (parser.get_default("preset").get(said.key, default), None, [])
 
 
 def test_a_default_that_is_stated_is_an_option_that_was_given() -> None:
@@ -948,7 +1096,7 @@ def documented() -> list[str]:
     root = Path(__file__).parents[1]
     text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").rglob("*.md"))))
     found = re.findall(r"(?:^|[ /`])minitron ([a-z]+ [^`|\n#]*)", text.replace("\\\n", " "), re.MULTILINE)
-    examples = [example.replace("%%", "%").removeprefix("minitron ") for example in EXAMPLES.values()]
+    examples = [command.EXAMPLE.removeprefix("minitron ") for command in COMMANDS.values()]
     whole = [line for line in found if re.match(r"(distill --teacher|[a-z]+ [^- ]\S* .*--)", line)]
     return [re.sub(r"\bN\b", "64", line.strip()) for line in whole if line.split()[0] in OPTIONS] + examples
 

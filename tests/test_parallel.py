@@ -339,7 +339,7 @@ def test_other_commands_refuse_several_processes(
     assert main(["inspect", str(desk / "teacher")]) == 1
     message = (
         "error: torchrun started 2 processes, and this command runs in one: start it without torchrun; "
-        "`minitron calibrate` and `minitron distill` are the commands that several processes share\n"
+        "the commands that several processes share are demo, compress, run, calibrate, distill\n"
     )
     assert capsys.readouterr() == ("", "" if rank else message)
 

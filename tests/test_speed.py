@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from minitron import speed_room
-from minitron.cli import results
 from minitron.cli.main import main
+from minitron.cli.speed import speed_lines
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
 from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
@@ -126,7 +126,7 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
                 assert 0 < low <= row[name][kind] <= high
         assert 1 < row["teacher"]["peak_memory_bytes"] / facts["models"]["teacher"]["weight_bytes"] < 2
         assert row["student"]["peak_memory_bytes"] < row["teacher"]["peak_memory_bytes"]
-    lines = results.speed_lines(facts | {"load_average": [0.0, 9.25]})
+    lines = speed_lines(facts | {"load_average": [0.0, 9.25]})
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["1", "8", "teacher"],
         ["1", "8", "student"],

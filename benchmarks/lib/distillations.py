@@ -17,7 +17,7 @@ import torch
 
 from lib.measure import publish
 from minitron.calibration.collect import Statistics, calibrate
-from minitron.cli.main import keep_freed_memory
+from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
 from minitron.distillation import train

@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -112,23 +113,45 @@ def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: s
     return _build(Recipe, raw, overrides, where=where)
 
 
-class _OnlyDistill(Section):
-    distill: DistillConfig = DistillConfig()
+def build_asked(values: Mapping[str, Any], overrides: Iterable[str], spelled: Mapping[str, str]) -> Recipe:
+    """Make the recipe of a command that reads some sections of one: keys and their values, then overrides.
 
-
-def build_distill(raw: dict[str, Any], overrides: Iterable[str] = ()) -> DistillConfig:
-    """Validate a mapping as the section `distill`, after overrides such as `distill.loss=reverse_kl`.
+    Args:
+        values: such as {"distill.tokens": 1000}; keys of other sections have their defaults.
+        spelled: keys -> the options that say them.
 
     Raises: RecipeError.
     """
-    return _build(_OnlyDistill, {"distill": raw}, overrides, where="--set").distill
+    raw: dict[str, Any] = {"prune": {}}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        _section_at(raw, sections)[name] = value
+    return _build(Recipe, raw, overrides, where="--set", spelled=spelled)
+
+
+def _section_at(raw: dict[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    return raw
 
 
 def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _build(kind: type[Kind], raw: dict[str, Any], overrides: Iterable[str], *, where: str) -> Kind:
+def _build(
+    kind: type[Kind],
+    raw: dict[str, Any],
+    overrides: Iterable[str],
+    *,
+    where: str,
+    spelled: Mapping[str, str] = MappingProxyType({}),
+) -> Kind:
+    """
+    Args:
+        where: what an error names that no override is about.
+        spelled: keys -> what an error names instead of them.
+    """
     raw, overrides = copy.deepcopy(raw), list(overrides)
     for override in overrides:
         _apply(raw, override)
@@ -137,6 +160,9 @@ def _build(kind: type[Kind], raw: dict[str, Any], overrides: Iterable[str], *, w
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for one in error.errors():
+            if (key := ".".join(map(str, one["loc"][:2]))) in spelled:
+                found.setdefault(spelled[key], []).append(f"{one['msg']} (got {one['input']!r})")
+                continue
             found.setdefault(_said_by(one, overrides) or where, []).append(_explain(one, kind))
         raise RecipeError("; ".join(f"{source}: {'; '.join(reasons)}" for source, reasons in found.items())) from None
 

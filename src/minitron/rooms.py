@@ -26,7 +26,7 @@ from minitron.distillation.config import DistillConfig, require_correctable, res
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import EvaluateConfig, evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
@@ -108,6 +108,8 @@ def search_model(
     *,
     prune: PruneConfig,
     search: SearchConfig,
+    calibration: CalibrateConfig | None = None,
+    repair: RepairConfig | None = None,
     statistics_dir: Path | None,
     data_config: DataConfig | None,
     listener: Listener = SILENT,
@@ -118,8 +120,9 @@ def search_model(
         data_config: needed without statistics, and for the level `cut`.
     """
     teacher = open_checkpoint(resolve_model(model))
-    repair = resolve_repair(RepairConfig(), teacher)
-    calibration = CalibrateConfig(second_moment=replaces_channels(repair.steps))
+    repair = resolve_repair(repair or RepairConfig(), teacher)
+    calibration = calibration or CalibrateConfig()
+    calibration = calibration.model_copy(update={"second_moment": replaces_channels(repair.steps)})
     feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
     with ExitStack() as stack:
         corpus = None
@@ -153,6 +156,7 @@ def prune_model(
     statistics_dir: Path | None,
     data_config: Callable[[], DataConfig],
     samples: int = CalibrateConfig().samples,
+    calibration: CalibrateConfig | None = None,
     check: Callable[[CutNeeds], None] = lambda needs: None,
     out: Path,
     listener: Listener = SILENT,
@@ -164,8 +168,10 @@ def prune_model(
 
     Args:
         samples: blocks of that text, which the repair is fitted to also where statistics are given.
+        calibration: these blocks, and how they are read; default `samples` and the defaults.
         check: told what the cut needs before anything is read or chosen; may refuse.
     """
+    calibration = calibration or CalibrateConfig(samples=samples)
     prove_directory(out, inputs=[model, statistics_dir])
     teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
@@ -178,14 +184,14 @@ def prune_model(
         needs = cut_needs(teacher, config, shape, given, steps, with_statistics=statistics_dir is not None)
         check(needs)
         _require_free_space(teacher, shape, out, partial)
-        calibration = CalibrateConfig(samples=samples, second_moment="basis" in steps)
+        calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
         pass_, text, tokenizer, statistics = calibration.as_pass(partial, layers_of(listener)), None, None, None
         if needs.statistics and statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         if needs.text:
             tokenizer = load_tokenizer(teacher.path)
-            with corpus_for(teacher, data_config(), listener, samples, scratch=partial) as corpus:
-                text = draw_samples(corpus, samples, 0)
+            with corpus_for(teacher, data_config(), listener, calibration.samples, scratch=partial) as corpus:
+                text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
             statistics = calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
@@ -307,6 +313,7 @@ def evaluate_model(
     data_config: DataConfig,
     *,
     blocks: int | None,
+    batch: int = EvaluateConfig().batch,
     whole: bool = False,
     listener: Listener = SILENT,
 ) -> dict[str, Any]:
@@ -328,6 +335,7 @@ def evaluate_model(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
             teacher=guide,
+            batch=batch,
             progress=lambda done, total: listener.progress(done, total, "blocks"),
         )
     return quality.to_dict()

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: progress and notes on stderr, results on stdout."""
+"""A person at a terminal sees progress and notes on stderr, and results on stdout."""
 
 import argparse
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -14,7 +14,7 @@ from minitron.core.errors import MinitronError
 
 
 def open_streams() -> None:
-    """Make the three streams what the rest of the program takes them for.
+    """Open the three streams, so that the rest of the program can rely on them.
 
     A character that an encoding does not have is replaced: a result must not end in an error where it is printed. One
     that is closed leads nowhere, instead of into the next file that is opened and gets its number.
@@ -49,7 +49,7 @@ def complain(text: str) -> None:
 
 
 def flush_result() -> None:
-    """What a library has printed on stdout.
+    """Write out the text that a library has printed on stdout.
 
     Raises: MinitronError if it cannot be written.
     """
@@ -69,19 +69,28 @@ def _writing(what: str) -> Iterator[None]:
 
 
 def _silence(stream: TextIO) -> None:
-    """What is still in its buffer, and all that follows, goes nowhere."""
+    """Send the rest of its buffer, and all that follows, nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lay the cells out as the lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
 class Console:
-    """Draws progress: a bar on a terminal, plain lines elsewhere. Results go to stdout, everything else to stderr."""
+    """A console prints results on stdout, and on stderr progress: a bar on a terminal, plain lines elsewhere.
+
+    Of several processes only the first has one that prints.
+    """
 
     LOG_SECONDS = 20.0
 
-    def __init__(self, args: argparse.Namespace):
-        self.json, self.quiet = args.json, args.quiet
+    def __init__(self, args: argparse.Namespace, *, prints: bool = True):
+        self.json, self.quiet, self.prints = args.json, args.quiet or not prints, prints
         self._started = time.monotonic()  # of the stage
         self._since = time.monotonic()  # of what is being counted: a stage may count several things in turn
         self._done = 0
@@ -119,12 +128,14 @@ class Console:
             complain(text)
 
     def warn(self, text: str) -> None:
-        """Shown even if quiet: it is about the result."""
+        """Print a warning even if quiet: it is about the result."""
         self.close()
-        complain(f"warning: {text}")
+        if self.prints:
+            complain(f"warning: {text}")
 
     def result(self, value: Any, text: str) -> None:
-        write_result(json.dumps(value, indent=2) if self.json else text)
+        if self.prints:
+            write_result(json.dumps(value, indent=2) if self.json else text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,35 +1,25 @@
-"""Which options of a command have an effect only together with others; those that could not have one are refused.
+"""These functions find the options that were given, make a recipe of them, and refuse those without an effect.
 
-What a `--dry-run` previews is the same command, so its other options may stand beside it.
+A rule names an option as argparse keeps it, or a recipe key, which an option or `--set` may say; `data.*` stands for
+every key of that section. A `--dry-run` previews the same command, so the other options may stand beside it.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from minitron.core.effects import Rule, option, require_effects
-from minitron.core.errors import NoEffect
+from minitron.core.effects import Rule, changed_keys, option, require_effects
+from minitron.core.errors import NoEffect, RecipeError, did_you_mean
 
 Args = argparse.Namespace
+Rules = tuple[Rule[Args], ...]
 REPEATED = ("set", "tensor_type")  # options that may be given several times, and add up
-# Of each command, the options that say the same as a recipe key.
-KEYS: dict[str, dict[str, str]] = {
-    "compress": {
-        "model": "model",
-        "revision": "revision",
-        "target_params": "prune.target",
-        "data": "data.source",
-        "text_field": "data.text_field",
-        "separate_documents": "data.separate_documents",
-        "tokens": "distill.tokens",
-        "seed": "seed",
-    },
-    "distill": {"tokens": "distill.tokens", "learning_rate": "distill.learning_rate"},
-}
 
 
 class _Tally(argparse.Namespace):
-    """Keeps what is set on it, for argparse to parse into: all that is set are options that were given.
+    """A tally is a namespace that keeps all that argparse sets on it, which is the options that were given.
 
     argparse sets a default only where there is nothing yet.
     """
@@ -43,10 +33,11 @@ class _Tally(argparse.Namespace):
 
 
 def given_options(parser: argparse.ArgumentParser, args: Args, words: Sequence[str]) -> dict[str, list[Any]]:
-    """The options that the words give, with each value that they give them, where the defaults are in `args` too.
+    """Find the options that the words give, each with all its values; `args` has the defaults too.
 
     Args:
-        parser: of the command; the words are those behind its name.
+        parser: the command's own.
+        words: the words behind the name of the command.
     """
     tally = _Tally(vars(args))
     parser.parse_known_args(words, tally)
@@ -55,68 +46,129 @@ def given_options(parser: argparse.ArgumentParser, args: Args, words: Sequence[s
 
 
 def require_options(args: Args) -> None:
-    """Raises: NoEffect for an option of `args.given` that could not change anything."""
+    """Refuse options that could not change anything; set `args.asked`, the recipe that options and --set make.
+
+    Args:
+        args: has `given`, which `given_options` finds.
+
+    Raises: NoEffect; RecipeError for a value that a key cannot have.
+    """
     for name, values in args.given.items():
         if name not in REPEATED and any(value != values[-1] for value in values):
             raise NoEffect(
                 f"{option(name)} is given {len(values)} times, and only the last would be read; give it once"
                 + (", with its values behind it" if isinstance(values[-1], list) else "")
             )
-    _require_said_once(args)
-    require_effects(args.given, RULES.get(args.command, ()), args, spelled=option)
+    if _makes_recipe(args):
+        said = _said(args)
+        _require_said_once(args, said)
+        _require_read(args)
+        args.asked = _asked(args, said)
+    require_rules(args, args.rules, args)
+    if args.sections:
+        _require_key_effects(args)
 
 
-def require_cut_options(args: Args, needs: Any) -> None:
-    """The same of `minitron prune`, once it is known what the cut needs: a `CutNeeds`."""
-    from minitron.pipeline.rules import OF_CHOICE
+def require_rules(args: Args, rules: Iterable[Rule[Any]], facts: Any, *, besides: Collection[str] = ()) -> None:
+    """Refuse options and keys by rules.
 
-    require_effects({f"prune.{name}" for name in args.given}, OF_CHOICE, needs.choice, spelled=option)
-    given = set(args.given) - ({"repair"} if args.repair in ("auto", "none") else set())
-    require_effects(given, OF_CUT, needs, spelled=option)
+    Args:
+        facts: the argument of the rules' `has_effect`.
+        besides: options and keys that are let through.
 
-
-def _require_said_once(args: Args) -> None:
-    sets = {text.partition("=")[0]: text for text in getattr(args, "set", [])}
-    for name, key in KEYS.get(args.command, {}).items():
-        if name in args.given and key in sets:
-            said = "MODEL" if name == "model" else option(name)
-            raise NoEffect(f"{said} and --set {sets[key]} say the same thing, and only --set would be read: give one")
-
-
-def _benchmarks(args: Args) -> bool:
-    return bool(args.tasks or args.suite or args.tasks_dir)
+    Raises: NoEffect.
+    """
+    spelled = {name: text for name, text in given_names(args).items() if name not in besides}
+    named = (
+        replace(rule, names=tuple(name for name in spelled if any(fnmatchcase(name, one) for one in rule.names)))
+        for rule in rules
+    )
+    require_effects(spelled, named, facts, spelled=spelled.__getitem__)
 
 
-def _measures_text(args: Args) -> bool:
-    return not _benchmarks(args) or args.data is not None
+def given_names(args: Args) -> dict[str, str]:
+    """Map each option and key that was given, as rules name it, to its spelling on the command line."""
+    names: dict[str, str] = {}
+    for dest in args.given:
+        names |= dict.fromkeys(_keys(args, dest), option(dest))
+    return names | {key: key for key in set_keys(args)}
 
 
-def _searches_on_text(args: Args) -> bool:
-    return args.statistics is None or args.cut is not None
+def set_keys(args: Args) -> list[str]:
+    """List the recipe keys to which `--set` gives another value than their default."""
+    paths = [text.partition("=")[0] for text in args.set] if _makes_recipe(args) else []
+    return sorted(
+        key for key in (changed_keys(args.asked) if paths else ()) if any(_overlap(key, one) for one in paths)
+    )
 
 
-def _quantizes_on_text(args: Args) -> bool:
-    return args.data is not None or args.verify or _mixes(args)
+def _makes_recipe(args: Args) -> bool:
+    """Tell whether options and --set together make a recipe; a recipe in a file is read by its command."""
+    return bool(args.says) and args.sections is not None
 
 
-def _mixes(args: Args) -> bool:
-    return bool(args.target_bpw or args.target_size)
+def _keys(args: Args, dest: str) -> Iterable[str]:
+    """List the recipe keys that an option says, or else its own name."""
+    return args.says[dest].values(getattr(args, dest)) if dest in args.says else (dest,)
 
 
-def _takes_importance(args: Args) -> bool:
-    from minitron.gguf.config import UNINFORMED
+def _said(args: Args) -> dict[str, dict[str, Any]]:
+    """Map each option that says recipe keys to these keys and their values."""
+    return {dest: args.says[dest].values(getattr(args, dest)) for dest in args.given if dest in args.says}
 
-    return _mixes(args) or any(name.upper() not in UNINFORMED for name in args.types)
+
+def _overlap(one: str, other: str) -> bool:
+    """Tell whether two recipe keys are the same, or one holds the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _require_said_once(args: Args, said: Mapping[str, Mapping[str, Any]]) -> None:
+    for dest, keys in said.items():
+        for text in args.set:
+            path, equals, _ = text.partition("=")
+            if equals and any(_overlap(key, path) for key in keys):
+                name = "MODEL" if dest == "model" else option(dest)
+                raise NoEffect(f"{name} and --set {text} say the same thing, and only --set would be read: give one")
+
+
+def _require_read(args: Args) -> None:
+    """Refuse a `--set` of a section that the command does not read.
+
+    Raises: RecipeError.
+    """
+    for text in args.set if args.sections else ():
+        name = text.partition("=")[0].partition(".")[0]
+        if name not in args.sections:
+            raise RecipeError(
+                f"--set {text!r}: `minitron {args.command}` does not read {name!r}{did_you_mean(name, args.sections)}"
+            )
+
+
+def _asked(args: Args, said: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Make the recipe that options and `--set` say, with defaults for the rest."""
+    from minitron.recipe import build_asked
+
+    values: dict[str, Any] = dict(args.preset)
+    spelled: dict[str, str] = {}
+    for dest, keys in said.items():
+        for key, value in keys.items():  # two options that list tasks add up
+            values[key] = [*values[key], *value] if key in spelled and isinstance(value, list) else value
+            spelled[key] = option(dest)
+    return build_asked(values, args.set, spelled)
+
+
+def _require_key_effects(args: Args) -> None:
+    """Apply the rules of a run to the keys that `--set` gives to a command that makes no run."""
+    from minitron.pipeline.rules import OF_RECIPE
+
+    keys = [key for key in set_keys(args) if not key.startswith("distill.")]  # whose rules distillation has itself
+    require_effects(keys, OF_RECIPE, args.asked)
 
 
 def _reads_rows(args: Args) -> bool:
-    """Whether the text may be rows; that which `--set` names is not known here."""
-    from minitron.data.corpus import BUILTIN, DataConfig
     from minitron.pipeline.rules import reads_rows
 
-    if any(text.startswith(("data.source=", "data.heldout=")) for text in getattr(args, "set", [])):
-        return True
-    return reads_rows(DataConfig(source=args.data or BUILTIN))
+    return reads_rows(args.asked.data)
 
 
 def _is_on_the_hub(args: Args) -> bool:
@@ -125,114 +177,12 @@ def _is_on_the_hub(args: Args) -> bool:
     return not is_local(args.model)
 
 
-_ROWS: Rule[Args] = Rule(
-    ("text_field",), _reads_rows, "where the text is .jsonl, .parquet or a dataset", "give such text with --data"
+ROWS: Rule[Args] = Rule(
+    ("data.text_field",), _reads_rows, "where the text is .jsonl, .parquet or a dataset", "give such text with --data"
 )
-_REVISION: Rule[Args] = Rule(("revision",), _is_on_the_hub, "with a hub id, and MODEL is here", "give a hub id")
-_DRY_RUN: tuple[Rule[Args], ...] = (
-    Rule(("gpus",), lambda args: args.dry_run, "with --dry-run", "add --dry-run"),
-    Rule(
-        ("gpu_teraflops", "utilisation"),
-        lambda args: args.dry_run and args.gpus is not None,
-        "with --dry-run and --gpus",
-        "add both",
-    ),
-)
-RULES: Mapping[str, tuple[Rule[Args], ...]] = {
-    "inspect": (_REVISION,),
-    "compress": (_REVISION, _ROWS, *_DRY_RUN),
-    "run": _DRY_RUN,
-    "calibrate": (_ROWS,),
-    "search": (
-        Rule(
-            ("data", "text_field", "separate_documents", "block_tokens"),
-            _searches_on_text,
-            "where text is read: without --statistics, or with --cut",
-            "add --cut",
-        ),
-        _ROWS,
-        Rule(
-            ("window",),
-            lambda args: args.target_params is not None and args.least is None,
-            "with --target-params and without --least",
-            "give --target-params and no --least",
-        ),
-        Rule(("top",), lambda args: not args.json, "without --json, which has all", "leave out --json"),
-    ),
-    "prune": (_ROWS,),
-    "distill": (_ROWS,),
-    "evaluate": (
-        Rule(
-            ("limit", "shots", "allow_code", "chat", "streamed", "batch", "cache"),
-            _benchmarks,
-            "with benchmarks",
-            "give --tasks, --suite or --tasks-dir",
-        ),
-        Rule(
-            ("whole", "blocks", "block_tokens", "text_field", "separate_documents"),
-            _measures_text,
-            "where text is measured, and benchmarks are alone without --data",
-            "give --data",
-        ),
-        _ROWS,
-    ),
-    "generate": (
-        Rule(("seed",), lambda args: args.temperature != 0, "where tokens are drawn", "give a --temperature above 0"),
-    ),
-    "quantize": (
-        Rule(
-            ("text_field", "block_tokens", "samples"),
-            _quantizes_on_text,
-            "where text is read",
-            "give --calibration, or leave out --no-verify",
-        ),
-        _ROWS,
-        Rule(("blocks",), lambda args: args.verify, "where files are run in llama.cpp", "leave out --no-verify"),
-        Rule(
-            ("samples",),
-            lambda args: args.imatrix is None or _mixes(args),
-            "where text is read for an importance matrix, and --imatrix is one",
-            "leave out --imatrix",
-        ),
-        Rule(
-            ("data",),
-            lambda args: args.imatrix is None or args.verify or _mixes(args),
-            "where text is read for an importance matrix, to mix types or to measure the files, and --imatrix is the "
-            "matrix",
-            "leave out --no-verify or --imatrix",
-        ),
-        Rule(
-            ("imatrix",),
-            _takes_importance,
-            "with types that take an importance matrix, as F32, BF16, F16 and Q8_0 do not",
-            "name another type",
-        ),
-    ),
-    "speed": (
-        Rule(
-            ("threads",),
-            lambda args: args.engine != "vllm",
-            "with transformers and llama.cpp; vLLM takes its own",
-            "take another --engine",
-        ),
-    ),
-}
-# Of `minitron prune`: of what the cut needs.
-OF_CUT: tuple[Rule[Any], ...] = (
-    Rule(
-        ("data", "text_field", "separate_documents", "samples"),
-        lambda needs: needs.text,
-        "where the cut reads text to score or to repair, and this one does not",
-    ),
-    Rule(
-        ("statistics",),
-        lambda needs: needs.statistics,
-        "where units are scored or a repair is fitted, and this cut needs neither",
-    ),
-    Rule(
-        ("repair",),
-        lambda needs: bool(needs.choice.repairs),
-        "with steps that repair what is cut, and here they do not",
-        "name others",
-    ),
+REVISION: Rule[Args] = Rule(("revision",), _is_on_the_hub, "with a hub id, and MODEL is here", "give a hub id")
+NOT_KEPT: Rule[Args] = Rule(
+    ("calibrate.second_moment",),
+    lambda args: False,
+    "where statistics are kept; a repair that needs the second moment collects it",
 )

@@ -44,6 +44,7 @@ LADDER: dict[str, str] = {
 }
 # Types of which an importance matrix changes nothing.
 UNINFORMED = ("F32", "BF16", "F16", "Q8_0")
+QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 
 
 def require_installed() -> None:

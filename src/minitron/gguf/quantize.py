@@ -21,6 +21,7 @@ from minitron.core.errors import GgufError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
 from minitron.gguf.config import LADDER, UNINFORMED, QuantizeConfig
+from minitron.gguf.config import QUANTIZE_TOKENS as QUANTIZE_TOKENS
 from minitron.gguf.file import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
 from minitron.gguf.imatrix import (
     ImportanceMatrix,
@@ -45,7 +46,6 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 
-QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
 
 

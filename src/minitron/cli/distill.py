@@ -1,0 +1,37 @@
+"""`minitron distill` trains a student on a teacher's logits."""
+
+import argparse
+
+from minitron.cli import options, parse
+from minitron.cli.console import Console
+from minitron.cli.rules import ROWS, Rules
+
+HELP = "train a student on a teacher's logits; the same command again resumes it"
+EXAMPLE = "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student"
+RULES: Rules = (ROWS,)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_key(parser, "model", "--teacher", type=parse.named, required=True, metavar="MODEL")
+    parser.add_argument(
+        "--student", type=parse.named, required=True, metavar="MODEL", help="a model with the teacher's tokenizer"
+    )
+    options.add_data(parser)
+    options.add_key(parser, "distill.tokens", "--tokens", type=parse.count, metavar="N", more="Such as 20M.")
+    options.add_key(parser, "distill.learning_rate", "--learning-rate", type=float, metavar="RATE")
+    options.add_set(parser, "data", "distill")
+    options.add_seed(parser)
+    parser.add_argument("--out", type=parse.path, required=True, metavar="DIR", help="directory of the student")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    from minitron.rooms import distill_models
+
+    asked, data = args.asked, options.data_config(args, console)
+    facts = distill_models(
+        args.teacher, args.student, data, asked.distill, seed=asked.seed, out=args.out, listener=console
+    )
+    if not facts:
+        return  # the first of several processes speaks
+    text = f"student after {facts['training']['tokens']:,} tokens: {args.out}"
+    console.result(facts, text + (f"\ncorrected teacher: {facts['corrected']}" if "corrected" in facts else ""))

@@ -1,0 +1,43 @@
+"""`minitron generate` continues a prompt."""
+
+import argparse
+from pathlib import Path
+
+from minitron.cli import options, parse
+from minitron.cli.console import Console
+from minitron.cli.rules import Rules
+from minitron.core.effects import Rule
+
+HELP = "continue a prompt"
+EXAMPLE = "minitron generate student --prompt 'Once upon a time'"
+RULES: Rules = (
+    Rule(("seed",), lambda args: args.temperature != 0, "where tokens are drawn", "give a --temperature above 0"),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate
+
+    options.add_model(parser, options.MODEL_OR_FILE)
+    parser.add_argument("--prompt", type=parse.words, required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--new-tokens",
+        type=parse.count,
+        metavar="N",
+        help=f"default {USUAL_NEW_TOKENS}, or as many as the model's context has room for",
+    )
+    options.add_parameter(parser, generate, "--temperature", type=float, metavar="T", help="0 is greedy")
+    options.add_parameter(parser, generate, "--seed", type=parse.seed, metavar="N", help="of the draw")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    from minitron.rooms import generate_text
+
+    how = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
+    if options.is_gguf(args.model):
+        from minitron.gguf_rooms import generate_gguf
+
+        text = generate_gguf(Path(args.model), args.prompt, **how)
+    else:
+        text = generate_text(args.model, args.prompt, **how)
+    console.result({"prompt": args.prompt, "text": text}, args.prompt + text)

@@ -1,0 +1,41 @@
+"""`minitron push` uploads a run's student to the Hugging Face hub."""
+
+import argparse
+from typing import Any
+
+from minitron.cli import parse
+from minitron.cli.console import Console
+from minitron.cli.rules import Rules
+
+HELP = "upload the student, its card and its GGUF files to the Hugging Face hub"
+EXAMPLE = "minitron push runs/half me/my-model-4b --private --dry-run"
+RULES: Rules = ()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=parse.path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument(
+        "repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there"
+    )
+    parser.add_argument("--private", action="store_true", help="seen by nobody else, where REPO is made")
+    parser.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    from minitron.core.text import size
+    from minitron.report.hub import planned_uploads, push, require_repo_id
+    from minitron.report.records import read_run
+
+    require_repo_id(args.repo)
+    records = read_run(args.run)
+    files: list[dict[str, Any]] = [
+        {"file": str(upload.file), "bytes": upload.file.stat().st_size, "to": f"{args.repo}/{upload.destination}"}
+        for upload in planned_uploads(records)
+    ]
+    total = sum(row["bytes"] for row in files)
+    facts = {"repo": args.repo, "private": args.private, "bytes": total, "files": files}
+    if not args.dry_run:
+        url = push(records, args.repo, private=args.private)
+        return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
+    lines = [f"{size(row['bytes']):>10}  {row['to']}" for row in files]
+    console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))

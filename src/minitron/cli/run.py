@@ -1,0 +1,162 @@
+"""`minitron run` runs a recipe from a file; the other commands that run one call its functions."""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron.cli import options, parse
+from minitron.cli.console import Console, aligned
+from minitron.cli.rules import Rules
+from minitron.core.effects import Rule
+
+if TYPE_CHECKING:
+    from minitron.recipe import Recipe
+
+HELP = "run a recipe; the same command again resumes it"
+EXAMPLE = "minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64"
+DRY_RUN: Rules = (
+    Rule(("gpus",), lambda args: args.dry_run, "with --dry-run", "add --dry-run"),
+    Rule(
+        ("gpu_teraflops", "utilisation"),
+        lambda args: args.dry_run and args.gpus is not None,
+        "with --dry-run and --gpus",
+        "add both",
+    ),
+)
+RULES: Rules = DRY_RUN
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        type=parse.named,
+        metavar="RECIPE",
+        help="a .yaml file, or the name of a recipe that ships with minitron",
+    )
+    parser.add_argument("--out", type=parse.path, metavar="DIR", help="run directory; default runs/RECIPE")
+    add_dry_run(parser)
+    options.add_set(parser)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    from minitron.pipeline.estimate import Gpus
+
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print shapes, memory and cost from config.json alone, and run nothing"
+    )
+    parser.add_argument(
+        "--gpus", type=parse.count, metavar="N", help="with --dry-run: also estimate for this many GPUs"
+    )
+    parser.add_argument(
+        "--gpu-teraflops",
+        type=parse.positive,
+        default=Gpus.teraflops,
+        metavar="N",
+        help="peak of each; default %(default)g, an H100 in bfloat16",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=parse.positive,
+        default=Gpus.utilisation,
+        metavar="SHARE",
+        help="share of the peak reached; default %(default)g, an assumption",
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    from minitron.recipe import find_recipe, load_recipe
+
+    path = find_recipe(args.recipe)
+    run_recipe(load_recipe(path, args.set), args.out or Path("runs") / path.stem, args, console)
+
+
+def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: Console) -> None:
+    """Run a recipe, or print its shapes and cost with --dry-run."""
+    from minitron.pipeline.estimate import Gpus, estimate
+    from minitron.pipeline.run import run
+
+    if not args.dry_run:
+        return show_run(run(recipe, out, console), console)
+    facts = estimate(recipe, Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None)
+    console.result(facts, "\n".join(estimate_lines(facts)))
+
+
+def show_run(records: Any, console: Console) -> None:
+    """Print the table of a finished run."""
+    from minitron.report.records import result_table
+    from minitron.report.tables import RESULT_COLUMNS, result_cells
+
+    rows = result_table(records)
+    facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}
+    cells = [["", *(column.heading for column in RESULT_COLUMNS)], ["", *(column.unit for column in RESULT_COLUMNS)]]
+    cells += [[row["model"], *result_cells(row)] for row in rows]
+    hidden = {"non_embedding_share", "bits_per_byte"}  # in the report and in --json; a terminal is narrow
+    shown = [True, *(column.key not in hidden for column in RESULT_COLUMNS)]
+    lines = aligned([list(itertools.compress(row, shown)) for row in cells])
+    tokens = records.evaluations["teacher"].tokens
+    notes = [
+        "",
+        f"Measured on {tokens:,} tokens of held-out text.",
+        f"student: {records.path / 'student'}",
+        f"report:  {records.path / 'report.html'}",
+    ]
+    console.result(facts, "\n".join(lines + notes))
+
+
+def estimate_lines(facts: dict[str, Any]) -> list[str]:
+    from minitron.core.text import flops, size
+
+    tokens, forward, step = (
+        facts[name] for name in ("distill_tokens", "teacher_forward_flops_per_token", "student_step_flops_per_token")
+    )
+    lines = _model_lines("teacher", facts) + _model_lines("student", facts)
+    if sampled := facts["sampled_tokens"]:
+        lines.append(
+            f"text: {sampled:,} training tokens sampled from the teacher, one by one, {flops(sampled * forward)}"
+        )
+    lines += [
+        f"calibration: {facts['calibration_tokens']:,} tokens at most, {flops(facts['calibration_flops'])}",
+        f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}; per token "
+        f"{flops(forward)} teacher forward, {flops(step)} student step",
+        f"memory while distilling: {size(facts['training_bytes'])} for weights, gradients and optimizer, "
+        "and activations on top",
+    ]
+    return lines + (_cost_lines(facts) if tokens else [])
+
+
+def _model_lines(name: str, facts: dict[str, Any]) -> list[str]:
+    """Describe the shape, parameters and memory of one model."""
+    from minitron.core.text import size
+
+    model, context = facts[name], facts["context"]
+    parameters, cache = model["parameters"], model["kv_cache_bytes_per_token"]
+    return [
+        f"{name}: {model['family']}, " + " ".join(f"{dim}={number}" for dim, number in model["shape"].items()),
+        f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding",
+        f"  {size(model['weight_bytes'])} of {model['dtype']} weights, "
+        f"KV cache {size(cache)} a token, {size(cache * context)} at {context:,} tokens",
+    ]
+
+
+def _cost_lines(facts: dict[str, Any]) -> list[str]:
+    """Describe the cost of a distillation of a known number of tokens, here and on GPUs."""
+    from minitron.core.text import duration, flops, size
+
+    here, lines = facts["here"], [f"all of distillation: {flops(facts['distill_flops'])}"]
+    if corrected := facts["correction_tokens"]:
+        lines.append(
+            f"correction of the teacher: {corrected:,} tokens at most, {flops(facts['correction_flops'])} more"
+        )
+    lines.append(
+        f"on this machine: {duration(here['seconds'])} at {flops(here['flops_per_second'])}/s, an assumed "
+        f"{here['utilisation']:.0%} of what a large matrix product reaches here"
+    )
+    if "gpus" in facts:
+        gpus = facts["gpus"]
+        lines.append(
+            f"on {gpus['count']} GPUs: {duration(gpus['seconds'])}, "
+            f"{gpus['count'] * gpus['seconds'] / 3600:,.0f} GPU hours, at an assumed {gpus['utilisation']:.0%} of "
+            f"{gpus['teraflops']:g} TFLOP/s each; {size(gpus['bytes_per_gpu'])} on each, fully sharded"
+        )
+    return lines
