@@ -102,7 +102,7 @@ def test_a_whole_run_makes_a_student_of_the_same_family(family: str, tmp_path: P
     }
     records = run(build_recipe(recipe), tmp_path / "run")
     rows = {row: records.evaluations[row] for row in ("teacher", "pruned", "student")}
-    assert rows["student"]["family"] == family and rows["student"]["kl_to_teacher"] > 0
+    assert rows["student"].family == family and (rows["student"].kl_to_teacher or 0) > 0
     loaded, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", output_loading_info=True)
     assert not any(notes.values())
-    assert sum(parameter.numel() for parameter in loaded.parameters()) == rows["student"]["parameters"]["total"]
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == rows["student"].parameters.total

@@ -141,9 +141,10 @@ def test_a_student_of_recorded_lessons_is_the_one_of_the_teacher(tmp_path: Path)
                 *(["distill.top_k=100000"] if kind == "recorded" else []),
             ],
         )
-        students[kind] = run(recipe, tmp_path / kind).evaluations["student"]
-        states = (tmp_path / kind / "distill" / "metrics.jsonl").read_text().splitlines()
-        students[kind]["first loss"] = json.loads(states[0])["loss"]
+        records = run(recipe, tmp_path / kind)
+        student = records.evaluations["student"]
+        students[kind] = {"first loss": records.metrics[0].loss}
+        students[kind] |= {"kl_to_teacher": student.kl_to_teacher, "lm_loss": student.lm_loss}
     for name in ("kl_to_teacher", "lm_loss", "first loss"):
         assert students["recorded"][name] == pytest.approx(students["online"][name], rel=2e-3), name
     record = json.loads((tmp_path / "recorded" / "lessons" / "record.json").read_text())

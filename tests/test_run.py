@@ -177,7 +177,7 @@ def test_the_stored_recipe_is_resolved_and_makes_the_same_student_again(finished
     assert "auto" not in (stored.calibrate.precision, stored.distill.precision)
     again = run(stored, tmp_path / "again")
     assert load_recipe(tmp_path / "again" / "recipe.yaml") == stored
-    assert again.recipe == yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert again.whole_recipe == yaml.safe_load((finished / "recipe.yaml").read_text())
     assert_same_student(finished, tmp_path / "again")
     rows = [(out / "distill" / "metrics.jsonl").read_text() for out in (finished, tmp_path / "again")]
     assert rows[0] == rows[1]

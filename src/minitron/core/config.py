@@ -44,7 +44,7 @@ class KeyOf:
 
 
 def choice(table: Mapping[str, Row]) -> KeyOf:
-    """What makes of text a choice from a table: `Annotated[str, choice(LOSSES)]`, alone or inside of another type.
+    """Metadata that makes of `str` a choice from a table: `Annotated[str, choice(LOSSES)]`, alone or in another type.
 
     The table is asked when a value is checked, so a row that is added later is a value too.
     """
@@ -61,7 +61,7 @@ def choices_of(field: FieldInfo) -> list[KeyOf]:
 
 
 def _keys_in(annotation: Any) -> Iterator[KeyOf]:
-    for each in (*get_args(annotation), *getattr(annotation, "__metadata__", ())):
+    for each in get_args(annotation):
         yield from [each] if isinstance(each, KeyOf) else _keys_in(each)
 
 

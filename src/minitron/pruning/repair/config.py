@@ -37,7 +37,7 @@ def _heads_columns(teacher: Shape) -> int:
 class Repair:
     """A row of REPAIRS.
 
-    dims: those whose cut the step makes up for; it does nothing where none of them is cut.
+    dims: the dims whose cut the step makes up for; the step does nothing where none of them is cut.
     text: what the report says that the step did.
     chooses: dims of which the step chooses the units itself, whatever the plan has.
     ranks: dims whose units the step ranks by their scores.
@@ -47,7 +47,7 @@ class Repair:
     directions: whether the student's residual stream holds directions instead of channels, which come from the second
         moment of the teacher's.
     scales: whether the step is fitted to the sizes of what the norms read.
-    columns: how many columns the step solves for, of which each needs a token at least.
+    columns: how many columns the step solves for; each needs a calibration token at least.
     require: raises PlanError for an architecture, with tied embeddings or without, that cannot have the step.
     usual: whether the step belongs to the combination that wins after distillation (docs/LOG.md).
     """
