@@ -49,7 +49,7 @@ class Repair:
     scales: whether the step is fitted to the sizes of what the norms read.
     columns: how many columns the step solves for; each needs a calibration token at least.
     require: raises PlanError for an architecture, with tied embeddings or without, that cannot have the step.
-    usual: whether the step belongs to the combination that wins after distillation (docs/LOG.md).
+    usual: whether the step belongs to the combination that wins after distillation (docs/log).
     """
 
     dims: tuple[str, ...]
