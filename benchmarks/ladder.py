@@ -19,9 +19,9 @@ from minitron.gguf.config import LADDER, QuantizeConfig
 from minitron.gguf.file import bits_per_weight, describe
 from minitron.gguf.quantize import TABLE
 from minitron.gguf.types import mixture
-from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import DEMO_TEACHER
+from minitron.rooms import quantize_model
 
 AGAINST = "Q4_K_M,IQ4_XS,Q3_K_M"
 

@@ -19,12 +19,12 @@ from lib.measure import header, publish, table
 
 from minitron.core.text import rate, short_count, shown, size, with_range
 from minitron.gguf.config import QuantizeConfig
-from minitron.gguf_rooms import quantize_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import even_scores
 from minitron.pruning.plan import choose, with_sizes
 from minitron.recipe import DEMO_TEACHER
+from minitron.rooms import quantize_model
 from minitron.speed_room import measure_models
 
 PART = 16

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from minitron.core.device import EnergyCounter
 from minitron.core.errors import CheckpointError, RunError
+from minitron.core.machine import EnergyCounter
 from minitron.pipeline.directory import RunDirectory
 from minitron.recipe import Recipe, build_recipe, load_recipe
 

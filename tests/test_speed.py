@@ -19,7 +19,7 @@ from minitron.core.worker import Child, ChildEnded
 from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import Runtime
-from minitron.gguf_rooms import quantize_model
+from minitron.rooms import quantize_model
 
 LOAD = Load(batch=3, context=9, new_tokens=5)
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitron.core.device import versions
 from minitron.core.errors import RunError
+from minitron.core.machine import versions
 from minitron.distillation.optim import soap
 from minitron.distillation.optim.low_precision import KahanAdamW, StochasticAdamW
 from minitron.distillation.optim.soap import Soap

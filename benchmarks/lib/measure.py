@@ -84,8 +84,7 @@ def save_byte_tokenizer(path: Path) -> None:
 
 def header(title: str) -> str:
     """Markdown: what was run, where and with what."""
-    from minitron.core.device import versions
-    from minitron.pipeline.directory import hardware
+    from minitron.core.machine import hardware, versions
 
     machine = hardware()
     facts = {

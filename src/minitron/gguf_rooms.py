@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gguf import GGMLQuantizationType as BlockType
 from torch import Tensor
 
 from minitron.core.errors import GgufError, MinitronError
-from minitron.core.files import atomic_directory, prove_directory, require_free_space, scratch_directory, scratch_errors
+from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
-from minitron.data.prepare import block_length, corpus_for, keep_sampled
+from minitron.data.corpus import Corpus, DataConfig, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
 from minitron.evaluation.quality import Evaluation
-from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
-from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
+from minitron.gguf.quantize import QUANTIZE_TOKENS
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import file_tokenizer
 from minitron.gguf.verify import (
@@ -35,97 +32,12 @@ from minitron.gguf.verify import (
     process_ended,
     readable,
 )
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
-from minitron.model.naming import model_name
+from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
 
 SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
 Result = TypeVar("Result")
-
-
-def quantize_model(
-    model: str,
-    config: QuantizeConfig,
-    data_config: DataConfig | None,
-    *,
-    importance_file: Path | None,
-    out: Path,
-    listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Write GGUF files of one model, with their table, and its importance matrix where there is one.
-
-    Args:
-        data_config: None for no calibration.
-    """
-    prove_directory(out, inputs=[model])
-    checkpoint = open_checkpoint(resolve_model(model))
-    informed = data_config is not None or importance_file is not None
-    require_possible(checkpoint, config, informed=informed, importance_file=importance_file)
-    with ExitStack() as stack:
-        partial, text = stack.enter_context(atomic_directory(out)), None
-        require_free_space(out, _bytes_of(checkpoint, config, informed=informed), partial)
-        if data_config is not None:
-            if data_config.block_tokens is None:
-                usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
-                data_config = data_config.model_copy(update={"block_tokens": usual})
-            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
-            tokens = draw_samples(corpus, config.samples, 0).tokens
-            heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-            text = Text(tokens, heldout, data_config.source)
-            keep_sampled(corpus.path, partial)
-        name = model_name(model)
-        listener.stage("quantize", "running")
-        table = quantize(
-            checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
-        )
-    listener.stage("quantize", "done")
-    return table
-
-
-def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
-    """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
-    mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]
-    files = [row["bytes"] for row in plan_files(checkpoint, config, informed=informed)]
-    return round(sum(files) + sum(config.sizes) + sum(mixtures))
-
-
-def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize_model` would write; no weights are read."""
-    return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)
-
-
-def inspect_gguf(file: Path) -> dict[str, Any]:
-    """What a GGUF file says and holds.
-
-    Raises: GgufError if it is none.
-    """
-    model = read_gguf(file)
-    types: dict[str, int] = {}
-    for tensor in model.tensors:
-        kind = BlockType(tensor.tensor_type).name
-        types[kind] = types.get(kind, 0) + int(tensor.n_elements)
-    weights = sum(types.values())
-    names = {
-        "layers": "block_count",
-        "hidden": "embedding_length",
-        "ffn": "feed_forward_length",
-        "heads": "attention.head_count",
-        "kv_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "vocab": "vocab_size",
-        "context": "context_length",
-    }
-    long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    return {
-        "family": model.family,
-        "shape": {dim: model.of_family(key) for dim, key in names.items()},
-        "parameters": {"total": weights},
-        "bytes": file.stat().st_size,
-        "bits_per_weight": 8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / weights,
-        "types": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "keys": {name: value for name, value in model.said.items() if name not in long},
-    }
 
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:

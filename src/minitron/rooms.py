@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.core import parallel
 from minitron.core.device import pick_device
@@ -20,7 +22,7 @@ from minitron.core.files import (
 )
 from minitron.core.progress import SILENT, Listener, layers_of
 from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, separator
-from minitron.data.prepare import bounded, corpus_for, keep_sampled
+from minitron.data.prepare import block_length, bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
@@ -29,18 +31,15 @@ from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, re
 from minitron.evaluation.quality import EvaluateConfig, evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import kept
+from minitron.gguf.config import QuantizeConfig
+from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
 from minitron.model.architecture import PRUNABLE, Shape
-from minitron.model.checkpoint import (
-    Checkpoint,
-    load_model,
-    load_tokenizer,
-    open_checkpoint,
-    resolve_model,
-)
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.config_json import read_config
 from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.model_config import open_config
+from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
@@ -380,3 +379,54 @@ def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperatur
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
     return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+
+
+def quantize_model(
+    model: str,
+    config: QuantizeConfig,
+    data_config: DataConfig | None,
+    *,
+    importance_file: Path | None,
+    out: Path,
+    listener: Listener = SILENT,
+) -> dict[str, Any]:
+    """Write GGUF files of one model, with their table, and its importance matrix where there is one.
+
+    Args:
+        data_config: None for no calibration.
+    """
+    prove_directory(out, inputs=[model])
+    checkpoint = open_checkpoint(resolve_model(model))
+    informed = data_config is not None or importance_file is not None
+    require_possible(checkpoint, config, informed=informed, importance_file=importance_file)
+    with ExitStack() as stack:
+        partial, text = stack.enter_context(atomic_directory(out)), None
+        require_free_space(out, _bytes_of(checkpoint, config, informed=informed), partial)
+        if data_config is not None:
+            if data_config.block_tokens is None:
+                usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
+                data_config = data_config.model_copy(update={"block_tokens": usual})
+            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
+            tokens = draw_samples(corpus, config.samples, 0).tokens
+            heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
+            text = Text(tokens, heldout, data_config.source)
+            keep_sampled(corpus.path, partial)
+        name = model_name(model)
+        listener.stage("quantize", "running")
+        table = quantize(
+            checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
+        )
+    listener.stage("quantize", "done")
+    return table
+
+
+def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
+    """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
+    mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]
+    files = [row["bytes"] for row in plan_files(checkpoint, config, informed=informed)]
+    return round(sum(files) + sum(config.sizes) + sum(mixtures))
+
+
+def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
+    """What `quantize_model` would write; no weights are read."""
+    return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from minitron.core.device import Precision, forget_peak_memory, peak_memory, pick_device
+from minitron.core.device import Precision, pick_device
 from minitron.core.errors import MinitronError
+from minitron.core.machine import forget_peak_memory, hardware, peak_memory
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
 from minitron.evaluation.speed import (
@@ -35,7 +36,6 @@ from minitron.gguf.reader import is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
-from minitron.pipeline.directory import hardware
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)
@@ -135,7 +135,7 @@ def _describe(source: str, engine: Engine) -> dict[str, Any]:
         )
     if in_file:
         require_installed()
-        from minitron.gguf_rooms import inspect_gguf
+        from minitron.gguf.reader import inspect_gguf
 
         path = Path(source)
         said = inspect_gguf(path)

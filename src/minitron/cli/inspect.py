@@ -57,7 +57,7 @@ def _lines(model: str, facts: dict[str, Any]) -> list[str]:
 
 def _inspect_file(args: argparse.Namespace, console: Console) -> None:
     """Print the facts that a GGUF file states, and the types of its tensors."""
-    from minitron.gguf_rooms import inspect_gguf
+    from minitron.gguf.reader import inspect_gguf
 
     if args.revision is not None:
         raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")

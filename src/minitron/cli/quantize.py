@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.out is None and not args.dry_run:
         args.parser.error("the following arguments are required: --out")
     require_installed()
-    from minitron.gguf_rooms import plan_quantized, quantize_model
+    from minitron.rooms import plan_quantized, quantize_model
 
     with_text = _reads_text(args)
     if args.dry_run:

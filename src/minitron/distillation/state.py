@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron.core.device import versions
 from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, readable_os_errors, write_text
+from minitron.core.machine import versions
 from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed

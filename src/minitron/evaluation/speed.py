@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from minitron.core.device import forget_peak_memory, peak_memory
+from minitron.core.machine import forget_peak_memory, peak_memory
 
 TEACHER, STUDENT, RATIO = "teacher", "student", "ratio"
 DEFAULT_ROUNDS = 5

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType as BlockType
+
 from minitron.core.errors import GgufError
+from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
@@ -141,3 +144,36 @@ def _begins(file: Path, count: int) -> bytes:
             return data.read(count)
     except OSError as problem:
         raise GgufError(f"cannot read {file}: {problem.strerror}") from None
+
+
+def inspect_gguf(file: Path) -> dict[str, Any]:
+    """What a GGUF file says and holds.
+
+    Raises: GgufError if it is none.
+    """
+    model = read_gguf(file)
+    types: dict[str, int] = {}
+    for tensor in model.tensors:
+        kind = BlockType(tensor.tensor_type).name
+        types[kind] = types.get(kind, 0) + int(tensor.n_elements)
+    weights = sum(types.values())
+    names = {
+        "layers": "block_count",
+        "hidden": "embedding_length",
+        "ffn": "feed_forward_length",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "vocab": "vocab_size",
+        "context": "context_length",
+    }
+    long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
+    return {
+        "family": model.family,
+        "shape": {dim: model.of_family(key) for dim, key in names.items()},
+        "parameters": {"total": weights},
+        "bytes": file.stat().st_size,
+        "bits_per_weight": 8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / weights,
+        "types": dict(sorted(types.items(), key=lambda item: -item[1])),
+        "keys": {name: value for name, value in model.said.items() if name not in long},
+    }

@@ -8,8 +8,6 @@ by the first while the others wait for its record.
 """
 
 import fcntl
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron.core import parallel
 from minitron.core.config import Section
-from minitron.core.device import EnergyCounter, forget_peak_memory, peak_memory, versions
 from minitron.core.errors import CheckpointError, RunError
 from minitron.core.files import (
     atomic_directory,
@@ -34,6 +29,7 @@ from minitron.core.files import (
     write_json,
     write_text,
 )
+from minitron.core.machine import EnergyCounter, forget_peak_memory, hardware, peak_memory, versions
 from minitron.core.progress import SILENT, Listener
 from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record
 from minitron.core.typed_files import read_typed
@@ -196,23 +192,6 @@ def read_record(stage: Path) -> Record:
     """
     again = f"remove {stage} and run the same command to make it again"
     return read_typed(stage / "record.json", RECORD, RunError, way_out=again)
-
-
-def hardware() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minitron.core.device import compute_dtype, matmul_flops_per_second, pick_device
+from minitron.core.device import compute_dtype, pick_device
+from minitron.core.machine import matmul_flops_per_second
 from minitron.data.corpus import TEACHER
 from minitron.data.prepare import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from minitron.core import parallel
-from minitron.core.device import bytes_per_second, matmul_flops_per_second
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, write_json
+from minitron.core.machine import bytes_per_second, matmul_flops_per_second
 from minitron.core.progress import Listener
 from minitron.core.typed_files import as_typed, read_typed
 from minitron.data.corpus import Blocks, Corpus, batch_rows
