@@ -18,6 +18,7 @@ from full_size import CASES, write_model
 from lib.measure import header, publish, table
 
 from minitron.core.text import rate, short_count, shown, size, with_range
+from minitron.evaluation.engines import measure_models
 from minitron.gguf.config import QuantizeConfig
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
@@ -25,7 +26,6 @@ from minitron.pruning.importance import even_scores
 from minitron.pruning.plan import choose, with_sizes
 from minitron.recipe import DEMO_TEACHER
 from minitron.rooms import quantize_model
-from minitron.speed_room import measure_models
 
 PART = 16
 DEMO_SHAPE = {"hidden": 160, "ffn": 448}

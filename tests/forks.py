@@ -97,8 +97,8 @@ def _import_everything() -> None:
     import xllamacpp  # noqa: F401
 
     import minitron.cli.main
+    import minitron.evaluation.gguf_files
     import minitron.evaluation.tasks.harness
-    import minitron.gguf_rooms
     import minitron.report.comparison
     import minitron.report.hub
     import minitron.rooms  # noqa: F401

@@ -19,27 +19,25 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("recipe",),
     ("pipeline",),
-    ("rooms",),
-    ("gguf_rooms",),
-    ("speed_room",),
+    ("api",),
     ("cli",),
     ("__main__",),
 )
 # Inside a room, the stages follow each other too.
 STAGES = {
     "core": (
-        *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "parallel"),
+        *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "machine", "parallel"),
         *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
-    "pruning": ("layouts", "importance", "depth", "plan", "cut", "scoring", "repair"),
+    "pruning": ("layouts", "importance", "depth", "plan", "cut", "repair", "steps"),
     "shapes": ("layouts", "space", "rank"),
     "distillation": ("layouts", "losses", "optim", "state", "trackers", "config", "train"),
-    "evaluation": ("layouts", "quality", "generate", "tasks"),
+    "evaluation": ("layouts", "quality", "generate", "tasks", "speed", "gguf_files", "engines"),
     "gguf": (
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "overlap", "corpus", "sampling"),
+    "data": ("layouts", "sources", "overlap", "corpus", "sampling", "prepare"),
     "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": (
         *(

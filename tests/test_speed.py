@@ -11,11 +11,11 @@ import small
 import tiny
 import torch
 
-from minitron import speed_room
 from minitron.cli.main import main
 from minitron.cli.speed import speed_lines
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
+from minitron.evaluation import engines
 from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import Runtime
@@ -62,7 +62,7 @@ def test_what_is_timed_in_llama_cpp_is_what_it_generates_one_sequence_at_a_time(
     pair: tuple[Path, Path], files: tuple[Path, Path]
 ) -> None:
     with Runtime(files[0], context=64, threads=1) as runtime:
-        made = speed_room._time_llama_cpp(runtime, LOAD).made
+        made = engines._time_llama_cpp(runtime, LOAD).made
         assert (runtime.context_tokens, runtime.sequences) == (14, 3)
         for prompt, row in zip(LOAD.prompts, made, strict=True):
             alone = runtime.generate(list(prompt), 6)
@@ -136,35 +136,35 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
 
 
 def test_contexts_are_those_that_fit() -> None:
-    assert speed_room._contexts(None, 4096, 32) == [128, 1024]
-    assert speed_room._contexts(None, 512, 32) == [128]
-    assert speed_room._contexts(None, 64, 32) == [31]
-    assert speed_room._contexts(None, None, 32) == [128, 1024]
+    assert engines._contexts(None, 4096, 32) == [128, 1024]
+    assert engines._contexts(None, 512, 32) == [128]
+    assert engines._contexts(None, 64, 32) == [31]
+    assert engines._contexts(None, None, 32) == [128, 1024]
     with pytest.raises(MinitronError, match=r"--context 60: with the 5 tokens that follow .* at most 59"):
-        speed_room._contexts([8, 60], 64, 4)
+        engines._contexts([8, 60], 64, 4)
     with pytest.raises(MinitronError, match="--new-tokens 64 is too many for a context of 64 tokens"):
-        speed_room._contexts(None, 64, 64)
+        engines._contexts(None, 64, 64)
 
 
 def test_a_model_of_another_kind_than_the_engine_is_refused_with_the_way_out(
     pair: tuple[Path, Path], files: tuple[Path, Path]
 ) -> None:
     with pytest.raises(MinitronError, match="is a GGUF file, which transformers does not run here"):
-        speed_room.measure_models(str(files[0]), None, engine="transformers")
+        engines.measure_models(str(files[0]), None, engine="transformers")
     with pytest.raises(
         MinitronError, match=r"llama.cpp runs GGUF files, and .*`minitron quantize .* --out gguf` makes"
     ):
-        speed_room.measure_models(str(files[0]), str(pair[0]))
+        engines.measure_models(str(files[0]), str(pair[0]))
     with pytest.raises(MinitronError, match="--dtype bfloat16: the types in a GGUF file are its own"):
-        speed_room.measure_models(str(files[0]), None, dtype="bfloat16")
+        engines.measure_models(str(files[0]), None, dtype="bfloat16")
     with pytest.raises(MinitronError, match=r"nowhere.gguf does not exist"):
-        speed_room.measure_models("nowhere.gguf", None)
+        engines.measure_models("nowhere.gguf", None)
 
 
-@pytest.mark.skipif(speed_room.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.skipif(engines.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_not_installed_is_named_with_the_command(pair: tuple[Path, Path]) -> None:
     with pytest.raises(MinitronError, match="vLLM is not installed here; `pip install vllm`"):
-        speed_room.measure_models(str(pair[0]), None, engine="vllm")
+        engines.measure_models(str(pair[0]), None, engine="vllm")
 
 
 def test_a_process_that_ends_is_told_apart_from_an_answer() -> None:

@@ -140,7 +140,7 @@ def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     data, asked = options.data_config(args, console), args.asked.evaluate
     how: dict[str, Any] = {"blocks": asked.blocks, "whole": args.whole, "listener": console}
     if options.is_gguf(args.model):
-        from minitron.gguf_rooms import evaluate_gguf
+        from minitron.evaluation.gguf_files import evaluate_gguf
 
         return evaluate_gguf(Path(args.model), args.teacher, data, **how)
     return evaluate_model(args.model, args.teacher, data, batch=asked.batch, **how)

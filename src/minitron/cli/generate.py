@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
     how = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
     if options.is_gguf(args.model):
-        from minitron.gguf_rooms import generate_gguf
+        from minitron.evaluation.gguf_files import generate_gguf
 
         text = generate_gguf(Path(args.model), args.prompt, **how)
     else:

@@ -22,7 +22,7 @@ RULES: Rules = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.core.device import Precision
-    from minitron.speed_room import DEFAULT_CONTEXTS, Engine, measure_models
+    from minitron.evaluation.engines import DEFAULT_CONTEXTS, Engine, measure_models
 
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.speed_room import measure_models
+    from minitron.evaluation.engines import measure_models
 
     facts = measure_models(
         args.model,

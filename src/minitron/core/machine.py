@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from minitron.core.device import pick_device
-from minitron.core.machine import EnergyCounter, forget_peak_memory, peak_memory, versions
 
 
 def versions() -> dict[str, str]:

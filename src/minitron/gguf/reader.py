@@ -8,7 +8,6 @@ from typing import Any
 from gguf import GGMLQuantizationType as BlockType
 
 from minitron.core.errors import GgufError
-from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
