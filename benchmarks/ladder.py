@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lib.measure import header, publish, table
 
+from minitron import api
 from minitron.data.corpus import DataConfig
 from minitron.gguf.config import LADDER, QuantizeConfig
 from minitron.gguf.file import bits_per_weight, describe
@@ -21,7 +22,6 @@ from minitron.gguf.quantize import TABLE
 from minitron.gguf.types import mixture
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import DEMO_TEACHER
-from minitron.rooms import quantize_model
 
 AGAINST = "Q4_K_M,IQ4_XS,Q3_K_M"
 
@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "files"
         data = DataConfig(source=args.data, heldout=args.heldout, block_tokens=256)
-        quantize_model(str(args.model), config, data, importance_file=None, out=out)
+        api.quantize(str(args.model), config, data, importance_file=None, out=out)
         files = {row["name"]: row for row in json.loads((out / TABLE).read_text())["files"]}
     publish(report(args, model.checkpoint.parameters.total, files, bits, floors), args.out)
 

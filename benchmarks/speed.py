@@ -17,6 +17,7 @@ from typing import Any
 from full_size import CASES, write_model
 from lib.measure import header, publish, table
 
+from minitron import api
 from minitron.core.text import rate, short_count, shown, size, with_range
 from minitron.evaluation.engines import measure_models
 from minitron.gguf.config import QuantizeConfig
@@ -25,7 +26,6 @@ from minitron.pruning.cut import cut
 from minitron.pruning.importance import even_scores
 from minitron.pruning.plan import choose, with_sizes
 from minitron.recipe import DEMO_TEACHER
-from minitron.rooms import quantize_model
 
 PART = 16
 DEMO_SHAPE = {"hidden": 160, "ffn": 448}
@@ -98,7 +98,7 @@ def of_published(work: Path, options: dict[str, Any]) -> list[str]:
 
 def gguf(model: Path, kind: str, work: Path, name: str | None = None) -> Path:
     out = work / (name or f"{model.name}-gguf")
-    quantize_model(str(model), QuantizeConfig(types=[kind], verify=False), None, importance_file=None, out=out)
+    api.quantize(str(model), QuantizeConfig(types=[kind], verify=False), None, importance_file=None, out=out)
     (file,) = out.glob("*.gguf")
     return file
 

@@ -96,13 +96,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _import_everything() -> None:
     import xllamacpp  # noqa: F401
 
-    import minitron.cli.main
-    import minitron.evaluation.gguf_files
-    import minitron.evaluation.tasks.harness
-    import minitron.report.comparison
-    import minitron.report.hub
-    import minitron.rooms  # noqa: F401
-
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()

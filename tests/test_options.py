@@ -26,6 +26,7 @@ import small
 import yaml
 from huggingface_hub import constants
 
+from minitron import api
 from minitron.cli.main import COMMANDS, build_parser, main
 from minitron.cli.options import recipe_field
 from minitron.cli.prune import OF_CUT
@@ -42,7 +43,6 @@ from minitron.pruning.repair.config import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.report.card import write_card
 from minitron.report.records import read_run
-from minitron.rooms import prune_model
 
 
 @dataclass(frozen=True)
@@ -786,7 +786,7 @@ def test_a_criterion_is_refused_exactly_where_the_student_is_the_same_without_it
 ) -> None:
     students, by_criterion = [], []
     for criterion in ("activation", "random"):
-        prune_model(
+        api.prune(
             str(desk.names["M"]),
             config=PruneConfig(shape=shape, criterion=criterion),
             repair=RepairConfig(steps=steps),

@@ -11,6 +11,7 @@ import small
 import tiny
 import torch
 
+from minitron import api
 from minitron.cli.main import main
 from minitron.cli.speed import speed_lines
 from minitron.core.errors import MinitronError
@@ -19,7 +20,6 @@ from minitron.evaluation import engines
 from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import Runtime
-from minitron.rooms import quantize_model
 
 LOAD = Load(batch=3, context=9, new_tokens=5)
 
@@ -38,7 +38,7 @@ def files(pair: tuple[Path, Path]) -> tuple[Path, Path]:
     config, made = QuantizeConfig(types=["F32"], verify=False), []
     for model in pair:
         out = model.with_name(f"{model.name}-gguf")
-        quantize_model(str(model), config, None, importance_file=None, out=out)
+        api.quantize(str(model), config, None, importance_file=None, out=out)
         made += out.glob("*.gguf")
     return made[0], made[1]
 

@@ -11,6 +11,7 @@ import pytest
 import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minitron import api
 from minitron.core.errors import MinitronError
 from minitron.core.progress import Silent
 from minitron.data.corpus import DataConfig
@@ -19,7 +20,6 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.trackers import REQUIREMENTS, TrackerName, tracked
 from minitron.pipeline.run import run
 from minitron.recipe import build_recipe
-from minitron.rooms import distill_models
 
 Shown = dict[tuple[str, int], list[float]]  # name of a number and step -> every value shown
 
@@ -221,7 +221,7 @@ def test_a_package_that_is_missing_or_too_old_is_named_before_any_work(
         run(build_recipe(raw), tmp_path / "out")
     config = DistillConfig(log_to=["wandb"])
     with pytest.raises(MinitronError, match=message):
-        distill_models("no/where", "no/where", DataConfig(), config, seed=0, out=tmp_path / "out")
+        api.distill("no/where", "no/where", DataConfig(), config, seed=0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -255,10 +255,10 @@ def test_a_training_that_goes_on_may_be_tracked_from_then_on_and_shows_its_begin
     watched = plain.model_copy(update={"log_to": ["tensorboard", "wandb"]})
     out = tmp_path / "student"
     with pytest.raises(InterruptedError):
-        distill_models(teacher, teacher, data, plain, seed=0, out=out, listener=PowerCut())
+        api.distill(teacher, teacher, data, plain, seed=0, out=out, listener=PowerCut())
     with pytest.raises(InterruptedError):
-        distill_models(teacher, teacher, data, watched, seed=0, out=out, listener=PowerCut())
-    distill_models(teacher, teacher, data, watched, seed=0, out=out)
+        api.distill(teacher, teacher, data, watched, seed=0, out=out, listener=PowerCut())
+    api.distill(teacher, teacher, data, watched, seed=0, out=out)
     metrics = in_rows(out / "metrics.jsonl")
     assert {name: step for name, step in metrics if name == "heldout_loss"} == {"heldout_loss": 10}
     shown = in_events(out / "tensorboard")

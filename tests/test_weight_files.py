@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import EMBEDDING, HEAD, change_config, change_tensors, copy
 
+from minitron import api
 from minitron.core.errors import CheckpointError
 from minitron.model.checkpoint import carried_files, load_model, model_files, open_checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 from minitron.model.weight_files import INDEX, SINGLE, has_weights, weight_files
-from minitron.rooms import inspect_model
 
 NORM = "model.norm.weight"
 
@@ -90,7 +90,7 @@ def test_a_model_of_mixed_dtypes_runs_in_its_embeddings_in_memory_and_streamed(t
     torch.testing.assert_close(
         streamed_log_likelihood(path, tokens), log_likelihood_in_memory(path, tokens), atol=0.02, rtol=0.02
     )
-    assert inspect_model(path)["dtype"] == "bfloat16"
+    assert api.inspect(path)["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("read", [load_model, lambda path: streamed_log_likelihood(path, tiny.tokens(1, 4))])
@@ -113,10 +113,10 @@ def test_a_written_config_says_the_dtype_that_is_stored(tmp_path: Path, keys: di
 def test_without_weights_a_dtype_that_the_config_leaves_out_is_assumed_and_said(model: Path) -> None:
     (model / SINGLE).unlink()
     change_config(model, dtype=None)
-    said = inspect_model(model)
+    said = api.inspect(model)
     assert (said["dtype"], said["dtype_assumed"]) == ("float32", True)
     change_config(model, dtype="bfloat16")
-    assert (inspect_model(model)["dtype"], inspect_model(model)["dtype_assumed"]) == ("bfloat16", False)
+    assert (api.inspect(model)["dtype"], api.inspect(model)["dtype_assumed"]) == ("bfloat16", False)
 
 
 def test_no_weight_is_ever_filled_in_at_random(model: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_link_to_a_file_that_is_gone_is_named(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../../blobs/1f3a")
     with pytest.raises(CheckpointError, match=rf"{name} is a link to ../../blobs/1f3a, which does not exist"):
-        inspect_model(model)
+        api.inspect(model)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_directory_in_the_place_of_a_file_is_named(model: Path, name: str, mes
     (model / name).unlink()
     (model / name).mkdir()
     with pytest.raises(CheckpointError, match=message):
-        inspect_model(model)
+        api.inspect(model)
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------

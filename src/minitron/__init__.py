@@ -1,31 +1,75 @@
 """Structured pruning and knowledge distillation of language models: the Minitron method.
 
-P1 in the docstrings is arXiv:2407.14679, P2 is arXiv:2408.11796. Start reading at `minitron.pipeline.run`.
+The verbs are functions (`minitron.prune(...)`), the packages are nouns (`minitron.pruning`). P1 in the docstrings is
+arXiv:2407.14679, P2 is arXiv:2408.11796. Start reading at `minitron.pipeline.run`.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Name -> module. Imported when used, so that `minitron --help` does not wait for torch.
+if TYPE_CHECKING:
+    from minitron.api import benchmark as benchmark
+    from minitron.api import calibrate as calibrate
+    from minitron.api import distill as distill
+    from minitron.api import evaluate as evaluate
+    from minitron.api import generate as generate
+    from minitron.api import inspect as inspect
+    from minitron.api import measure_speed as measure_speed
+    from minitron.api import prune as prune
+    from minitron.api import quantize as quantize
+    from minitron.api import run as run
+    from minitron.api import search as search
+    from minitron.calibration.collect import CalibrateConfig as CalibrateConfig
+    from minitron.calibration.collect import Statistics as Statistics
+    from minitron.core.errors import MinitronError as MinitronError
+    from minitron.core.progress import Listener as Listener
+    from minitron.data.corpus import DataConfig as DataConfig
+    from minitron.distillation.config import DistillConfig as DistillConfig
+    from minitron.evaluation.quality import EvaluateConfig as EvaluateConfig
+    from minitron.evaluation.quality import Evaluation as Evaluation
+    from minitron.evaluation.tasks.measure import TaskOptions as TaskOptions
+    from minitron.gguf.config import QuantizeConfig as QuantizeConfig
+    from minitron.model.architecture import Architecture as Architecture
+    from minitron.model.architecture import Shape as Shape
+    from minitron.model.checkpoint import Checkpoint as Checkpoint
+    from minitron.model.checkpoint import open_checkpoint as open_checkpoint
+    from minitron.model.families import FAMILIES as FAMILIES
+    from minitron.pruning.importance import Scores as Scores
+    from minitron.pruning.plan import Plan as Plan
+    from minitron.pruning.plan import PruneConfig as PruneConfig
+    from minitron.pruning.repair.config import RepairConfig as RepairConfig
+    from minitron.recipe import DEMO_TEACHER as DEMO_TEACHER
+    from minitron.recipe import Recipe as Recipe
+    from minitron.recipe import build_recipe as build_recipe
+    from minitron.recipe import load_recipe as load_recipe
+    from minitron.shapes.space import SearchConfig as SearchConfig
+
+# Module -> the names that `minitron` has of it. Imported when used, so that `minitron --help` does not wait for torch.
 _PUBLIC = {
-    "Architecture": "minitron.model.architecture",
-    "Checkpoint": "minitron.model.checkpoint",
-    "Evaluation": "minitron.evaluation.quality",
-    "FAMILIES": "minitron.model.families",
-    "MinitronError": "minitron.core.errors",
-    "Plan": "minitron.pruning.plan",
-    "Recipe": "minitron.recipe",
-    "Scores": "minitron.pruning.importance",
-    "Shape": "minitron.model.architecture",
-    "Statistics": "minitron.calibration.collect",
-    "load_recipe": "minitron.recipe",
-    "open_checkpoint": "minitron.model.checkpoint",
+    "minitron.api": "benchmark calibrate distill evaluate generate inspect measure_speed prune quantize run search",
+    "minitron.calibration.collect": "CalibrateConfig Statistics",
+    "minitron.core.errors": "MinitronError",
+    "minitron.core.progress": "Listener",
+    "minitron.data.corpus": "DataConfig",
+    "minitron.distillation.config": "DistillConfig",
+    "minitron.evaluation.quality": "EvaluateConfig Evaluation",
+    "minitron.evaluation.tasks.measure": "TaskOptions",
+    "minitron.gguf.config": "QuantizeConfig",
+    "minitron.model.architecture": "Architecture Shape",
+    "minitron.model.checkpoint": "Checkpoint open_checkpoint",
+    "minitron.model.families": "FAMILIES",
+    "minitron.pruning.importance": "Scores",
+    "minitron.pruning.plan": "Plan PruneConfig",
+    "minitron.pruning.repair.config": "RepairConfig",
+    "minitron.recipe": "DEMO_TEACHER Recipe build_recipe load_recipe",
+    "minitron.shapes.space": "SearchConfig",
 }
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -31,9 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import calibrate_model
+    from minitron import api
 
     asked, data = args.asked, options.data_config(args, console)
-    statistics = calibrate_model(args.model, data, asked.calibrate, seed=asked.seed, out=args.out, listener=console)
+    statistics = api.calibrate(args.model, data, asked.calibrate, seed=asked.seed, out=args.out, listener=console)
     facts = {"out": str(args.out), "samples": statistics.samples, "tokens": statistics.tokens}
     console.result(facts, f"statistics of {statistics.samples} samples, {statistics.tokens:,} tokens: {args.out}")

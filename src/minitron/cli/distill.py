@@ -25,10 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import distill_models
+    from minitron import api
 
     asked, data = args.asked, options.data_config(args, console)
-    facts = distill_models(
+    facts = api.distill(
         args.teacher, args.student, data, asked.distill, seed=asked.seed, out=args.out, listener=console
     )
     if not facts:

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure the model on text."""
-    from minitron.rooms import evaluate_model
+    from minitron import api
 
     data, asked = options.data_config(args, console), args.asked.evaluate
     how: dict[str, Any] = {"blocks": asked.blocks, "whole": args.whole, "listener": console}
@@ -143,13 +143,13 @@ def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         from minitron.evaluation.gguf_files import evaluate_gguf
 
         return evaluate_gguf(Path(args.model), args.teacher, data, **how)
-    return evaluate_model(args.model, args.teacher, data, batch=asked.batch, **how)
+    return api.evaluate(args.model, args.teacher, data, batch=asked.batch, **how)
 
 
 def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure the model in benchmarks."""
+    from minitron import api
     from minitron.evaluation.tasks.measure import TaskOptions, cache_directory
-    from minitron.rooms import benchmark_models
 
     for model in (args.model, args.teacher):
         if model is not None and options.is_gguf(model):
@@ -168,7 +168,7 @@ def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     directory = None if asked.tasks_dir is None else Path(asked.tasks_dir)
     cache = cache_directory() if args.cache else None
-    return benchmark_models(args.model, args.teacher, asked.tasks, directory, how, cache=cache, listener=console)
+    return api.benchmark(args.model, args.teacher, asked.tasks, directory, how, cache=cache, listener=console)
 
 
 def _benchmark_lines(facts: dict[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import generate_text
+    from minitron import api
 
     how = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
     if options.is_gguf(args.model):
@@ -39,5 +39,5 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
         text = generate_gguf(Path(args.model), args.prompt, **how)
     else:
-        text = generate_text(args.model, args.prompt, **how)
+        text = api.generate(args.model, args.prompt, **how)
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)

@@ -20,17 +20,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
+    from minitron import api
     from minitron.core.errors import UnsupportedArchitecture
     from minitron.model.checkpoint import resolve_model
-    from minitron.rooms import draft_model, inspect_model
 
     if options.is_gguf(args.model):
         return _inspect_file(args, console)
     path = resolve_model(args.model, args.revision, config_only=True)
     try:
-        facts = inspect_model(path)
+        facts = api.inspect(path)
     except UnsupportedArchitecture:
-        draft = draft_model(path)
+        draft = api.draft(path)
         if draft is not None:
             console.result({"draft": draft.to_dict()}, draft.text())
         raise

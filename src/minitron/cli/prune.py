@@ -87,11 +87,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import prune_model
+    from minitron import api
 
     asked = args.asked
     _require_one_aim(args)
-    plan, facts = prune_model(
+    plan, facts = api.prune(
         args.model,
         config=asked.prune,
         repair=asked.repair,

@@ -136,14 +136,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.out is None and not args.dry_run:
         args.parser.error("the following arguments are required: --out")
     require_installed()
-    from minitron.rooms import plan_quantized, quantize_model
+    from minitron import api
 
     with_text = _reads_text(args)
     if args.dry_run:
-        planned = plan_quantized(args.model, config, informed=with_text or args.imatrix is not None)
+        planned = api.plan_quantized(args.model, config, informed=with_text or args.imatrix is not None)
         return console.result(planned, "\n".join(_planned_lines(planned)))
     data = options.data_config(args, console) if with_text else None
-    table = quantize_model(args.model, config, data, importance_file=args.imatrix, out=args.out, listener=console)
+    table = api.quantize(args.model, config, data, importance_file=args.imatrix, out=args.out, listener=console)
     console.result(table | {"out": str(args.out)}, "\n".join([*_file_lines(table), f"in {args.out}"]))
 
 

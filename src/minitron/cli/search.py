@@ -126,7 +126,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.rooms import search_model
+    from minitron import api
 
     asked = args.asked
     if asked.search.level not in ("predicted", "cut"):
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"search.level={asked.search.level} is of a run: `minitron search` predicts, and cuts with --cut; give "
             "that, or search in a run with `minitron run`"
         )
-    facts = search_model(
+    facts = api.search(
         args.model,
         prune=asked.prune,
         search=asked.search,

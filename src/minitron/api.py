@@ -1,4 +1,4 @@
-"""Each room on its own, as the command line's single verbs use it."""
+"""The verbs: what minitron does with models, each a function that opens its inputs and writes its result whole."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
+from minitron.calibration import collect
+from minitron.calibration.collect import CalibrateConfig, Statistics
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -27,12 +28,16 @@ from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
-from minitron.evaluation.generate import generate, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluation.quality import EvaluateConfig, evaluate
+from minitron.evaluation import generate as generation
+from minitron.evaluation import quality
+from minitron.evaluation.engines import measure_models as measure_speed  # noqa: F401
+from minitron.evaluation.generate import num_new_tokens, prompt_of, require_temperature
+from minitron.evaluation.quality import EvaluateConfig
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import kept
+from minitron.gguf import quantize as ladder
 from minitron.gguf.config import QuantizeConfig
-from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, quantize, require_possible
+from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, require_possible
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.config_json import read_config
@@ -44,6 +49,7 @@ from minitron.model.samples import Samples
 from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
+from minitron.pipeline.run import run as run
 from minitron.pipeline.stages import correct, prepare_data, record_lessons, teach
 from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.plan import (
@@ -59,13 +65,13 @@ from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
+def inspect(path: Path) -> dict[str, Any]:
     """What `describe` says, and whether weights are there; where they are, they are held against config.json."""
     weights = has_weights(path)
     return describe(open_checkpoint(path) if weights else open_config(path)) | {"weights": weights}
 
 
-def draft_model(path: Path) -> Draft | None:
+def draft(path: Path) -> Draft | None:
     """A draft of the table for a model type that has none; None without weights, whose shapes it is drawn from."""
     if not has_weights(path):
         return None
@@ -73,7 +79,7 @@ def draft_model(path: Path) -> Draft | None:
     return draft_table(read_config(path), shapes)
 
 
-def calibrate_model(
+def calibrate(
     model: str,
     data_config: DataConfig,
     config: CalibrateConfig,
@@ -90,19 +96,19 @@ def calibrate_model(
         if here.rank > 0:
             told_by = separator(data_config, load_tokenizer(teacher.path))
             samples = Samples(parallel.broadcast(None), told_by)
-            return calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
+            return collect.calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 samples = draw_samples(corpus, config.samples, seed)
                 parallel.broadcast(samples.tokens)
                 pass_ = config.as_pass(partial, layers_of(listener))
-                statistics = calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+                statistics = collect.calibrate(teacher, samples, pass_, second_moment=config.second_moment)
                 keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
 
 
-def search_model(
+def search(
     model: str,
     *,
     prune: PruneConfig,
@@ -137,7 +143,7 @@ def search_model(
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert samples is not None
-            statistics = calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
+            statistics = collect.calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
         pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), repair.steps or [], statistics)
         listener.stage("search", "running")
@@ -146,7 +152,7 @@ def search_model(
     return facts
 
 
-def prune_model(
+def prune(
     model: str,
     *,
     config: PruneConfig,
@@ -193,7 +199,7 @@ def prune_model(
                 text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
-            statistics = calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
+            statistics = collect.calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
         plan = listed if isinstance(listed, Plan) else pruner.plan(shape, given)
         listener.stage("prune", "running")
@@ -217,7 +223,7 @@ def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
         raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
 
 
-def distill_models(
+def distill(
     teacher: str,
     student: str,
     data_config: DataConfig,
@@ -306,7 +312,7 @@ def _resolved(config: DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpu
     )
 
 
-def evaluate_model(
+def evaluate(
     model: str,
     teacher: str | None,
     data_config: DataConfig,
@@ -330,17 +336,17 @@ def evaluate_model(
         require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
     with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
-        quality = evaluate(
+        measured = quality.evaluate(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
             teacher=guide,
             batch=batch,
             progress=lambda done, total: listener.progress(done, total, "blocks"),
         )
-    return quality.to_dict()
+    return measured.to_dict()
 
 
-def benchmark_models(
+def benchmark(
     model: str,
     teacher: str | None,
     tasks: Sequence[str],
@@ -366,7 +372,7 @@ def benchmark_models(
     return facts
 
 
-def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
+def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
     """The continuation of a prompt by a model on disk.
 
     Args:
@@ -378,10 +384,10 @@ def generate_text(model: str, prompt: str, *, new_tokens: int | None, temperatur
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
-    return generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    return generation.generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
-def quantize_model(
+def quantize(
     model: str,
     config: QuantizeConfig,
     data_config: DataConfig | None,
@@ -413,7 +419,7 @@ def quantize_model(
             keep_sampled(corpus.path, partial)
         name = model_name(model)
         listener.stage("quantize", "running")
-        table = quantize(
+        table = ladder.quantize(
             checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
         )
     listener.stage("quantize", "done")
@@ -428,5 +434,5 @@ def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool)
 
 
 def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize_model` would write; no weights are read."""
+    """What `quantize` would write; no weights are read."""
     return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)
