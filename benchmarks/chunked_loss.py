@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitron.cli.process import keep_freed_memory
 from minitron.distillation.losses import CPU_TEMPORARIES, Objective, chunked_loss
-from minitron.model.logits import LazyLogits, chunk_tokens, float32_logits, project
+from minitron.model.logits import LazyLogits, chunk_tokens, matmul_precision, project
 
 DTYPES = ("float32", "bfloat16")
 PLAIN, USUAL = -1, 0  # in place of a budget: the plain way, and the default
@@ -99,7 +99,7 @@ def measure(vocab: int, dtype: str, budget_mib: int, **sizes: int) -> dict[str, 
 
     def step() -> None:
         if budget_mib == PLAIN:
-            with float32_logits(precision):
+            with matmul_precision(precision):
                 problem.gradients(problem.plain)
         else:
             given = chunk_tokens(vocab, CPU_TEMPORARIES, budget_bytes=budget_mib * MIB)

@@ -210,8 +210,8 @@ def minitron(
     """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
     from minitron.distillation.compiling import compile_layers
     from minitron.distillation.config import DistillConfig
-    from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of
-    from minitron.distillation.student import Pupil
+    from minitron.distillation.hidden_loss import HiddenLoss, pairs_of
+    from minitron.distillation.student import StudentModule
     from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
     from minitron.model.hidden_states import layers_of
@@ -221,7 +221,7 @@ def minitron(
     assert (config.weight_decay, config.betas, config.gradient_clip) == (WEIGHT_DECAY, BETAS, GRADIENT_CLIP)
     of_teacher, student = (open_checkpoint(task.models / name) for name in ("teacher", "student"))
     pairs = pairs_of(places, student.shape, of_teacher.shape)
-    between = IntermediateLoss(pairs, student.shape, of_teacher.shape, centred=False) if pairs else None
+    between = HiddenLoss(pairs, student.shape, of_teacher.shape, centred=False) if pairs else None
     if between is not None:
         model.add_module("between", between.to(task.device))  # so that the loop trains its maps
     seen = [theirs for _, theirs in pairs]
@@ -229,7 +229,7 @@ def minitron(
     layers = layers_of(model, student)
     if compiled:
         compile_layers(layers)
-    pupil = Pupil(model, layers, config.objective, between, task.dtype).train()
+    pupil = StudentModule(model, layers, config.objective, between, task.dtype).train()
     batch = Batch(tokens)
 
     def loss() -> Tensor:

@@ -10,13 +10,13 @@ import tiny
 import torch
 
 from minitron.distillation.config import DistillConfig, resolve
-from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of, share_at
+from minitron.distillation.hidden_loss import HiddenLoss, pairs_of, share_at
 from minitron.distillation.losses import Objective
-from minitron.distillation.student import Pupil
+from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.hidden_states import kept_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, layers_of
 from minitron.model.samples import Batch
 from minitron.pruning.cut import cut
 
@@ -53,7 +53,7 @@ def test_they_count_less_and_less() -> None:
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_loss_is_a_plain_loop_over_tokens_and_pairs(centred: bool) -> None:
     student, teacher = random_states(2, 3, 12, seed=0), random_states(2, 3, 12, seed=1)
-    loss = IntermediateLoss([(0, 0), (2, 3)], SHAPE, SHAPE, centred=centred)
+    loss = HiddenLoss([(0, 0), (2, 3)], SHAPE, SHAPE, centred=centred)
     expected = 0.0
     for one, other in ((0, 0), (2, 3)):
         for ours, theirs in zip(student[one].flatten(0, 1), teacher[other].flatten(0, 1), strict=True):
@@ -66,7 +66,7 @@ def test_the_loss_is_a_plain_loop_over_tokens_and_pairs(centred: bool) -> None:
 
 def test_equal_states_cost_nothing() -> None:
     states = random_states(2, 3, 12, seed=0)
-    loss = IntermediateLoss([(0, 0), (2, 2)], SHAPE, SHAPE, centred=False)
+    loss = HiddenLoss([(0, 0), (2, 2)], SHAPE, SHAPE, centred=False)
     assert loss(states, states).item() == pytest.approx(0, abs=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_maps_between_widths_start_as_the_least_squares_fit() -> None:
     student = random_states(4, 50, 6, seed=0)
     turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2))).Q[:6]
     teacher = {place: states @ turn for place, states in student.items()}  # which a linear map reaches exactly
-    loss = IntermediateLoss([(0, 0), (2, 2)], narrow, wide, centred=False)
+    loss = HiddenLoss([(0, 0), (2, 2)], narrow, wide, centred=False)
     before = loss(student, teacher).item()
     with torch.no_grad():
         for linear, weight in zip(loss.maps, loss.fitted(loss.products(student, teacher)), strict=True):
@@ -89,7 +89,10 @@ def test_states_are_those_that_transformers_gives(variant: str, tmp_path: Path) 
     """But for the last, which transformers puts through the final norm."""
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path))
     model, tokens = load_model(checkpoint.path, torch.float32), tiny.tokens(2, 9, seed=4)
-    with torch.no_grad(), kept_states(layers_of(model, checkpoint), range(checkpoint.shape.layers + 1)) as states:
+    with (
+        torch.no_grad(),
+        capture_hidden_states(layers_of(model, checkpoint), range(checkpoint.shape.layers + 1)) as states,
+    ):
         expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert [*states] == [*range(len(expected))]
     for place, state in enumerate(expected[:-1]):
@@ -110,16 +113,16 @@ def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_wi
     batch = Batch(tiny.tokens(2, 9, seed=4))
     guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), places=[0, 2])
     pairs = pairs_of("p1", student.shape, teacher.shape)
-    between = IntermediateLoss(pairs, student.shape, teacher.shape, centred=False)
+    between = HiddenLoss(pairs, student.shape, teacher.shape, centred=False)
     model = load_model(student.path, torch.float32)
     layers = layers_of(model, student)
-    pupil = Pupil(model, layers, Objective(), between, torch.float32).train()
+    pupil = StudentModule(model, layers, Objective(), between, torch.float32).train()
     lesson = guide(batch)
     before = pupil(batch, lesson)[1].item()
     pupil.fit_maps([(batch, lesson, 1.0)])
     objective, compared = pupil(batch, lesson)
     assert 0 < compared.item() <= before * (1 if hidden == 32 else 0.9)
-    alone, nothing = Pupil(model, layers, Objective(), None, torch.float32)(batch, lesson)
+    alone, nothing = StudentModule(model, layers, Objective(), None, torch.float32)(batch, lesson)
     torch.testing.assert_close(objective, alone)
     assert nothing.item() == 0
     (objective + compared).backward()

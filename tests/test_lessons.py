@@ -13,7 +13,7 @@ from minitron.core.errors import MinitronError
 from minitron.distillation import recording as module
 from minitron.distillation.config import DistillConfig, resolve
 from minitron.distillation.losses import TopK
-from minitron.distillation.recording import RecordedTeacher, write_lessons
+from minitron.distillation.recording import RecordedTeacher, record_logits
 from minitron.distillation.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def written(teacher: Path, out: Path, *, k: int = 5, temperature: float = 1.0) -> tuple[torch.Tensor, RecordedTeacher]:
     checkpoint, tokens = open_checkpoint(teacher), tiny.tokens(6, 9, seed=1)
     out.mkdir()
-    write_lessons(checkpoint, Samples(tokens), Pass(torch.float32), out, top_k=k, temperature=temperature)
+    record_logits(checkpoint, Samples(tokens), Pass(torch.float32), out, top_k=k, temperature=temperature)
     return tokens, RecordedTeacher(out, CPU)
 
 
@@ -101,7 +101,7 @@ def test_lessons_of_documents_kept_apart_are_of_the_tokens_that_predict(tmp_path
     tokens[0, 3] = tokens[2, 8] = tokens[3, 1] = 7
     batch, out = Batch(tokens, separator), tmp_path / "lessons"
     out.mkdir()
-    write_lessons(open_checkpoint(path), Samples(tokens, separator), Pass(torch.float32), out, top_k=5)
+    record_logits(open_checkpoint(path), Samples(tokens, separator), Pass(torch.float32), out, top_k=5)
     found = RecordedTeacher(out, CPU)(batch).logits
     with torch.no_grad():
         logits = tiny.model(path)(**batch.inputs, use_cache=False).logits
@@ -161,7 +161,7 @@ def test_lessons_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: 
     )
     (tmp_path / "lessons").mkdir()
     blocks = blocks_read(corpus, config, seed=0)
-    write_lessons(checkpoint, Samples(torch.from_numpy(blocks)), Pass(torch.float32), tmp_path / "lessons", top_k=4)
+    record_logits(checkpoint, Samples(torch.from_numpy(blocks)), Pass(torch.float32), tmp_path / "lessons", top_k=4)
     with pytest.raises(MinitronError, match=r"the lessons in .* have top_k 4, and 5 is wanted: write them again"):
         (tmp_path / "out").mkdir()
         distill(teacher, tmp_path / "lessons", corpus, config, seed=0, work=tmp_path / "work", out=tmp_path / "out")

@@ -14,7 +14,7 @@ from minitron.model.logits import (
     LazyLogits,
     LogitTransform,
     chunk_tokens,
-    float32_logits,
+    matmul_precision,
     project,
     usual_chunk,
 )
@@ -271,7 +271,7 @@ def test_gradients_come_in_the_dtype_of_the_inputs() -> None:
 def test_float32_logits_restores_the_precision_even_after_an_error() -> None:
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
-    with pytest.raises(ZeroDivisionError), float32_logits(torch.bfloat16):
+    with pytest.raises(ZeroDivisionError), matmul_precision(torch.bfloat16):
         assert project(torch.ones(2, 4).bfloat16(), torch.ones(3, 4).bfloat16()).dtype == torch.float32
         raise ZeroDivisionError
     assert [backend.fp32_precision for backend in backends] == before

@@ -259,7 +259,7 @@ from pathlib import Path
 import torch
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.core.parallel import process_group, whole
+from minitron.core.parallel import process_group, full
 
 with process_group():
     for path in sorted(Path().glob("teacher-*")):
@@ -269,7 +269,7 @@ with process_group():
         found, known = (one.state_dict() | dict(one.named_buffers()) for one in (model, expected))
         assert found.keys() == known.keys(), path
         for name, tensor in known.items():
-            assert torch.equal(whole(found[name]), tensor) and found[name].dtype == tensor.dtype, (path, name)
+            assert torch.equal(full(found[name]), tensor) and found[name].dtype == tensor.dtype, (path, name)
         print(path.name, flush=True)
 """
 

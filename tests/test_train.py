@@ -31,7 +31,7 @@ from minitron.distillation.config import DistillConfig, num_steps, of_scratch, r
 from minitron.distillation.train import distill, distill_until, learning_rate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.hidden_states import kept_states
+from minitron.model.hidden_states import capture_hidden_states
 from minitron.model.samples import Separator
 from minitron.pruning.cut import cut
 
@@ -312,7 +312,7 @@ def test_with_states_between_layers_too_the_loop_is_a_plain_one(bench: Bench, tm
     batches = [torch.from_numpy(bench.corpus.train.select(blocks)) for blocks in rows]
 
     def states(model: Any, tokens: Tensor) -> list[Tensor]:
-        with kept_states([*model.model.layers], range(5 if model is teacher else 4)) as kept:
+        with capture_hidden_states([*model.model.layers], range(5 if model is teacher else 4)) as kept:
             model(input_ids=tokens)
         found = [kept[place] for place in sorted(kept)]
         return [(each / each.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1) for each in found]

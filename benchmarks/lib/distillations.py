@@ -22,7 +22,7 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
-from minitron.distillation.recording import write_lessons
+from minitron.distillation.recording import record_logits
 from minitron.distillation.train import blocks_read
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
@@ -224,7 +224,7 @@ class Bench:
         (work / "lessons").mkdir()
         assert config.top_k
         dtype = compute_dtype("auto", pick_device())
-        write_lessons(
+        record_logits(
             self.teacher, Samples(torch.from_numpy(blocks)), Pass(dtype), work / "lessons", top_k=config.top_k
         )
         size = sum(file.stat().st_size for file in (work / "lessons").iterdir())

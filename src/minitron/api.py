@@ -50,7 +50,7 @@ from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
-from minitron.pipeline.stages import correct, prepare_data, record_lessons, teach
+from minitron.pipeline.stages import correct_teacher, distill_student, prepare_data, record_teacher
 from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.plan import (
     Given,
@@ -259,11 +259,11 @@ def distill(
             corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
             config = _resolved(config, guide, pupil, corpus)
             if config.correction == "before":
-                guide = open_checkpoint(correct(stages, config, seed, guide.path, corpus))
+                guide = open_checkpoint(correct_teacher(stages, config, seed, guide.path, corpus))
             source = guide.path
             if config.teacher == "recorded":
-                source = record_lessons(stages, config, guide, corpus, seed)
-            made = teach(stages, "student", config, seed, pupil.path, source, corpus)
+                source = record_teacher(stages, config, guide, corpus, seed)
+            made = distill_student(stages, "student", config, seed, pupil.path, source, corpus)
             if not parallel.is_first():
                 return {}
             facts = read_record(made).result

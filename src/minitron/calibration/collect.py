@@ -33,7 +33,7 @@ from minitron.core.errors import PlanError, RunError
 from minitron.core.typed_files import read_tensors, read_typed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.logits import float32_logits
+from minitron.model.logits import matmul_precision
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 
@@ -364,7 +364,7 @@ class _Moment:
         """Add a batch: sums are float32 in it, and products of values that are rounded as the model rounds its own."""
         for number, sample in enumerate(samples):
             unit = self._normalized(sample)
-            with float32_logits(sample.dtype):
+            with matmul_precision(sample.dtype):
                 for rows, columns in self._strips:
                     self._of_batch[rows, columns].addmm_(unit[:, rows].T, unit[:, columns], beta=min(number, 1))
             self.total += unit.sum(0).to(self.total)

@@ -159,7 +159,7 @@ def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: tor
     filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for name, empty in [*module.named_parameters(remove_duplicate=False)]:
         if id(empty) not in filled:
-            values = torch.empty(local(empty).shape, dtype=empty.dtype, device=device)
+            values = torch.empty(local_shard(empty).shape, dtype=empty.dtype, device=device)
             start = _first_row(empty.data)
             if len(values):
                 values.copy_(read(name, start, start + len(values)))
@@ -189,7 +189,7 @@ def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """A tensor that may be divided among the processes, all of it; every process must ask."""
     if not _together():
         return tensor
@@ -198,7 +198,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be divided; what is written to it is written to the tensor."""
     if not _together():
         return tensor
@@ -207,10 +207,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(values: Tensor, tensor: Tensor) -> Tensor:
+def local_rows(values: Tensor, tensor: Tensor) -> Tensor:
     """Of values for all of a tensor that may be divided, those for this process's part."""
     start = _first_row(tensor)
-    return values[start : start + len(local(tensor))]
+    return values[start : start + len(local_shard(tensor))]
 
 
 def at_holder(values: Tensor, holder: int) -> Tensor:
@@ -228,7 +228,7 @@ def from_holder(values: Tensor, holder: int, device: torch.device) -> Tensor:
     return values
 
 
-def divided_like(values: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
     """All of a tensor's values, divided among the processes as the tensor is."""
     if not _together():
         return values

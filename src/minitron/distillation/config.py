@@ -101,12 +101,12 @@ class DistillConfig(Section):
     """Where the rows of metrics.jsonl go too: tensorboard, wandb, trackio. A training that goes on may change it."""
 
     @property
-    def of_record(self) -> dict[str, Any]:
+    def for_record(self) -> dict[str, Any]:
         """What a training is; what only watches it is no part of that."""
         return self.model_dump(mode="json", exclude={"log_to"})
 
     @property
-    def moved_by(self) -> Optimizer:
+    def optimizer_name(self) -> Optimizer:
         """The optimizer, whether it was chosen or not."""
         return self.optimizer or ("soap" if self.weights == "float32" else "adamw")
 
@@ -195,7 +195,7 @@ def resolve_without_student(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10, -(-config.evaluate_blocks // batch)),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
-            "optimizer": config.moved_by,
+            "optimizer": config.optimizer_name,
         }
     )
     require_correction_fits(config)
@@ -270,7 +270,7 @@ def _require_weights_fit(config: DistillConfig) -> None:
             f"distill.weights={config.weights} computes matrix products in bfloat16, and distill.precision=float32 "
             "asks for another format: leave one of them out"
         )
-    if config.weights != "float32" and config.weights not in OPTIMIZERS[config.moved_by].in_bfloat16:
+    if config.weights != "float32" and config.weights not in OPTIMIZERS[config.optimizer_name].in_bfloat16:
         others = either(name for name, row in OPTIMIZERS.items() if config.weights in row.in_bfloat16)
         raise MinitronError(
             f"distill.weights={config.weights} has no room for what distill.optimizer={config.optimizer} holds of each "

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from minitron.core import parallel
 from minitron.distillation.losses import Objective, chunked_loss
 from minitron.distillation.student import products_in
-from minitron.distillation.teachers import Lesson
+from minitron.distillation.teachers import TeacherOutput
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.hidden_states import kept_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
-from minitron.model.sharded import placed
+from minitron.model.sharded import shard_into
 
 ON_TEXT = Objective({"cross_entropy": 1.0})
 
@@ -40,26 +40,26 @@ class LearningTeacher:
     ):
         """
         Args:
-            model: of the checkpoint, see `begun_model`.
+            model: of the checkpoint, see `load_for_training`.
             dtype: of its matrix products.
             places: of the states in its lessons.
         """
         self.checkpoint = checkpoint
         layers = layers_of(model, checkpoint)
         self.reader = _Reader(model, layers, dtype, places)
-        placed(self.reader, model, layers, checkpoint, dtype, device)
-        # Lesson and gradient come from one forward pass, so it has no dropout. A layer that is in training itself, and
+        shard_into(self.reader, model, layers, checkpoint, dtype, device)
+        # Output and gradient come from one forward pass, so it has no dropout. A layer that is in training itself, and
         # not what is in it, only does what activation checkpointing asks for.
         self.reader.eval()
         for layer in layers:
             layer.training = True
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         hidden, states, _ = self.reader(batch, with_loss=False)
         return self._lesson(hidden, states)
 
-    def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[Lesson, float]:
+    def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[TeacherOutput, float]:
         """The same lesson, and the sum of the cross-entropy over the batch's tokens, in nats.
 
         The gradient of that sum, times `weight` and divided by `num_predicted`, is added to the parameters'.
@@ -71,9 +71,9 @@ class LearningTeacher:
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.reader.named_parameters())
 
-    def _lesson(self, hidden: Tensor, states: Mapping[int, Tensor]) -> Lesson:
-        head = parallel.whole(self.reader.model.get_output_embeddings().weight).detach()
-        return Lesson(LazyLogits(hidden, head, self.reader.transform), states)
+    def _lesson(self, hidden: Tensor, states: Mapping[int, Tensor]) -> TeacherOutput:
+        head = parallel.full(self.reader.model.get_output_embeddings().weight).detach()
+        return TeacherOutput(LazyLogits(hidden, head, self.reader.transform), states)
 
 
 class _Reader(nn.Module):
@@ -86,7 +86,7 @@ class _Reader(nn.Module):
         self.layers, self.places = list(layers), places
 
     def forward(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-        with products_in(self.dtype, batch.tokens.device), kept_states(self.layers, self.places) as states:
+        with products_in(self.dtype, batch.tokens.device), capture_hidden_states(self.layers, self.places) as states:
             made = self.model.base_model(**batch.inputs, use_cache=False)
         hidden, loss = batch.predicting(made.last_hidden_state), None
         if with_loss:

@@ -48,7 +48,7 @@ def share_at(step: int, steps: int) -> float:
     return SHARE * (1 - step / steps)
 
 
-class IntermediateLoss(nn.Module):
+class HiddenLoss(nn.Module):
     """1 - cosine between normalized states of student and teacher, summed over pairs of places and over tokens.
 
     Where the widths differ, each pair has a linear map of its own from the student's width to the teacher's, which

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.core.config import choice
-from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, float32_logits, project, usual_chunk
+from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, matmul_precision, project, usual_chunk
 
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.
@@ -328,7 +328,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if isinstance(teacher, LazyLogits):
             # The head in float32 once, not once a chunk.
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
-        with float32_logits(dtype):
+        with matmul_precision(dtype):
             for rows in _slices(len(hidden), chunk):
                 known = None if teacher is None else teacher.rows(rows)
                 logits = project(hidden[rows].detach(), head_32)

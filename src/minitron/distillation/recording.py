@@ -23,9 +23,9 @@ from minitron.core.files import digest_files, write_json
 from minitron.core.typed_files import read_typed
 from minitron.distillation import layouts
 from minitron.distillation.losses import LEAST_TAIL, TopK
-from minitron.distillation.teachers import Lesson
+from minitron.distillation.teachers import TeacherOutput
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.logits import chunk_tokens, logit_transform, matmul_precision, project
 from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass, Stream
 
@@ -36,7 +36,7 @@ PART_BYTES = 4 << 30
 DEFAULT_TOP_K = 64
 
 
-def write_lessons(
+def record_logits(
     teacher: Checkpoint,
     samples: Samples,
     pass_: Pass,
@@ -105,7 +105,7 @@ class RecordedTeacher:
         self._order = digests.argsort()
         self._digests = digests[self._order]
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         """
         Raises: MinitronError for a block that there is no lesson of.
         """
@@ -121,7 +121,7 @@ class RecordedTeacher:
         ids, log_probs, tail = (torch.cat([part[i] for part in parts])[kept].to(self.device) for i in range(3))
         # 16 bits round, and a distribution's sum is 1.
         total = torch.logaddexp(log_probs.logsumexp(-1), tail)
-        return Lesson(TopK(ids, log_probs - total[:, None], tail - total))
+        return TeacherOutput(TopK(ids, log_probs - total[:, None], tail - total))
 
 
 def _digests(blocks: Int[np.ndarray, "blocks tokens"], separator: Separator | None) -> Int[np.ndarray, " blocks"]:
@@ -145,7 +145,7 @@ def _top_k(stream: Stream, k: int, temperature: float) -> tuple[Tensor, Tensor, 
         chunk = chunk_tokens(len(piece))
         for start in range(0, len(flat), chunk):
             rows = slice(start, start + chunk)
-            with float32_logits(stream.dtype):
+            with matmul_precision(stream.dtype):
                 logits = transform(project(flat[rows].to(stream.device), piece)) / temperature
             found = logits.topk(min(k, logits.shape[-1]), dim=-1)
             total[rows] = torch.logaddexp(total[rows], logits.logsumexp(-1).cpu())

@@ -15,11 +15,12 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitron.core import parallel
 from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.machine import versions
-from minitron.core.parallel import at_holder, divided_like, from_holder, joined, whole
+from minitron.core.parallel import at_holder, from_holder, joined, shard_like
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
 from minitron.distillation import layouts
@@ -93,7 +94,7 @@ class States:
         if joined().rank > 0:
             for tensors in self._contents().values():
                 for name in _order(tensors):
-                    tensors[name].whole()
+                    tensors[name].full()
             return
         with self._writing(self._metrics), self._metrics.open("a") as file:
             os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
@@ -199,7 +200,7 @@ class States:
             value = value.to(device)
             if entry != "step":
                 holder = self.holders.get(parameter)
-                value = divided_like(value, parameter) if holder is None else at_holder(value, holder)
+                value = shard_like(value, parameter) if holder is None else at_holder(value, holder)
             self.optimizer.state[parameter][entry] = value
 
     def _device(self) -> torch.device:
@@ -226,9 +227,9 @@ class _Entry:
     device: torch.device  # where what it lacks may come from other processes
     holder: int | None = None  # the process that has it all; None: it may be divided
 
-    def whole(self) -> Tensor:
+    def full(self) -> Tensor:
         """All of it; every process must ask."""
-        return whole(self.tensor) if self.holder is None else from_holder(self.tensor, self.holder, self.device)
+        return parallel.full(self.tensor) if self.holder is None else from_holder(self.tensor, self.holder, self.device)
 
 
 def nearest_step(tokens: int, step_tokens: int) -> int:
@@ -281,7 +282,7 @@ def _write(file: Path, entries: Mapping[str, _Entry]) -> str:
     """Write tensors from any device, one in memory at a time; returns the file's sha256."""
     names = _order(entries)
     types = {name: (entries[name].tensor.dtype, tuple(entries[name].tensor.shape)) for name in names}
-    return write_shard(file, types, (entries[name].whole().detach().cpu() for name in names))
+    return write_shard(file, types, (entries[name].full().detach().cpu() for name in names))
 
 
 def _order(entries: Mapping[str, _Entry]) -> list[str]:
@@ -298,7 +299,7 @@ def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Pat
                 f"{file} is of another training: {name} is {then} there and {now} here; "
                 "train the same student, or start in an empty directory"
             )
-        tensors[name].copy_(divided_like(stored[name].to(tensors[name].device), tensors[name]))
+        tensors[name].copy_(shard_like(stored[name].to(tensors[name].device), tensors[name]))
 
 
 def _type(tensor: Tensor) -> str:

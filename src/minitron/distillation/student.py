@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from minitron.core import parallel
-from minitron.distillation.hidden_loss import IntermediateLoss
+from minitron.distillation.hidden_loss import HiddenLoss
 from minitron.distillation.losses import Objective, chunked_loss
-from minitron.distillation.teachers import Lesson
-from minitron.model.hidden_states import kept_states
+from minitron.distillation.teachers import TeacherOutput
+from minitron.model.hidden_states import capture_hidden_states
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
 
 
-class Pupil(nn.Module):
+class StudentModule(nn.Module):
     """All that is trained: the student and, where states of other widths are compared, the maps between them."""
 
     def __init__(
@@ -24,7 +24,7 @@ class Pupil(nn.Module):
         model: Any,
         layers: Sequence[nn.Module],
         objective: Objective,
-        intermediate: IntermediateLoss | None,
+        intermediate: HiddenLoss | None,
         dtype: torch.dtype,
     ):
         """
@@ -38,17 +38,20 @@ class Pupil(nn.Module):
         self.model, self.intermediate, self.layers = model, intermediate, list(layers)
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 
-    def forward(self, batch: Batch, lesson: Lesson | None, *, fitting: bool = False) -> Any:
+    def forward(self, batch: Batch, lesson: TeacherOutput | None, *, fitting: bool = False) -> Any:
         """The objective, and while training the loss of states between layers, each as a sum over tokens.
 
         The second is 0 where no states are compared.
 
         Args:
-            fitting: return the batch's `IntermediateLoss.products` instead. They are made here, for parameters that
+            fitting: return the batch's `HiddenLoss.products` instead. They are made here, for parameters that
                 are divided among processes are whole only while this runs.
         """
         between = self.intermediate if self.training or fitting else None
-        with products_in(self.dtype, batch.tokens.device), kept_states(self.layers, _places(between)) as states:
+        with (
+            products_in(self.dtype, batch.tokens.device),
+            capture_hidden_states(self.layers, _places(between)) as states,
+        ):
             hidden = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         if fitting:
             assert between is not None and lesson is not None
@@ -66,7 +69,7 @@ class Pupil(nn.Module):
         return loss, between(states, lesson.states)
 
     @torch.no_grad()
-    def fit_maps(self, lessons: Iterable[tuple[Batch, Lesson, float]]) -> None:
+    def fit_maps(self, lessons: Iterable[tuple[Batch, TeacherOutput, float]]) -> None:
         """Start the maps, if there are any, as the least-squares fit on these batches, those of all processes.
 
         Args:
@@ -77,10 +80,10 @@ class Pupil(nn.Module):
         products = torch.stack([weight * self(batch, lesson, fitting=True) for batch, lesson, weight in lessons]).sum(0)
         parallel.all_reduce_sum(products)
         for linear, weight in zip(self.intermediate.maps, self.intermediate.fitted(products), strict=True):
-            linear.weight.copy_(parallel.divided_like(weight, linear.weight))
+            linear.weight.copy_(parallel.shard_like(weight, linear.weight))
 
 
-def _places(between: IntermediateLoss | None) -> list[int]:
+def _places(between: HiddenLoss | None) -> list[int]:
     return [] if between is None else [ours for ours, _ in between.pairs]
 
 

@@ -13,15 +13,15 @@ from minitron.core.errors import MinitronError
 from minitron.distillation.compiling import compile_layers
 from minitron.distillation.losses import TopK
 from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from minitron.model.hidden_states import kept_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, layers_of
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
-from minitron.model.sharded import begun_model, placed
+from minitron.model.sharded import load_for_training, shard_into
 from minitron.model.tokens import num_rows_needed
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutput:
     """What a teacher says of every token of a batch that another is predicted from."""
 
     logits: LazyLogits | TopK
@@ -29,7 +29,7 @@ class Lesson:
     states: Mapping[int, Float[Tensor, "blocks tokens hidden"]] = field(default_factory=dict)
 
 
-Teacher = Callable[[Batch], Lesson]
+Teacher = Callable[[Batch], TeacherOutput]
 
 
 class OnlineTeacher:
@@ -54,21 +54,21 @@ class OnlineTeacher:
         """
         teacher = open_checkpoint(path)
         require_same_vocabulary(teacher, student)
-        self.model = begun_model(teacher, dtype).requires_grad_(False)
+        self.model = load_for_training(teacher, dtype).requires_grad_(False)
         self.layers, self.places = layers_of(self.model, teacher), places
         if compiled:
             compile_layers(self.layers)
-        placed(self.model.base_model, self.model, self.layers, teacher, dtype, device)
+        shard_into(self.model.base_model, self.model, self.layers, teacher, dtype, device)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Lesson:
-        with kept_states(self.layers, self.places) as states:
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        with capture_hidden_states(self.layers, self.places) as states:
             made = self.model.base_model(**batch.inputs, use_cache=False)
         hidden = batch.predicting(made.last_hidden_state)
         logits = LazyLogits(
-            hidden, parallel.whole(self.model.get_output_embeddings().weight), logit_transform(self.model)
+            hidden, parallel.full(self.model.get_output_embeddings().weight), logit_transform(self.model)
         )
-        return Lesson(logits, states)
+        return TeacherOutput(logits, states)
 
 
 def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint, *, padding: bool = False) -> None:

@@ -23,18 +23,18 @@ from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
 from minitron.distillation.compiling import compile_layers, require_compiler
 from minitron.distillation.config import DistillConfig, num_steps, of_correction
 from minitron.distillation.correction import LearningTeacher
-from minitron.distillation.hidden_loss import IntermediateLoss, pairs_of, share_at
+from minitron.distillation.hidden_loss import HiddenLoss, pairs_of, share_at
 from minitron.distillation.optim import OPTIMIZERS, hold_weights, make_optimizer, vocabulary_of
 from minitron.distillation.recording import RecordedTeacher
 from minitron.distillation.state import States
-from minitron.distillation.student import Pupil
+from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.distillation.trackers import Row, tracked
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.hidden_states import layers_of
 from minitron.model.hugging_face import new_model
 from minitron.model.samples import Batch
-from minitron.model.sharded import begun_model, placed
+from minitron.model.sharded import load_for_training, shard_into
 
 CORRECTED = "corrected"  # directory of the teacher that learnt in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass
@@ -128,7 +128,7 @@ def distill_until(
 class _Made:
     """A model in training after some step."""
 
-    pupil: Pupil
+    pupil: StudentModule
     teacher: Teacher | None
     checkpoint: Checkpoint
     step: int
@@ -162,14 +162,14 @@ def _train(
     checkpoint = open_checkpoint(student)
     guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
     pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
-    placed(pupil, pupil.model, pupil.layers, checkpoint, dtype, device)
+    shard_into(pupil, pupil.model, pupil.layers, checkpoint, dtype, device)
     pupil.train()
     learner = guide if isinstance(guide, LearningTeacher) else None
     of_teacher = learner.parameters() if learner is not None else {}
     trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
     optimizer = make_optimizer(
         trained,
-        config.moved_by,
+        config.optimizer_name,
         config.weights,
         vocabulary=[*vocabulary_of(pupil.model), *(vocabulary_of(learner.reader.model) if learner else ())],
         betas=config.betas,
@@ -183,7 +183,7 @@ def _train(
     states_weight = torch.zeros((), dtype=torch.float64)
     extra = {f"teacher.{name}": parameter for name, parameter in of_teacher.items()}
     extra |= {"states_weight": states_weight} if pupil.intermediate else {}
-    holders = OPTIMIZERS[config.moved_by].holders(optimizer)
+    holders = OPTIMIZERS[config.optimizer_name].holders(optimizer)
     states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra, holders)
     step, seen_tokens = states.resume()
     end = steps if until is None else min(until, steps)
@@ -207,7 +207,7 @@ def _train(
 
     trackers = config.log_to if until is None else []
     with (
-        tracked(trackers, work, states.rows(), config.of_record) as track,
+        tracked(trackers, work, states.rows(), config.for_record) as track,
         graceful_stop() as stop,
         parallel.computing_together(),
     ):
@@ -286,7 +286,7 @@ def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
 
 def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
     """Scale the gradients down to the largest norm that the config allows; returns what it was."""
-    return parallel.whole(torch.nn.utils.clip_grad_norm_(list(parameters), config.gradient_clip)).item()
+    return parallel.full(torch.nn.utils.clip_grad_norm_(list(parameters), config.gradient_clip)).item()
 
 
 def _require_finite(what: str, step: int, loss: float, norm: float, rows: np.ndarray, too_high: str) -> None:
@@ -323,7 +323,7 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     """Write a trained model in the dtypes of the checkpoint it started from; the first of several processes does."""
     state = model.state_dict()
     pieces = (
-        parallel.whole(state[spec.name]).to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()
+        parallel.full(state[spec.name]).to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()
     )
     if parallel.joined().rank > 0:
         for _ in pieces:
@@ -341,7 +341,7 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 
 
 @torch.no_grad()
-def mean_loss(pupil: Pupil, teacher: Teacher | None, blocks: Blocks) -> float:
+def mean_loss(pupil: StudentModule, teacher: Teacher | None, blocks: Blocks) -> float:
     """The objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
     device, here = next(pupil.parameters()).device, parallel.joined()
     pupil.eval()
@@ -438,7 +438,7 @@ def _pupil(
     initialize: Literal["weights", "random"],
     seed: int,
     dtype: torch.dtype,
-) -> Pupil:
+) -> StudentModule:
     architecture, shape = checkpoint.architecture, checkpoint.shape
     model = _trained_model(checkpoint, config, initialize, seed)
     intermediate = None
@@ -446,9 +446,9 @@ def _pupil(
         assert teacher is not None, "states between layers are a teacher's"
         of_teacher = open_checkpoint(teacher).shape
         pairs = pairs_of(config.intermediate, shape, of_teacher)
-        intermediate = IntermediateLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
+        intermediate = HiddenLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
-    return Pupil(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
+    return StudentModule(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
 
 
 def _trained_model(
@@ -469,7 +469,7 @@ def _trained_model(
 
 def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
     if initialize == "weights":
-        return begun_model(checkpoint, torch.float32)
+        return load_for_training(checkpoint, torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return new_model(checkpoint.config, torch.float32)

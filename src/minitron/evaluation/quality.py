@@ -12,7 +12,7 @@ from torch import Tensor
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data.corpus import Blocks
-from minitron.model.logits import LazyLogits, float32_logits, logit_transform, usual_chunk
+from minitron.model.logits import LazyLogits, logit_transform, matmul_precision, usual_chunk
 from minitron.model.samples import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
@@ -40,7 +40,7 @@ class EvaluateConfig(Section):
     """Whether tasks may run code that the models write, in a sandbox."""
 
     @property
-    def of_record(self) -> dict[str, Any]:
+    def for_record(self) -> dict[str, Any]:
         """What evaluations are; those of runs without benchmarks do not name them."""
         return self.model_dump(mode="json", exclude=None if self.benchmarks else set(_OF_TASKS))
 
@@ -127,7 +127,7 @@ def _logits(model: Any, batch: Batch) -> LazyLogits:
 def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64)
     chunk = usual_chunk(model.head)
-    with float32_logits(model.hidden.dtype):
+    with matmul_precision(model.hidden.dtype):
         for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             logits = model.rows(rows)
             sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()

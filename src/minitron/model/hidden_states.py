@@ -17,7 +17,7 @@ def layers_of(model: Any, checkpoint: Checkpoint) -> list[nn.Module]:
 
 
 @contextmanager
-def kept_states(layers: Sequence[nn.Module], places: Collection[int]) -> Iterator[dict[int, Tensor]]:
+def capture_hidden_states(layers: Sequence[nn.Module], places: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """What a forward pass in this block has at `places`: 0 is what enters the first layer, n what leaves the nth.
 
     transformers' `output_hidden_states` would find nothing in a model whose class FSDP has changed, keep the states of

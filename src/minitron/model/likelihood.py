@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitron.core.errors import CheckpointError
-from minitron.model.logits import chunk_tokens, float32_logits, logit_transform, project
+from minitron.model.logits import chunk_tokens, logit_transform, matmul_precision, project
 from minitron.model.stream import Stream
 
 
@@ -44,7 +44,7 @@ def score_tokens(
     transform = logit_transform(stream.model)
     for first, piece in stream.head_pieces():
         chunk = chunk_tokens(len(piece))
-        with float32_logits(stream.dtype):
+        with matmul_precision(stream.dtype):
             for branch, states in enumerate(branches):
                 for places, hidden in _scored_states(stream, states, scored, chunk):
                     logits = transform(project(hidden, piece))

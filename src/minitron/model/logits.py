@@ -32,7 +32,7 @@ def usual_chunk(head: Float[Tensor, "vocab hidden"], temporaries: int = TEMPORAR
 
 
 @contextmanager
-def float32_logits(dtype: torch.dtype) -> Iterator[None]:
+def matmul_precision(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 matrix products may round their *inputs* to `dtype`; sums and results stay float32.
 
     Logits rounded to bfloat16 spoil the KL gradient just where a good student lives: its relative error grows from 1%

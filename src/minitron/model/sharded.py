@@ -11,10 +11,10 @@ from minitron.model.checkpoint import Checkpoint, load_model
 from minitron.model.stream import skeleton
 
 
-def begun_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The checkpoint's model, in evaluation mode; among several processes without its weights, see `placed`.
+def load_for_training(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The checkpoint's model, in evaluation mode; among several processes without its weights, see `shard_into`.
 
-    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite. So does `placed`.
+    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite. So does `shard_into`.
     """
     if parallel.joined().size == 1:
         return load_model(checkpoint.path, dtype)
@@ -23,7 +23,7 @@ def begun_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model
 
 
-def placed(
+def shard_into(
     root: nn.Module,
     model: Any,
     layers: Sequence[nn.Module],
@@ -35,7 +35,7 @@ def placed(
 
     Args:
         root: what is divided: the model, a part of it, or what holds it.
-        model: of `begun_model`, or with weights of its own.
+        model: of `load_for_training`, or with weights of its own.
         layers: of the model, see `parallel.shard`.
         dtype: that the layers are gathered in.
     """

@@ -81,7 +81,7 @@ class RunDirectory:
                 shutil.rmtree(self.out.resolve())
         self._lock.close()
 
-    def settle(self, **sections: Section) -> Recipe:
+    def update_recipe(self, **sections: Section) -> Recipe:
         """Replace sections by their resolved form."""
         assert self.recipe is not None
         self.recipe = self.recipe.model_copy(update=sections)

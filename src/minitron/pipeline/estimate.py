@@ -47,13 +47,15 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
     flops = tokens * (forward + step) if tokens else None
     # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
     # teacher that is corrected before is trained in float32.
-    held = training_bytes(teacher.architecture, teacher.config, shape, recipe.distill.moved_by, recipe.distill.weights)
+    held = training_bytes(
+        teacher.architecture, teacher.config, shape, recipe.distill.optimizer_name, recipe.distill.weights
+    )
     if correction == "parallel":
-        held += _of_teacher(teacher, recipe.distill.moved_by, recipe.distill.weights)
+        held += _of_teacher(teacher, recipe.distill.optimizer_name, recipe.distill.weights)
     else:
         held += 2 * teacher.parameters.total
     if correction == "before":
-        held = max(held, _of_teacher(teacher, recipe.distill.moved_by, "float32"))
+        held = max(held, _of_teacher(teacher, recipe.distill.optimizer_name, "float32"))
     facts = {
         "teacher": describe(teacher),
         "student": student,

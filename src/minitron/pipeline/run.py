@@ -26,22 +26,22 @@ from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import (
     collect_statistics,
-    correct,
+    correct_teacher,
+    distill_student,
+    evaluate_models,
     found_shape,
     make_plan,
-    measure,
     plan_benchmarks,
     prepare_data,
     prune,
     pruner_of,
-    publish,
-    record_lessons,
+    quantize_student,
+    record_teacher,
     resolve_correction,
     resolve_distill,
-    ship,
-    teach,
+    write_report_and_card,
 )
-from minitron.pipeline.student_shape import feasible_for, find_shape, judging_blocks, machine_for, take_over
+from minitron.pipeline.student_shape import adopt_search_state, feasible_for, find_shape, judging_blocks, machine_for
 from minitron.pruning.plan import given_layers, target_shape
 from minitron.pruning.repair.config import choice_left, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
@@ -84,8 +84,8 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
         corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
         models = {"teacher": teacher.path}
         if recipe.distill.correction == "before":
-            recipe = stages.settle(distill=resolve_correction(recipe, teacher, corpus))
-            teacher = open_checkpoint(correct(stages, recipe.distill, recipe.seed, teacher.path, corpus))
+            recipe = stages.update_recipe(distill=resolve_correction(recipe, teacher, corpus))
+            teacher = open_checkpoint(correct_teacher(stages, recipe.distill, recipe.seed, teacher.path, corpus))
         statistics = collect_statistics(stages, recipe, teacher, corpus)
         pruner = pruner_of(recipe, teacher, statistics, corpus, stages)
         searching = recipe.search.level != "off"
@@ -93,23 +93,23 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
         if recipe.distill.teacher == "recorded":
             judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks) if searching else None
             resolved = resolve_distill(recipe, shape, teacher, corpus)
-            guide = record_lessons(stages, resolved, teacher, corpus, recipe.seed, judge)
+            guide = record_teacher(stages, resolved, teacher, corpus, recipe.seed, judge)
         if searching:
             shape = find_shape(stages, recipe, pruner, guide, corpus)
-            recipe = stages.settle(**found_shape(recipe, shape))
-        recipe = stages.settle(distill=resolve_distill(recipe, shape, teacher, corpus))
+            recipe = stages.update_recipe(**found_shape(recipe, shape))
+        recipe = stages.update_recipe(distill=resolve_distill(recipe, shape, teacher, corpus))
         pruned = prune(stages, pruner, make_plan(stages, pruner, shape, corpus), recipe, corpus)
         if searching:
-            take_over(stages)
-        student = teach(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
+            adopt_search_state(stages)
+        student = distill_student(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
         models |= {CORRECTED: stages.out / CORRECTED} if recipe.distill.correction else {}
         models |= {"pruned": pruned, "student": student}
         if recipe.scratch_baseline:
-            models["scratch"] = teach(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
-        measure(stages, recipe, models, corpus, tokenizer, benchmarks)
+            models["scratch"] = distill_student(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
+        evaluate_models(stages, recipe, models, corpus, tokenizer, benchmarks)
         if recipe.gguf.wanted:
-            ship(stages, recipe, student, corpus)
-    return publish(out)
+            quantize_student(stages, recipe, student, corpus)
+    return write_report_and_card(out)
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:

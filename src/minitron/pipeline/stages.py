@@ -29,7 +29,7 @@ from minitron.data.corpus import (
 from minitron.data.prepare import make_corpus
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
-from minitron.distillation.recording import DEFAULT_TOP_K, write_lessons
+from minitron.distillation.recording import DEFAULT_TOP_K, record_logits
 from minitron.distillation.recording import INDEX as LESSONS_INDEX
 from minitron.distillation.state import forget_states
 from minitron.distillation.train import CORRECTED
@@ -223,7 +223,7 @@ def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> D
     )
 
 
-def correct(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
+def correct_teacher(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
     """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
     config, state = of_correction(config), stages.out / f"distill-{CORRECTED}"
 
@@ -254,7 +254,7 @@ def correct(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Pat
     return made
 
 
-def record_lessons(
+def record_teacher(
     stages: RunDirectory,
     config: DistillConfig,
     teacher: Checkpoint,
@@ -273,7 +273,7 @@ def record_lessons(
         if judge is not None:
             blocks = np.unique(np.concatenate([blocks, judge.select(slice(None))]), axis=0)
         dtype = compute_dtype(config.precision, pick_device())
-        facts = write_lessons(
+        facts = record_logits(
             teacher,
             Samples(torch.from_numpy(blocks), corpus.separator),
             Pass(dtype, scratch=out, progress=layers_of(stages.listener)),
@@ -292,7 +292,7 @@ def record_lessons(
     )
 
 
-def teach(
+def distill_student(
     stages: RunDirectory,
     name: str,
     config: DistillConfig,
@@ -337,7 +337,7 @@ def teach(
         recorded = config.teacher == "recorded"
         inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
         places = {"teacher": teacher / LESSONS_INDEX} if recorded else {}
-    facts: dict[str, Any] = {"distill": config.of_record, "seed": seed}
+    facts: dict[str, Any] = {"distill": config.for_record, "seed": seed}
     made = stages.do(name, work, inputs=inputs, config=facts, state=state, places=places, assist=learn)
     if parallel.is_first():
         forget_states(state)
@@ -362,7 +362,7 @@ def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if task in names]
 
 
-def measure(
+def evaluate_models(
     stages: RunDirectory,
     recipe: Recipe,
     models: Mapping[str, Path],
@@ -419,10 +419,10 @@ def measure(
 
     inputs = {name: stages.digest(model_files(path)) for name, path in models.items()} | {"data": corpus.digest}
     inputs |= {"tasks": benchmarks.digest} if benchmarks is not None else {}
-    stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.of_record})
+    stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.for_record})
 
 
-def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
+def quantize_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
     """GGUF files of the student."""
     from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, quantize
 
@@ -440,7 +440,7 @@ def ship(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) ->
     stages.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
 
 
-def publish(out: Path) -> RunRecords:
+def write_report_and_card(out: Path) -> RunRecords:
     """Write report.html and the student's card from the records."""
     records = read_run(out)
     if parallel.is_first():

@@ -75,7 +75,7 @@ def find_shape(
             "search": recipe.search,
             "prune": recipe.prune,
             "repair": recipe.repair,
-            "distill": recipe.distill.of_record,
+            "distill": recipe.distill.for_record,
             "seed": recipe.seed,
         },
         state=work,
@@ -134,7 +134,7 @@ def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
     return {"task": stages.digest([file])} if file.is_file() else {}
 
 
-def take_over(stages: RunDirectory) -> None:
+def adopt_search_state(stages: RunDirectory) -> None:
     """Let the final distillation go on from the winner's state, if there is one, and clear what the search left."""
     record = stages.out / "search" / "record.json"
     if not record.exists() or not parallel.is_first():

@@ -70,7 +70,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         state["step"] += 1
         noise = self._noise(parameter.device, index, int(state["step"]))
         tensors = {"weight": parameter, "gradient": parameter.grad} | {name: state[name] for name in self.buffers}
-        for rows in _chunks({name: parallel.local(tensor) for name, tensor in tensors.items()}):
+        for rows in _chunks({name: parallel.local_shard(tensor) for name, tensor in tensors.items()}):
             self._move_rows(rows, group, int(state["step"]), noise)
 
     def _move_rows(self, rows: dict[str, Tensor], group: dict[str, Any], step: int, noise: torch.Generator) -> None:

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from minitron.core import parallel
 from minitron.distillation.optim.low_precision import EPSILON
-from minitron.model.logits import float32_logits
+from minitron.model.logits import matmul_precision
 
 # Steps from one change of the axes to the next, as in the paper.
 AXES_STEPS = 10
@@ -86,18 +86,18 @@ class Soap(torch.optim.Optimizer):
             if parameter.grad is not None
         ]
         # All gradients first and all changes last: between, no process waits for another.
-        changes = {p: parallel.at_holder(parallel.whole(p.grad), self.holders[p]) for p, _ in turned}
+        changes = {p: parallel.at_holder(parallel.full(p.grad), self.holders[p]) for p, _ in turned}
         for large in (False, True):
-            with float32_logits(self.dtype if large else torch.float32):
+            with matmul_precision(self.dtype if large else torch.float32):
                 for parameter, group in turned:
                     if large == (parameter.numel() >= ROUNDED_FROM):
                         self._count(parameter)
                         self._to_change(changes[parameter], parameter, group)
         for parameter, group in turned:
             change = parallel.from_holder(changes.pop(parameter), self.holders[parameter], parameter.device)
-            weight = parallel.local(parameter)
+            weight = parallel.local_shard(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(parallel.own_rows(change, parameter), alpha=-group["lr"])
+            weight.add_(parallel.local_rows(change, parameter), alpha=-group["lr"])
         for group in self.param_groups:
             if not group["turned"]:
                 self._move_as_torch_does(group)
@@ -111,10 +111,10 @@ class Soap(torch.optim.Optimizer):
                 self.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
                 self.state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
         (slow, slower), states = group["betas"], [self.state[parameter] for parameter in members]
-        means, squares = ([parallel.local(state[name]) for state in states] for name in MOMENTS)
+        means, squares = ([parallel.local_shard(state[name]) for state in states] for name in MOMENTS)
         adamw(
-            [parallel.local(parameter) for parameter in members],
-            [parallel.local(parameter.grad) for parameter in members],
+            [parallel.local_shard(parameter) for parameter in members],
+            [parallel.local_shard(parameter.grad) for parameter in members],
             means,
             squares,
             [],
@@ -166,7 +166,7 @@ class Soap(torch.optim.Optimizer):
         for side in sides:
             moment, axes = state[f"{side}_moment"], state[f"{side}_axes"]
             # Rounded, the moment's largest directions would drown the axes of the small ones.
-            with float32_logits(torch.float32):
+            with matmul_precision(torch.float32):
                 nearer = _eigenvectors(moment) if first else _iterated(moment, axes)
             changes[side] = nearer if first else axes.T @ nearer
             axes.copy_(nearer)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture, TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
-from minitron.model.logits import float32_logits
+from minitron.model.logits import matmul_precision
 from minitron.model.norms import normalized
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
@@ -96,7 +96,7 @@ class _Regression:
             self.inputs = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
             self.errors = inputs.new_zeros(errors.shape[1], inputs.shape[1], dtype=torch.float32)
         dtype, inputs, errors = inputs.dtype, inputs.float(), errors.float()
-        with float32_logits(dtype):
+        with matmul_precision(dtype):
             self.inputs.addmm_(inputs.T, inputs)
             self.errors.addmm_(errors.T, inputs)
 

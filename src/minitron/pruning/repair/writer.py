@@ -20,7 +20,7 @@ from minitron.calibration.collect import Statistics, require_second_moment
 from minitron.core.files import scratch_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.logits import float32_logits
+from minitron.model.logits import matmul_precision
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 from minitron.pruning.cut import (
@@ -354,7 +354,7 @@ def _add_products(seen: _Seen, site: str, inputs: Float[Tensor, "samples tokens 
     rows = inputs.flatten(0, 1).float()
     if site not in seen.products:
         seen.products[site] = rows.new_zeros(rows.shape[1], rows.shape[1])
-    with float32_logits(inputs.dtype):
+    with matmul_precision(inputs.dtype):
         seen.products[site].addmm_(rows.T, rows)
 
 
