@@ -92,7 +92,6 @@ def _add_benchmarks(group: options.Container) -> None:
         "--tasks",
         type=parse.names,
         metavar="T1,T2",
-        help="tasks of the harness or of --tasks-dir",
     )
     options.add_key(group, "evaluate.tasks_dir", "--tasks-dir", type=parse.named, metavar="DIR")
     options.add_key(group, "evaluate.limit", "--limit", type=parse.count, metavar="N")
