@@ -51,9 +51,11 @@ class Child:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             self._held.close()  # nobody waits for its answer
-        self._pool.shutdown()
-        self._held.close()
-        self._last_words.close()
+        try:
+            self._pool.shutdown()
+        finally:  # also where a second signal comes while this waits
+            self._held.close()
+            self._last_words.close()
 
     def call(self, function: Callable[..., Result], *arguments: object) -> Result:
         """The function's result, or its exception.
