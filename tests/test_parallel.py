@@ -330,6 +330,32 @@ def test_a_batch_need_not_be_a_multiple_of_the_processes(desk: Path) -> None:
         assert one and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-5) for name in one)
 
 
+SHARED_RUN = {
+    "model": "teacher",
+    "data": {"source": "text.jsonl", "block_tokens": 16, "heldout_fraction": 0.2},
+    "calibrate": {"samples": 16, "precision": "float32"},
+    "prune": {"target": "70%", "iterations": 2, "layer_criterion": "loss"},
+    "search": {"level": "distilled", "cut_candidates": 2, "distill_candidates": 2, "window": 0.4, "judge_blocks": 8}
+    | {"dims": {"ffn": "16,24", "hidden": "24,32"}},
+    "distill": {"tokens": 640, "batch_blocks": 3, "precision": "float32", "evaluate_blocks": 4},
+    "evaluate": {"blocks": 8, "new_tokens": 2, "prompts": ["the"], "speed": False},
+}
+
+
+def test_a_run_of_several_processes_is_that_of_one(desk: Path) -> None:
+    """Calibration, search and training are shared; what is cut, measured and written is the first one's work."""
+    (desk / "recipe.yaml").write_text(json.dumps(SHARED_RUN))
+    for processes, out in ((1, "run-alone"), (2, "run-shared")):
+        made = forked(processes, "minitron", "run", "recipe.yaml", "--out", out, cwd=desk)
+        assert made.returncode == 0, made.stderr
+        assert made.stdout.count(f"report:  {out}/report.html") == 1
+    files = [{file.relative_to(desk / out) for file in (desk / out).rglob("*")} for out in ("run-alone", "run-shared")]
+    assert files[0] == files[1]
+    for model, tolerance in (("pruned", 0.0), ("student", 2e-5)):
+        one, two = (tiny.tensors(desk / out / model) for out in ("run-alone", "run-shared"))
+        assert one and all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_other_commands_refuse_several_processes(
     desk: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
