@@ -48,7 +48,7 @@ SOME_STEPS = """
 import json
 import sys
 from pathlib import Path
-from minitron.distill import soap
+from minitron.distillation.optim import soap
 from minitron.data.corpus import open_corpus
 from minitron.distillation.config import DistillConfig, resolve
 from minitron.distillation.train import distill, distill_until
