@@ -31,7 +31,7 @@ from minitron.core.files import (
 )
 from minitron.core.machine import EnergyCounter, forget_peak_memory, hardware, peak_memory, versions
 from minitron.core.progress import SILENT, Listener
-from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record
+from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record, RunLayout
 from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
 
@@ -49,6 +49,11 @@ class RunDirectory:
     final: Mapping[str, Path] = field(default_factory=dict)  # where stages go in the end, and may be already
     _digests: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def layout(self) -> RunLayout:
+        """Where everything of the run lies."""
+        return RunLayout(self.out)
+
     def __enter__(self) -> "RunDirectory":
         if not parallel.is_first():
             return self
@@ -56,7 +61,7 @@ class RunDirectory:
             end = require_directory(self.out)
             self._created = not end.exists()
             end.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.out / ".lock").open("a")
+            self._lock = self.layout.lock.open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -64,8 +69,8 @@ class RunDirectory:
             raise RunError(
                 f"run directory {self.out} is in use by another process; wait for it, or choose another --out"
             ) from None
-        self._digests = read_digests(self.out / ".digests.json")
-        if not (self.out / "recipe.yaml").exists():
+        self._digests = read_digests(self.layout.digests)
+        if not self.layout.recipe.exists():
             self._write_recipe()
         return self
 
@@ -93,7 +98,7 @@ class RunDirectory:
         known = dict(self._digests)
         digest = digest_files(files, self._digests)
         if self._digests != known:
-            write_json(self.out / ".digests.json", self._digests)
+            write_json(self.layout.digests, self._digests)
         return digest
 
     def remember(self, digests: Mapping[Path, str]) -> None:
@@ -103,7 +108,7 @@ class RunDirectory:
         for file, digest in digests.items():
             remember_digest(file, digest, self._digests)
         if digests:
-            write_json(self.out / ".digests.json", self._digests)
+            write_json(self.layout.digests, self._digests)
 
     def do(
         self,
@@ -182,7 +187,7 @@ class RunDirectory:
     def _write_recipe(self) -> None:
         if self.recipe is None:
             return
-        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+        write_text(self.layout.recipe, dump_recipe(self.recipe))
 
 
 def read_record(stage: Path) -> Record:

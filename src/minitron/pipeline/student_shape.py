@@ -67,7 +67,7 @@ def find_shape(
         do,
         inputs={
             "model": stages.digest(model_files(pruner.teacher.path)),
-            "statistics": stages.digest([stages.out / "statistics" / "statistics.safetensors"]),
+            "statistics": stages.digest([stages.layout.statistics]),
             "data": corpus.digest,
             **task_digest(stages, recipe.prune),
         },
@@ -81,9 +81,8 @@ def find_shape(
         state=work,
         assist=measure,
     )
-    found = stages.out / "search"
-    again = f"remove {found} and run the same command to search again"
-    facts = read_typed(found / "candidates.json", layouts.SEARCH, RunError, way_out=again)
+    again = f"remove {stages.layout.stage('search')} and run the same command to search again"
+    facts = read_typed(stages.layout.candidates, layouts.SEARCH, RunError, way_out=again)
     return Shape(**vars(facts.candidates[0].shape))
 
 
@@ -136,12 +135,12 @@ def task_digest(stages: RunDirectory, config: PruneConfig) -> dict[str, str]:
 
 def adopt_search_state(stages: RunDirectory) -> None:
     """Let the final distillation go on from the winner's state, if there is one, and clear what the search left."""
-    record = stages.out / "search" / "record.json"
+    record = stages.layout.record("search")
     if not record.exists() or not parallel.is_first():
         return
     found = as_typed(read_record(record.parent).result, layouts.SEARCH_RESULT, f"{record}: result", RunError)
     winner = found.winner.name
-    state, final = _work(stages) / winner / "distill", stages.out / "distill"
+    state, final = _work(stages) / winner / "distill", stages.layout.work("distill")
     if state.exists() and not final.exists():
         state.rename(final)
     shutil.rmtree(_work(stages), ignore_errors=True)
@@ -256,4 +255,4 @@ class _Trial:
 
 
 def _work(stages: RunDirectory) -> Path:
-    return stages.out / "search-state"
+    return stages.layout.work("search-state")
