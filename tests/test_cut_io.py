@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import tiny
 import torch
 from safetensors.torch import save_file
@@ -21,12 +22,14 @@ from minitron.core import direct_io
 from minitron.core.errors import CheckpointError, RunError
 from minitron.core.files import atomic_directory
 from minitron.model import weights
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
 from minitron.pipeline.stages import prune
 from minitron.pruning.cut import cut, cut_tensor, kept_rows
-from minitron.pruning.plan import Plan, identity_plan
-from minitron.pruning.repair.writer import Repaired
+from minitron.pruning.plan import Plan, PruneConfig, identity_plan
+from minitron.pruning.steps import Pruner, Scoring
+from minitron.recipe import Recipe
 
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = {"layers": 3, "hidden": 24, "ffn": 23, "kv_heads": 2, "heads": 2}
@@ -274,19 +277,21 @@ def test_the_pruned_files_are_not_read_again_for_their_digests(llama: Path, tmp_
     checkpoint = open_checkpoint(llama)
     plan = tiny.plan(checkpoint.shape, **SIZES)
 
-    def plainly(teacher: Checkpoint, plan: Plan, out: Path) -> Repaired:
-        return Repaired(plan, cut(teacher, plan, out))
-
+    plainly = Pruner(checkpoint, Scoring(PruneConfig(), None, Pass(torch.float32), None), [], None)
+    recipe, corpus = (
+        Recipe(model=str(llama), prune=PruneConfig(target="50%")),
+        small.corpus(tmp_path / "text", small.teacher(tmp_path / "teacher")),
+    )
     with RunDirectory(tmp_path / "run") as stages:
         (stages.out / "plan").mkdir()
         plan.save(stages.out / "plan" / "plan.json")
-        pruned = prune(stages, checkpoint, plan, plainly)
+        pruned = prune(stages, plainly, plan, recipe, corpus)
         known = json.loads((stages.out / ".digests.json").read_text())
         file = pruned / "model.safetensors"
         assert known[str(file)][3] == hashlib.sha256(file.read_bytes()).hexdigest()
         digest = stages.digest([file])
         assert json.loads((stages.out / ".digests.json").read_text()) == known
-        assert prune(stages, checkpoint, plan, plainly) == pruned  # done: nothing to remember
+        assert prune(stages, plainly, plan, recipe, corpus) == pruned  # done: nothing to remember
     with RunDirectory(tmp_path / "run") as stages:
         assert stages.digest([file]) == digest
         stages.remember({file: "made up"})

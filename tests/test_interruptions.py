@@ -242,7 +242,7 @@ def test_a_program_in_the_sandbox_ends_with_the_process_that_watches_it() -> Non
 AT_EXIT = """
 import atexit, os, signal, sys
 atexit.register(os.kill, os.getpid(), signal.SIGTERM)
-from minitron.cli import main
+from minitron.cli.main import main
 sys.argv = ["minitron", "inspect", "teacher"]
 sys.exit(main())
 """

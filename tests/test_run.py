@@ -82,7 +82,7 @@ def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-VARIANTS = ("llama", "llama-tied")
+VARIANTS = ("llama-tied",)
 
 
 @pytest.fixture(scope="module")
