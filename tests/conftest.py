@@ -21,7 +21,10 @@ import pytest
 import tiny
 
 # The files that take longest: begun first, so that two workers end at about the same time.
-LONGEST = ("test_run", "test_parallel", "test_tutorial", "test_cli", "test_train", "test_calibrate", "test_quantize")
+LONGEST = (
+    *("test_run", "test_options", "test_parallel", "test_bad_input", "test_cli", "test_train", "test_tutorial"),
+    *("test_quantize", "test_cut", "test_repair", "test_interruptions", "test_correction", "test_tasks"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

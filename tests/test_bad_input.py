@@ -14,7 +14,7 @@ from mutations import Mutation
 EXAMPLES = 2  # the simplest, and one that is drawn
 SLOW = ("run again", "recipe: run", "--set: distill", "training", "lessons", "rows")  # seconds each
 QUICK = [name for name in TARGETS if not name.startswith(SLOW)]
-NAMES = QUICK[::20] + [name for name in TARGETS if name.startswith(SLOW)][::36]
+NAMES = QUICK[::30] + [name for name in TARGETS if name.startswith(SLOW)][::36]
 
 
 @pytest.fixture(scope="module")
