@@ -89,7 +89,7 @@ def test_a_model_with_other_parts_than_text_is_named(llama: Path, tmp_path: Path
         open_checkpoint(tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", ["nemotron", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2"])
 def test_a_whole_run_makes_a_student_of_the_same_family(family: str, tmp_path: Path) -> None:
     teacher = small.teacher(tmp_path / "teacher", FIRST[family], hidden_size=64, head_dim=8)
     recipe = {
