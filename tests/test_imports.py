@@ -37,7 +37,7 @@ STAGES = {
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "overlap", "corpus", "sampling", "prepare"),
+    "data": ("layouts", "sources", "overlap", "corpus", "sampling", "supply"),
     "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": (
         *(

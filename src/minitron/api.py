@@ -23,7 +23,7 @@ from minitron.core.files import (
 )
 from minitron.core.progress import SILENT, Listener, layers_of
 from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, separator
-from minitron.data.prepare import block_length, bounded, corpus_for, keep_sampled
+from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary

@@ -6,7 +6,7 @@ from typing import Any
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
 from minitron.data.corpus import TEACHER
-from minitron.data.prepare import block_length
+from minitron.data.supply import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import resolve_model
 from minitron.model.describe import describe, describe_shape, forward_flops

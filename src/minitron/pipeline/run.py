@@ -8,7 +8,7 @@ from minitron.core.device import settle_precision
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import BUILTIN, TEACHER, local_path
-from minitron.data.prepare import block_length, bounded
+from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.distillation.train import CORRECTED

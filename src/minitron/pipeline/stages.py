@@ -26,7 +26,7 @@ from minitron.data.corpus import (
     require_undamaged,
     source_files,
 )
-from minitron.data.prepare import make_corpus
+from minitron.data.supply import make_corpus
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
 from minitron.distillation.recording import DEFAULT_TOP_K, record_logits
