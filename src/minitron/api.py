@@ -28,9 +28,8 @@ from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED
+from minitron.evaluation import engines, quality
 from minitron.evaluation import generate as generation
-from minitron.evaluation import quality
-from minitron.evaluation.engines import measure_models as measure_speed  # noqa: F401
 from minitron.evaluation.generate import num_new_tokens, prompt_of, require_temperature
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
@@ -63,6 +62,8 @@ from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
+
+measure_speed = engines.measure_models
 
 
 def inspect(path: Path) -> dict[str, Any]:

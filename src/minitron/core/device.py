@@ -1,4 +1,4 @@
-"""Which device, what it has room for, which number format is fast on it, and which software runs there."""
+"""Which device, what it has room for, and which number format is fast on it."""
 
 import os
 from collections.abc import Iterator

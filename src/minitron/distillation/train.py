@@ -69,8 +69,7 @@ def distill(
 
     Args:
         teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see
-            `minitron.distillation.recording`. None
-            trains on the text alone.
+            `minitron.distillation.recording`. None trains on the text alone.
         config: resolved (see `resolve`).
         work: metrics.jsonl, what trackers keep, and resumable state; a second call with the same arguments goes on from
             there, and ends with the weights that one undisturbed call would have made.

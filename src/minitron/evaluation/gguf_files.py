@@ -1,4 +1,4 @@
-"""The verbs on GGUF files: writing them, and what other models can do too: inspect, generate, evaluate."""
+"""A GGUF file in llama.cpp: it continues a prompt, and is measured on held-out text."""
 
 import math
 import os

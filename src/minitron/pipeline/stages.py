@@ -66,7 +66,6 @@ from minitron.report.page import write_report
 from minitron.report.records import RunRecords, read_run
 
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
-STATISTICS = Path("statistics") / "statistics.safetensors"  # in a run directory
 
 
 def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int) -> Corpus:
@@ -84,7 +83,7 @@ def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, 
     def work(out: Path) -> dict[str, Any]:
         return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
 
-    was_there = (stages.out / "data" / "record.json").exists()
+    was_there = stages.layout.record("data").exists()
     stages.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None and parallel.is_first():
         shutil.rmtree(state, ignore_errors=True)
@@ -119,14 +118,14 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
 def make_plan(stages: RunDirectory, pruner: Pruner, shape: Shape, corpus: Corpus) -> Plan:
     config, teacher = pruner.scoring.config, pruner.teacher
     given = given_layers(config, teacher.shape)
-    first = pruner.first_shape(shape, given)
+    first, *further = pruner.shapes(shape, given)
     criterion: dict[str, Any] = {
         "criterion": config.criterion,
         "sequence": config.sequence_aggregate,
         "batch": config.batch_aggregate,
     }
     criterion |= {"seed": config.seed} if "seed" in CRITERIA[config.criterion].options else {}
-    inputs = {"statistics": stages.digest([stages.out / STATISTICS])}
+    inputs = {"statistics": stages.digest([stages.layout.statistics])}
     measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
     if layers_need_a_pass(config, teacher.shape, first):
         criterion |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
@@ -147,15 +146,14 @@ def make_plan(stages: RunDirectory, pruner: Pruner, shape: Shape, corpus: Corpus
     stages.do("scores", score, inputs=inputs, config={"prune": criterion})
     shapes: dict[str, Any] = {"shape": asdict(shape), "drop_layers": config.drop_layers}
     shapes |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
-    stepwise = first != shape
-    shapes |= {"iterations": config.iterations, "criterion": criterion} if stepwise else {}
+    shapes |= {"iterations": config.iterations, "criterion": criterion} if further else {}
     stages.do(
         "plan",
         plan,
-        inputs={"scores": stages.digest([stages.out / "scores" / "scores.json"])} | (measured if stepwise else {}),
+        inputs={"scores": stages.digest([stages.layout.scores])} | (measured if further else {}),
         config=shapes,
     )
-    return Plan.load(stages.out / "plan" / "plan.json")
+    return Plan.load(stages.layout.plan)
 
 
 def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
@@ -190,11 +188,11 @@ def prune(stages: RunDirectory, pruner: Pruner, plan: Plan, recipe: Recipe, corp
 
     inputs = {
         "model": stages.digest(model_files(pruner.teacher.path)),
-        "plan": stages.digest([stages.out / "plan" / "plan.json"]),
+        "plan": stages.digest([stages.layout.plan]),
     }
     config: dict[str, Any] = {"repair": {"steps": needed}}
     if needed:
-        inputs |= {"data": corpus.digest, "statistics": stages.digest([stages.out / STATISTICS])}
+        inputs |= {"data": corpus.digest, "statistics": stages.digest([stages.layout.statistics])}
         config |= {"calibrate": recipe.calibrate, "seed": recipe.seed}
     made = stages.do("pruned", work, inputs=inputs, config=config)
     stages.remember({made / file: digest for file, digest in digests.items()})

@@ -30,8 +30,8 @@ from minitron.pruning.plan import (
     step_shapes,
     target_shape,
 )
-from minitron.pruning.repair.config import CutNeeds, choice_left
-from minitron.pruning.repair.writer import Evidence, Repaired, Step, needed_steps, repaired_cut
+from minitron.pruning.repair.config import CutNeeds, Step, choice_left, needed_steps
+from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 
 NOTHING = Given()
 
@@ -91,10 +91,10 @@ class Pruner:
             self._scores[first.layers] = score_layers(self.teacher, self.unit_scores, first, self.scoring)
         return self._scores[first.layers]
 
-    def first_shape(self, student: Shape, given: Given = NOTHING) -> Shape:
-        """The shape that the first step of the cut leaves: the student's where there is only one."""
+    def shapes(self, student: Shape, given: Given = NOTHING) -> list[Shape]:
+        """The shape that each step of the cut leaves, the student's last."""
         iterations = self.scoring.config.iterations
-        return step_shapes(self.teacher.architecture, self.teacher.shape, student, iterations, given)[0]
+        return step_shapes(self.teacher.architecture, self.teacher.shape, student, iterations, given)
 
     def plan(self, student: Shape, given: Given = NOTHING, scores: Scores | None = None) -> Plan:
         """The plan of a student of that shape, in as many steps as the config says.
@@ -103,10 +103,10 @@ class Pruner:
             given: units that are listed.
             scores: what `score` gave for the first step's shape.
         """
-        teacher, iterations = self.teacher, self.scoring.config.iterations
+        teacher = self.teacher
         if scores is None and not needs_scores(teacher.shape, student, given):
             return choose(even_scores(teacher.shape), teacher.shape, student, given)
-        first, *further = step_shapes(teacher.architecture, teacher.shape, student, iterations, given)
+        first, *further = self.shapes(student, given)
         plan = choose(scores or self.score(first), teacher.shape, first, given)
         return refine(teacher, plan, further, self.scoring)
 
