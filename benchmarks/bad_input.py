@@ -2,8 +2,8 @@
 
     python benchmarks/bad_input.py [--inputs 2500] [--seed 0] [--out FILE]
 
-Every kind of file that minitron reads (tests/bad_targets.py has the table) is damaged as hypothesis draws it, one place
-at a time, and given to a command in a process of its own. What the law is stands in tests/bad_input.py too.
+Every kind of file that minitron reads (the table is in tests/helpers/bad_targets.py) is damaged as hypothesis draws it,
+one place at a time, and given to a command in a process of its own. tests/helpers/bad_input.py states the law too.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib.measure import header, publish, table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 
 import hypothesis
 from bad_input import Outcome, Room, kind_of

@@ -37,7 +37,7 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.recipe import DEMO_TEACHER
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 import golden_models
 
 TYPES = [name for name in LADDER if name != "F32"]  # which is what both start from

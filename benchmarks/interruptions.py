@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 from interrupting import FILLER, at_each_operation, count, digest_of, fill, made, signal_at
 
 TRIALS = 600
@@ -50,7 +50,7 @@ ORPHAN_SECONDS = 10.0  # for the processes that a command started, once it is go
 DISK = "32m"
 # Stages that keep what they go on from, and are no results.
 UNFINISHED = ("distill", "distill-corrected", "distill-scratch", "search-state", "data-state")
-CLOSENESS = 2e-5  # of weights trained by another number of processes: what tests/test_parallel.py holds
+CLOSENESS = 2e-5  # of weights trained by another number of processes: what tests/core/test_parallel.py holds
 
 
 @dataclass(frozen=True)

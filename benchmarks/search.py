@@ -5,7 +5,7 @@
 Every shape of a space at one budget is cut from the teacher and distilled on the same tokens: the exhaustive truth.
 Each candidate's measurements are a line of a JSONL file, so the benchmark goes on where it was stopped. The rules are
 then compared on that table: the loss that successive elimination sees at a rung is the loss of the exhaustive run at
-that step, for a run that stops and goes on has the bits of one that does not (tests/test_train.py).
+that step, for a run that stops and goes on has the bits of one that does not (tests/distillation/test_train.py).
 """
 
 import argparse

@@ -71,7 +71,7 @@ FUSED = "the shape does not tell segments laid end to end, as written, from segm
 NEXT_STEPS = (
     "Next (docs/extend/family.md): with the model's forward in transformers, settle the doubtful lines ({doubtful}) "
     "and place the unplaced tensors ({unplaced}); add conditions, for one checkpoint shows one config; fill the columns"
-    " that no tensor shows; add the table to FAMILIES and a variant to tests/tiny.py, and run the tests."
+    " that no tensor shows; add the table to FAMILIES and a variant to tests/helpers/tiny.py, and run the tests."
 )
 
 

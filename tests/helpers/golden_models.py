@@ -17,8 +17,8 @@ from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.model.checkpoint import open_checkpoint
 
 WIDE = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 256, "vocab_size": 320}
-# Name -> variant of tests/tiny.py and its changes: rows of whole blocks or not, heads shared or not, layers by which
-# the rules differ, embeddings tied or not, matrices fused or not.
+# Name -> variant of tests/helpers/tiny.py and its changes: rows of whole blocks or not, heads shared or not, layers by
+# which the rules differ, embeddings tied or not, matrices fused or not.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("llama", WIDE | {"intermediate_size": 288, "num_hidden_layers": 1}),
     "nine layers": ("llama", WIDE | {"num_hidden_layers": 9}),

@@ -1,6 +1,6 @@
 """A server that has imported everything and runs each command of minitron in a fork of itself: seconds less for each.
 
-    python tests/forks.py
+    python tests/helpers/forks.py
 
 reads one request a line, as JSON, and answers each with one line: the exit code, negative for a signal, and the seconds
 that it took. `Forks` is the other end.
@@ -47,7 +47,7 @@ class Forks:
             base: an existing directory; what a command says lies there while it is read.
         """
         self.base = base
-        places = {"PYTHONPATH": str(HERE.parents[1] / "src"), "HF_HOME": str(base / "hub"), "HF_HUB_OFFLINE": "1"}
+        places = {"PYTHONPATH": str(HERE.parents[2] / "src"), "HF_HOME": str(base / "hub"), "HF_HUB_OFFLINE": "1"}
         places |= {"TMPDIR": str(base)}
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._server = subprocess.Popen(

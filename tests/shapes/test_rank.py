@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_shapes import search
+from test_space import search
 
 from minitron.calibration.collect import Statistics, calibrate
 from minitron.core.errors import PlanError

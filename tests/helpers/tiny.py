@@ -67,6 +67,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {"pad_token_id": 0}),
     "granite": ("granite", GRANITE_MULTIPLIERS),
 }
+# One variant of each family.
+FIRST = {family: variant for variant, (family, _) in reversed(VARIANTS.items())}
 
 
 def checkpoint(variant: str, path: Path, **changes: Any) -> Path:

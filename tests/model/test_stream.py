@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from streaming import CLOSE, streamed
 from torch import Tensor, nn
 
 from minitron.core.errors import CheckpointError
@@ -17,22 +18,6 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass, Stream, default_batch
-
-CLOSE = {"atol": 5e-6, "rtol": 5e-6}
-
-
-def streamed(path: Path, tokens: Tensor, batch: int, separator: Separator | None = None) -> list[Tensor]:
-    """The states before the first layer, after each layer, and after the final norm."""
-    flow = Stream(open_checkpoint(path), Samples(tokens, separator), Pass(torch.float32, batch=batch))
-    flow.embed()
-    states = [flow.states.clone()]
-    for index, layer in flow.layers():
-        for rows, before, after in flow.run(index, layer):
-            assert torch.equal(before, states[-1][rows])
-            assert torch.equal(flow.states[rows], before) and after.shape == before.shape
-        states.append(flow.states.clone())
-    with torch.no_grad(), flow.final_norm() as norm:
-        return [*states, norm(flow.states)]
 
 
 @torch.no_grad()

@@ -16,13 +16,10 @@ from minitron.model.families import FAMILIES
 from minitron.pipeline.run import run
 from minitron.recipe import build_recipe
 
-# One variant of each family.
-FIRST = {family: variant for variant, (family, _) in reversed(tiny.VARIANTS.items())}
-
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tiny.checkpoint(FIRST[request.param], tmp_path / "model")
+    return tiny.checkpoint(tiny.FIRST[request.param], tmp_path / "model")
 
 
 def change_config(path: Path, **changes: object) -> None:
@@ -91,7 +88,7 @@ def test_a_model_with_other_parts_than_text_is_named(llama: Path, tmp_path: Path
 
 @pytest.mark.parametrize("family", ["gemma2"])
 def test_a_whole_run_makes_a_student_of_the_same_family(family: str, tmp_path: Path) -> None:
-    teacher = small.teacher(tmp_path / "teacher", FIRST[family], hidden_size=64, head_dim=8)
+    teacher = small.teacher(tmp_path / "teacher", tiny.FIRST[family], hidden_size=64, head_dim=8)
     recipe = {
         "model": str(teacher),
         "data": {"source": str(small.text(tmp_path / "text.jsonl", 40)), "block_tokens": 16},

@@ -122,7 +122,7 @@ def test_an_importance_matrix_of_another_model_is_refused(wide: GgufModel, tmp_p
 @pytest.fixture(scope="module")
 def golden() -> dict[str, dict[str, dict[str, str]]]:
     """Model -> file type -> what llama.cpp's own tool made of it; see benchmarks/gguf_oracle.py."""
-    return json.loads((Path(__file__).parent / "golden" / "quantized.json").read_text())
+    return json.loads((Path(__file__).parents[1] / "golden" / "quantized.json").read_text())
 
 
 @pytest.mark.parametrize("name", golden_models.MODELS)

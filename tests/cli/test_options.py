@@ -895,7 +895,7 @@ def test_a_default_that_is_stated_is_an_option_that_was_given() -> None:
     }  # fmt: skip
 
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BASE: dict[str, Any] = {"model": "m", "prune": {"target": "50%"}}
 SHAPED: dict[str, Any] = {"model": "m", "prune": {"shape": {"ffn": 8}}}
 SEARCHED = "search.level=distilled"
@@ -1093,7 +1093,7 @@ def test_the_recipe_that_a_run_leaves_runs_again(desk: Desk, everything: Everyth
 
 def documented() -> list[str]:
     """Commands in README and docs, each on one line, and the examples of `--help`."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").rglob("*.md"))))
     found = re.findall(r"(?:^|[ /`])minitron ([a-z]+ [^`|\n#]*)", text.replace("\\\n", " "), re.MULTILINE)
     examples = [command.EXAMPLE.removeprefix("minitron ") for command in COMMANDS.values()]

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_checkpoint import change_config
-from test_families import FIRST
-from test_stream import CLOSE, streamed
+from directories import change_config
+from streaming import CLOSE, streamed
 from transformers import AutoConfig
 
 from minitron.core.errors import CheckpointError, MinitronError, UnsupportedArchitecture
@@ -30,7 +29,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def config_of(family: str) -> dict[str, Any]:
     """A complete config.json, every key that transformers would write."""
-    options = {key: value for key, value in (tiny.SIZES | tiny.VARIANTS[FIRST[family]][1]).items() if key != "dtype"}
+    options = {
+        key: value for key, value in (tiny.SIZES | tiny.VARIANTS[tiny.FIRST[family]][1]).items() if key != "dtype"
+    }
     return json.loads(AutoConfig.for_model(family, **options).to_json_string(use_diff=False))
 
 

@@ -41,7 +41,7 @@ OF_LAYERS = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
-# Variant of tests/tiny.py, and what is changed so that llama.cpp can have it, or to see another rule.
+# Variant of tests/helpers/tiny.py, and what is changed so that llama.cpp can have it, or to see another rule.
 RUN: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ("llama", "llama-tied", "llama-biases", "llama-head_dim", "llama-rope", "llama-bfloat16")),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import published
 import pytest
-from test_plan import REAL, TEACHER
+from teachers import REAL, TEACHER
 
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, kv_cache_bytes

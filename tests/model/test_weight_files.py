@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from directories import EMBEDDING, HEAD, change_config, change_tensors, copy
 from safetensors.torch import load_file, save_file
-from test_checkpoint import EMBEDDING, HEAD, change_config, change_tensors, copy
 
 from minitron import api
 from minitron.core.errors import CheckpointError
