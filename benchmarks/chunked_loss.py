@@ -21,7 +21,8 @@ from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli.process import keep_freed_memory
-from minitron.distillation.losses import CPU_TEMPORARIES, Objective, chunked_loss
+from minitron.distillation.chunked import CPU_TEMPORARIES, chunked_loss
+from minitron.distillation.objective import Objective
 from minitron.model.logits import LazyLogits, chunk_tokens, matmul_precision, project
 
 DTYPES = ("float32", "bfloat16")

@@ -18,7 +18,8 @@ from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation import train
-from minitron.distillation.config import DistillConfig, resolve
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import resolve
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

@@ -208,9 +208,9 @@ def minitron(
     task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off", compiled: bool = False
 ) -> Callable[[], Tensor]:
     """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
-    from minitron.distillation.compiling import compile_layers
     from minitron.distillation.config import DistillConfig
     from minitron.distillation.hidden_loss import HiddenLoss, pairs_of
+    from minitron.distillation.setup import compile_layers
     from minitron.distillation.student import StudentModule
     from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint

@@ -32,9 +32,10 @@ from lib.distillations import (
 from lib.measure import header, table
 
 from minitron.distillation import train
-from minitron.distillation.config import DistillConfig, num_steps, resolve
+from minitron.distillation.config import DistillConfig
 from minitron.distillation.optim import LOW_PRECISION, hold_weights, make_optimizer
 from minitron.distillation.optim.low_precision import BFloat16AdamW
+from minitron.distillation.schedule import num_steps, resolve
 from minitron.model.checkpoint import load_model
 from minitron.pruning.repair.config import BEST
 

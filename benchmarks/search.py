@@ -20,16 +20,17 @@ from statistics import mean
 from typing import Any
 
 from lib.measure import header, publish, table
+from minitron.pipeline.student_shape import judging_blocks
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
-from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.plan import PruneConfig, choose, target_shape
 from minitron.pruning.repair.config import RepairConfig, Step
 from minitron.pruning.repair.config import resolve as resolve_repair

@@ -35,7 +35,8 @@ from lib.measure import header, table
 
 from minitron.core.device import pick_device
 from minitron.distillation import train
-from minitron.distillation.config import DistillConfig, of_correction, resolve
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import of_correction, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import load_model
 from minitron.pruning.repair.config import BEST

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minitron.core.config import Row, Section, choice, choices_of
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.losses import LOSSES, Objective
+from minitron.distillation.losses import LOSSES
+from minitron.distillation.objective import Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
 from minitron.pipeline.run import run

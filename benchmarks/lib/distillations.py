@@ -21,8 +21,9 @@ from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
 from minitron.distillation import train
-from minitron.distillation.config import DistillConfig, num_steps, resolve
+from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import record_logits
+from minitron.distillation.schedule import num_steps, resolve
 from minitron.distillation.train import blocks_read
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape

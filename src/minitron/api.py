@@ -1,8 +1,9 @@
 """The verbs: what minitron does with models, each a function that opens its inputs and writes its result whole."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from minitron.core.files import (
     scratch_directory,
 )
 from minitron.core.progress import SILENT, Listener, layers_of
-from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, separator
+from minitron.data.corpus import SAMPLED, TEACHER, DataConfig, draw_samples, separator
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers
-from minitron.distillation.config import DistillConfig, require_correctable, resolve
-from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary
-from minitron.distillation.train import CORRECTED
+from minitron.distillation.config import DistillConfig, require_correctable
+from minitron.distillation.teachers import TeacherSource, require_same_tokenizer, require_same_vocabulary
+from minitron.distillation.train import CORRECTED, Trained
 from minitron.evaluation import engines, quality
 from minitron.evaluation import generate as generation
 from minitron.evaluation.generate import num_new_tokens, prompt_of, require_temperature
@@ -49,19 +50,20 @@ from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
-from minitron.pipeline.stages import correct_teacher, distill_student, prepare_data, record_teacher
-from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
+from minitron.pipeline.stages import OF_DISTILLATION, Run, make_stages
 from minitron.pruning.plan import (
     Given,
     Plan,
     PruneConfig,
     load_given,
 )
-from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels
+from minitron.pruning.repair.config import CutNeeds, RepairConfig, Step, needed_steps, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
-from minitron.shapes.space import SearchConfig
+from minitron.shapes.rank import Ranking
+from minitron.shapes.space import SearchConfig, feasible_for, machine_for
+from minitron.shapes.trial import Trials, rank_shapes
 
 measure_speed = engines.measure_models
 
@@ -82,7 +84,7 @@ def draft(path: Path) -> Draft | None:
 
 def calibrate(
     model: str,
-    data_config: DataConfig,
+    data: DataConfig,
     config: CalibrateConfig,
     *,
     seed: int,
@@ -95,11 +97,11 @@ def calibrate(
             prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            told_by = separator(data_config, load_tokenizer(teacher.path))
+            told_by = separator(data, load_tokenizer(teacher.path))
             samples = Samples(parallel.broadcast(None), told_by)
             return collect.calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
-            with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
+            with corpus_for(teacher, data, listener, config.samples, seed, scratch=partial) as corpus:
                 samples = draw_samples(corpus, config.samples, seed)
                 parallel.broadcast(samples.tokens)
                 pass_ = config.as_pass(partial, layers_of(listener))
@@ -114,102 +116,148 @@ def search(
     *,
     prune: PruneConfig,
     search: SearchConfig,
+    data: DataConfig | None = None,
     calibration: CalibrateConfig | None = None,
     repair: RepairConfig | None = None,
-    statistics_dir: Path | None,
-    data_config: DataConfig | None,
+    statistics_dir: Path | None = None,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Every shape of one model within the budgets, ranked; the keys are those of a run's search/candidates.json.
+) -> Ranking:
+    """Rank every shape of one model within the budgets.
 
     Args:
-        data_config: needed without statistics, and for the level `cut`.
+        data: needed without statistics, and for the level `cut`.
     """
     teacher = open_checkpoint(resolve_model(model))
-    repair = resolve_repair(repair or RepairConfig(), teacher)
+    steps = resolve_repair(repair or RepairConfig(), teacher).steps or []
     calibration = calibration or CalibrateConfig()
-    calibration = calibration.model_copy(update={"second_moment": replaces_channels(repair.steps)})
-    feasible_for(teacher, prune, search, machine_for(search, teacher.dtype))  # an empty search need not read text first
+    calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
+    machine = machine_for(search, teacher.dtype)
+    feasible_for(teacher, prune, search, machine)  # an empty search need not read text first
     with ExitStack() as stack:
-        corpus = None
-        if data_config is not None:
-            corpus = stack.enter_context(corpus_for(teacher, data_config, listener, calibration.samples))
+        corpus, samples, tokenizer = None, None, None
+        if data is not None:
+            corpus = stack.enter_context(corpus_for(teacher, data, listener, calibration.samples))
+            samples, tokenizer = draw_samples(corpus, calibration.samples, 0), load_tokenizer(teacher.path)
         work = stack.enter_context(scratch_directory())
-        samples, tokenizer = None, None
-        if corpus is not None:
-            samples = draw_samples(corpus, calibration.samples, 0)
-            tokenizer = load_tokenizer(teacher.path)
         pass_ = calibration.as_pass(work, layers_of(listener))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert samples is not None
             statistics = collect.calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
-        recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
-        pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), repair.steps or [], statistics)
+        pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), steps, statistics)
         listener.stage("search", "running")
-        _, facts = ranked(recipe, pruner, corpus, work=work, listener=listener)
+        trials = None
+        if corpus is not None:
+            trials = Trials(DistillConfig(), TeacherSource(teacher.path), corpus, 0, work, listener)
+        ranking = rank_shapes(pruner, search, machine, trials)
     listener.stage("search", "done")
-    return facts
+    return ranking
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model that was cut.
+
+    plan: the units that stayed.
+    repairs: the repair steps that the cut needed.
+    description: what `inspect` says of the model.
+    """
+
+    out: Path
+    plan: Plan
+    repairs: Sequence[str]
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A cut that is asked for, with the model open and nothing read."""
+
+    teacher: Checkpoint
+    listed: Plan | Given
+    shape: Shape
+    given: Given
+    repairs: Sequence[Step]
+    needs: CutNeeds
+
+
+def _asked_cut(
+    model: str, config: PruneConfig, repair: RepairConfig | None, plan_file: Path | None, statistics_dir: Path | None
+) -> _Cut:
+    teacher = open_checkpoint(resolve_model(model))
+    listed = Given() if plan_file is None else load_given(plan_file, teacher.shape)
+    if isinstance(listed, Plan) and (config.shape or config.drop_layers or config.keep_layers):
+        raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
+    fixed = [dim for dim in PRUNABLE if getattr(listed, dim) is not None]
+    steps = resolve_repair(repair or RepairConfig(), teacher, fixed).steps or []
+    shape, given = wanted(teacher, config, listed)
+    needs = cut_needs(teacher, config, shape, given, steps, with_statistics=statistics_dir is not None)
+    return _Cut(teacher, listed, shape, given, steps, needs)
+
+
+def needs_of_prune(
+    model: str,
+    config: PruneConfig,
+    *,
+    repair: RepairConfig | None = None,
+    plan_file: Path | None = None,
+    statistics_dir: Path | None = None,
+) -> CutNeeds:
+    """What `prune` with the same arguments reads: statistics, text, or neither."""
+    return _asked_cut(model, config, repair, plan_file, statistics_dir).needs
 
 
 def prune(
     model: str,
-    *,
     config: PruneConfig,
-    repair: RepairConfig,
-    plan_file: Path | None,
-    statistics_dir: Path | None,
-    data_config: Callable[[], DataConfig],
-    samples: int = CalibrateConfig().samples,
-    calibration: CalibrateConfig | None = None,
-    check: Callable[[CutNeeds], None] = lambda needs: None,
+    data: DataConfig | None = None,
+    *,
     out: Path,
+    repair: RepairConfig | None = None,
+    calibration: CalibrateConfig | None = None,
+    plan_file: Path | None = None,
+    statistics_dir: Path | None = None,
     listener: Listener = SILENT,
-) -> tuple[Plan, dict[str, Any]]:
-    """Cut one model by a plan file, or by units that such a file or `config` lists and by scores for the rest, and
-    repair it.
+) -> Pruned:
+    """Cut one model and repair it.
 
-    Statistics are those given, else collected on `data_config`, which is asked for only where text is needed.
+    The units that stay are those of a plan file, or those that such a file or `config` lists, and by scores for the
+    rest.
 
     Args:
-        samples: blocks of that text, which the repair is fitted to also where statistics are given.
-        calibration: these blocks, and how they are read; default `samples` and the defaults.
-        check: told what the cut needs before anything is read or chosen; may refuse.
+        data: the text of the calibration samples, which scores and repair are fitted to; None where `needs_of_prune`
+            says that no text is read.
+        statistics_dir: what `calibrate` wrote; without it statistics are collected on `data`.
     """
-    calibration = calibration or CalibrateConfig(samples=samples)
+    calibration = calibration or CalibrateConfig()
     prove_directory(out, inputs=[model, statistics_dir])
-    teacher = open_checkpoint(resolve_model(model))
     with atomic_directory(out) as partial:
-        listed = Given() if plan_file is None else load_given(plan_file, teacher.shape)
-        if isinstance(listed, Plan):
-            _require_nothing_else(config, plan_file)
-        fixed = [dim for dim in PRUNABLE if getattr(listed, dim) is not None]
-        steps = resolve_repair(repair, teacher, fixed).steps or []
-        shape, given = wanted(teacher, config, listed)
-        needs = cut_needs(teacher, config, shape, given, steps, with_statistics=statistics_dir is not None)
-        check(needs)
-        _require_free_space(teacher, shape, out, partial)
+        cut = _asked_cut(model, config, repair, plan_file, statistics_dir)
+        teacher, steps, needs = cut.teacher, cut.repairs, cut.needs
+        _require_free_space(teacher, cut.shape, out, partial)
         calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
         pass_, text, tokenizer, statistics = calibration.as_pass(partial, layers_of(listener)), None, None, None
         if needs.statistics and statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         if needs.text:
+            if data is None:
+                raise DataError("this cut reads text, to score units or to repair them: give `data`")
             tokenizer = load_tokenizer(teacher.path)
-            with corpus_for(teacher, data_config(), listener, calibration.samples, scratch=partial) as corpus:
+            with corpus_for(teacher, data, listener, calibration.samples, scratch=partial) as corpus:
                 text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
             statistics = collect.calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
-        plan = listed if isinstance(listed, Plan) else pruner.plan(shape, given)
+        plan = cut.listed if isinstance(cut.listed, Plan) else pruner.plan(cut.shape, cut.given)
         listener.stage("prune", "running")
-        needed = needed_steps(steps, plan)
+        repairs = needed_steps(steps, plan)
         plan = pruner.cut(plan, partial).plan
         plan.save(partial / "plan.json")
-        facts = describe(open_checkpoint(partial)) | {"repairs": needed}
+        description = describe(open_checkpoint(partial))
     listener.stage("prune", "done")
-    return plan, facts
+    return Pruned(out, plan, repairs, description)
 
 
 def _require_free_space(teacher: Checkpoint, student: Shape, out: Path, at: Path) -> None:
@@ -219,24 +267,33 @@ def _require_free_space(teacher: Checkpoint, student: Shape, out: Path, at: Path
     require_free_space(out, round(teacher.weight_bytes * counts[0].total / counts[1].total), at)
 
 
-def _require_nothing_else(config: PruneConfig, plan_file: Path | None) -> None:
-    if config.shape or config.drop_layers or config.keep_layers:
-        raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
+@dataclass(frozen=True)
+class Distilled:
+    """A student that was trained.
+
+    corrected: the directory of the teacher that was corrected, if it was.
+    description: what `inspect` says of the student.
+    """
+
+    out: Path
+    corrected: Path | None
+    training: Trained
+    description: dict[str, Any]
 
 
 def distill(
     teacher: str,
     student: str,
-    data_config: DataConfig,
+    data: DataConfig,
     config: DistillConfig,
     *,
     seed: int,
     out: Path,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Distil a student of any origin; under torchrun, with all its processes.
+) -> Distilled | None:
+    """Distil a student of any origin; under torchrun, with all its processes, of which the first returns the result.
 
-    State lives beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
+    State lies beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
     teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
     require_distill_effects(config)
@@ -244,42 +301,46 @@ def distill(
     work, final = beside(out, "work"), {"student": out}
     final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
     with parallel.process_group():
-        inputs = [teacher, student, data_config.source, data_config.heldout]
         if parallel.is_first():
             _forget(work)
+            inputs = [teacher, student, data.source, data.heldout]
             if not _is_complete(out, work):
                 for made in final.values():
                     prove_directory(made, inputs=inputs)
             prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
-        require_correctable(config, data_config)
-        guide, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
-        require_same_vocabulary(guide, pupil)
-        require_same_tokenizer(guide, pupil)
-        data_config = bounded(data_config, config.tokens)
-        with RunDirectory(work, None, listener, final) as stages:
-            corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
-            config = _resolved(config, guide, pupil, corpus)
-            if config.correction == "before":
-                guide = open_checkpoint(correct_teacher(stages, config, seed, guide.path, corpus))
-            source = guide.path
-            if config.teacher == "recorded":
-                source = record_teacher(stages, config, guide, corpus, seed)
-            made = distill_student(stages, "student", config, seed, pupil.path, source, corpus)
+        require_correctable(config, data)
+        of_teacher, origin = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
+        require_same_vocabulary(of_teacher, origin)
+        require_same_tokenizer(of_teacher, origin)
+        asked = Recipe(model=teacher, seed=seed, data=bounded(data, config.tokens), prune=PruneConfig(), distill=config)
+        with RunDirectory(work, None, listener, final) as directory:
+            tokenizer = load_tokenizer(of_teacher.path)
+            run = Run(directory, asked, of_teacher, tokenizer, origin.shape, origin=origin)
+            make_stages(run, OF_DISTILLATION)
             if not parallel.is_first():
-                return {}
-            facts = read_record(made).result
-            if made != out:
-                _keep_metrics(work / "distill", made)
-                if config.correction == "before":
-                    _keep_metrics(work / f"distill-{CORRECTED}", work / CORRECTED)
-                trackers.keep(work / "distill", made)
-                keep_sampled(corpus.path, made)
+                return None
+            trained = run.models["student"]
+            facts = read_record(trained).result
+            if trained != out:
+                _keep_beside(run, trained)
             for name, place in final.items():
                 if (work / name).exists():  # it was moved, where this was interrupted just here
                     put_directory(work / name, place)
             work.rename(_leftover(work))
         _forget(work)
-    return {"out": str(out)} | ({CORRECTED: str(final[CORRECTED])} if CORRECTED in final else {}) | facts
+    training = facts.pop("training")
+    assert isinstance(training, dict)
+    return Distilled(out, final.get(CORRECTED), Trained(**training), facts)
+
+
+def _keep_beside(run: Run, trained: Path) -> None:
+    """Move what a training leaves besides its student into the student's directory."""
+    layout = run.directory.layout
+    _keep_metrics(layout.work("distill"), trained)
+    if run.recipe.distill.correction == "before":
+        _keep_metrics(layout.work(f"distill-{CORRECTED}"), layout.stage(CORRECTED))
+    trackers.keep(layout.work("distill"), trained)
+    keep_sampled(run.corpus.path, trained)
 
 
 def _is_complete(out: Path, work: Path) -> bool:
@@ -299,18 +360,6 @@ def _leftover(work: Path) -> Path:
 
 def _forget(work: Path) -> None:
     shutil.rmtree(_leftover(work), ignore_errors=True)
-
-
-def _resolved(config: DistillConfig, guide: Checkpoint, pupil: Checkpoint, corpus: Corpus) -> DistillConfig:
-    return resolve(
-        config,
-        pupil.shape,
-        guide.shape,
-        weights_rms=pupil.weights_rms(),
-        teacher_weights_rms=guide.weights_rms(),
-        block_tokens=corpus.block_tokens,
-        train_tokens=corpus.train_tokens,
-    )
 
 
 def evaluate(

@@ -15,7 +15,8 @@ import torch
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.data.corpus import Corpus, batch_rows, open_corpus
-from minitron.distillation.config import DistillConfig, num_steps, of_correction, of_scratch, resolve
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import num_steps, of_correction, of_scratch, resolve
 from minitron.distillation.train import CORRECTED, distill, learning_rate
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint

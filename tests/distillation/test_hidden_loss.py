@@ -9,9 +9,10 @@ import small
 import tiny
 import torch
 
-from minitron.distillation.config import DistillConfig, resolve
+from minitron.distillation.config import DistillConfig
 from minitron.distillation.hidden_loss import HiddenLoss, pairs_of, share_at
-from minitron.distillation.losses import Objective
+from minitron.distillation.objective import Objective
+from minitron.distillation.schedule import resolve
 from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.architecture import Shape

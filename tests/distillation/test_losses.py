@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from minitron.distillation.losses import LOSSES, Objective, TopK, chunked_loss, forward_kl, losses_that_read
+from minitron.distillation.chunked import chunked_loss
+from minitron.distillation.losses import LOSSES, forward_kl, losses_that_read
+from minitron.distillation.objective import Objective, TopK
 from minitron.model.logits import (
     CHUNK_BYTES,
     LazyLogits,

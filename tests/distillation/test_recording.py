@@ -11,9 +11,10 @@ import torch
 
 from minitron.core.errors import MinitronError
 from minitron.distillation import recording as module
-from minitron.distillation.config import DistillConfig, resolve
-from minitron.distillation.losses import TopK
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.objective import TopK
 from minitron.distillation.recording import RecordedTeacher, record_logits
+from minitron.distillation.schedule import resolve
 from minitron.distillation.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint

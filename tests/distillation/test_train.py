@@ -27,7 +27,8 @@ from torch import Tensor
 
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.data.corpus import Corpus, batch_rows, next_rows
-from minitron.distillation.config import DistillConfig, num_steps, of_scratch, resolve
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import num_steps, of_scratch, resolve
 from minitron.distillation.train import distill, distill_until, learning_rate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint

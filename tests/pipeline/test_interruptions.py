@@ -22,9 +22,9 @@ from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
 from minitron.core.direct_io import ahead
+from minitron.core.interrupts import graceful_stop
 from minitron.core.worker import Child
 from minitron.distillation import train
-from minitron.distillation.train import graceful_stop
 from minitron.evaluation.tasks import sandbox
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import small
 import torch
+from minitron.pipeline.student_shape import judging_blocks, machine_for
 
 from minitron.data.corpus import batch_rows
-from minitron.pipeline.student_shape import judging_blocks, machine_for
 from minitron.shapes.space import Machine, SearchConfig
 
 

@@ -1,6 +1,7 @@
 """`minitron distill` trains a student on a teacher's logits."""
 
 import argparse
+from dataclasses import asdict
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console
@@ -28,10 +29,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked, data = args.asked, options.data_config(args, console)
-    facts = api.distill(
-        args.teacher, args.student, data, asked.distill, seed=asked.seed, out=args.out, listener=console
-    )
-    if not facts:
+    made = api.distill(args.teacher, args.student, data, asked.distill, seed=asked.seed, out=args.out, listener=console)
+    if made is None:
         return  # the first of several processes speaks
-    text = f"student after {facts['training']['tokens']:,} tokens: {args.out}"
-    console.result(facts, text + (f"\ncorrected teacher: {facts['corrected']}" if "corrected" in facts else ""))
+    text = f"student after {made.training.tokens:,} tokens: {args.out}"
+    corrected = {"corrected": str(made.corrected)} if made.corrected else {}
+    facts = {"out": str(made.out)} | corrected | made.description | {"training": asdict(made.training)}
+    console.result(facts, text + (f"\ncorrected teacher: {made.corrected}" if made.corrected else ""))

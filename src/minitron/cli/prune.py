@@ -91,20 +91,24 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
     asked = args.asked
     _require_one_aim(args)
-    plan, facts = api.prune(
+    needs = api.needs_of_prune(
+        args.model, asked.prune, repair=asked.repair, plan_file=args.plan, statistics_dir=args.statistics
+    )
+    require_cut_options(args, needs)
+    made = api.prune(
         args.model,
-        config=asked.prune,
+        asked.prune,
+        options.data_config(args, console) if needs.text else None,
+        out=args.out,
         repair=asked.repair,
+        calibration=asked.calibrate,
         plan_file=args.plan,
         statistics_dir=args.statistics,
-        data_config=lambda: options.data_config(args, console),
-        calibration=asked.calibrate,
-        check=lambda needs: require_cut_options(args, needs),
-        out=args.out,
         listener=console,
     )
-    text = f"{plan}\n{facts['parameters']['non_embedding']:,} non-embedding parameters: {args.out}"
-    console.result({"out": str(args.out), "plan": str(plan)} | facts, text)
+    facts = {"out": str(args.out), "plan": str(made.plan)} | made.description | {"repairs": made.repairs}
+    text = f"{made.plan}\n{made.description['parameters']['non_embedding']:,} non-embedding parameters: {args.out}"
+    console.result(facts, text)
 
 
 def _require_one_aim(args: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
 """`minitron search` ranks every shape within budgets."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import NOT_KEPT, ROWS, Rules
 from minitron.core.effects import Rule
 from minitron.core.errors import MinitronError
+
+if TYPE_CHECKING:
+    from minitron.shapes.rank import Ranking
 
 HELP = "every shape within the budgets, ranked"
 EXAMPLE = "minitron search ./my-model --statistics statistics --target-params 50% --dims layers=24-32 ffn=2x,3x"
@@ -134,23 +137,23 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"search.level={asked.search.level} is of a run: `minitron search` predicts, and cuts with --cut; give "
             "that, or search in a run with `minitron run`"
         )
-    facts = api.search(
+    ranking = api.search(
         args.model,
         prune=asked.prune,
         search=asked.search,
         calibration=asked.calibrate,
         repair=asked.repair,
         statistics_dir=args.statistics,
-        data_config=options.data_config(args, console) if _reads_text(args) else None,
+        data=options.data_config(args, console) if _reads_text(args) else None,
         listener=console,
     )
-    console.result(facts, "\n".join(_lines(facts, args.top)))
+    console.result(ranking.to_dict(), "\n".join(_lines(ranking, args.top)))
 
 
-def _lines(facts: dict[str, Any], top: int) -> list[str]:
+def _lines(ranking: "Ranking", top: int) -> list[str]:
     from minitron.report.tables import candidate_cells, candidate_columns
 
-    found, speeds = facts["candidates"], facts["machine"]
+    found, machine = [one.to_dict() for one in ranking.candidates], ranking.machine
     columns = candidate_columns(found)
     cells = [[column.heading for column in columns], [column.unit for column in columns]]
     lines = aligned(cells + [candidate_cells(one, columns) for one in found[:top]])
@@ -159,7 +162,7 @@ def _lines(facts: dict[str, Any], top: int) -> list[str]:
     return [
         *lines,
         "",
-        f"{len(found):,} shapes fit. Cache and times are of {facts['batch']} x {facts['context_tokens']:,} tokens; "
-        f"times are modelled from {speeds['bytes_per_second'] / 1e9:,.1f} GB/s and "
-        f"{speeds['flops_per_second'] / 1e12:,.3g} TFLOP/s.",
+        f"{len(found):,} shapes fit. Cache and times are of {ranking.batch} x {ranking.context_tokens:,} tokens; "
+        f"times are modelled from {machine.bytes_per_second / 1e9:,.1f} GB/s and "
+        f"{machine.flops_per_second / 1e12:,.3g} TFLOP/s.",
     ]

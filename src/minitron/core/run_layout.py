@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, TypeAdapter
 
@@ -11,10 +11,21 @@ from minitron.core.typed_files import FileKind
 
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
-STAGES = (
-    *("data", "corrected", "statistics", "lessons", "search", "scores", "plan"),
-    *("pruned", "student", "scratch", "evaluations", "gguf"),
-)
+# Stage -> what its directory holds, in the order in which they are made and shown.
+STAGES = {
+    "data": "the text as blocks of tokens, a part of its documents held out",
+    "corrected": "the teacher after it has learnt the text",
+    "statistics": "the statistics of the calibration samples' activations",
+    "lessons": "the teacher's recorded logits",
+    "search": "the shapes within the budgets, ranked",
+    "scores": "the importance of each unit and layer",
+    "plan": "the units that stay",
+    "pruned": "the model after the cut and its repair",
+    "student": "the model after distillation",
+    "scratch": "the baseline: the student's shape, trained from random weights",
+    "evaluations": "what was measured of each model",
+    "gguf": "the student's files for llama.cpp, with their table",
+}
 # What a stage keeps beside its own directory while it works: what it resumes from, and the metrics of trainings.
 WORK = ("data-state", "search-state", "distill", "distill-corrected", "distill-scratch")
 
@@ -125,7 +136,7 @@ def _with_minitron(versions: dict[str, str]) -> dict[str, str]:
     return versions
 
 
-class Machine(Layout):
+class Hardware(Layout):
     device: str
     cores: Count
     threads: Count
@@ -136,19 +147,19 @@ class Inputs(Layout):
     """What went into a stage, as <stage>/record.json and inputs.json of what a stage goes on from say it."""
 
     inputs: dict[str, str]
-    config: dict[str, Any]
+    config: dict[str, object]
 
 
 class Record(Inputs):
     """<stage>/record.json."""
 
-    result: dict[str, Any]
+    result: dict[str, object]
     started: str
     seconds: Amount
     peak_memory_bytes: Count
     energy_joules: Amount | None = None
     versions: Annotated[dict[str, str], AfterValidator(_with_minitron)]  # package -> its version
-    hardware: Machine
+    hardware: Hardware
 
 
 INPUTS = FileKind("what a stage was started with", TypeAdapter(Inputs))

@@ -34,22 +34,22 @@ class LessonsFacts(Layout):
     shards: Annotated[list[Shard], Field(min_length=1)]
 
 
-class Trained(Layout):
+class TrainingFacts(Layout):
     """What <stage>/record.json says of a training."""
 
     tokens: Count
 
 
-class Training(Layout):
+class TrainedStage(Layout):
     """The result of the stages corrected, student and scratch."""
 
-    training: Trained
+    training: TrainingFacts
 
 
 LOGGED = FileKind("a row of metrics", TypeAdapter(Logged))
 LESSONS = FileKind("the description of lessons", TypeAdapter(LessonsFacts))
 
 
-def training_result(stage: str) -> FileKind[Training]:
+def training_result(stage: str) -> FileKind[TrainedStage]:
     """The result of one of the stages that train."""
-    return FileKind(f"that of the stage {stage}", TypeAdapter(Training))
+    return FileKind(f"that of the stage {stage}", TypeAdapter(TrainedStage))

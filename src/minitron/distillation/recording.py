@@ -22,17 +22,16 @@ from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json
 from minitron.core.typed_files import read_typed
 from minitron.distillation import layouts
-from minitron.distillation.losses import LEAST_TAIL, TopK
-from minitron.distillation.teachers import TeacherOutput
+from minitron.distillation.objective import LEAST_TAIL, TeacherOutput, TopK
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import chunk_tokens, logit_transform, matmul_precision, project
 from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass, Stream
 
-INDEX = "lessons.json"
+LESSONS_INDEX = "lessons.json"
 # What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
 # shard.
-PART_BYTES = 4 << 30
+RECORDED_PART_BYTES = 4 << 30
 DEFAULT_TOP_K = 64
 
 
@@ -56,7 +55,7 @@ def record_logits(
     shape, num_tokens = teacher.shape, samples.block_tokens
     top_k = min(top_k, shape.vocab)
     of_block = num_tokens * (shape.hidden * pass_.dtype.itemsize + 12 * top_k)
-    parts = np.array_split(samples.tokens.numpy(), -(-len(samples) * of_block // PART_BYTES))
+    parts = np.array_split(samples.tokens.numpy(), -(-len(samples) * of_block // RECORDED_PART_BYTES))
     shards: list[dict[str, Any]] = []
     for number, part in enumerate(parts):
         stream = Stream(teacher, Samples(torch.from_numpy(part), samples.separator), pass_)
@@ -76,7 +75,7 @@ def record_logits(
         "bytes_per_token": num_bytes / (len(samples) * num_tokens),
         "shards": shards,
     }
-    write_json(out / INDEX, facts)
+    write_json(out / LESSONS_INDEX, facts)
     return facts
 
 
@@ -93,7 +92,7 @@ class RecordedTeacher:
         """
         self.path, self.device = path, device
         again = f"remove {path} and write the lessons again"
-        self.facts = read_typed(path / INDEX, layouts.LESSONS, MinitronError, way_out=again)
+        self.facts = read_typed(path / LESSONS_INDEX, layouts.LESSONS, MinitronError, way_out=again)
         self._files = []
         for shard in self.facts.shards:
             file = path / shard.file

@@ -1,15 +1,11 @@
 """One training loop, top to bottom: a student learns from a teacher's logits, and resumes bit for bit."""
 
 import math
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,63 +15,62 @@ from torch import Tensor
 from minitron.core import parallel
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import Interrupted, MinitronError
+from minitron.core.interrupts import graceful_stop
+from minitron.core.progress import SILENT, Listener
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
-from minitron.distillation.compiling import compile_layers, require_compiler
-from minitron.distillation.config import DistillConfig, num_steps, of_correction
-from minitron.distillation.correction import LearningTeacher
-from minitron.distillation.hidden_loss import HiddenLoss, pairs_of, share_at
-from minitron.distillation.optim import OPTIMIZERS, hold_weights, make_optimizer, vocabulary_of
-from minitron.distillation.recording import RecordedTeacher
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.hidden_loss import share_at
+from minitron.distillation.optim import OPTIMIZERS, OptimizerOptions, make_optimizer, vocabulary_of
+from minitron.distillation.schedule import Schedule
+from minitron.distillation.setup import require_compiler
 from minitron.distillation.state import States
-from minitron.distillation.student import StudentModule
-from minitron.distillation.teachers import OnlineTeacher, Teacher, require_same_vocabulary
-from minitron.distillation.trackers import Row, tracked
+from minitron.distillation.student import StudentModule, student_module
+from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource, open_teacher
+from minitron.distillation.trackers import tracked
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.hidden_states import layers_of
-from minitron.model.hugging_face import new_model
 from minitron.model.samples import Batch
-from minitron.model.sharded import load_for_training, shard_into
+from minitron.model.sharded import shard_into
 
-CORRECTED = "corrected"  # directory of the teacher that learnt in parallel, beside its training's states
+CORRECTED = "corrected"  # directory of the teacher that is corrected in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass
 
 
 @dataclass(frozen=True)
+class Training:
+    """A training: who learns, from whom, from which text, and when.
+
+    student: the checkpoint to start from.
+    schedule: of a teacher that is corrected before, `Schedule.of_correction`, and the teacher is the student here.
+    work: the directory of metrics.jsonl, of what trackers keep, and of the states to resume from. A second call for the
+        same training goes on from there, and ends with the weights that one undisturbed call would have made.
+    listener: hears the progress, and of each state in `work` that is damaged, and from which step training goes on.
+    """
+
+    student: Path
+    teacher: TeacherSource
+    corpus: Corpus
+    schedule: Schedule
+    work: Path
+    listener: Listener = SILENT
+
+
+@dataclass(frozen=True)
 class Trained:
+    """A training that has ended.
+
+    tokens: seen by the student, over all calls.
+    seconds: of this process; a training that was resumed took more.
+    """
+
     steps: int
     tokens: int
-    seconds: float  # of this process; a resumed run did more
+    seconds: float
 
 
-def distill(
-    student: Path,
-    teacher: Path | None,
-    corpus: Corpus,
-    config: DistillConfig,
-    *,
-    seed: int,
-    work: Path,
-    out: Path,
-    initialize: Literal["weights", "random"] = "weights",
-    rate_key: str = "distill.learning_rate",
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
-    warn: Callable[[str], None] = warnings.warn,
-) -> Trained:
+def distill(training: Training, out: Path) -> Trained:
     """Train the student and write it to the existing directory `out` in the dtypes of its checkpoint.
 
-    With `config.correction` `parallel` the teacher is trained too, and in the end written to `work / CORRECTED`. With
-    `before` it was: the teacher given here is the one that `distill` made of the first, without a teacher, by
-    `of_correction(config)`.
-
-    Args:
-        teacher: a checkpoint, or where `config.teacher` is `recorded` its lessons, see
-            `minitron.distillation.recording`. None trains on the text alone.
-        config: resolved (see `resolve`).
-        work: metrics.jsonl, what trackers keep, and resumable state; a second call with the same arguments goes on from
-            there, and ends with the weights that one undisturbed call would have made.
-        initialize: `random` draws fresh weights of the student's shape from `seed`, the from-scratch baseline.
-        rate_key: what the user calls the learning rate, for the message of a training that diverged.
-        warn: told of each state in `work` that is damaged, and from which step training goes on instead.
+    With `distill.correction` `parallel` the teacher is trained too, and in the end written to `work / CORRECTED`.
 
     A second call with another batch reads on behind the blocks that were read: within a pass none is left out or read
     twice. Its step is the step of the new batch that is nearest to the tokens seen, and from there on the schedule is
@@ -86,30 +81,17 @@ def distill(
 
     Paper: P1 and P2, "Retraining"; logits only, as where depth is kept.
     """
-    options: dict[str, Any] = {"initialize": initialize, "rate_key": rate_key, "progress": progress, "warn": warn}
-    made = _train(student, teacher, corpus, config, seed=seed, work=work, **options)
+    made = _train(training, training.schedule.steps)
     if isinstance(made.teacher, LearningTeacher):
-        corrected = work / CORRECTED
+        corrected = training.work / CORRECTED
         corrected.mkdir(exist_ok=True)
-        save_trained(made.teacher.reader.model, made.teacher.checkpoint, corrected)
-    save_trained(made.pupil.model, made.checkpoint, out)
+        save_trained(made.teacher.module.model, made.teacher.checkpoint, corrected)
+    save_trained(made.student.model, made.checkpoint, out)
     return Trained(made.step, made.tokens, made.seconds)
 
 
-def distill_until(
-    step: int,
-    judge: Blocks,
-    student: Path,
-    teacher: Path,
-    corpus: Corpus,
-    config: DistillConfig,
-    *,
-    seed: int,
-    work: Path,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
-    warn: Callable[[str], None] = warnings.warn,
-) -> float:
-    """The first `step` steps of what `distill` with the same arguments does, with the state left in `work`.
+def distill_until(training: Training, step: int, judge: Blocks) -> float:
+    """Train the first `step` steps of what `distill` does, and leave the state in `work`.
 
     `distill`, or a further call, goes on from there under the same schedule, and ends with the bits of one undisturbed
     run. 0 steps leave the student as it is.
@@ -118,118 +100,95 @@ def distill_until(
 
     Raises: Interrupted after SIGINT, SIGTERM or SIGHUP, with the state saved.
     """
-    made = _train(student, teacher, corpus, config, seed=seed, work=work, progress=progress, warn=warn, until=step)
-    assert made.step == step, f"{work} holds step {made.step}, which is beyond step {step}"
-    return mean_loss(made.pupil, made.teacher, judge)
+    made = _train(training, min(step, training.schedule.steps), to_its_end=False)
+    assert made.step == step, f"{training.work} holds step {made.step}, which is beyond step {step}"
+    return mean_loss(made.student, made.teacher, judge)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A model in training after some step."""
+    """The models of a training after some step."""
 
-    pupil: StudentModule
+    student: StudentModule
     teacher: Teacher | None
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # of the student
     step: int
     tokens: int
     seconds: float  # of this process
 
 
-def _train(
-    student: Path,
-    teacher: Path | None,
-    corpus: Corpus,
-    config: DistillConfig,
-    *,
-    seed: int,
-    work: Path,
-    initialize: Literal["weights", "random"] = "weights",
-    rate_key: str = "distill.learning_rate",
-    progress: Callable[[int, int, str], None],
-    warn: Callable[[str], None],
-    until: int | None = None,
-) -> _Made:
-    """The loop. `until`: stop after this step with the state saved; the schedule is that of all steps.
+def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
+    """Train up to the step `end`, with the state saved there.
 
-    Trackers see a training that goes to its end, and with it the steps up to an `until` before.
+    Trackers see only a training that goes to its end, and with it the steps before.
     """
-    assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
+    schedule, corpus, listener = training.schedule, training.corpus, training.listener
+    config, steps = schedule.config, schedule.steps
     device = pick_device()
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-    checkpoint = open_checkpoint(student)
-    guide = None if teacher is None else _teacher(teacher, checkpoint, config, dtype, device)
-    pupil = _pupil(checkpoint, teacher, config, initialize, seed, dtype)
-    shard_into(pupil, pupil.model, pupil.layers, checkpoint, dtype, device)
-    pupil.train()
-    learner = guide if isinstance(guide, LearningTeacher) else None
+    checkpoint = open_checkpoint(training.student)
+    teacher = open_teacher(training.teacher, checkpoint, config, dtype, device)
+    student = student_module(checkpoint, training.teacher, schedule, dtype)
+    shard_into(student, student.model, student.layers, checkpoint, dtype, device)
+    student.train()
+    learner = teacher if isinstance(teacher, LearningTeacher) else None
     of_teacher = learner.parameters() if learner is not None else {}
-    trained = {"student": [*pupil.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
-    optimizer = make_optimizer(
-        trained,
-        config.optimizer_name,
-        config.weights,
-        vocabulary=[*vocabulary_of(pupil.model), *(vocabulary_of(learner.reader.model) if learner else ())],
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        dtype=dtype,
-        seed=seed,
-    )
-    steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
-    # What made the loss of states between layers as large as the objective in the step before: P1's dynamic weight. The
-    # first step, at the bottom of the warm-up, goes without.
+    trained = {"student": [*student.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
+    vocabulary = [*vocabulary_of(student.model), *(vocabulary_of(learner.module.model) if learner else ())]
+    options = OptimizerOptions(config.weights, config.betas, config.weight_decay, dtype, schedule.seed)
+    optimizer = make_optimizer(trained, config.optimizer_name, options, vocabulary=vocabulary)
+    # What made the loss of hidden states as large as the objective in the step before: P1's dynamic weight. The first
+    # step, at the bottom of the warm-up, goes without.
     states_weight = torch.zeros((), dtype=torch.float64)
     extra = {f"teacher.{name}": parameter for name, parameter in of_teacher.items()}
-    extra |= {"states_weight": states_weight} if pupil.intermediate else {}
+    extra |= {"states_weight": states_weight} if student.intermediate else {}
     holders = OPTIMIZERS[config.optimizer_name].holders(optimizer)
-    states = States(work, pupil, optimizer, config.batch_blocks, corpus.block_tokens, warn, extra, holders)
+    states = States(training.work, student, optimizer, schedule, listener.warn, extra, holders)
     step, seen_tokens = states.resume()
-    end = steps if until is None else min(until, steps)
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     start, first = time.monotonic(), step
 
     def reached(heldout_loss: float) -> bool:
         return config.stop_at_loss is not None and heldout_loss <= config.stop_at_loss
 
-    if step > 0 and config.stop_at_loss is not None and reached(mean_loss(pupil, guide, heldout)):
+    if step > 0 and config.stop_at_loss is not None and reached(mean_loss(student, teacher, heldout)):
         end = step  # where the run before ended
-    courses = {"student": (steps, config)}
+    courses = {"student": schedule.rates}
     if learner is not None:
-        assert config.correction_tokens
-        own_steps = num_steps(config.correction_tokens, config.batch_blocks, corpus.block_tokens)
-        courses["teacher"] = own_steps, of_correction(config)
+        assert schedule.teacher_rates is not None
+        courses["teacher"] = schedule.teacher_rates
 
-    def log(row: Row) -> None:
+    def log(row: dict[str, int | float]) -> None:
         states.log(row)
         track(row)
 
-    trackers = config.log_to if until is None else []
     with (
-        tracked(trackers, work, states.rows(), config.for_record) as track,
+        tracked(config.log_to if to_its_end else [], training.work, states.rows(), config.for_record) as track,
         graceful_stop() as stop,
         parallel.computing_together(),
     ):
         while step < end:
-            rates = {name: learning_rate(step, *course) for name, course in courses.items() if step < course[0]}
+            rates = {name: rates.at(step) for name, rates in courses.items() if step < rates.steps}
             learning = learner if "teacher" in rates else None
             for group in optimizer.param_groups:
                 group["lr"] = rates.get(group["of"], 0.0)
             drawn = seen_tokens // corpus.block_tokens
-            rows = next_rows(len(blocks), seed=seed, drawn=drawn, count=config.batch_blocks)
+            rows = next_rows(len(blocks), seed=schedule.seed, drawn=drawn, count=schedule.batch_blocks)
             batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
             micros = micro_batches(batch, max(1, config.micro_batch_tokens // corpus.block_tokens))
-            if drawn == 0 and guide is not None:
-                pupil.fit_maps((micro, guide(micro), weight) for micro, weight in micros)
+            if drawn == 0 and teacher is not None:
+                student.fit_maps((micro, teacher(micro), weight) for micro, weight in micros)
             between_weight = (states_weight * share_at(step, steps)).item()
-            # Of the student's objective, of its states between layers, and of the teacher that learns.
+            # Of the student's objective, of its hidden states, and of the teacher that learns.
             sums = torch.zeros(3, dtype=torch.float64)
             for micro, weight in micros:
                 if learning is None:
-                    lesson, read = None if guide is None else guide(micro), 0.0
+                    output, read = None if teacher is None else teacher(micro), 0.0
                 else:
-                    lesson, read = learning.learn(micro, weight, batch.num_predicted)
-                objective, between = pupil(micro, lesson)
+                    output, read = learning.learn(micro, weight, batch.num_predicted)
+                objective, between = student(micro, output)
                 (weight * (objective + between_weight * between) / batch.num_predicted).backward()
                 sums += weight * torch.tensor([objective.item(), between.item(), read], dtype=torch.float64)
             parallel.all_reduce_sum(sums)
@@ -242,29 +201,29 @@ def _train(
                 too_high = f"distill.correction_learning_rate (now {config.correction_learning_rate})"
                 _require_finite("training of the teacher", step, loss_of_teacher, norm, rows, too_high)
                 facts = {"teacher_loss": loss_of_teacher, "teacher_learning_rate": rates["teacher"]}
-            norm = _clip(pupil.parameters(), config)
-            _require_finite("training", step, loss, norm, rows, f"{rate_key} (now {config.learning_rate})")
+            norm = _clip(student.parameters(), config)
+            _require_finite("training", step, loss, norm, rows, f"{schedule.rate_key} (now {config.learning_rate})")
             facts = {"loss": loss, "learning_rate": rates["student"], "grad_norm": norm} | facts
             optimizer.step()
             optimizer.zero_grad()
             step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
             log({"step": step, "tokens": seen_tokens, **facts})
-            if step % config.evaluate_steps == 0 or step == steps:
-                heldout_loss = mean_loss(pupil, guide, heldout)
+            if step % schedule.evaluate_steps == 0 or step == steps:
+                heldout_loss = mean_loss(student, teacher, heldout)
                 log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
             last = step == end
             stopping = parallel.any_of(stop.requested)
-            if last or stopping or step % config.checkpoint_steps == 0:
+            if last or stopping or step % schedule.checkpoint_steps == 0:
                 states.save(step, seen_tokens)
             if stopping and not last:
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
             speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
-            progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-    return _Made(pupil, guide, checkpoint, step, seen_tokens, time.monotonic() - start)
+            listener.progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+    return _Made(student, teacher, checkpoint, step, seen_tokens, time.monotonic() - start)
 
 
 def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
@@ -297,24 +256,13 @@ def _require_finite(what: str, step: int, loss: float, norm: float, rows: np.nda
         )
 
 
-def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to the minimum; `step` counts from 0."""
-    assert config.learning_rate is not None and config.min_learning_rate is not None and config.warmup_steps is not None
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    fall = (1 + math.cos(math.pi * progress)) / 2
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * fall
-
-
-def blocks_read(corpus: Corpus, config: DistillConfig, seed: int) -> Int[np.ndarray, "blocks tokens"]:
-    """The blocks that `distill` with the same arguments reads, for training and for its evaluations."""
-    assert config.tokens and config.batch_blocks
-    steps = num_steps(config.tokens, config.batch_blocks, corpus.block_tokens)
-    drawn = min(steps, -(-len(corpus.train) // config.batch_blocks))  # by then every block was
-    batches = [batch_rows(len(corpus.train), seed=seed, step=step, batch=config.batch_blocks) for step in range(drawn)]
+def blocks_read(corpus: Corpus, schedule: Schedule) -> Int[np.ndarray, "blocks tokens"]:
+    """The blocks that a training under the schedule reads, to learn from and for its evaluations."""
+    batch = schedule.batch_blocks
+    drawn = min(schedule.steps, -(-len(corpus.train) // batch))  # by then every block was
+    batches = [batch_rows(len(corpus.train), seed=schedule.seed, step=step, batch=batch) for step in range(drawn)]
     rows = np.unique(np.concatenate(batches))
-    heldout = corpus.heldout.head(config.evaluate_blocks)
+    heldout = corpus.heldout.head(schedule.config.evaluate_blocks)
     return np.concatenate([corpus.train.select(rows), heldout.select(slice(None))])
 
 
@@ -340,135 +288,19 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 
 
 @torch.no_grad()
-def mean_loss(pupil: StudentModule, teacher: Teacher | None, blocks: Blocks) -> float:
+def mean_loss(student: StudentModule, teacher: Teacher | None, blocks: Blocks) -> float:
     """The objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
-    device, here = next(pupil.parameters()).device, parallel.joined()
-    pupil.eval()
+    device, here = next(student.parameters()).device, parallel.joined()
+    student.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
     for start in range(0, len(blocks), EVALUATION_BLOCKS * here.size):
         own = start + here.rank * EVALUATION_BLOCKS
         # The processes go in step: one that has nothing left runs a block that does not count.
         rows = slice(own, own + EVALUATION_BLOCKS) if own < len(blocks) else slice(0, 1)
         batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-        loss = pupil(batch, None if teacher is None else teacher(batch))[0].item()
+        loss = student(batch, None if teacher is None else teacher(batch))[0].item()
         if own < len(blocks):
             sums += torch.tensor([loss, batch.num_predicted])
     parallel.all_reduce_sum(sums)
-    pupil.train()
+    student.train()
     return (sums[0] / sums[1]).item()
-
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# torchrun and batch systems pass a signal on to processes that had it themselves: within this time it is the same one.
-SAME_SIGNAL_SECONDS = 2.0
-
-
-@dataclass
-class StopRequest:
-    number: int | None = None  # of the signal that asked
-    since: float = 0.0
-
-    @property
-    def requested(self) -> bool:
-        return self.number is not None
-
-
-@contextmanager
-def graceful_stop() -> Iterator[StopRequest]:
-    """Inside, a first signal to stop only asks; a later one acts as usual, and at the end the first if nobody heard."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]  # as nohup has it
-
-    def ask(number: int, _: Any) -> None:
-        if not request.requested:
-            request.number, request.since = number, time.monotonic()
-        elif time.monotonic() - request.since >= SAME_SIGNAL_SECONDS:
-            act_as_usual()
-            signal.raise_signal(number)
-
-    def act_as_usual() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield request
-    finally:
-        act_as_usual()
-    if request.number is not None:
-        signal.raise_signal(request.number)
-
-
-def _teacher(
-    path: Path, student: Checkpoint, config: DistillConfig, dtype: torch.dtype, device: torch.device
-) -> Teacher | None:
-    if not config.objective.needs_teacher:
-        return None
-    if config.teacher == "recorded":
-        return _recorded(path, student, config, device)
-    teacher = open_checkpoint(path)
-    places = [theirs for _, theirs in pairs_of(config.intermediate or "off", student.shape, teacher.shape)]
-    if config.correction == "parallel":
-        require_same_vocabulary(teacher, student)
-        return LearningTeacher(_trained_model(teacher, config), teacher, dtype, device, places=places)
-    return OnlineTeacher(path, student, dtype, device, places=places, compiled=config.compile)
-
-
-def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
-    recorded = RecordedTeacher(path, device)
-    facts = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
-    for name, wanted in facts.items():
-        found = getattr(recorded.facts, name)
-        if found != wanted:
-            raise MinitronError(f"the lessons in {path} have {name} {found}, and {wanted} is wanted: write them again")
-    return recorded
-
-
-def _pupil(
-    checkpoint: Checkpoint,
-    teacher: Path | None,
-    config: DistillConfig,
-    initialize: Literal["weights", "random"],
-    seed: int,
-    dtype: torch.dtype,
-) -> StudentModule:
-    architecture, shape = checkpoint.architecture, checkpoint.shape
-    model = _trained_model(checkpoint, config, initialize, seed)
-    intermediate = None
-    if config.intermediate not in (None, "off"):
-        assert teacher is not None, "states between layers are a teacher's"
-        of_teacher = open_checkpoint(teacher).shape
-        pairs = pairs_of(config.intermediate, shape, of_teacher)
-        intermediate = HiddenLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
-        hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
-    return StudentModule(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
-
-
-def _trained_model(
-    checkpoint: Checkpoint,
-    config: DistillConfig,
-    initialize: Literal["weights", "random"] = "weights",
-    seed: int = 0,
-) -> Any:
-    """A model set up to be trained."""
-    model = _load(checkpoint, initialize, seed)
-    hold_weights(model, config.weights)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.compile:
-        compile_layers(layers_of(model, checkpoint))
-    return model
-
-
-def _load(checkpoint: Checkpoint, initialize: Literal["weights", "random"], seed: int) -> Any:
-    if initialize == "weights":
-        return load_for_training(checkpoint, torch.float32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return new_model(checkpoint.config, torch.float32)

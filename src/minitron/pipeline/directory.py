@@ -44,7 +44,7 @@ class RunDirectory:
     """An open run directory: its lock, its resolved recipe and its stages."""
 
     out: Path
-    recipe: Recipe | None = None  # None for a single room's work
+    recipe: Recipe | None = None  # to store; None for the work of one verb
     listener: Listener = SILENT
     final: Mapping[str, Path] = field(default_factory=dict)  # where stages go in the end, and may be already
     _digests: dict[str, Any] = field(default_factory=dict)
@@ -86,11 +86,12 @@ class RunDirectory:
                 shutil.rmtree(self.out.resolve())
         self._lock.close()
 
-    def update_recipe(self, **sections: Section) -> Recipe:
-        """Replace sections by their resolved form."""
-        assert self.recipe is not None
-        self.recipe = self.recipe.model_copy(update=sections)
-        return self.recipe
+    def update_recipe(self, recipe: Recipe, sections: Mapping[str, Section]) -> Recipe:
+        """The recipe with sections replaced by their resolved form, which is the one to store."""
+        updated = recipe.model_copy(update=sections)
+        if self.recipe is not None:
+            self.recipe = updated
+        return updated
 
     def digest(self, files: list[Path]) -> str:
         if not parallel.is_first():
@@ -113,10 +114,10 @@ class RunDirectory:
     def do(
         self,
         name: str,
-        work: Callable[[Path], dict[str, Any]],
+        work: Callable[[Path], Mapping[str, object]],
         *,
         inputs: Mapping[str, str],
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         state: Path | None = None,
         places: Mapping[str, Path] | None = None,
         assist: Callable[[], object] | None = None,
@@ -133,7 +134,7 @@ class RunDirectory:
         if parallel.is_first():
             made = self._found(name, inputs, plain, places or {})
             if made is None and state is not None:
-                _require_same_start(state, {"inputs": dict(inputs), "config": plain}, places or {})
+                _require_same_start(state, Inputs(inputs=dict(inputs), config=plain), places or {})
         made = parallel.agreed(None if made is None else str(made))
         self.listener.stage(name, "running" if made is None else "unchanged")
         if made is not None:
@@ -148,7 +149,7 @@ class RunDirectory:
         return path
 
     def _found(
-        self, name: str, inputs: Mapping[str, str], config: Mapping[str, Any], places: Mapping[str, Path]
+        self, name: str, inputs: Mapping[str, str], config: Mapping[str, object], places: Mapping[str, Path]
     ) -> Path | None:
         """Where a stage is that is done.
 
@@ -161,7 +162,11 @@ class RunDirectory:
         return None
 
     def _make(
-        self, name: str, work: Callable[[Path], dict[str, Any]], inputs: Mapping[str, str], config: Mapping[str, Any]
+        self,
+        name: str,
+        work: Callable[[Path], Mapping[str, object]],
+        inputs: Mapping[str, str],
+        config: Mapping[str, object],
     ) -> None:
         """The stage's directory, with its record."""
         started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
@@ -199,7 +204,7 @@ def read_record(stage: Path) -> Record:
     return read_typed(stage / "record.json", RECORD, RunError, way_out=again)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.model_dump(mode="json") if isinstance(value, Section) else value
 
 
@@ -207,7 +212,7 @@ def _require_same(
     path: Path,
     known: Inputs,
     inputs: Mapping[str, str],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     places: Mapping[str, Path],
 ) -> None:
     changed = [
@@ -226,19 +231,19 @@ def _require_same(
         )
 
 
-def _require_same_start(state: Path, start: dict[str, Any], places: Mapping[str, Path]) -> None:
+def _require_same_start(state: Path, start: Inputs, places: Mapping[str, Path]) -> None:
     file = state / "inputs.json"
     if file.exists():
         known = read_typed(file, INPUTS, RunError, way_out=f"remove {state} to start again")
-        _require_same(state, known, start["inputs"], start["config"], places)
+        _require_same(state, known, start.inputs, start.config, places)
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)
-    write_json(file, start)
+    write_json(file, start.model_dump())
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat

@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen. Only this module and those beside it (docs/explain/design.md) compose the rooms."""
+"""The whole pipeline: a recipe is resolved, its stages are made, and the report is written."""
 
 import os
 from pathlib import Path
@@ -11,50 +11,29 @@ from minitron.data.corpus import BUILTIN, TEACHER, local_path
 from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
-from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import prompt_of
 from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import (
-    Checkpoint,
-    load_tokenizer,
-    open_checkpoint,
-    resolve_model,
-)
+from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
-from minitron.pipeline.stages import (
-    collect_statistics,
-    correct_teacher,
-    distill_student,
-    evaluate_models,
-    found_shape,
-    make_plan,
-    plan_benchmarks,
-    prepare_data,
-    prune,
-    pruner_of,
-    quantize_student,
-    record_teacher,
-    resolve_correction,
-    resolve_distill,
-    write_report_and_card,
-)
-from minitron.pipeline.student_shape import adopt_search_state, feasible_for, find_shape, judging_blocks, machine_for
+from minitron.pipeline.stages import Run, make_stages, plan_benchmarks
 from minitron.pruning.plan import given_layers, target_shape
 from minitron.pruning.repair.config import choice_left, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.recipe import Recipe
-from minitron.report.records import RunRecords
-from minitron.shapes.space import needs_machine
+from minitron.report.card import write_card
+from minitron.report.page import write_report
+from minitron.report.records import RunRecords, read_run
+from minitron.shapes.space import feasible_for, machine_for, needs_machine
 
 
 def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
-    """Teacher -> statistics -> scores -> plan -> pruned -> student -> evaluations -> GGUF files -> report.
+    """Make every stage of `PIPELINE` that the recipe wants, then the report and the card.
 
-    What is done is not done again. Under torchrun all processes share the calibration and every training; what the
-    others cannot help with, the first does while they wait. They must all see `out`, the model and the text.
+    A stage that is done is not done again. Under torchrun all processes share the calibration and every training; the
+    first does what the others cannot help with, while they wait. They must all see `out`, the model and the text.
 
     A teacher that is corrected before stands for the teacher everywhere but in the evaluations: those are held against
     the one that the recipe names.
@@ -64,10 +43,16 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
     with parallel.process_group():
-        return _run(recipe, out, listener)
+        _run(recipe, out, listener)
+        records = read_run(out)
+        if parallel.is_first():
+            write_report(records)
+            write_card(records)
+        return records
 
 
-def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
+def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
+    """Make the stages; input that no stage could use is refused before the first."""
     inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
@@ -80,36 +65,8 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
-    with RunDirectory(out, recipe, listener) as stages:
-        corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
-        models = {"teacher": teacher.path}
-        if recipe.distill.correction == "before":
-            recipe = stages.update_recipe(distill=resolve_correction(recipe, teacher, corpus))
-            teacher = open_checkpoint(correct_teacher(stages, recipe.distill, recipe.seed, teacher.path, corpus))
-        statistics = collect_statistics(stages, recipe, teacher, corpus)
-        pruner = pruner_of(recipe, teacher, statistics, corpus, stages)
-        searching = recipe.search.level != "off"
-        guide = teacher.path
-        if recipe.distill.teacher == "recorded":
-            judge = judging_blocks(corpus, recipe.seed, recipe.search.judge_blocks) if searching else None
-            resolved = resolve_distill(recipe, shape, teacher, corpus)
-            guide = record_teacher(stages, resolved, teacher, corpus, recipe.seed, judge)
-        if searching:
-            shape = find_shape(stages, recipe, pruner, guide, corpus)
-            recipe = stages.update_recipe(**found_shape(recipe, shape))
-        recipe = stages.update_recipe(distill=resolve_distill(recipe, shape, teacher, corpus))
-        pruned = prune(stages, pruner, make_plan(stages, pruner, shape, corpus), recipe, corpus)
-        if searching:
-            adopt_search_state(stages)
-        student = distill_student(stages, "student", recipe.distill, recipe.seed, pruned, guide, corpus)
-        models |= {CORRECTED: stages.out / CORRECTED} if recipe.distill.correction else {}
-        models |= {"pruned": pruned, "student": student}
-        if recipe.scratch_baseline:
-            models["scratch"] = distill_student(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
-        evaluate_models(stages, recipe, models, corpus, tokenizer, benchmarks)
-        if recipe.gguf.wanted:
-            quantize_student(stages, recipe, student, corpus)
-    return write_report_and_card(out)
+    with RunDirectory(out, recipe, listener) as directory:
+        make_stages(Run(directory, recipe, teacher, tokenizer, shape, benchmarks))
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:

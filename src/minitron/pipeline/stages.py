@@ -1,8 +1,8 @@
 """The stages of a run, each a function that does its work if its directory does not have it yet."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,18 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
+from minitron.core.errors import RunError
 from minitron.core.files import write_json
 from minitron.core.progress import Listener, layers_of
-from minitron.data.corpus import (
-    TEACHER,
-    Blocks,
-    Corpus,
-    DataConfig,
-    draw_samples,
-    open_corpus,
-    require_undamaged,
-    source_files,
-)
+from minitron.core.typed_files import as_typed, read_typed
+from minitron.data.corpus import TEACHER, Corpus, draw_samples, open_corpus, require_undamaged, source_files
 from minitron.data.supply import make_corpus
-from minitron.distillation import train
-from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
-from minitron.distillation.recording import DEFAULT_TOP_K, record_logits
-from minitron.distillation.recording import INDEX as LESSONS_INDEX
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.recording import DEFAULT_TOP_K, LESSONS_INDEX, record_logits
+from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
 from minitron.distillation.state import forget_states
-from minitron.distillation.train import CORRECTED
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import CORRECTED, Trained, Training, blocks_read, distill
 from minitron.evaluation.generate import generate
 from minitron.evaluation.quality import EvaluateConfig, evaluate
 from minitron.evaluation.speed import RATIO, Load, measure_speed, transformers_timer
@@ -53,228 +46,178 @@ from minitron.model.describe import describe
 from minitron.model.naming import run_name
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
-from minitron.pipeline.directory import RunDirectory
-from minitron.pipeline.student_shape import task_digest
+from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Plan, PruneConfig, given_layers
 from minitron.pruning.repair.config import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
-from minitron.report.card import write_card
-from minitron.report.page import write_report
-from minitron.report.records import RunRecords, read_run
+from minitron.shapes import layouts
+from minitron.shapes.rank import Ranking, distilled_steps
+from minitron.shapes.space import machine_for
+from minitron.shapes.trial import Trials, judging_blocks, rank_shapes
 
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
+Facts = dict[str, object]  # what a record says of a stage
 
 
-def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int) -> Corpus:
+@dataclass
+class Run:
+    """A run in progress: its settings as far as they are resolved, and what its stages have made.
+
+    teacher: one that is corrected before takes the place of the recipe's from that stage on.
+    shape: the student's; until a search has found it, the largest within the budgets.
+    benchmarks: what the evaluations measure besides text; None in processes other than the first.
+    origin: a student that exists already; None where it is cut from the teacher.
+    models: name -> the checkpoints to evaluate.
+    """
+
+    directory: RunDirectory
+    recipe: Recipe
+    teacher: Checkpoint
+    tokenizer: Any
+    shape: Shape
+    benchmarks: TaskPlan | None = None
+    origin: Checkpoint | None = None
+    models: dict[str, Path] = field(default_factory=dict)
+    corpus: Corpus = field(init=False)
+    statistics: Statistics = field(init=False)
+    pruner: Pruner = field(init=False)
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.models["teacher"] = self.teacher.path
+
+    @property
+    def listener(self) -> Listener:
+        return self.directory.listener
+
+    @property
+    def source(self) -> TeacherSource:
+        """The teacher that the student learns from."""
+        if self.recipe.distill.teacher == "recorded":
+            return TeacherSource(recording=self.directory.layout.stage("lessons"))
+        return TeacherSource(checkpoint=self.teacher.path)
+
+    def update(self, **sections: Section) -> None:
+        """Replace sections of the recipe by their resolved form."""
+        self.recipe = self.directory.update_recipe(self.recipe, sections)
+
+    def digest(self, model: Path) -> str:
+        """The digest of a checkpoint."""
+        return self.directory.digest(model_files(model))
+
+    def schedule(self, kind: Callable[[DistillConfig, int, int], Schedule]) -> Schedule:
+        """The schedule of a training, such as `Schedule.of_student`."""
+        return kind(self.recipe.distill, self.corpus.block_tokens, self.recipe.seed)
+
+    def resolved_training(self) -> DistillConfig:
+        """The settings of the distillation, resolved for the shape that the student has as far as it is known."""
+        teacher = ModelSize(self.teacher.shape, self.teacher.weights_rms())
+        student = ModelSize(self.shape, teacher.weights_rms if self.origin is None else self.origin.weights_rms())
+        return resolve(
+            self.recipe.distill,
+            student,
+            teacher,
+            block_tokens=self.corpus.block_tokens,
+            train_tokens=self.corpus.train_tokens,
+            repaired=bool(self.recipe.repair.steps),
+        )
+
+
+def prepare_data(run: Run) -> None:
+    """Text becomes token blocks, a part of its documents held out."""
+    config, seed, directory = run.recipe.data, run.recipe.seed, run.directory
     inputs = {
-        "text": stages.digest(source_files(config)),
-        "tokenizer": stages.digest(carried_files(teacher.path)),
+        "text": directory.digest(source_files(config)),
+        "tokenizer": directory.digest(carried_files(run.teacher.path)),
     }
-    facts: dict[str, Any] = {"data": config}
+    facts: Facts = {"data": config}
     state = None
     if config.source == TEACHER:
-        inputs["teacher"] = stages.digest(model_files(teacher.path))
+        inputs["teacher"] = run.digest(run.teacher.path)
         facts["seed"] = seed
-        state = stages.out / "data-state"
+        state = directory.layout.work("data-state")
 
-    def work(out: Path) -> dict[str, Any]:
-        return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
+    def work(out: Path) -> Facts:
+        listener = directory.listener
+        return make_corpus(config, run.teacher, run.tokenizer, seed=seed, out=out, state=state, listener=listener)
 
-    was_there = stages.layout.record("data").exists()
-    stages.do("data", work, inputs=inputs, config=facts, state=state)
+    was_there = directory.layout.record("data").exists()
+    made = directory.do("data", work, inputs=inputs, config=facts, state=state)
     if state is not None and parallel.is_first():
         shutil.rmtree(state, ignore_errors=True)
-    corpus = open_corpus(stages.out / "data")
+    run.corpus = open_corpus(made)
     if was_there and parallel.is_first():  # perhaps for long; what has just been written is not read again
-        require_undamaged(corpus)
-    return corpus
+        require_undamaged(run.corpus)
 
 
-def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> Statistics:
-    config, seed = recipe.calibrate, recipe.seed
+def correct_teacher(run: Run) -> None:
+    """The teacher learns the text that it is going to teach, the first of it, and takes the teacher's place."""
+    resolved = resolve_without_student(
+        run.recipe.distill,
+        ModelSize(run.teacher.shape, run.teacher.weights_rms()),
+        block_tokens=run.corpus.block_tokens,
+        train_tokens=run.corpus.train_tokens,
+    )
+    run.update(distill=resolved)
+    schedule = run.schedule(Schedule.of_correction)
+    inputs = {"model": run.digest(run.teacher.path), "data": run.corpus.digest}
+    facts: Facts = {"correction": schedule.config, "seed": schedule.seed}
+    state = run.directory.layout.work(f"distill-{CORRECTED}")
+    training = Training(run.teacher.path, TeacherSource(), run.corpus, schedule, state, run.listener)
+    run.teacher = open_checkpoint(_train(run, CORRECTED, training, inputs, facts))
+
+
+def collect_statistics(run: Run) -> None:
+    """One pass over the calibration samples."""
+    config, seed, directory = run.recipe.calibrate, run.recipe.seed, run.directory
 
     def collect(scratch: Path | None = None) -> Statistics:
-        samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(scratch, layers_of(stages.listener))
-        return calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+        samples = draw_samples(run.corpus, config.samples, seed)
+        pass_ = config.as_pass(scratch, layers_of(run.listener))
+        return calibrate(run.teacher, samples, pass_, second_moment=config.second_moment)
 
-    def work(out: Path) -> dict[str, Any]:
+    def work(out: Path) -> Facts:
         statistics = collect(out)
         statistics.save(out)
         return {"samples": statistics.samples, "tokens": statistics.tokens}
 
-    stages.do(
+    made = directory.do(
         "statistics",
         work,
-        inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
+        inputs={"model": run.digest(run.teacher.path), "data": run.corpus.digest},
         config={"calibrate": config, "seed": seed},
         assist=collect,
     )
-    return Statistics.load_of_shape(teacher, stages.out / "statistics")
+    run.statistics = Statistics.load_of_shape(run.teacher, made)
+    run.pruner = _pruner(run)
 
 
-def make_plan(stages: RunDirectory, pruner: Pruner, shape: Shape, corpus: Corpus) -> Plan:
-    config, teacher = pruner.scoring.config, pruner.teacher
-    given = given_layers(config, teacher.shape)
-    first, *further = pruner.shapes(shape, given)
-    criterion: dict[str, Any] = {
-        "criterion": config.criterion,
-        "sequence": config.sequence_aggregate,
-        "batch": config.batch_aggregate,
-    }
-    criterion |= {"seed": config.seed} if "seed" in CRITERIA[config.criterion].options else {}
-    inputs = {"statistics": stages.digest([stages.layout.statistics])}
-    measured = {"model": stages.digest(model_files(teacher.path)), "data": corpus.digest}
-    if layers_need_a_pass(config, teacher.shape, first):
-        criterion |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
-        of_number = LAYER_CRITERIA[config.layer_criterion].drops
-        criterion |= {"dropped": teacher.shape.layers - first.layers} if of_number else {}
-        inputs |= measured | task_digest(stages, config)
-
-    def score(out: Path) -> dict[str, Any]:
-        pruner.at(out).score(first).save(out)
-        return criterion
-
-    def plan(out: Path) -> dict[str, Any]:
-        scores = Scores.load(stages.out / "scores", teacher.shape)
-        made = pruner.at(out).plan(shape, given, scores)
-        made.save(out / "plan.json")
-        return {"plan": str(made)}
-
-    stages.do("scores", score, inputs=inputs, config={"prune": criterion})
-    shapes: dict[str, Any] = {"shape": asdict(shape), "drop_layers": config.drop_layers}
-    shapes |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
-    shapes |= {"iterations": config.iterations, "criterion": criterion} if further else {}
-    stages.do(
-        "plan",
-        plan,
-        inputs={"scores": stages.digest([stages.layout.scores])} | (measured if further else {}),
-        config=shapes,
-    )
-    return Plan.load(stages.layout.plan)
-
-
-def found_shape(recipe: Recipe, shape: Shape) -> dict[str, Section]:
-    """The sections of a recipe that makes the student of a search again, without the search."""
-    sizes = {dim: getattr(shape, dim) for dim in PRUNABLE}
-    return {
-        "prune": recipe.prune.model_copy(update={"target": None, "shape": sizes}),
-        "search": recipe.search.model_copy(update={"level": "off"}),
-    }
-
-
-def pruner_of(
-    recipe: Recipe, teacher: Checkpoint, statistics: Statistics, corpus: Corpus, stages: RunDirectory
-) -> Pruner:
-    """What makes the pruned checkpoint, a search's candidates included."""
+def _pruner(run: Run) -> Pruner:
+    """The maker of the pruned checkpoint, and of a search's candidates."""
+    recipe = run.recipe
     assert recipe.repair.steps is not None, "resolve fills them in"
-    samples = draw_samples(corpus, recipe.calibrate.samples, recipe.seed)
-    pass_ = recipe.calibrate.as_pass(progress=layers_of(stages.listener))
-    scoring = Scoring(recipe.prune, samples, pass_, load_tokenizer(teacher.path))
-    return Pruner(teacher, scoring, recipe.repair.steps, statistics)
+    samples = draw_samples(run.corpus, recipe.calibrate.samples, recipe.seed)
+    pass_ = recipe.calibrate.as_pass(progress=layers_of(run.listener))
+    scoring = Scoring(recipe.prune, samples, pass_, load_tokenizer(run.teacher.path))
+    return Pruner(run.teacher, scoring, recipe.repair.steps, run.statistics)
 
 
-def prune(stages: RunDirectory, pruner: Pruner, plan: Plan, recipe: Recipe, corpus: Corpus) -> Path:
-    needed = needed_steps(pruner.repairs, plan)
-    digests: dict[str, str] = {}
+def record_teacher(run: Run) -> None:
+    """The teacher's logits of every block that will be trained on or looked at, on disk."""
+    config, corpus, seed = run.resolved_training(), run.corpus, run.recipe.seed
 
-    def work(out: Path) -> dict[str, Any]:
-        repaired = pruner.at(out).cut(plan, out)
-        repaired.plan.save(out / "plan.json")
-        digests.update(repaired.digests)
-        return describe(open_checkpoint(out)) | {"repairs": needed}
-
-    inputs = {
-        "model": stages.digest(model_files(pruner.teacher.path)),
-        "plan": stages.digest([stages.layout.plan]),
-    }
-    config: dict[str, Any] = {"repair": {"steps": needed}}
-    if needed:
-        inputs |= {"data": corpus.digest, "statistics": stages.digest([stages.layout.statistics])}
-        config |= {"calibrate": recipe.calibrate, "seed": recipe.seed}
-    made = stages.do("pruned", work, inputs=inputs, config=config)
-    stages.remember({made / file: digest for file, digest in digests.items()})
-    return made
-
-
-def resolve_distill(recipe: Recipe, shape: Shape, teacher: Checkpoint, corpus: Corpus) -> DistillConfig:
-    return resolve(
-        recipe.distill,
-        shape,
-        teacher.shape,
-        weights_rms=teacher.weights_rms(),
-        block_tokens=corpus.block_tokens,
-        train_tokens=corpus.train_tokens,
-        repaired=bool(recipe.repair.steps),
-    )
-
-
-def resolve_correction(recipe: Recipe, teacher: Checkpoint, corpus: Corpus) -> DistillConfig:
-    return resolve_without_student(
-        recipe.distill,
-        teacher.shape,
-        teacher_weights_rms=teacher.weights_rms(),
-        block_tokens=corpus.block_tokens,
-        train_tokens=corpus.train_tokens,
-    )
-
-
-def correct_teacher(stages: RunDirectory, config: DistillConfig, seed: int, teacher: Path, corpus: Corpus) -> Path:
-    """Train the teacher on the text that it is going to teach, the first of it; returns the corrected one."""
-    config, state = of_correction(config), stages.out / f"distill-{CORRECTED}"
-
-    def learn(out: Path = state) -> train.Trained:
-        return train.distill(
-            teacher,
-            None,
-            corpus,
-            config,
-            seed=seed,
-            work=state,
-            out=out,
-            rate_key="distill.correction_learning_rate",
-            progress=stages.listener.progress,
-            warn=stages.listener.warn,
-        )
-
-    def work(out: Path) -> dict[str, Any]:
-        trained = learn(out)
-        return describe(open_checkpoint(out)) | {"training": asdict(trained)}
-
-    inputs = {"model": stages.digest(model_files(teacher)), "data": corpus.digest}
-    made = stages.do(
-        CORRECTED, work, inputs=inputs, config={"correction": config, "seed": seed}, state=state, assist=learn
-    )
-    if parallel.is_first():
-        forget_states(state)
-    return made
-
-
-def record_teacher(
-    stages: RunDirectory,
-    config: DistillConfig,
-    teacher: Checkpoint,
-    corpus: Corpus,
-    seed: int,
-    judge: Blocks | None = None,
-) -> Path:
-    """What the teacher says of every block that will be trained on or looked at.
-
-    Args:
-        judge: further blocks.
-    """
-
-    def work(out: Path) -> dict[str, Any]:
-        blocks = train.blocks_read(corpus, config, seed)
-        if judge is not None:
+    def work(out: Path) -> Facts:
+        blocks = blocks_read(corpus, Schedule.of_student(config, corpus.block_tokens, seed))
+        if searches(run.recipe):
+            judge = judging_blocks(corpus, seed, run.recipe.search.judge_blocks)
             blocks = np.unique(np.concatenate([blocks, judge.select(slice(None))]), axis=0)
-        dtype = compute_dtype(config.precision, pick_device())
         facts = record_logits(
-            teacher,
+            run.teacher,
             Samples(torch.from_numpy(blocks), corpus.separator),
-            Pass(dtype, scratch=out, progress=layers_of(stages.listener)),
+            Pass(compute_dtype(config.precision, pick_device()), scratch=out, progress=layers_of(run.listener)),
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,
@@ -282,61 +225,222 @@ def record_teacher(
         return {name: value for name, value in facts.items() if name != "shards"}
 
     read = ("top_k", "temperature", "tokens", "batch_blocks", "evaluate_blocks", "precision")
-    return stages.do(
+    run.directory.do(
         "lessons",
         work,
-        inputs={"model": stages.digest(model_files(teacher.path)), "data": corpus.digest},
+        inputs={"model": run.digest(run.teacher.path), "data": corpus.digest},
         config={"distill": {name: getattr(config, name) for name in read}, "seed": seed},
     )
 
 
-def distill_student(
-    stages: RunDirectory,
-    name: str,
-    config: DistillConfig,
-    seed: int,
-    pruned: Path,
-    teacher: Path | None,
-    corpus: Corpus,
-) -> Path:
-    """Distil the pruned model, or (without a teacher) train its shape from random weights on the same tokens.
+def search_shape(run: Run) -> None:
+    """Shapes within the budgets are ranked, and the best is the student's; search/candidates.json holds all of them."""
+    recipe, directory, layout = run.recipe, run.directory, run.directory.layout
+    trials = Trials(
+        recipe.distill, run.source, run.corpus, recipe.seed, layout.work("search-state"), directory.listener
+    )
 
-    A teacher that is corrected in parallel is another model in the end, beside the student.
+    def measure() -> Ranking:
+        return rank_shapes(run.pruner, recipe.search, machine_for(recipe.search, run.teacher.dtype), trials)
+
+    def work(out: Path) -> Facts:
+        ranking = measure()
+        found = ranking.candidates
+        write_json(out / layout.candidates.name, ranking.to_dict())
+        return {
+            "winner": found[0].candidate.to_dict(),
+            "candidates": len(found),
+            "cut": sum(0 in one.losses for one in found),
+            "distilled": sum(one.step > 0 for one in found),
+            "tokens": distilled_steps(found) * ranking.step_tokens,
+        }
+
+    directory.do(
+        "search",
+        work,
+        inputs={
+            "model": run.digest(run.teacher.path),
+            "statistics": directory.digest([layout.statistics]),
+            "data": run.corpus.digest,
+            **_task_digest(directory, recipe.prune),
+        },
+        config={
+            "search": recipe.search,
+            "prune": recipe.prune,
+            "repair": recipe.repair,
+            "distill": recipe.distill.for_record,
+            "seed": recipe.seed,
+        },
+        state=trials.work,
+        assist=measure,
+    )
+    again = f"remove {layout.stage('search')} and run the same command to search again"
+    record = read_typed(layout.candidates, layouts.SEARCH, RunError, way_out=again)
+    run.shape = Shape(**vars(record.candidates[0].shape))
+    # The recipe of the run makes this student again, without the search.
+    sizes = {dim: getattr(run.shape, dim) for dim in PRUNABLE}
+    run.update(
+        prune=recipe.prune.model_copy(update={"target": None, "shape": sizes}),
+        search=recipe.search.model_copy(update={"level": "off"}),
+    )
+
+
+def _task_digest(directory: RunDirectory, config: PruneConfig) -> dict[str, str]:
+    """The digest of the file of questions that layers are scored by, if there is one."""
+    file = Path(config.layer_task or "").expanduser()
+    return {"task": directory.digest([file])} if file.is_file() else {}
+
+
+def _criterion(run: Run, first: Shape) -> tuple[Facts, dict[str, str]]:
+    """What units are scored by, and the digests of what layers are scored on, where that takes a pass of its own."""
+    config, teacher = run.pruner.scoring.config, run.teacher.shape
+    facts: Facts = {
+        "criterion": config.criterion,
+        "sequence": config.sequence_aggregate,
+        "batch": config.batch_aggregate,
+    }
+    facts |= {"seed": config.seed} if "seed" in CRITERIA[config.criterion].options else {}
+    if not layers_need_a_pass(config, teacher, first):
+        return facts, {}
+    facts |= {"layers": config.layer_criterion, "task": config.layer_task, "samples": config.layer_samples}
+    of_number = LAYER_CRITERIA[config.layer_criterion].drops
+    facts |= {"dropped": teacher.layers - first.layers} if of_number else {}
+    measured = {"model": run.digest(run.teacher.path), "data": run.corpus.digest}
+    return facts, measured | _task_digest(run.directory, config)
+
+
+def score_units(run: Run) -> None:
+    """Which units matter, for the first step of the cut.
+
+    The shape is known now, and with it all of the training: settings that cannot be are refused before the cut.
     """
-    if teacher is None:
-        config = of_scratch(config)
-    state = stages.out / ("distill" if teacher else f"distill-{name}")
+    run.update(distill=run.resolved_training())
+    first, *_ = run.pruner.shapes(run.shape, given_layers(run.pruner.scoring.config, run.teacher.shape))
+    criterion, measured = _criterion(run, first)
 
-    def learn(out: Path = state) -> train.Trained:
-        return train.distill(
-            pruned,
-            teacher,
-            corpus,
-            config,
-            seed=seed,
-            work=state,
-            out=out,
-            initialize="weights" if teacher else "random",
-            rate_key="distill.learning_rate" if teacher else "distill.scratch_learning_rate",
-            progress=stages.listener.progress,
-            warn=stages.listener.warn,
-        )
+    def work(out: Path) -> Facts:
+        run.pruner.at(out).score(first).save(out)
+        return criterion
 
-    def work(out: Path) -> dict[str, Any]:
+    inputs = {"statistics": run.directory.digest([run.directory.layout.statistics])} | measured
+    run.directory.do("scores", work, inputs=inputs, config={"prune": criterion})
+
+
+def make_plan(run: Run) -> None:
+    """Which units stay, at once or in steps."""
+    config, directory = run.pruner.scoring.config, run.directory
+    given = given_layers(config, run.teacher.shape)
+    first, *further = run.pruner.shapes(run.shape, given)
+
+    def work(out: Path) -> Facts:
+        scores = Scores.load(directory.layout.stage("scores"), run.teacher.shape)
+        plan = run.pruner.at(out).plan(run.shape, given, scores)
+        plan.save(out / directory.layout.plan.name)
+        return {"plan": str(plan)}
+
+    inputs = {"scores": directory.digest([directory.layout.scores])}
+    facts: Facts = {"shape": asdict(run.shape), "drop_layers": config.drop_layers}
+    facts |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
+    if further:
+        inputs |= {"model": run.digest(run.teacher.path), "data": run.corpus.digest}
+        facts |= {"iterations": config.iterations, "criterion": _criterion(run, first)[0]}
+    directory.do("plan", work, inputs=inputs, config=facts)
+    run.plan = Plan.load(directory.layout.plan)
+
+
+def cut_teacher(run: Run) -> None:
+    """The cut, with its repairs."""
+    needed, directory = needed_steps(run.pruner.repairs, run.plan), run.directory
+    digests: dict[str, str] = {}
+
+    def work(out: Path) -> Facts:
+        repaired = run.pruner.at(out).cut(run.plan, out)
+        repaired.plan.save(out / directory.layout.cut.name)
+        digests.update(repaired.digests)
+        return describe(open_checkpoint(out)) | {"repairs": needed}
+
+    inputs = {"model": run.digest(run.teacher.path), "plan": directory.digest([directory.layout.plan])}
+    facts: Facts = {"repair": {"steps": needed}}
+    if needed:
+        inputs |= {"data": run.corpus.digest, "statistics": directory.digest([directory.layout.statistics])}
+        facts |= {"calibrate": run.recipe.calibrate, "seed": run.recipe.seed}
+    made = directory.do("pruned", work, inputs=inputs, config=facts)
+    directory.remember({made / file: digest for file, digest in digests.items()})
+    run.models["pruned"] = made
+    _adopt_search_state(run)
+
+
+def _adopt_search_state(run: Run) -> None:
+    """Let the distillation go on from the state of the search's winner, if there is one, and clear the others."""
+    layout = run.directory.layout
+    record = layout.record("search")
+    if not record.exists() or not parallel.is_first():
+        return
+    found = as_typed(read_record(record.parent).result, layouts.SEARCH_RESULT, f"{record}: result", RunError)
+    searched = layout.work("search-state")
+    state, final = searched / found.winner.name / "distill", layout.work("distill")
+    if state.exists() and not final.exists():
+        state.rename(final)
+    shutil.rmtree(searched, ignore_errors=True)
+
+
+def train_student(run: Run) -> None:
+    """The student is distilled; a teacher that learnt in parallel is another model in the end, beside it."""
+    run.update(distill=run.resolved_training())
+    source, directory, config = run.source, run.directory, run.recipe.distill
+    pruned = run.models["pruned"] if run.origin is None else run.origin.path
+    inputs = {"pruned": run.digest(pruned), "data": run.corpus.digest}
+    names: dict[str, Path] = {}
+    if source.recording is not None:
+        names = {"teacher": source.recording / LESSONS_INDEX}
+        inputs["teacher"] = directory.digest([*names.values()])
+    else:
+        inputs["teacher"] = run.digest(run.teacher.path)
+    facts: Facts = {"distill": config.for_record, "seed": run.recipe.seed}
+    schedule, state = run.schedule(Schedule.of_student), directory.layout.work("distill")
+    training = Training(pruned, source, run.corpus, schedule, state, run.listener)
+    made = _train(run, "student", training, inputs, facts, names)
+    corrected = {CORRECTED: directory.layout.stage(CORRECTED)} if config.correction else {}
+    run.models = {"teacher": run.models["teacher"]} | corrected | run.models | {"student": made}
+
+
+def train_from_scratch(run: Run) -> None:
+    """The baseline: the student's shape, trained from random weights on the same text."""
+    schedule, state = run.schedule(Schedule.of_scratch), run.directory.layout.work("distill-scratch")
+    pruned = run.models["pruned"]
+    training = Training(pruned, TeacherSource(), run.corpus, schedule, state, run.listener)
+    inputs = {"pruned": run.digest(pruned), "data": run.corpus.digest}
+    facts: Facts = {"distill": schedule.config.for_record, "seed": schedule.seed}
+    run.models["scratch"] = _train(run, "scratch", training, inputs, facts)
+
+
+def _train(
+    run: Run,
+    name: str,
+    training: Training,
+    inputs: Mapping[str, str],
+    facts: Facts,
+    names: Mapping[str, Path] | None = None,
+) -> Path:
+    """Do a stage that trains, with all processes; returns the model's directory.
+
+    Args:
+        names: files that inputs are told by, as `RunDirectory.do` takes them.
+    """
+    layout, state = run.directory.layout, training.work
+
+    def learn(out: Path = state) -> Trained:
+        return distill(training, out)
+
+    def work(out: Path) -> Facts:
         trained = learn(out)
-        if config.correction == "parallel":
-            shutil.rmtree(stages.out / CORRECTED, ignore_errors=True)  # of a run that was killed just here
-            (state / CORRECTED).rename(stages.out / CORRECTED)
+        if training.schedule.teacher_rates is not None:
+            corrected = layout.stage(CORRECTED)
+            shutil.rmtree(corrected, ignore_errors=True)  # of a run that was killed just here
+            (state / CORRECTED).rename(corrected)
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
-    inputs = {"pruned": stages.digest(model_files(pruned)), "data": corpus.digest}
-    places: dict[str, Path] = {}
-    if teacher:
-        recorded = config.teacher == "recorded"
-        inputs["teacher"] = stages.digest([teacher / LESSONS_INDEX] if recorded else model_files(teacher))
-        places = {"teacher": teacher / LESSONS_INDEX} if recorded else {}
-    facts: dict[str, Any] = {"distill": config.for_record, "seed": seed}
-    made = stages.do(name, work, inputs=inputs, config=facts, state=state, places=places, assist=learn)
+    made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, places=names, assist=learn)
     if parallel.is_first():
         forget_states(state)
     return made
@@ -351,7 +455,72 @@ def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | No
     return plan_tasks(config.tasks, directory, options, warn=listener.warn)
 
 
-def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
+def evaluate_models(run: Run) -> None:
+    """All models on held-out text and prompts; teacher and student in speed and benchmarks too."""
+    config = run.recipe.evaluate
+
+    def work(out: Path) -> Facts:
+        _measure_quality(run, out)
+        if config.speed:
+            _measure_speed(run, out)
+        if run.benchmarks is not None:
+            _measure_tasks(run, run.benchmarks, out)
+        return {"models": list(run.models)}
+
+    inputs = {name: run.digest(path) for name, path in run.models.items()} | {"data": run.corpus.digest}
+    inputs |= {"tasks": run.benchmarks.digest} if run.benchmarks is not None else {}
+    run.directory.do("evaluations", work, inputs=inputs, config={"evaluate": config.for_record})
+
+
+def _measure_quality(run: Run, out: Path) -> None:
+    """Write each model's numbers on the held-out text, and its continuations of the prompts."""
+    config, device = run.recipe.evaluate, pick_device()
+    teachers = {name: load_model(run.models[name]).to(device) for name in ("teacher", CORRECTED) if name in run.models}
+    texts: dict[str, dict[str, str]] = {prompt: {"prompt": prompt} for prompt in config.prompts}
+    for name, path in run.models.items():
+        model = teachers[name] if name in teachers else load_model(path).to(device)
+        against = partial(
+            evaluate,
+            model,
+            run.corpus.heldout.head(config.blocks),
+            batch=config.batch,
+            progress=partial(run.listener.progress, note=name),
+        )
+        quality = against(teacher=None if name == "teacher" else teachers["teacher"])
+        facts = describe(open_checkpoint(path)) | quality.to_dict()
+        if CORRECTED in teachers and name not in teachers:
+            facts["kl_to_corrected"] = against(teacher=teachers[CORRECTED]).kl_to_teacher
+        write_json(out / f"{name}.json", facts)
+        for prompt, row in texts.items():
+            row[name] = generate(model, run.tokenizer, prompt, new_tokens=config.new_tokens)
+    write_json(out / run.directory.layout.generations.name, list(texts.values()))
+
+
+def _measure_speed(run: Run, out: Path) -> None:
+    """Write how fast teacher and student read and write."""
+    pair = {name: load_model(run.models[name]).to(pick_device()) for name in ("teacher", "student")}
+    load = Load(1, min(256, run.corpus.block_tokens), SPEED_TOKENS)
+    (row,) = measure_speed({name: transformers_timer(model) for name, model in pair.items()}, [load])
+    write_json(out / run.directory.layout.speed.name, {name: row[name] for name in (*pair, RATIO)})
+
+
+def _measure_tasks(run: Run, benchmarks: TaskPlan, out: Path) -> None:
+    """Write the benchmarks of teacher and student; the harness loads one model after the other."""
+    results = measure_tasks(
+        {name: run.models[name] for name in ("teacher", "student")},
+        benchmarks,
+        progress=run.listener.progress,
+        warn=run.listener.warn,
+    )
+    facts = {
+        "tasks": {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()},
+        "kept": {task: kept(one, results["teacher"][task]) for task, one in results["student"].items()},
+        "chosen_by": _chosen_by(run.recipe.prune, list(results["student"])),
+    }
+    write_json(out / run.directory.layout.tasks.name, facts)
+
+
+def _chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
     """Tasks of which questions decided what layers stay: what they say of the student is no result."""
     if config.layer_task is None:
         return []
@@ -360,88 +529,61 @@ def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if task in names]
 
 
-def evaluate_models(
-    stages: RunDirectory,
-    recipe: Recipe,
-    models: Mapping[str, Path],
-    corpus: Corpus,
-    tokenizer: Any,
-    benchmarks: TaskPlan | None,
-) -> None:
-    config = recipe.evaluate
-
-    def work(out: Path) -> dict[str, Any]:
-        device = pick_device()
-        guides = {name: load_model(path).to(device) for name, path in models.items() if name in ("teacher", CORRECTED)}
-        texts = {prompt: {"prompt": prompt} for prompt in config.prompts}
-        for name, path in models.items():
-            model = guides[name] if name in guides else load_model(path).to(device)
-            against = partial(
-                evaluate,
-                model,
-                corpus.heldout.head(config.blocks),
-                batch=config.batch,
-                progress=partial(stages.listener.progress, note=name),
-            )
-            quality = against(teacher=None if name == "teacher" else guides["teacher"])
-            facts = describe(open_checkpoint(path)) | quality.to_dict()
-            if CORRECTED in guides and name not in guides:
-                facts["kl_to_corrected"] = against(teacher=guides[CORRECTED]).kl_to_teacher
-            write_json(out / f"{name}.json", facts)
-            for prompt, row in texts.items():
-                row[name] = generate(model, tokenizer, prompt, new_tokens=config.new_tokens)
-        write_json(out / "generations.json", list(texts.values()))
-        if config.speed:
-            pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
-            load = Load(1, min(256, corpus.block_tokens), SPEED_TOKENS)
-            (row,) = measure_speed({name: transformers_timer(model) for name, model in pair.items()}, [load])
-            write_json(out / "speed.json", {name: row[name] for name in (*pair, RATIO)})
-            del pair
-        if benchmarks is not None:
-            del model
-            guides.clear()  # the harness loads one model after the other
-            results = measure_tasks(
-                {name: models[name] for name in ("teacher", "student")},
-                benchmarks,
-                progress=stages.listener.progress,
-                warn=stages.listener.warn,
-            )
-            of_models = {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()}
-            facts = {
-                "tasks": of_models,
-                "kept": {task: kept(one, results["teacher"][task]) for task, one in results["student"].items()},
-                "chosen_by": chosen_by(recipe.prune, list(results["student"])),
-            }
-            write_json(out / "tasks.json", facts)
-        return {"models": list(models)}
-
-    inputs = {name: stages.digest(model_files(path)) for name, path in models.items()} | {"data": corpus.digest}
-    inputs |= {"tasks": benchmarks.digest} if benchmarks is not None else {}
-    stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.for_record})
-
-
-def quantize_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
-    """GGUF files of the student."""
+def quantize_student(run: Run) -> None:
+    """GGUF files of the student, proven in llama.cpp."""
     from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, quantize
 
-    config, seed = recipe.gguf, recipe.seed
-    name = run_name(recipe.model, recipe.prune.target)
+    config, seed, corpus, student = run.recipe.gguf, run.recipe.seed, run.corpus, run.models["student"]
+    name = run_name(run.recipe.model, run.recipe.prune.target)
 
-    def work(out: Path) -> dict[str, Any]:
+    def work(out: Path) -> Facts:
         tokens = draw_samples(corpus, config.samples, seed).tokens
         heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-        source = recipe.data.source
+        source = run.recipe.data.source
         text = Text(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
-        return quantize(open_checkpoint(student), config, out, text=text, name=name, listener=stages.listener)
+        return quantize(open_checkpoint(student), config, out, text=text, name=name, listener=run.listener)
 
-    inputs = {"student": stages.digest(model_files(student)), "data": corpus.digest}
-    stages.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
+    inputs = {"student": run.digest(student), "data": corpus.digest}
+    run.directory.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
 
 
-def write_report_and_card(out: Path) -> RunRecords:
-    """Write report.html and the student's card from the records."""
-    records = read_run(out)
-    if parallel.is_first():
-        write_report(records)
-        write_card(records)
-    return records
+def always(recipe: Recipe) -> bool:
+    return True
+
+
+def searches(recipe: Recipe) -> bool:
+    return recipe.search.level != "off"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of PIPELINE: the function that makes a stage, and the recipes that have it."""
+
+    make: Callable[[Run], None]
+    wanted: Callable[[Recipe], bool] = always
+
+
+# A run, from top to bottom. Each function leaves in the Run what those after it take.
+PIPELINE: dict[str, Stage] = {
+    "data": Stage(prepare_data),
+    "corrected": Stage(correct_teacher, lambda recipe: recipe.distill.correction == "before"),
+    "statistics": Stage(collect_statistics),
+    "lessons": Stage(record_teacher, lambda recipe: recipe.distill.teacher == "recorded"),
+    "search": Stage(search_shape, searches),
+    "scores": Stage(score_units),
+    "plan": Stage(make_plan),
+    "pruned": Stage(cut_teacher),
+    "student": Stage(train_student),
+    "scratch": Stage(train_from_scratch, lambda recipe: recipe.scratch_baseline),
+    "evaluations": Stage(evaluate_models),
+    "gguf": Stage(quantize_student, lambda recipe: recipe.gguf.wanted),
+}
+# The stages between a teacher and a student that exists already.
+OF_DISTILLATION = ("data", "corrected", "lessons", "student")
+
+
+def make_stages(run: Run, names: Sequence[str] = tuple(PIPELINE)) -> None:
+    """Make the stages that the recipe wants, in their order."""
+    for name in names:
+        if PIPELINE[name].wanted(run.recipe):
+            PIPELINE[name].make(run)

@@ -25,7 +25,7 @@ from minitron.pruning.repair.config import REPAIRS, replaces_channels
 from minitron.report import html, plots
 from minitron.report.records import RunRecords, layer_criterion, layers_by_number, repairs
 from minitron.report.tables import candidate_cells, candidate_columns
-from minitron.shapes.layouts import Candidate
+from minitron.shapes.layouts import CandidateRecord
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
@@ -64,7 +64,7 @@ def _changes(records: RunRecords) -> str:
     return ", ".join(changes) or "the teacher’s own shape"  # noqa: RUF001
 
 
-def _verdict(found: Sequence[Candidate]) -> str:
+def _verdict(found: Sequence[CandidateRecord]) -> str:
     """What the best candidate was judged by, against the next that was judged alike."""
     best, *others = found
     if not best.losses:
@@ -98,7 +98,7 @@ def search(records: RunRecords) -> str:
     return html.subsection("The search for the shape", html.note(note), table, html.figures(_search_figures(found)))
 
 
-def _search_figures(found: Sequence[Candidate]) -> list[str]:
+def _search_figures(found: Sequence[CandidateRecord]) -> list[str]:
     """Costs against a loss that is comparable: at the first rung, else after the cut, else the prediction."""
     steps = sorted({int(step) for one in found for step in one.losses})
     step = next((str(step) for step in steps if step > 0), "0" if steps else None)

@@ -13,7 +13,7 @@ from minitron.core.run_layout import MODELS, RECORD, STAGES, Record, RunLayout
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.corpus import TEACHER
 from minitron.data.layouts import DATA_RESULT, Text
-from minitron.distillation.layouts import LOGGED, Logged, Trained, Training, training_result
+from minitron.distillation.layouts import LOGGED, Logged, TrainedStage, TrainingFacts, training_result
 from minitron.distillation.losses import LOSSES
 from minitron.evaluation.layouts import (
     EVALUATED,
@@ -56,15 +56,15 @@ class Results:
     data: Text
     statistics: Calibrated
     plan: Planned
-    student: Training
-    corrected: Training | None = None
+    student: TrainedStage
+    corrected: TrainedStage | None = None
     search: Searched | None = None
     scores: Scored | None = None
     pruned: Repaired | None = None
-    scratch: Training | None = None
+    scratch: TrainedStage | None = None
 
     @property
-    def trainings(self) -> dict[str, Trained]:
+    def trainings(self) -> dict[str, TrainingFacts]:
         """Stage -> its training, of those that train."""
         stages = {"corrected": self.corrected, "student": self.student, "scratch": self.scratch}
         return {name: result.training for name, result in stages.items() if result is not None}

@@ -8,7 +8,7 @@ from minitron.core.layouts import Amount, Count, FileName, Layout, Number, Posit
 from minitron.core.typed_files import FileKind
 
 
-class Candidate(Layout):
+class CandidateRecord(Layout):
     name: FileName
     shape: Sizes
     total: Positive
@@ -32,7 +32,7 @@ class Search(Layout):
     machine: Throughput
     context_tokens: Positive
     batch: Positive
-    candidates: Annotated[list[Candidate], Field(min_length=1)]
+    candidates: Annotated[list[CandidateRecord], Field(min_length=1)]
 
 
 class Named(Layout):
@@ -47,5 +47,5 @@ class Searched(Layout):
 
 
 SEARCH = FileKind("the result of a search", TypeAdapter(Search))
-LOSSES = FileKind("losses of candidates", TypeAdapter(dict[str, dict[str, float]]))
+CANDIDATE_LOSSES = FileKind("losses of candidates", TypeAdapter(dict[str, dict[str, float]]))
 SEARCH_RESULT = FileKind("that of the stage search", TypeAdapter(Searched))

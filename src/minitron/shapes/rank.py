@@ -8,9 +8,8 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from torch import Tensor
 from minitron.calibration.collect import Statistics
 from minitron.model.architecture import Shape
 from minitron.pruning.importance import Scores
-from minitron.shapes.space import Candidate, SearchConfig
+from minitron.shapes.space import Candidate, Machine, SearchConfig
 
 # How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
 # alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/log).
@@ -39,7 +38,7 @@ LossAt = Callable[[Candidate, int], float]
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate and what is known of it.
+    """A candidate with its prediction and the losses that were measured.
 
     predicted: of `predictor`; no unit, lower is better, comparable within one search.
     losses: distillation step -> loss on the judging blocks, nats per token; step 0 is right after the cut.
@@ -54,9 +53,33 @@ class Ranked:
         """The last step that it was measured at; -1 without any."""
         return max(self.losses, default=-1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """The candidate as candidates.json holds it."""
         losses = {str(step): loss for step, loss in self.losses.items()}
         return self.candidate.to_dict() | {"predicted": self.predicted, "losses": losses}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All shapes within the budgets, and what they were judged for.
+
+    level: how far the search looked, as in `search.level`.
+    machine, context_tokens, batch: what cache and times are computed for.
+    step_tokens: tokens of a training step; 0 where nothing was trained.
+    candidates: best first.
+    """
+
+    level: str
+    machine: Machine
+    context_tokens: int
+    batch: int
+    step_tokens: int
+    candidates: Sequence[Ranked]
+
+    def to_dict(self) -> dict[str, object]:
+        """The ranking as search/candidates.json holds it."""
+        candidates = [one.to_dict() for one in self.candidates]
+        return vars(self) | {"machine": asdict(self.machine), "candidates": candidates}
 
 
 def rank(

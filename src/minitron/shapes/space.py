@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
+from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.errors import PlanError, did_you_mean
+from minitron.core.machine import bytes_per_second, matmul_flops_per_second
 from minitron.model.architecture import (
     DIMS,
     PRUNABLE,
@@ -23,11 +26,14 @@ from minitron.model.architecture import (
     count_terms,
     with_sizes,
 )
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.model_config import ModelConfig
 from minitron.pruning.plan import PruneConfig, default_multiple, parse_target, require_task_fits
 
 # Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
 # the layers (docs/log), and P2's depth-pruned model has half.
 LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.5, 0.5, 0.25
+PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 NEAREST = 3  # shapes named when none fits
 
 
@@ -107,7 +113,8 @@ class Candidate:
         """A short name that no other candidate of the same teacher has."""
         return "-".join(f"{dim}{getattr(self.shape, dim)}" for dim in PRUNABLE)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """The candidate as candidates.json holds it."""
         return {"name": self.name, "shape": asdict(self.shape)} | asdict(self.costs)
 
 
@@ -159,6 +166,30 @@ def feasible(
     rows: list[int] = np.flatnonzero(inside).tolist()
     order = sorted(rows, key=lambda row: (-costs["total"][row], *(-sizes[dim][row] for dim in PRUNABLE)))
     return [_candidate(sizes, costs, row) for row in order]
+
+
+def feasible_for(
+    teacher: Checkpoint | ModelConfig, prune: PruneConfig, search: SearchConfig, machine: Machine | None
+) -> list[Candidate]:
+    """`feasible` of a model on disk."""
+    return feasible(
+        teacher.architecture,
+        teacher.config,
+        teacher.shape,
+        prune,
+        search,
+        itemsize=teacher.dtype.itemsize,
+        machine=machine,
+    )
+
+
+def machine_for(search: SearchConfig, dtype: torch.dtype) -> Machine:
+    """The machine that the search names, and where it names none that of the first process."""
+    here = Machine(
+        search.bytes_per_second or bytes_per_second(),
+        search.flops_per_second or matmul_flops_per_second(dtype, PROBE_SIZE),
+    )
+    return Machine(*parallel.agreed([here.bytes_per_second, here.flops_per_second]))
 
 
 def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, teacher: Shape) -> list[Budget]:
@@ -257,14 +288,14 @@ def _gguf_clean(architecture: Architecture, teacher: Shape, sizes: Mapping[str, 
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SizeList:
     """What a text such as `4096-6144/512,7168` or `2.5x,3x` stands for."""
 
     numbers: tuple[int, ...]
     factors: tuple[float, ...] = ()
 
 
-def parse_sizes(dim: str, text: str, step: int) -> Sizes:
+def parse_sizes(dim: str, text: str, step: int) -> SizeList:
     """Numbers, ranges (both ends included, in multiples of `step` or of what follows a slash) and factors of hidden.
 
     Raises: PlanError if a part is none of these.
@@ -285,7 +316,7 @@ def parse_sizes(dim: str, text: str, step: int) -> Sizes:
             numbers |= {n for n in range(int(match[1]), int(match[2]) + 1) if n % by == 0}
         else:
             numbers.add(int(match[1]))
-    return Sizes(tuple(sorted(numbers)), tuple(sorted(factors)))
+    return SizeList(tuple(sorted(numbers)), tuple(sorted(factors)))
 
 
 def cost(
@@ -343,7 +374,7 @@ def roofline(
 
 
 def _narrowed(
-    architecture: Architecture, teacher: Shape, given: Mapping[str, Sizes], hidden_multiple: int
+    architecture: Architecture, teacher: Shape, given: Mapping[str, SizeList], hidden_multiple: int
 ) -> Iterator[Shape]:
     """The teacher with every hidden size and set of heads that the family accepts; layers and ffn are the teacher's."""
     least = LEAST_HIDDEN * teacher.hidden
@@ -361,7 +392,7 @@ def _narrowed(
                 yield shape
 
 
-def _with_heads(architecture: Architecture, teacher: Shape, given: Mapping[str, Sizes]) -> Iterator[Shape]:
+def _with_heads(architecture: Architecture, teacher: Shape, given: Mapping[str, SizeList]) -> Iterator[Shape]:
     if architecture.heads_fill_hidden:  # heads go with hidden
         yield teacher
         return
@@ -372,7 +403,9 @@ def _with_heads(architecture: Architecture, teacher: Shape, given: Mapping[str, 
                 yield with_sizes(teacher, heads=heads, kv_heads=kv_heads)
 
 
-def _sizes(dim: str, given: Mapping[str, Sizes], teacher: Shape, default: Any, whole: int | None = None) -> list[int]:
+def _sizes(
+    dim: str, given: Mapping[str, SizeList], teacher: Shape, default: Any, whole: int | None = None
+) -> list[int]:
     """The sizes given for a dim, or the default ones and the whole.
 
     Raises: PlanError for a given size that cannot be cut from the teacher's.
@@ -386,7 +419,7 @@ def _sizes(dim: str, given: Mapping[str, Sizes], teacher: Shape, default: Any, w
     return list(given[dim].numbers)
 
 
-def _ffn_sizes(teacher: Shape, hidden: int, given: Mapping[str, Sizes], multiple: int) -> list[int]:
+def _ffn_sizes(teacher: Shape, hidden: int, given: Mapping[str, SizeList], multiple: int) -> list[int]:
     least = LEAST_FFN * teacher.ffn
     sizes = _sizes("ffn", given, teacher, [n for n in range(multiple, teacher.ffn, multiple) if n >= least])
     scaled = [

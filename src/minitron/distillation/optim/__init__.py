@@ -1,4 +1,4 @@
-"""What moves the weights: which optimizer, for weights held how, and what it holds of each.
+"""The optimizers: for weights in which format, and what they hold of each weight.
 
 To add an optimizer: a row of OPTIMIZERS, and a row of the tests.
 """
@@ -61,7 +61,7 @@ class OptimizerRow:
     """A row of OPTIMIZERS.
 
     make: the optimizer of groups of float32 weights, from Adam's betas and what `options` names.
-    options: arguments of `make_optimizer` that `make` takes besides, by their names.
+    options: fields of OptimizerOptions that `make` takes besides, by their names.
     in_bfloat16: for a format of weights in bfloat16, the optimizer that moves them; none where there is no room.
     is_turned: whether a matrix of a shape is moved along axes of its own, as its group says then.
     further_bytes: what is held of a matrix in a layer besides what AdamW holds of it.
@@ -105,24 +105,36 @@ def vocabulary_of(model: Any) -> list[Tensor]:
     return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
 
 
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How an optimizer moves weights, whichever it is.
+
+    weights: the format in which `hold_weights` holds them.
+    betas: decays of Adam's moments.
+    weight_decay: decoupled weight decay of matrices; vectors have none.
+    dtype: of the model's matrix products; SOAP's may round their inputs to it.
+    seed: of the noise in stochastic rounding.
+    """
+
+    weights: Weights
+    betas: tuple[float, float]
+    weight_decay: float
+    dtype: torch.dtype
+    seed: int
+
+
 def make_optimizer(
     trained: Mapping[str, Iterable[Tensor]],
     optimizer: Optimizer,
-    weights: Weights,
+    options: OptimizerOptions,
     *,
     vocabulary: Collection[Tensor],
-    betas: tuple[float, float],
-    weight_decay: float,
-    dtype: torch.dtype,
-    seed: int,
 ) -> torch.optim.Optimizer:
-    """An optimizer of parameters held as `hold_weights` leaves them; matrices decay, vectors do not.
+    """An optimizer of parameters held as `hold_weights` leaves them.
 
     Args:
         trained: a model's name -> its parameters. Each group of the optimizer says in `of` whose it is.
         vocabulary: matrices among them with a row for each token, which SOAP moves as AdamW does.
-        dtype: of the model's matrix products; SOAP's may round their inputs to it.
-        seed: of the noise in stochastic rounding.
     """
     row, of_tokens = OPTIMIZERS[optimizer], {id(matrix) for matrix in vocabulary}
     groups = []
@@ -133,13 +145,13 @@ def make_optimizer(
             turned = in_a_layer and row.is_turned(tuple(parameter.shape))
             kinds[parameter.ndim >= 2, turned].append(parameter)
         for (matrices, turned), members in kinds.items():
-            decay = weight_decay if matrices else 0.0
+            decay = options.weight_decay if matrices else 0.0
             if members:
                 groups.append({"params": members, "weight_decay": decay, "of": name, "turned": turned})
-    if weights != "float32":
-        return row.in_bfloat16[weights](groups, betas=betas, seed=seed)
-    asked = {"dtype": dtype, "seed": seed}
-    return row.make(groups, betas=betas, **{option: asked[option] for option in row.options})
+    if options.weights != "float32":
+        return row.in_bfloat16[options.weights](groups, betas=options.betas, seed=options.seed)
+    asked = {option: getattr(options, option) for option in row.options}
+    return row.make(groups, betas=options.betas, **asked)
 
 
 def training_bytes(

@@ -1,0 +1,127 @@
+"""The output projection and the loss together, some tokens at a time: no matrix of [tokens, vocab] ever exists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitron.distillation.objective import Objective, TopK
+from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, matmul_precision, project, usual_chunk
+
+# Logit-sized float32 tensors alive at once in a chunk on a CPU, where softmaxes work on a few rows at a time: both
+# models' logits, the gradient in bfloat16, and about as much as products copy.
+CPU_TEMPORARIES = 5
+
+
+HEAD_PART_BYTES = 32 << 20
+
+
+PART_BYTES = 512 << 10  # of one core's logits that are worked on together: a few such fit its cache
+
+
+def chunked_loss(
+    objective: Objective,
+    student: LazyLogits,
+    teacher: LazyLogits | TopK | None,
+    targets: Int[Tensor, " tokens"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """Sum of an objective over tokens; differentiable in the student's hidden states and output projection.
+
+    Logits of both models exist for `chunk` tokens at a time, and gradients are taken on the way, so backward only
+    scales them.
+
+    Args:
+        dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
+        chunk: tokens at a time; default `usual_chunk`.
+    """
+    chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
+    return _ChunkedLoss.apply(
+        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
+    )
+
+
+def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
+    """Rows that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
+    tokens, vocab = logits.shape
+    if not logits.is_cpu:
+        return _slices(tokens, tokens)
+    return _slices(tokens, torch.get_num_threads() * max(1, PART_BYTES // (vocab * logits.itemsize)))
+
+
+def _vocab_parts(head: Float[Tensor, "vocab hidden"]) -> Iterator[slice]:
+    """Rows of a head whose gradients make one tensor beside all of it."""
+    return _slices(len(head), max(1, HEAD_PART_BYTES // (head.shape[1] * head.itemsize)))
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _with_slopes(
+    objective: Objective,
+    logits: Float[Tensor, "tokens vocab"],
+    teacher: Float[Tensor, "tokens vocab"] | TopK | None,
+    targets: Int[Tensor, " tokens"],
+    transform: LogitTransform,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
+    """The sum of an objective, and its gradient in logits that are yet to be transformed, in `dtype`.
+
+    In float32 the gradient takes the logits' place.
+    """
+    slopes = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    total = logits.new_zeros((), dtype=torch.float64)
+    for part in _parts(logits):
+        known = teacher.rows(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
+        value, slopes[part] = objective.with_slope(logits[part], known, targets[part], transform)
+        total += value
+    return total, slopes
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        objective: Objective,
+        hidden: Tensor,
+        head: Tensor,
+        transform: LogitTransform,
+        teacher: LazyLogits | TopK | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float64)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        head_32 = head.detach().float()
+        # Gradients may be rounded where logits may not: products of bfloat16 with results of bfloat16 are the fastest.
+        head_low, hidden_low = head_32.to(dtype), hidden.detach().to(dtype)
+        if isinstance(teacher, LazyLogits):
+            # The head in float32 once, not once a chunk.
+            teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
+        with matmul_precision(dtype):
+            for rows in _slices(len(hidden), chunk):
+                known = None if teacher is None else teacher.rows(rows)
+                logits = project(hidden[rows].detach(), head_32)
+                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype)
+                del logits, known  # nothing of a chunk may be there still when the next one is made
+                total += value
+                grad_hidden[rows] = slopes @ head_low
+                for tokens_of in _vocab_parts(grad_head):
+                    grad_head[tokens_of] += slopes[:, tokens_of].T @ hidden_low[rows]
+                del slopes
+        # Not saved by autograd, so that backward can scale them where they lie: a head's gradient is large.
+        ctx.gradients = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients, "the gradients of a chunked loss are there for one backward pass"
+        (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
+        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None

@@ -1,0 +1,64 @@
+"""A model in memory as a training needs it: its weights' format, its layers compiled, its matrix products' format."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from minitron.core.errors import RecipeError
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.optim import hold_weights
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.hidden_states import layers_of
+from minitron.model.hugging_face import new_model
+from minitron.model.sharded import load_for_training
+
+
+def trainable_model(
+    checkpoint: Checkpoint,
+    config: DistillConfig,
+    initialize: Literal["weights", "random"] = "weights",
+    seed: int = 0,
+) -> Any:
+    """The checkpoint's model, or one of its shape with random weights, set up to be trained."""
+    if initialize == "weights":
+        model = load_for_training(checkpoint, torch.float32)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = new_model(checkpoint.config, torch.float32)
+    hold_weights(model, config.weights)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        compile_layers(layers_of(model, checkpoint))
+    return model
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Let torch.compile run the layers, which then compute the same but for rounding.
+
+    Layers are alike, so one is compiled for all.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises: RecipeError if this machine has no compiler for what torch.compile writes for a CPU."""
+    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(command) is None:
+        raise RecipeError(
+            f"distill.compile=true needs a C++ compiler on a CPU, and there is no {command!r} here: install one "
+            "(g++ or clang++), name yours in the environment variable CXX, or leave out distill.compile"
+        )
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, matrix products of float32 weights are made in `dtype`: bfloat16, or float32 as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
