@@ -20,7 +20,6 @@ from statistics import mean
 from typing import Any
 
 from lib.measure import header, publish, table
-from minitron.pipeline.student_shape import judging_blocks
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.cli.process import keep_freed_memory
@@ -40,6 +39,7 @@ from minitron.pruning.steps import score_units
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
+from minitron.shapes.trial import judging_blocks
 
 BLOCK_TOKENS, SEED = 256, 0
 HELDOUT_BLOCKS, JUDGE_BLOCKS, SAMPLES = 128, 64, 256

@@ -56,7 +56,7 @@ STAGES = {
         ),
         *("distill", "evaluate", "generate", "quantize", "speed", "report", "card", "push", "main"),
     ),
-    "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
+    "pipeline": ("rules", "directory", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
         *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),

@@ -50,8 +50,10 @@ import sys
 from pathlib import Path
 from minitron.distillation.optim import soap
 from minitron.data.corpus import open_corpus
-from minitron.distillation.config import DistillConfig, resolve
-from minitron.distillation.train import distill, distill_until
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import ModelSize, Schedule, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, distill, distill_until
 from minitron.model.checkpoint import open_checkpoint
 from minitron.core.parallel import process_group
 
@@ -69,12 +71,13 @@ with process_group():
         **CORRECTION,
         **json.loads(sys.argv[3]),
     )
-    config = resolve(config, *shapes, weights_rms=0.1, block_tokens=16, train_tokens=1)
+    config = resolve(config, *(ModelSize(shape, 0.1) for shape in shapes), block_tokens=16, train_tokens=1)
+    training = Training(student, TeacherSource(teacher), corpus, Schedule.of_student(config, 16, 0), work)
     if steps:
-        distill_until(steps, corpus.heldout.head(3), student, teacher, corpus, config, seed=0, work=work)
+        distill_until(training, steps, corpus.heldout.head(3))
     else:
         (work / "out").mkdir(parents=True, exist_ok=True)
-        distill(student, teacher, corpus, config, seed=0, work=work, out=work / "out")
+        distill(training, work / "out")
 """
 
 
@@ -94,7 +97,7 @@ def bytes_read():
 with process_group() as here:
     teacher = open_checkpoint(DEMO_TEACHER)
     before = bytes_read()
-    OnlineTeacher(teacher.path, teacher, torch.float32, torch.device("cpu"))
+    OnlineTeacher(teacher, torch.float32, torch.device("cpu"))
     print(bytes_read() - before, flush=True)
 """
 
@@ -264,7 +267,7 @@ from minitron.core.parallel import process_group, full
 with process_group():
     for path in sorted(Path().glob("teacher-*")):
         teacher = open_checkpoint(path)
-        model = OnlineTeacher(path, teacher, torch.bfloat16, torch.device("cpu")).model
+        model = OnlineTeacher(teacher, torch.bfloat16, torch.device("cpu")).model
         expected = load_model(path, torch.bfloat16)
         found, known = (one.state_dict() | dict(one.named_buffers()) for one in (model, expected))
         assert found.keys() == known.keys(), path

@@ -11,13 +11,14 @@ import pytest
 import small
 import tiny
 import torch
+from trainings import Heard, resolved, training
 
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError
 from minitron.data.corpus import Corpus, batch_rows, open_corpus
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import num_steps, of_correction, of_scratch, resolve
-from minitron.distillation.train import CORRECTED, distill, learning_rate
+from minitron.distillation.schedule import Schedule, num_steps, of_correction, of_scratch
+from minitron.distillation.train import CORRECTED, distill
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.run import run
@@ -53,21 +54,22 @@ class Bench:
     undisturbed: Path
 
     def distill(self, at: Path, config: DistillConfig = CONFIG, **options: Any) -> Path:
-        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0} | options
+        listener = Heard(**options)
         (at / "out").mkdir(parents=True, exist_ok=True)
-        distill(config=self.resolved(config), work=at / "distill", out=at / "out", **arguments)
+        arguments = (self.student, self.teacher, self.corpus, self.resolved(config), at / "distill")
+        distill(training(*arguments, listener=listener), at / "out")
         return at / "out"
 
     def correct(self, at: Path, config: DistillConfig = CONFIG) -> Path:
         """By itself, before."""
-        own = of_correction(self.resolved(config))
         (at / "out").mkdir(parents=True)
-        distill(self.teacher, None, self.corpus, own, seed=0, work=at / "distill", out=at / "out")
+        arguments = (self.teacher, None, self.corpus, self.resolved(config), at / "distill")
+        distill(training(*arguments, kind=Schedule.of_correction), at / "out")
         return at / "out"
 
     def resolved(self, config: DistillConfig, **changes: Any) -> DistillConfig:
         shapes = (open_checkpoint(path).shape for path in (self.student, self.teacher))
-        return resolve(config, *shapes, **{"weights_rms": 1.0, "block_tokens": BLOCK, "train_tokens": 1} | changes)
+        return resolved(config, *shapes, **{"block_tokens": BLOCK, "train_tokens": 1} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,8 @@ def plain_step(model: Any, optimizer: torch.optim.Optimizer, rate: float) -> Non
 def plain_loop(bench: Bench) -> tuple[Any, Any]:
     """The student and the teacher that transformers and torch make of them, in parallel."""
     config = bench.resolved(CONFIG)
-    own, train = of_correction(config), bench.corpus.train
+    schedule, train = Schedule.of_student(config, BLOCK, 0), bench.corpus.train
+    assert schedule.teacher_rates is not None
     models = [tiny.model(path).train() for path in (bench.student, bench.teacher)]
     student, teacher = models
     optimizers = [plain_optimizer(model) for model in models]
@@ -116,10 +119,10 @@ def plain_loop(bench: Bench) -> tuple[Any, Any]:
         logits = teacher(input_ids=tokens).logits[:, :-1]
         p, q = logits.detach().softmax(-1), student(input_ids=tokens).logits[:, :-1].softmax(-1)
         (p * (p.log() - q.log())).sum(-1).mean().backward()
-        plain_step(student, optimizers[0], learning_rate(step, STEPS, config))
+        plain_step(student, optimizers[0], schedule.rates.at(step))
         if step < OWN_STEPS:
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            plain_step(teacher, optimizers[1], learning_rate(step, OWN_STEPS, own))
+            plain_step(teacher, optimizers[1], schedule.teacher_rates.at(step))
     return student, teacher
 
 
@@ -331,9 +334,9 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_corrected_before_is_by_hand_cross_entropy_and_a_run_of_what_it_made(before: Path, tmp_path: Path) -> None:
     recipe = load_recipe(before / "recipe.yaml")
     corpus = open_corpus(before / "data")
-    own = of_correction(recipe.distill)
+    rates = Schedule.of_correction(recipe.distill, BLOCK, 0).rates
     model = tiny.model(before.parent / "teacher").train()
-    optimizer, steps = plain_optimizer(model), num_steps(own.tokens or 0, BATCH, BLOCK)
+    optimizer, steps = plain_optimizer(model), rates.steps
     assert steps == min(10, corpus.train_tokens // (BATCH * BLOCK))
     for step in range(steps):
         rows = batch_rows(len(corpus.train), seed=0, step=step, batch=BATCH)
@@ -342,7 +345,7 @@ def test_corrected_before_is_by_hand_cross_entropy_and_a_run_of_what_it_made(bef
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, own)
+            group["lr"] = rates.at(step)
         optimizer.step()
         optimizer.zero_grad()
     assert_close(before / CORRECTED, model.state_dict(), atol=2e-5)
@@ -452,7 +455,7 @@ def test_a_search_judges_students_of_the_teacher_that_learns_in_parallel(tmp_pat
     (tmp_path / "out").mkdir()
     made = {"student": tmp_path / "out", CORRECTED: tmp_path / "work" / CORRECTED}
     corpus, start = open_corpus(tmp_path / "searched" / "data"), tmp_path / "searched" / "pruned"
-    distill(start, tmp_path / "teacher", corpus, config, seed=0, work=tmp_path / "work", out=made["student"])
+    distill(training(start, tmp_path / "teacher", corpus, config, tmp_path / "work"), made["student"])
     for name, path in made.items():
         assert_same(tmp_path / "searched" / name, path)
     assert math.isfinite(records.evaluations[CORRECTED].kl_to_teacher or math.nan)

@@ -8,11 +8,11 @@ import pytest
 import small
 import tiny
 import torch
+from trainings import resolved
 
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.hidden_loss import HiddenLoss, pairs_of, share_at
 from minitron.distillation.objective import Objective
-from minitron.distillation.schedule import resolve
 from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.architecture import Shape
@@ -112,24 +112,24 @@ def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_wi
     cut(teacher, tiny.plan(teacher.shape, hidden=hidden, layers=3), tmp_path / "student")
     student = open_checkpoint(tmp_path / "student")
     batch = Batch(tiny.tokens(2, 9, seed=4))
-    guide = OnlineTeacher(teacher.path, student, torch.float32, torch.device("cpu"), places=[0, 2])
+    teach = OnlineTeacher(teacher, torch.float32, torch.device("cpu"), depths=[0, 2])
     pairs = pairs_of("p1", student.shape, teacher.shape)
     between = HiddenLoss(pairs, student.shape, teacher.shape, centred=False)
     model = load_model(student.path, torch.float32)
     layers = layers_of(model, student)
-    pupil = StudentModule(model, layers, Objective(), between, torch.float32).train()
-    lesson = guide(batch)
-    before = pupil(batch, lesson)[1].item()
-    pupil.fit_maps([(batch, lesson, 1.0)])
-    objective, compared = pupil(batch, lesson)
+    module = StudentModule(model, layers, Objective(), between, torch.float32).train()
+    output = teach(batch)
+    before = module(batch, output)[1].item()
+    module.fit_maps([(batch, output, 1.0)])
+    objective, compared = module(batch, output)
     assert 0 < compared.item() <= before * (1 if hidden == 32 else 0.9)
-    alone, nothing = StudentModule(model, layers, Objective(), None, torch.float32)(batch, lesson)
+    alone, nothing = StudentModule(model, layers, Objective(), None, torch.float32)(batch, output)
     torch.testing.assert_close(objective, alone)
     assert nothing.item() == 0
     (objective + compared).backward()
-    assert all(parameter.grad is not None for parameter in pupil.parameters())
+    assert all(parameter.grad is not None for parameter in module.parameters())
     assert len(list(between.parameters())) == (0 if hidden == 32 else 2)
-    assert torch.equal(pupil.eval()(batch, lesson)[0], objective)
+    assert torch.equal(module.eval()(batch, output)[0], objective)
 
 
 def test_by_default_every_student_of_a_teacher_beside_it_has_them() -> None:
@@ -140,5 +140,5 @@ def test_by_default_every_student_of_a_teacher_beside_it_has_them() -> None:
         ({"teacher": "recorded"}, "off"),
     ]
     for change, expected in changes:
-        config = resolve(DistillConfig(**change), SHAPE, SHAPE, weights_rms=1.0, block_tokens=16, train_tokens=100_000)
+        config = resolved(DistillConfig(**change), SHAPE, SHAPE, block_tokens=16, train_tokens=100_000)
         assert config.intermediate == expected

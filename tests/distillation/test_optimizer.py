@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron.distillation.optim import TRAINING_BYTES, hold_weights, make_optimizer, soap, training_bytes
+from minitron.distillation.optim import (
+    TRAINING_BYTES,
+    OptimizerOptions,
+    hold_weights,
+    make_optimizer,
+    soap,
+    training_bytes,
+)
 from minitron.distillation.optim.soap import Soap
 from minitron.model.architecture import Shape
 from minitron.model.families import FAMILIES
@@ -125,8 +132,9 @@ def test_inputs_along_skew_axes_are_learnt_sooner() -> None:
 
 
 def optimizer_of(parameters: list[nn.Parameter], optimizer: Any, weights: Any = "float32", **kwargs: Any) -> Any:
-    options = {"vocabulary": [], "betas": BETAS, "weight_decay": 0.0, "dtype": torch.float32, "seed": 0} | kwargs
-    return make_optimizer({"student": parameters}, optimizer, weights, **options)
+    vocabulary = kwargs.pop("vocabulary", [])
+    how = {"betas": BETAS, "weight_decay": 0.0, "dtype": torch.float32, "seed": 0} | kwargs
+    return make_optimizer({"student": parameters}, optimizer, OptimizerOptions(weights, **how), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "adamw"])

@@ -8,13 +8,13 @@ import pytest
 import small
 import tiny
 import torch
+from trainings import resolved, training
 
 from minitron.core.errors import MinitronError
 from minitron.distillation import recording as module
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.objective import TopK
 from minitron.distillation.recording import RecordedTeacher, record_logits
-from minitron.distillation.schedule import resolve
 from minitron.distillation.train import blocks_read, distill
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
@@ -51,7 +51,7 @@ def test_lessons_do_not_depend_on_the_parts_of_text_or_vocabulary(
 ) -> None:
     path = tiny.checkpoint("llama", tmp_path / "teacher")
     tokens, whole = written(path, tmp_path / "whole")
-    monkeypatch.setattr(module, "PART_BYTES", 4000)
+    monkeypatch.setattr(module, "RECORDED_PART_BYTES", 4000)
     monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 1500)
     _, split = written(path, tmp_path / "split")
     assert len(list((tmp_path / "split").glob("shard-*"))) > 1
@@ -157,15 +157,14 @@ def test_lessons_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: 
     corpus = small.corpus(tmp_path / "data", teacher, 16)
     checkpoint = open_checkpoint(teacher)
     config = DistillConfig(tokens=640, batch_blocks=4, teacher="recorded", top_k=5)
-    config = resolve(
-        config, checkpoint.shape, checkpoint.shape, weights_rms=1.0, block_tokens=16, train_tokens=corpus.train_tokens
-    )
+    config = resolved(config, checkpoint.shape, checkpoint.shape, block_tokens=16, train_tokens=corpus.train_tokens)
+    learning = training(teacher, tmp_path / "lessons", corpus, config, tmp_path / "work")
     (tmp_path / "lessons").mkdir()
-    blocks = blocks_read(corpus, config, seed=0)
+    blocks = blocks_read(corpus, learning.schedule)
     record_logits(checkpoint, Samples(torch.from_numpy(blocks)), Pass(torch.float32), tmp_path / "lessons", top_k=4)
     with pytest.raises(MinitronError, match=r"the lessons in .* have top_k 4, and 5 is wanted: write them again"):
         (tmp_path / "out").mkdir()
-        distill(teacher, tmp_path / "lessons", corpus, config, seed=0, work=tmp_path / "work", out=tmp_path / "out")
+        distill(learning, tmp_path / "out")
 
 
 def test_losses_that_a_recorded_teacher_cannot_give_are_refused() -> None:
@@ -176,4 +175,4 @@ def test_losses_that_a_recorded_teacher_cannot_give_are_refused() -> None:
     ):
         config = DistillConfig(teacher="recorded", **changes)
         with pytest.raises(MinitronError, match=message):
-            resolve(config, shape, shape, weights_rms=1.0, block_tokens=16, train_tokens=10_000)
+            resolved(config, shape, shape, block_tokens=16, train_tokens=10_000)

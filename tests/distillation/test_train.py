@@ -24,12 +24,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
+from trainings import Heard, resolved, training
 
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.data.corpus import Corpus, batch_rows, next_rows
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import num_steps, of_scratch, resolve
-from minitron.distillation.train import distill, distill_until, learning_rate
+from minitron.distillation.schedule import Rates, Schedule, num_steps, of_scratch
+from minitron.distillation.train import Training, distill, distill_until
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.hidden_states import capture_hidden_states
@@ -69,21 +70,26 @@ class Bench:
 
     def distill(self, at: Path, config: DistillConfig = CONFIG, **options: Any) -> Path:
         """Train in the directory `at`; the student is in `at / "out"`."""
-        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus, "seed": 0}
-        arguments |= {"warn": unexpected} | options
-        config = self.resolved(config)
         (at / "out").mkdir(parents=True, exist_ok=True)
-        distill(config=config, work=at / "distill", out=at / "out", **arguments)
+        distill(self.training(at, config, **options), at / "out")
         return at / "out"
+
+    def training(self, at: Path, config: DistillConfig, **options: Any) -> Training:
+        heard = {name: options.pop(name) for name in ("progress", "warn") if name in options}
+        arguments = {"student": self.student, "teacher": self.teacher, "corpus": self.corpus} | options
+        listener = Heard(**{"warn": unexpected} | heard)
+        return training(**arguments, config=self.resolved(config), work=at / "distill", listener=listener)
 
     def until(self, step: int, at: Path, config: DistillConfig = CONFIG, **options: Any) -> float:
         """Train up to a step, judged on four held-out blocks."""
         judge = self.corpus.heldout.head(4)
-        arguments = (step, judge, self.student, self.teacher, self.corpus, self.resolved(config))
-        return distill_until(*arguments, seed=0, work=at / "distill", **{"warn": unexpected} | options)
+        return distill_until(self.training(at, config, **options), step, judge)
+
+    def rates(self, config: DistillConfig) -> Rates:
+        return Schedule.of_student(self.resolved(config), BLOCK, 0).rates
 
     def resolved(self, config: DistillConfig) -> DistillConfig:
-        return resolve(config, *self.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1)
+        return resolved(config, *self.shapes, block_tokens=BLOCK, train_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +141,16 @@ def naive_kl(student: Any, teacher: Any, tokens: Tensor) -> Tensor:
 
 
 def test_learning_rate_is_that_of_torchs_schedulers() -> None:
-    config = CONFIG.model_copy(update={"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 10})
+    rates = Rates(100, 1e-3, 1e-4, 10)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-4)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[10])
     for step in range(100):
-        assert learning_rate(step, 100, config) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9), step
+        assert rates.at(step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9), step
         optimizer.step()
         schedule.step()
-    assert learning_rate(55, 100, config) == pytest.approx(5.5e-4)
+    assert rates.at(55) == pytest.approx(5.5e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_resolve_fills_every_default_by_its_rule(
     bench: Bench, hidden: int, tokens: int, block: int, rate: float, batch: int, warmup: int, evaluate: int
 ) -> None:
     shape = replace(open_checkpoint(bench.student).shape, hidden=hidden)
-    config = resolve(DistillConfig(), shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=tokens)
+    config = resolved(DistillConfig(), shape, shape, block_tokens=block, train_tokens=tokens)
     left_open = {name for name, value in config if value is None}
     correction = {"correction", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"}
     assert left_open == {"top_k", "stop_at_loss", *correction} and config.precision != "auto"
@@ -170,7 +176,7 @@ def test_resolve_fills_every_default_by_its_rule(
     assert config.warmup_steps == warmup
     assert config.evaluate_steps == evaluate
     assert config.checkpoint_steps == num_steps(tokens, batch, block) // 10
-    assert resolve(config, shape, shape, weights_rms=1.0, block_tokens=block, train_tokens=1) == config
+    assert resolved(config, shape, shape, block_tokens=block, train_tokens=1) == config
 
 
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
@@ -178,7 +184,7 @@ def test_resolve_keeps_what_is_given(bench: Bench) -> None:
         update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": "p1"}
         | {"optimizer": "adamw"}
     )
-    assert resolve(given, *bench.shapes, weights_rms=1.0, block_tokens=BLOCK, train_tokens=1) == given
+    assert resolved(given, *bench.shapes, block_tokens=BLOCK, train_tokens=1) == given
 
 
 def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not(bench: Bench) -> None:
@@ -187,14 +193,14 @@ def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not
 
     def rate(weights_rms: float, batch_blocks: int = 128, **more: bool) -> float | None:
         config = DistillConfig(batch_blocks=batch_blocks)
-        return resolve(config, shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
+        return resolved(config, shape, shape, weights_rms=weights_rms, **options, **more).learning_rate
 
     assert (rate(0.02), rate(0.04)) == (1.2e-3, 2.4e-3)
     assert (rate(0.02, repaired=True), rate(0.04, repaired=True)) == (6e-4, 1.2e-3)
     assert rate(10.0) == float(f"{0.4 / shape.hidden:.2g}")
     assert (rate(0.02, batch_blocks=32), rate(0.02, batch_blocks=512)) == (6e-4, 1.2e-3)
     plain, repaired = (
-        resolve(DistillConfig(batch_blocks=128), shape, shape, weights_rms=0.02, repaired=flag, **options)
+        resolved(DistillConfig(batch_blocks=128), shape, shape, weights_rms=0.02, repaired=flag, **options)
         for flag in (False, True)
     )
     assert of_scratch(repaired) == of_scratch(plain)
@@ -332,7 +338,7 @@ def test_with_states_between_layers_too_the_loop_is_a_plain_one(bench: Bench, tm
     weight = 0.0
     for step, tokens in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, bench.resolved(config))
+            group["lr"] = bench.rates(config).at(step)
         kl = naive_kl(student, teacher, tokens)
         with torch.no_grad():
             theirs = states(teacher, tokens)
@@ -492,8 +498,8 @@ def test_with_another_batch_training_goes_on_behind_the_blocks_read(bench: Bench
     steps, read = num_steps(STEPS * BATCH * BLOCK, batch, BLOCK), done * BATCH
     order = next_rows(len(bench.corpus.train), seed=0, drawn=0, count=read + (steps - first) * batch)
     rows = [*np.split(order[:read], done), *np.split(order[read:], steps - first)]
-    rates = [learning_rate(step, STEPS, bench.resolved(before)) for step in range(done)]
-    rates += [learning_rate(step, steps, bench.resolved(after)) for step in range(first, steps)]
+    rates = [bench.rates(before).at(step) for step in range(done)]
+    rates += [bench.rates(after).at(step) for step in range(first, steps)]
     assert_close(trained, plain_loop(bench, rows, rates, clip))
     metrics = [json.loads(line) for line in (tmp_path / "distill" / "metrics.jsonl").read_text().splitlines()]
     seen = [row["tokens"] for row in metrics if "loss" in row]
@@ -506,8 +512,8 @@ def test_another_number_of_tokens_is_another_schedule_from_there_on(bench: Bench
     after = before.model_copy(update={"tokens": steps * BATCH * BLOCK})
     bench.until(done, tmp_path, before)
     trained = bench.distill(tmp_path, after)
-    rates = [learning_rate(step, STEPS, bench.resolved(before)) for step in range(done)]
-    rates += [learning_rate(step, steps, bench.resolved(after)) for step in range(done, steps)]
+    rates = [bench.rates(before).at(step) for step in range(done)]
+    rates += [bench.rates(after).at(step) for step in range(done, steps)]
     rows = np.split(next_rows(len(bench.corpus.train), seed=0, drawn=0, count=steps * BATCH), steps)
     assert_close(trained, plain_loop(bench, rows, rates, clip))
 
@@ -657,7 +663,7 @@ def test_a_random_start_is_transformers_own_and_a_function_of_the_seed(bench: Be
     # A step too small to change a float32.
     still = CONFIG.model_copy(update={"tokens": BATCH * BLOCK, "learning_rate": 1e-30, "loss": "cross_entropy"})
     for seed in (0, 1):
-        out = bench.distill(tmp_path / str(seed), still, teacher=None, initialize="random", seed=seed)
+        out = bench.distill(tmp_path / str(seed), still, teacher=None, kind=Schedule.of_scratch, seed=seed)
         torch.manual_seed(seed)
         expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(bench.student)).state_dict()
         started = tiny.tensors(out)

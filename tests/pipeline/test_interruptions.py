@@ -21,10 +21,10 @@ import tiny
 from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
+from minitron.core import interrupts
 from minitron.core.direct_io import ahead
-from minitron.core.interrupts import graceful_stop
+from minitron.core.interrupts import STOPPING, graceful_stop
 from minitron.core.worker import Child
-from minitron.distillation import train
 from minitron.evaluation.tasks import sandbox
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
@@ -146,7 +146,7 @@ def stop_raises() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", train.STOPPING)
+@pytest.mark.parametrize("number", STOPPING)
 @pytest.mark.usefixtures("stop_raises")
 def test_a_signal_that_nobody_heeded_in_a_training_comes_after_it(number: int) -> None:
     heard = False
@@ -162,7 +162,7 @@ def test_a_signal_that_is_passed_on_is_one_and_a_later_one_acts_at_once(monkeypa
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.number == signal.SIGINT
-        monkeypatch.setattr(train, "SAME_SIGNAL_SECONDS", 0.0)
+        monkeypatch.setattr(interrupts, "SAME_SIGNAL_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the later signal did nothing")
 

@@ -25,7 +25,7 @@ from minitron.model import weights
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
-from minitron.pipeline.stages import prune
+from minitron.pipeline.stages import Run, cut_teacher
 from minitron.pruning.cut import cut, cut_tensor, kept_rows
 from minitron.pruning.plan import Plan, PruneConfig, identity_plan
 from minitron.pruning.steps import Pruner, Scoring
@@ -283,15 +283,18 @@ def test_the_pruned_files_are_not_read_again_for_their_digests(llama: Path, tmp_
         small.corpus(tmp_path / "text", small.teacher(tmp_path / "teacher")),
     )
     with RunDirectory(tmp_path / "run") as stages:
+        run = Run(stages, recipe, checkpoint, None, plan.student)
+        run.corpus, run.pruner, run.plan = corpus, plainly, plan
         (stages.out / "plan").mkdir()
         plan.save(stages.out / "plan" / "plan.json")
-        pruned = prune(stages, plainly, plan, recipe, corpus)
+        cut_teacher(run)
+        pruned = run.models["pruned"]
         known = json.loads((stages.out / ".digests.json").read_text())
         file = pruned / "model.safetensors"
         assert known[str(file)][3] == hashlib.sha256(file.read_bytes()).hexdigest()
         digest = stages.digest([file])
         assert json.loads((stages.out / ".digests.json").read_text()) == known
-        assert prune(stages, plainly, plan, recipe, corpus) == pruned  # done: nothing to remember
+        cut_teacher(run)  # done: nothing to remember
     with RunDirectory(tmp_path / "run") as stages:
         assert stages.digest([file]) == digest
         stages.remember({file: "made up"})

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import small
 import torch
-from minitron.pipeline.student_shape import judging_blocks, machine_for
 
 from minitron.data.corpus import batch_rows
-from minitron.shapes.space import Machine, SearchConfig
+from minitron.shapes.space import Machine, SearchConfig, machine_for
+from minitron.shapes.trial import judging_blocks
 
 
 @pytest.mark.parametrize("num_blocks", [5, 10_000])

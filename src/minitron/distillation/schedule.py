@@ -82,7 +82,7 @@ class Schedule:
 
     @property
     def step_tokens(self) -> int:
-        """The tokens of one step's batch."""
+        """The tokens of one optimizer step."""
         return self.batch_blocks * self.block_tokens
 
     @classmethod

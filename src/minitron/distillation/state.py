@@ -24,7 +24,6 @@ from minitron.core.parallel import at_holder, from_holder, joined, shard_like
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
 from minitron.distillation import layouts
-from minitron.distillation.schedule import Schedule
 from minitron.model.weights import write_shard
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
@@ -64,7 +63,8 @@ class States:
     work: Path
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    batch_blocks: int
+    block_tokens: int
     warn: Callable[[str], None]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     holders: Mapping[Tensor, int] = field(default_factory=dict)
@@ -103,8 +103,8 @@ class States:
             facts = Facts(
                 step=step,
                 tokens=tokens,
-                batch_blocks=self.schedule.batch_blocks,
-                block_tokens=self.schedule.block_tokens,
+                batch_blocks=self.batch_blocks,
+                block_tokens=self.block_tokens,
                 optimizer=type(self.optimizer).__name__,
                 versions=versions(),
                 files={name: _write(partial / name, tensors) for name, tensors in self._contents().items()},
@@ -134,7 +134,7 @@ class States:
         self._restore(path, facts)
         self._good, self._step = (
             [path],
-            nearest_step(facts.tokens, self.schedule.batch_blocks * self.schedule.block_tokens),
+            nearest_step(facts.tokens, self.batch_blocks * self.block_tokens),
         )
         if unusable:
             warn(f"training goes on from {path}, step {self._step}")
@@ -174,10 +174,10 @@ class States:
 
     def _restore(self, path: Path, facts: Facts) -> None:
         kind = type(self.optimizer).__name__
-        if (facts.optimizer, facts.block_tokens) != (kind, self.schedule.block_tokens):
+        if (facts.optimizer, facts.block_tokens) != (kind, self.block_tokens):
             raise RunError(
                 f"{path} is of {facts.optimizer} on blocks of {facts.block_tokens} tokens, and this training is of "
-                f"{kind} on blocks of {self.schedule.block_tokens}; go on with the same, or start in an empty directory"
+                f"{kind} on blocks of {self.block_tokens}; go on with the same, or start in an empty directory"
             )
         for file in (STUDENT, EXTRA):
             stored = load_file(path / file) if file in facts.files else {}
