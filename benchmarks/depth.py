@@ -17,9 +17,10 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import CalibrateConfig, calibrate
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
-from minitron.distillation import train
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import resolve
+from minitron.distillation.schedule import ModelSize, Schedule, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, distill
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -137,7 +138,7 @@ def section(
 
 
 def measured(
-    args: argparse.Namespace, checkpoint: Checkpoint, corpus: Corpus, dropped: Variant, work: Path, distill: bool
+    args: argparse.Namespace, checkpoint: Checkpoint, corpus: Corpus, dropped: Variant, work: Path, distilled: bool
 ) -> list[str]:
     """Loss and KL after the cut, and after distilling."""
     kept = tuple(layer for layer in range(checkpoint.shape.layers) if layer not in dropped)
@@ -151,16 +152,17 @@ def measured(
         cut(checkpoint, plan, pruned)
         before = evaluate(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
-        if distill:
+        if distilled:
+            weights_rms = checkpoint.weights_rms()
             config = resolve(
                 DistillConfig(tokens=args.tokens),
-                plan.student,
-                checkpoint.shape,
-                weights_rms=checkpoint.weights_rms(),
+                ModelSize(plan.student, weights_rms),
+                ModelSize(checkpoint.shape, weights_rms),
                 block_tokens=corpus.block_tokens,
                 train_tokens=corpus.train_tokens,
             )
-            train.distill(pruned, checkpoint.path, corpus, config, seed=0, work=state, out=student)
+            schedule = Schedule.of_student(config, corpus.block_tokens, 0)
+            distill(Training(pruned, TeacherSource(checkpoint.path), corpus, schedule, state), student)
             after = evaluate(load_model(student), heldout, teacher=teacher)
             values += [after.lm_loss, after.kl_to_teacher]
     return [f"{value or 0.0:.3f}" for value in values] + [""] * (4 - len(values))

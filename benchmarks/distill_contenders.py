@@ -225,15 +225,15 @@ def minitron(
     if between is not None:
         model.add_module("between", between.to(task.device))  # so that the loop trains its maps
     seen = [theirs for _, theirs in pairs]
-    guide = OnlineTeacher(of_teacher.path, student, task.dtype, task.device, places=seen, compiled=compiled)
+    online = OnlineTeacher(of_teacher, task.dtype, task.device, depths=seen, compiled=compiled)
     layers = layers_of(model, student)
     if compiled:
         compile_layers(layers)
-    pupil = StudentModule(model, layers, config.objective, between, task.dtype).train()
+    module = StudentModule(model, layers, config.objective, between, task.dtype).train()
     batch = Batch(tokens)
 
     def loss() -> Tensor:
-        objective, compared = pupil(batch, guide(batch))
+        objective, compared = module(batch, online(batch))
         return (objective + compared) / batch.num_predicted
 
     return loss

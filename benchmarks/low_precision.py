@@ -31,11 +31,12 @@ from lib.distillations import (
 )
 from lib.measure import header, table
 
-from minitron.distillation import train
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.optim import LOW_PRECISION, hold_weights, make_optimizer
+from minitron.distillation.optim import LOW_PRECISION, OptimizerOptions, hold_weights, make_optimizer
 from minitron.distillation.optim.low_precision import BFloat16AdamW
-from minitron.distillation.schedule import num_steps, resolve
+from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, distill
 from minitron.model.checkpoint import load_model
 from minitron.pruning.repair.config import BEST
 
@@ -79,11 +80,11 @@ def cut(bench: Bench) -> Path:
 
 
 def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
+    weights_rms = bench.teacher.weights_rms()
     config = resolve(
         DistillConfig(tokens=tokens, precision="bfloat16", optimizer="adamw"),
-        bench.shape("width"),
-        bench.teacher.shape,
-        weights_rms=bench.teacher.weights_rms(),
+        ModelSize(bench.shape("width"), weights_rms),
+        ModelSize(bench.teacher.shape, weights_rms),
         block_tokens=BLOCK_TOKENS,
         train_tokens=bench.corpus.train_tokens,
         repaired=True,
@@ -103,9 +104,8 @@ def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed
     with tempfile.TemporaryDirectory(dir=bench.cache) as path:
         work, out = Path(path), Path(path) / "student"
         out.mkdir()
-        trained = train.distill(
-            pruned, bench.teacher.path, bench.corpus, config, seed=seed, work=work / "distill", out=out
-        )
+        source, schedule = TeacherSource(bench.teacher.path), Schedule.of_student(config, BLOCK_TOKENS, seed)
+        trained = distill(Training(pruned, source, bench.corpus, schedule, work / "distill"), out)
         return {
             "student": bench.measure(out),
             "learning_rate": peak,
@@ -118,9 +118,8 @@ def bytes_per_parameter(pruned: Path, weights: Any) -> float:
     """Weights, gradients and what the optimizer holds after a step, but for its step counts."""
     model = load_model(pruned, torch.float32)
     hold_weights(model, weights)
-    options: dict[str, Any] = {"vocabulary": [], "betas": (0.9, 0.95), "weight_decay": 0.1}
-    options |= {"dtype": torch.float32, "seed": 0}
-    optimizer = make_optimizer({"student": [*model.parameters()]}, "adamw", weights, **options)
+    options = OptimizerOptions(weights, betas=(0.9, 0.95), weight_decay=0.1, dtype=torch.float32, seed=0)
+    optimizer = make_optimizer({"student": [*model.parameters()]}, "adamw", options, vocabulary=[])
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -20,7 +20,7 @@ from distill_step import write_models
 from lib.measure import header, publish, table
 
 from minitron.cli.process import keep_freed_memory
-from minitron.distillation.optim import make_optimizer, vocabulary_of
+from minitron.distillation.optim import OptimizerOptions, make_optimizer, vocabulary_of
 from minitron.distillation.optim.soap import AXES_STEPS
 
 OPTIMIZERS = ("adamw", "soap")
@@ -63,9 +63,8 @@ def passes(task: Task) -> float:
 def steps(task: Task, optimizer: Any, repetitions: int) -> list[float]:
     """Mean seconds of the optimizer's own steps in turns of ten, after one turn."""
     model = task.student()
-    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "dtype": task.dtype, "seed": 0}
-    options |= {"vocabulary": vocabulary_of(model)}
-    own = make_optimizer({"student": [*model.parameters()]}, optimizer, "float32", **options)
+    options = OptimizerOptions("float32", betas=(0.9, 0.95), weight_decay=0.1, dtype=task.dtype, seed=0)
+    own = make_optimizer({"student": [*model.parameters()]}, optimizer, options, vocabulary=vocabulary_of(model))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     turns = [[timed(own.step, task.device) for _ in range(AXES_STEPS)] for _ in range(1 + repetitions)]

@@ -25,8 +25,9 @@ from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import num_steps, resolve, resolve_without_student
-from minitron.distillation.train import distill, distill_until
+from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -125,8 +126,7 @@ def prepared(args: argparse.Namespace) -> Bench:
     )
     train = resolve_without_student(
         DistillConfig(tokens=args.tokens, evaluate_blocks=1),  # evaluation changes no weight
-        teacher.shape,
-        teacher_weights_rms=teacher.weights_rms(),
+        ModelSize(teacher.shape, teacher.weights_rms()),
         block_tokens=BLOCK_TOKENS,
         train_tokens=1,
     )
@@ -169,17 +169,16 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     scores = score_units(bench.statistics, bench.teacher.shape, bench.prune)
     judge = judging_blocks(bench.corpus, SEED, JUDGE_BLOCKS)
     repaired = bool(bench.repairs)
+    weights_rms = bench.teacher.weights_rms()
     config = resolve(
         bench.distill,
-        candidate.shape,
-        bench.teacher.shape,
-        weights_rms=bench.teacher.weights_rms(),
+        ModelSize(candidate.shape, weights_rms),
+        ModelSize(bench.teacher.shape, weights_rms),
         block_tokens=BLOCK_TOKENS,
         train_tokens=1,
         repaired=repaired,
     )
-    assert config.tokens and config.batch_blocks
-    steps = num_steps(config.tokens, config.batch_blocks, BLOCK_TOKENS)
+    schedule = Schedule.of_student(config, BLOCK_TOKENS, SEED)
     with tempfile.TemporaryDirectory(prefix="minitron-bench-") as directory:
         pruned, work, student = (Path(directory) / name for name in ("pruned", "work", "student"))
         pruned.mkdir()
@@ -193,12 +192,17 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
             Evidence(bench.statistics, scores, draw_samples(bench.corpus, CALIBRATE.samples, SEED)),
             CALIBRATE.as_pass(),
         )
-        run = (pruned, bench.teacher.path, bench.corpus, config)
-        stops = [0, *(round(share * steps) for share in RUNGS), steps]
-        judged = {str(step): distill_until(step, judge, *run, seed=SEED, work=work) for step in stops}
-        distill(*run, seed=SEED, work=work, out=student)
+        training = Training(pruned, TeacherSource(bench.teacher.path), bench.corpus, schedule, work)
+        stops = [0, *(round(share * schedule.steps) for share in RUNGS), schedule.steps]
+        judged = {str(step): distill_until(training, step, judge) for step in stops}
+        distill(training, student)
         quality = {name: quality_of(bench, path) for name, path in (("cut", pruned), ("final", student))}
-    row = {"name": candidate.name, "shape": asdict(candidate.shape), "costs": asdict(candidate.costs), "steps": steps}
+    row = {
+        "name": candidate.name,
+        "shape": asdict(candidate.shape),
+        "costs": asdict(candidate.costs),
+        "steps": schedule.steps,
+    }
     return row | {"judged": judged} | quality | {"seconds": time.monotonic() - started}
 
 

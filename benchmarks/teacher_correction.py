@@ -34,9 +34,10 @@ from lib.distillations import (
 from lib.measure import header, table
 
 from minitron.core.device import pick_device
-from minitron.distillation import train
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import of_correction, resolve
+from minitron.distillation.schedule import ModelSize, Schedule, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import CORRECTED, Training, distill
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import load_model
 from minitron.pruning.repair.config import BEST
@@ -68,25 +69,26 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
         return
     config = settled(bench, shape, correction, tokens, rate)
     with tempfile.TemporaryDirectory(dir=bench.cache) as path:
-        work, cut_from, guide, seconds = Path(path), bench, bench.teacher.path, 0.0
-        pruned, out, corrected = (work / name for name in ("pruned", "student", train.CORRECTED))
+        work, cut_from, teacher, seconds = Path(path), bench, bench.teacher.path, 0.0
+        pruned, out, corrected = (work / name for name in ("pruned", "student", CORRECTED))
         for directory in (pruned, out, corrected):
             directory.mkdir()
         if correction == "before":
-            own = of_correction(config)
-            made = train.distill(guide, None, bench.corpus, own, seed=seed, work=work / "own", out=corrected)
-            cut_from, guide, seconds = Bench(corrected, "cached", None, bench.cache), corrected, made.seconds
+            own = Schedule.of_correction(config, BLOCK_TOKENS, seed)
+            made = distill(Training(teacher, TeacherSource(), bench.corpus, own, work / "own"), corrected)
+            cut_from, teacher, seconds = Bench(corrected, "cached", None, bench.cache), corrected, made.seconds
         cut_from.cut(bench.shape(shape), list(BEST), pruned)
-        made = train.distill(pruned, guide, bench.corpus, config, seed=seed, work=work / "distill", out=out)
-        guide = work / "distill" / train.CORRECTED if correction == "parallel" else guide
+        schedule = Schedule.of_student(config, BLOCK_TOKENS, seed)
+        made = distill(Training(pruned, TeacherSource(teacher), bench.corpus, schedule, work / "distill"), out)
+        teacher = work / "distill" / CORRECTED if correction == "parallel" else teacher
         row = {
             "key": key,
             "correction_tokens": config.correction_tokens,
             "correction_learning_rate": config.correction_learning_rate,
             "learning_rate": config.learning_rate,
-            "teacher": bench.measure(guide),
+            "teacher": bench.measure(teacher),
             "cut": bench.measure(pruned),
-            "student": bench.measure(out) | {"kl_to_its_teacher": kl(bench, out, guide)},
+            "student": bench.measure(out) | {"kl_to_its_teacher": kl(bench, out, teacher)},
             "seconds": seconds + made.seconds,
         }
     bench.record(row)
@@ -95,11 +97,11 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
 def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> DistillConfig:
     """Everything by the default rules, which see the teacher as it was given; the correction's rate times `rate`."""
     config = DistillConfig(tokens=tokens, correction=None if correction == "none" else correction, evaluate_blocks=1)
+    weights_rms = bench.teacher.weights_rms()
     config = resolve(
         config,
-        bench.shape(shape),
-        bench.teacher.shape,
-        weights_rms=bench.teacher.weights_rms(),
+        ModelSize(bench.shape(shape), weights_rms),
+        ModelSize(bench.teacher.shape, weights_rms),
         block_tokens=BLOCK_TOKENS,
         train_tokens=bench.corpus.train_tokens,
         repaired=True,

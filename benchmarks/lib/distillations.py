@@ -20,11 +20,11 @@ from minitron.calibration.collect import Statistics, calibrate
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
-from minitron.distillation import train
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import record_logits
-from minitron.distillation.schedule import num_steps, resolve
-from minitron.distillation.train import blocks_read
+from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, blocks_read, distill
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
@@ -161,9 +161,8 @@ class Bench:
         loss = {"loss": "cross_entropy"} if start == "scratch" else {}
         config = resolve(
             DistillConfig(tokens=tokens, **loss, **changes),
-            student,
-            self.teacher.shape,
-            weights_rms=math.inf,
+            ModelSize(student, math.inf),
+            ModelSize(self.teacher.shape, math.inf),
             block_tokens=BLOCK_TOKENS,
             train_tokens=self.corpus.train_tokens,
         )
@@ -184,17 +183,11 @@ class Bench:
             for directory in (pruned, out):
                 directory.mkdir()
             self.cut(student, STARTS[start], pruned)
-            guide, recorded = self.guide(config, seed, work)
-            trained = train.distill(
-                pruned,
-                guide,
-                self.corpus,
-                config,
-                seed=seed,
-                work=work / "distill",
-                out=out,
-                initialize="random" if start == "scratch" else "weights",
-            )
+            schedule = Schedule.of_student(config, BLOCK_TOKENS, seed)
+            if start == "scratch":
+                schedule = replace(schedule, initialize="random")
+            source, recorded = self.source(schedule, work)
+            trained = distill(Training(pruned, source, self.corpus, schedule, work / "distill"), out)
             row = {
                 "key": key,
                 "cut": None if start == "scratch" else self.measure(pruned),
@@ -215,13 +208,14 @@ class Bench:
         self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
-    def guide(self, config: DistillConfig, seed: int, work: Path) -> tuple[Path | None, dict[str, float]]:
-        """What the student learns from, and what it took to record it, where it is recorded."""
+    def source(self, schedule: Schedule, work: Path) -> tuple[TeacherSource, dict[str, float]]:
+        """The teacher of the student, and what it took to record its logits, where they are recorded."""
+        config = schedule.config
         if config.loss == "cross_entropy":
-            return None, {}
+            return TeacherSource(), {}
         if config.teacher == "online":
-            return self.teacher.path, {}
-        blocks, start = blocks_read(self.corpus, config, seed), time.monotonic()
+            return TeacherSource(self.teacher.path), {}
+        blocks, start = blocks_read(self.corpus, schedule), time.monotonic()
         (work / "lessons").mkdir()
         assert config.top_k
         dtype = compute_dtype("auto", pick_device())
@@ -230,7 +224,10 @@ class Bench:
         )
         size = sum(file.stat().st_size for file in (work / "lessons").iterdir())
         seconds = time.monotonic() - start
-        return work / "lessons", {"recording_seconds": seconds, "lesson_bytes_a_token": size / blocks.size}
+        return TeacherSource(recording=work / "lessons"), {
+            "recording_seconds": seconds,
+            "lesson_bytes_a_token": size / blocks.size,
+        }
 
     def cut(self, student: Shape, steps: list[Step], out: Path) -> None:
         samples, pass_ = draw_samples(self.corpus, SAMPLES, seed=0), Pass(compute_dtype("auto", pick_device()))
