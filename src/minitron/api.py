@@ -297,7 +297,7 @@ def distill(
     teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
     require_distill_effects(config)
-    trackers.require_installed(config.log_to)
+    trackers.require_trackers(config.log_to)
     work, final = beside(out, "work"), {"student": out}
     final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
     with parallel.process_group():

@@ -1,4 +1,4 @@
-"""A recipe is everything that changes a number: the rooms' sections, loaded strictly and dumped completely."""
+"""A recipe holds every setting that changes a number, a section for each package; it loads strictly."""
 
 import copy
 import re
@@ -46,7 +46,7 @@ class Recipe(Section):
     gguf: QuantizeConfig = QuantizeConfig()
 
 
-Kind = TypeVar("Kind", bound=Section)
+SectionKind = TypeVar("SectionKind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,7 +73,7 @@ _Loader.add_implicit_resolver(
 
 
 def find_recipe(name: str) -> Path:
-    """The file of that name, or the recipe that ships under that name.
+    """Find the file of that name, or the recipe that ships under that name.
 
     Raises: RecipeError if there is neither.
     """
@@ -98,7 +98,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def demo_recipe(overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of the demo, which halves a small Llama that writes Python.
+    """Load the recipe of the demo, which halves a small Llama that writes Python.
 
     Raises: RecipeError for a bad override.
     """
@@ -118,7 +118,7 @@ def build_asked(values: Mapping[str, Any], overrides: Iterable[str], spelled: Ma
 
     Args:
         values: such as {"distill.tokens": 1000}; keys of other sections have their defaults.
-        spelled: keys -> the options that say them.
+        spelled: key -> the option that sets it.
 
     Raises: RecipeError.
     """
@@ -140,17 +140,18 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _build(
-    kind: type[Kind],
+    kind: type[SectionKind],
     raw: dict[str, Any],
     overrides: Iterable[str],
     *,
     where: str,
     spelled: Mapping[str, str] = MappingProxyType({}),
-) -> Kind:
-    """
+) -> SectionKind:
+    """Validate a mapping as a section, after overrides.
+
     Args:
-        where: what an error names that no override is about.
-        spelled: keys -> what an error names instead of them.
+        where: the source that an error names if no override caused it.
+        spelled: key -> the option that an error names instead of it.
     """
     raw, overrides = copy.deepcopy(raw), list(overrides)
     for override in overrides:
@@ -168,7 +169,7 @@ def _build(
 
 
 def _said_by(error: Any, overrides: list[str]) -> str | None:
-    """The last of the overrides that says what the error is about."""
+    """Return the last of the overrides that set the value of an error."""
     place = [str(part) for part in error["loc"]]
     for override in reversed(overrides):
         path = override.partition("=")[0].split(".")

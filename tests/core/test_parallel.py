@@ -171,7 +171,7 @@ LESSON_DESKS = {"llama": {}, "llama-tied": {"correction": "parallel", "correctio
 
 
 @pytest.fixture(scope="module", params=LESSON_DESKS)
-def lesson_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def training_desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a teacher, a student cut from it, their text, and what one process makes of the student."""
     path = tmp_path_factory.mktemp(request.param)
     teacher = open_checkpoint(small.teacher(path / "teacher", request.param))
@@ -199,18 +199,18 @@ def assert_same_training(desk: Path, one: str, other: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_two_processes_make_the_student_of_one(lesson_desk: Path) -> None:
-    together = forked(2, "some_steps.py", "two", 0, FLOAT32, cwd=lesson_desk)
+def test_two_processes_make_the_student_of_one(training_desk: Path) -> None:
+    together = forked(2, "some_steps.py", "two", 0, FLOAT32, cwd=training_desk)
     assert together.returncode == 0, together.stderr
-    assert_same_training(lesson_desk, "one", "two")
+    assert_same_training(training_desk, "one", "two")
 
 
-@pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
-def test_a_distillation_goes_on_with_another_number_of_processes(lesson_desk: Path) -> None:
+@pytest.mark.parametrize("training_desk", ["llama-tied"], indirect=True)
+def test_a_distillation_goes_on_with_another_number_of_processes(training_desk: Path) -> None:
     for processes, steps in ((2, 3), (1, 6), (2, 0)):
-        made = forked(processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=lesson_desk)
+        made = forked(processes, "some_steps.py", "mixed", steps, FLOAT32, cwd=training_desk)
         assert made.returncode == 0, made.stderr
-    assert_same_training(lesson_desk, "one", "mixed")
+    assert_same_training(training_desk, "one", "mixed")
 
 
 def test_a_process_reads_its_part_of_the_weights_alone(tmp_path: Path) -> None:
@@ -286,13 +286,13 @@ def test_a_divided_model_of_every_family_has_the_weights_that_transformers_gives
     assert done.stdout.split() == 2 * sorted(f"teacher-{variant}" for variant in tiny.VARIANTS)
 
 
-@pytest.mark.parametrize("lesson_desk", ["llama-tied"], indirect=True)
-def test_bfloat16_weights_can_be_divided(lesson_desk: Path) -> None:
+@pytest.mark.parametrize("training_desk", ["llama-tied"], indirect=True)
+def test_bfloat16_weights_can_be_divided(training_desk: Path) -> None:
     for processes, name, how in ((1, "exact", EXACT), (2, "low", STOCHASTIC)):
-        made = forked(processes, "some_steps.py", name, 0, how, cwd=lesson_desk)
+        made = forked(processes, "some_steps.py", name, 0, how, cwd=training_desk)
         assert made.returncode == 0, made.stderr
     exact, low = (
-        [json.loads(line) for line in (lesson_desk / name / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (training_desk / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("exact", "low")
     )
     key = "heldout_loss"

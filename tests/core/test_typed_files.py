@@ -110,7 +110,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     for name in ("../shard", "..", ".", "a/b", ""):
         shards = [{"file": name, "blocks": 1, "sha256": ""}]
         (tmp_path / "lessons.json").write_text(json.dumps(facts | {"shards": shards}))
-        with pytest.raises(RunError, match=r"is not the description of lessons: shards.0.file"):
+        with pytest.raises(RunError, match=r"is not the description of recorded logits: shards.0.file"):
             read_typed(tmp_path / "lessons.json", LESSONS, RunError, way_out="")
 
 

@@ -177,7 +177,7 @@ def test_what_saves_memory_changes_neither_model(bench: Bench, tmp_path: Path, o
     assert_close(tmp_path / "distill" / CORRECTED, tiny.tensors(bench.undisturbed / "distill" / CORRECTED))
 
 
-def test_lessons_have_the_states_between_layers(bench: Bench, tmp_path: Path) -> None:
+def test_its_output_has_the_hidden_states(bench: Bench, tmp_path: Path) -> None:
     still = {"intermediate": "all", "correction_learning_rate": 1e-30}
     torch.manual_seed(0)
     first = bench.distill(tmp_path / "first", changed(**still))

@@ -1,4 +1,4 @@
-"""Lessons on disk say what the teacher says, as far as their k tokens and their 16 bits reach."""
+"""A recording is what the teacher says, as far as its k tokens and 16 bits reach."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def written(teacher: Path, out: Path, *, k: int = 5, temperature: float = 1.0) -
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "gemma2", "granite", "nemotron", "phi3"])
-def test_a_lesson_is_the_teachers_likeliest_tokens_and_the_rest(variant: str, tmp_path: Path) -> None:
+def test_a_recording_is_the_teachers_likeliest_tokens_and_the_rest(variant: str, tmp_path: Path) -> None:
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     tokens, recorded = written(path, tmp_path / "lessons", temperature=2.0)
     expected = TopK.of(tiny.logits(tiny.model(path), tokens)[:, :-1].flatten(0, 1) / 2.0, 5)
@@ -46,7 +46,7 @@ def test_a_lesson_is_the_teachers_likeliest_tokens_and_the_rest(variant: str, tm
     assert same.float().mean() > 0.99  # where two are as likely, either may come first
 
 
-def test_lessons_do_not_depend_on_the_parts_of_text_or_vocabulary(
+def test_recorded_logits_do_not_depend_on_the_parts_of_text_or_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.checkpoint("llama", tmp_path / "teacher")
@@ -69,11 +69,11 @@ def test_blocks_come_in_any_order_and_selection(tmp_path: Path) -> None:
     assert torch.equal(some.tail, whole.tail.view(6, 8)[[4, 1]].flatten())
 
 
-def test_a_lesson_is_a_distribution(tmp_path: Path) -> None:
+def test_recorded_logits_are_a_distribution(tmp_path: Path) -> None:
     tokens, recorded = written(tiny.checkpoint("llama", tmp_path / "teacher"), tmp_path / "lessons")
-    lesson = recorded(Batch(tokens)).logits
-    assert isinstance(lesson, TopK)
-    torch.testing.assert_close(lesson.log_probs.exp().sum(-1) + lesson.tail.exp(), torch.ones(48), atol=1e-6, rtol=0)
+    logits = recorded(Batch(tokens)).logits
+    assert isinstance(logits, TopK)
+    torch.testing.assert_close(logits.log_probs.exp().sum(-1) + logits.tail.exp(), torch.ones(48), atol=1e-6, rtol=0)
 
 
 def test_ids_of_large_vocabularies_are_whole() -> None:
@@ -84,9 +84,9 @@ def test_ids_of_large_vocabularies_are_whole() -> None:
     assert "high_ids" not in module._packed((ids, log_probs, tail), 65_536)
 
 
-def test_lessons_of_other_text_or_damaged_ones_are_refused(tmp_path: Path) -> None:
+def test_recorded_logits_of_other_text_or_damaged_ones_are_refused(tmp_path: Path) -> None:
     tokens, recorded = written(tiny.checkpoint("llama", tmp_path / "teacher"), tmp_path / "lessons")
-    with pytest.raises(MinitronError, match=r"no lesson of a block of this text.*write the lessons again"):
+    with pytest.raises(MinitronError, match=r"no logits for a block of this text.*record the logits again"):
         recorded(Batch((tokens + 1) % 50))
     shard = tmp_path / "lessons" / "shard-00000.safetensors"
     data = bytearray(shard.read_bytes())
@@ -96,7 +96,7 @@ def test_lessons_of_other_text_or_damaged_ones_are_refused(tmp_path: Path) -> No
         RecordedTeacher(tmp_path / "lessons", CPU)
 
 
-def test_lessons_of_documents_kept_apart_are_of_the_tokens_that_predict(tmp_path: Path) -> None:
+def test_recorded_logits_of_documents_kept_apart_are_of_the_tokens_that_predict(tmp_path: Path) -> None:
     path = tiny.checkpoint("llama", tmp_path / "teacher")
     tokens, separator = tiny.tokens(4, 9, seed=1), Separator(7, leads=True)
     tokens[0, 3] = tokens[2, 8] = tokens[3, 1] = 7
@@ -110,7 +110,7 @@ def test_lessons_of_documents_kept_apart_are_of_the_tokens_that_predict(tmp_path
     assert isinstance(found, TopK) and len(found.ids) == batch.num_predicted == 4 * 8 - 3
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=5e-3, rtol=0)
     torch.testing.assert_close(found.tail, expected.tail, atol=5e-3, rtol=0)
-    with pytest.raises(MinitronError, match="no lesson of a block of this text"):
+    with pytest.raises(MinitronError, match="no logits for a block of this text"):
         RecordedTeacher(out, CPU)(Batch(tokens))
 
 
@@ -122,7 +122,7 @@ def test_what_a_token_takes_is_said(tmp_path: Path) -> None:
     assert np.prod([facts["blocks"], facts["block_tokens"]]) == 54
 
 
-def test_a_student_of_recorded_lessons_is_the_one_of_the_teacher(tmp_path: Path) -> None:
+def test_a_student_of_recorded_logits_is_the_one_of_the_teacher(tmp_path: Path) -> None:
     """At k = vocabulary only the 16 bits of the record stand between them."""
     raw = {
         "model": str(small.teacher(tmp_path / "teacher")),
@@ -152,7 +152,7 @@ def test_a_student_of_recorded_lessons_is_the_one_of_the_teacher(tmp_path: Path)
     assert record["result"]["top_k"] == open_checkpoint(tmp_path / "teacher").shape.vocab
 
 
-def test_lessons_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: Path) -> None:
+def test_recorded_logits_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: Path) -> None:
     teacher = small.teacher(tmp_path / "teacher")
     corpus = small.corpus(tmp_path / "data", teacher, 16)
     checkpoint = open_checkpoint(teacher)
@@ -162,7 +162,9 @@ def test_lessons_of_another_kind_than_the_recipe_asks_for_are_refused(tmp_path: 
     (tmp_path / "lessons").mkdir()
     blocks = blocks_read(corpus, learning.schedule)
     record_logits(checkpoint, Samples(torch.from_numpy(blocks)), Pass(torch.float32), tmp_path / "lessons", top_k=4)
-    with pytest.raises(MinitronError, match=r"the lessons in .* have top_k 4, and 5 is wanted: write them again"):
+    with pytest.raises(
+        MinitronError, match=r"the logits recorded in .* have top_k 4, and 5 is wanted: record them again"
+    ):
         (tmp_path / "out").mkdir()
         distill(learning, tmp_path / "out")
 
@@ -171,7 +173,7 @@ def test_losses_that_a_recorded_teacher_cannot_give_are_refused() -> None:
     shape = Shape(layers=2, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=50)
     for changes, message in (
         ({"loss": "mse"}, r"mse compares all logits, and distill.top_k=50 leaves only some"),
-        ({"intermediate": "p1"}, r"a recorded teacher has no states between layers: set distill.intermediate=off"),
+        ({"intermediate": "p1"}, r"a recorded teacher has no hidden states: set distill.intermediate=off"),
     ):
         config = DistillConfig(teacher="recorded", **changes)
         with pytest.raises(MinitronError, match=message):

@@ -177,7 +177,7 @@ def test_the_stored_recipe_is_the_one_that_every_stage_agreed_to(tmp_path: Path)
         stages.do("data", Steps(), inputs={}, config={"seed": 1})
     assert load_recipe(tmp_path / "recipe.yaml") == first
     with RunDirectory(tmp_path, first) as stages:
-        settled = stages.update_recipe(distill=first.distill.model_copy(update={"tokens": 7}))
+        settled = stages.update_recipe(first, {"distill": first.distill.model_copy(update={"tokens": 7})})
     assert load_recipe(tmp_path / "recipe.yaml") == settled
 
 

@@ -20,7 +20,15 @@ from minitron.model.stream import Pass
 from minitron.pruning.importance import Scores, activation_scores
 from minitron.pruning.plan import choose
 from minitron.pruning.repair.residual_basis import reading_moment
-from minitron.shapes.rank import REPAIRED_POWERS, STREAM_POWER, Rung, distilled_steps, predictor, rank, rungs
+from minitron.shapes.rank import (
+    REPAIRED_POWERS,
+    STREAM_POWER,
+    EliminationRound,
+    distilled_steps,
+    elimination_rounds,
+    predictor,
+    rank,
+)
 from minitron.shapes.space import Candidate, SearchConfig
 
 STEPS = 64
@@ -85,18 +93,19 @@ def test_elimination_finds_the_best_where_the_order_never_changes_and_spends_wha
 @pytest.mark.parametrize(
     ("num_candidates", "steps", "first", "expected"),
     [
-        (16, 64, 1 / 16, [Rung(16, 4, 4), Rung(4, 32, 1)]),
-        (5, 100, 0.1, [Rung(5, 10, 2), Rung(2, 80, 1)]),
-        (8, 10, 0.5, [Rung(8, 5, 2), Rung(2, 10, 1)]),
-        (65, 100, 0.01, [Rung(65, 1, 17), Rung(17, 8, 5), Rung(5, 64, 2), Rung(2, 100, 1)]),
-        (4, 64, 0.25, [Rung(4, 16, 1)]),
+        (16, 64, 1 / 16, [(16, 4, 4), (4, 32, 1)]),
+        (5, 100, 0.1, [(5, 10, 2), (2, 80, 1)]),
+        (8, 10, 0.5, [(8, 5, 2), (2, 10, 1)]),
+        (65, 100, 0.01, [(65, 1, 17), (17, 8, 5), (5, 64, 2), (2, 100, 1)]),
+        (4, 64, 0.25, [(4, 16, 1)]),
         (1, 64, 0.5, []),
     ],
 )
-def test_rungs_keep_a_quarter_and_train_it_eight_times_as_long_within_the_training(
-    num_candidates: int, steps: int, first: float, expected: list[Rung]
+def test_rounds_keep_a_quarter_and_train_it_eight_times_as_long_within_the_training(
+    num_candidates: int, steps: int, first: float, expected: list[tuple[int, int, int]]
 ) -> None:
-    assert rungs(num_candidates, steps, first) == expected
+    found = elimination_rounds(num_candidates, steps, first)
+    assert found == [EliminationRound(*one) for one in expected]
 
 
 @pytest.fixture(scope="module")

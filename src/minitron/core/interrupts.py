@@ -1,4 +1,4 @@
-"""A first signal to stop is a request, which is answered at the next good moment."""
+"""A first signal to stop is taken as a request, which a long computation answers when its state is saved."""
 
 import signal
 import threading
@@ -27,7 +27,10 @@ class StopRequest:
 
 @contextmanager
 def graceful_stop() -> Iterator[StopRequest]:
-    """Inside, a first signal to stop only asks; a later one acts as usual, and at the end the first if nobody heard."""
+    """Make a first signal to stop only ask while the block runs; a later one acts as usual.
+
+    A request that nobody answered takes its effect when the block ends.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -1,4 +1,4 @@
-"""A run directory: the names of its stages, its models and its files, each of them here only, and a stage's record."""
+"""The run directory: the names of its stages, models and files, which are written here only, and a stage's record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ WORK = ("data-state", "search-state", "distill", "distill-corrected", "distill-s
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Where everything of a run lies.
+    """The paths in a run directory.
 
     out: the run directory.
     """
@@ -45,16 +45,16 @@ class RunLayout:
         return self.out / name
 
     def record(self, name: str) -> Path:
-        """What went into a stage and what came out."""
+        """The record of a stage's inputs and result."""
         return self.stage(name) / "record.json"
 
     def work(self, name: str) -> Path:
-        """The directory of what is not a stage's result, one of WORK."""
+        """A directory that a stage works in beside its own, one of WORK."""
         assert name in WORK
         return self.out / name
 
     def evaluation(self, model: str) -> Path:
-        """What was measured of a model."""
+        """The measurements of a model."""
         assert model in MODELS
         return self.out / "evaluations" / f"{model}.json"
 
@@ -144,14 +144,14 @@ class Hardware(Layout):
 
 
 class Inputs(Layout):
-    """What went into a stage, as <stage>/record.json and inputs.json of what a stage goes on from say it."""
+    """The digests and settings that a stage started from, in its record.json and in inputs.json of its state."""
 
     inputs: dict[str, str]
     config: dict[str, object]
 
 
 class Record(Inputs):
-    """<stage>/record.json."""
+    """<stage>/record.json describes a stage that is done."""
 
     result: dict[str, object]
     started: str

@@ -30,10 +30,10 @@ def chunked_loss(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of an objective over tokens; differentiable in the student's hidden states and output projection.
+    """Return the sum of an objective over tokens, differentiable in the student's hidden states and output projection.
 
-    Logits of both models exist for `chunk` tokens at a time, and gradients are taken on the way, so backward only
-    scales them.
+    Logits of both models exist for `chunk` tokens at a time. Gradients are taken on the way, so backward only scales
+    them.
 
     Args:
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
@@ -46,7 +46,7 @@ def chunked_loss(
 
 
 def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
-    """Rows that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
+    """Divide the rows into parts that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
     tokens, vocab = logits.shape
     if not logits.is_cpu:
         return _slices(tokens, tokens)
@@ -54,7 +54,7 @@ def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
 
 
 def _vocab_parts(head: Float[Tensor, "vocab hidden"]) -> Iterator[slice]:
-    """Rows of a head whose gradients make one tensor beside all of it."""
+    """Divide a head's rows into parts, so that the temporary gradient of a part is small beside the head's own."""
     return _slices(len(head), max(1, HEAD_PART_BYTES // (head.shape[1] * head.itemsize)))
 
 
@@ -70,9 +70,9 @@ def _with_slopes(
     transform: LogitTransform,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-    """The sum of an objective, and its gradient in logits that are yet to be transformed, in `dtype`.
+    """Return the sum of an objective, and its gradient in the logits before `transform`, in `dtype`.
 
-    In float32 the gradient takes the logits' place.
+    In float32 the gradient overwrites the logits.
     """
     slopes = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     total = logits.new_zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a distillation is asked for, and what its settings resolve to: learning rates, batch, steps."""
+"""The settings of a distillation as the user gives them, and which of them exclude each other."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from minitron.core.device import Precision
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.text import either
 from minitron.data.corpus import TEACHER, DataConfig
-from minitron.distillation.hidden_loss import Places
+from minitron.distillation.hidden_loss import Depths
 from minitron.distillation.losses import LOSSES, LossName
 from minitron.distillation.objective import Objective
 from minitron.distillation.optim import OPTIMIZERS, Optimizer, Weights
@@ -25,11 +25,11 @@ class DistillConfig(Section):
     tokens: int | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
     loss: LossName | dict[LossName, Weight] = "forward_kl"
-    """What the student learns from the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse:
+    """The loss between the student's and the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse:
     0.1}."""
     teacher: Literal["online", "recorded"] = "online"
-    """Whether the teacher runs beside the student, or says everything before, in a pass with one layer in memory at a
-    time, and is then gone; what is recorded is its `top_k` likeliest tokens and the rest."""
+    """Whether the teacher runs beside the student (`online`), or its logits are recorded before the training, in a pass
+    with one layer in memory at a time (`recorded`): the `top_k` likeliest tokens, and the rest as one number."""
     correction: Literal["before", "parallel"] | None = None
     """Whether the teacher is trained on the same text too, by cross-entropy (P2): `before` anything is measured, cut
     and distilled from it, or in `parallel` with the student, whose start is then cut from the teacher as it was."""
@@ -40,17 +40,17 @@ class DistillConfig(Section):
     correction_warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up of the teacher. Default: 120 steps (P2), at most a fifth of its steps."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Of both models' distributions, in the losses that compare these."""
+    """Temperature of both models' distributions, in the losses that compare distributions."""
     jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the teacher in the mixture that jensen_shannon compares both with."""
+    """Share of the teacher in the mixture that jensen_shannon compares both models with."""
     top_k: int | None = Field(default=None, ge=1)
-    """Compare only the teacher's likeliest tokens, and all others as one. Default: the whole vocabulary, or 64 of a
-    recorded teacher."""
+    """Compare only the teacher's likeliest tokens, and all others as one. Default: the whole vocabulary, or 64 tokens
+    of a recorded teacher."""
     top_k_tail: bool = True
-    """Whether the others count at all; without them the likeliest are scaled up to 1, and the loss is biased."""
-    intermediate: Places | None = None
-    """Where states between layers are to agree too: they count twice as much as the logits at first, and nothing at the
-    end. `all`: along the whole depth; `p1`: after the embedding and before the last two layers. Default: `all`, or
+    """Whether the other tokens count at all; without them the likeliest are scaled up to 1, and the loss is biased."""
+    intermediate: Depths | None = None
+    """Depths at which hidden states are to agree too: they count twice as much as the logits at first, and nothing at
+    the end. `all`: along the whole depth; `p1`: after the embedding and before the last two layers. Default: `all`, or
     `off` where no teacher runs beside the student."""
     batch_blocks: int | None = Field(default=None, ge=1)
     """Blocks per optimizer step. Default: see `resolve`."""
@@ -65,7 +65,7 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """What moves the weights. Default: soap, or adamw for weights in bfloat16."""
+    """The optimizer. Default: soap, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
@@ -73,14 +73,14 @@ class DistillConfig(Section):
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     activation_checkpointing: bool = False
-    """Keep only the states between layers for the backward pass, and compute the rest again: a third more time."""
+    """Keep only the hidden states for the backward pass, and compute the rest again, which takes a third more time."""
     compile: bool = False
     """Compile the layers of both models and the loss with torch.compile: a minute at the start, and shorter steps."""
     weights: Weights = "float32"
-    """Of the student and its optimizer in training: 16 bytes a parameter in float32, gradient included; 10 in bfloat16
-    with Kahan summation, 8 with stochastic rounding, both with matrix products in bfloat16."""
+    """Format of the student's weights in training: with gradient and optimizer a parameter takes 16 bytes in float32,
+    10 in bfloat16 with Kahan summation and 8 with stochastic rounding, both with matrix products in bfloat16."""
     precision: Precision = "auto"
-    """Matrix products; logits are float32 in any case."""
+    """Format of matrix products; logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. Default: a tenth of the steps, or as many as read evaluate_blocks blocks,
     where these are more."""
@@ -91,16 +91,17 @@ class DistillConfig(Section):
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
     log_to: list[TrackerName] = Field(default=[])
-    """Where the rows of metrics.jsonl go too: tensorboard, wandb, trackio. A training that goes on may change it."""
+    """Trackers that get the rows of metrics.jsonl too: tensorboard, wandb, trackio. A training that is resumed may
+    change them."""
 
     @property
     def for_record(self) -> dict[str, Any]:
-        """What a training is; what only watches it is no part of that."""
+        """The settings that a record holds: all that change the student, without the trackers that only watch."""
         return self.model_dump(mode="json", exclude={"log_to"})
 
     @property
     def optimizer_name(self) -> Optimizer:
-        """The optimizer, whether it was chosen or not."""
+        """The name of the optimizer: the one that was chosen, or the default for the weights' format."""
         return self.optimizer or ("soap" if self.weights == "float32" else "adamw")
 
     @property
@@ -110,7 +111,10 @@ class DistillConfig(Section):
 
 
 def require_correction_fits(config: DistillConfig) -> None:
-    """Raises: MinitronError for a correction of the teacher that the rest of the config leaves without effect."""
+    """Refuse a correction of the teacher that the other settings leave without effect.
+
+    Raises: MinitronError.
+    """
     if config.correction is None:
         return
     if not config.objective.needs_teacher:
@@ -142,7 +146,7 @@ def require_losses_fit(config: DistillConfig) -> None:
             "leave one of them out"
         )
     if config.teacher == "recorded" and config.intermediate not in (None, "off"):
-        raise MinitronError("a recorded teacher has no states between layers: set distill.intermediate=off")
+        raise MinitronError("a recorded teacher has no hidden states: set distill.intermediate=off")
 
 
 def require_weights_fit(config: DistillConfig) -> None:
@@ -160,7 +164,10 @@ def require_weights_fit(config: DistillConfig) -> None:
 
 
 def require_correctable(config: DistillConfig, text: DataConfig) -> None:
-    """Raises: MinitronError where a correction of the teacher would have no effect."""
+    """Refuse a correction of the teacher that the other settings, or the text, leave without effect.
+
+    Raises: MinitronError.
+    """
     require_correction_fits(config)
     if config.correction is not None and text.source == TEACHER:
         raise RunError(

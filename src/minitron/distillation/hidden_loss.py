@@ -1,8 +1,8 @@
-"""Losses on the states between layers: what the student holds on its way is compared with what the teacher holds.
+"""The loss on hidden states: those of the student are compared with those of the teacher at several depths.
 
 Paper: P1, "Retraining", intermediate state-based distillation. P1 compares the embedding and one late state, and only
-after deep cuts (practices 6 and 7); this compares states along the whole depth after any cut, and counts them less and
-less.
+after deep cuts (practices 6 and 7); this compares states along the whole depth after any cut, and gives them less and
+less weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from minitron.model.architecture import Shape
 from minitron.model.norms import normalized
 
-Places = Literal["off", "p1", "all"]
-# Most pairs of places along the depth, so that maps between widths stay small beside the student.
+Depths = Literal["off", "p1", "all"]
+# Most pairs along the depth, so that maps between widths stay small beside the student.
 MOST_PAIRS = 9
-# What the loss counts for at first, in units of the objective on logits.
-SHARE = 2.0
+# The weight of the loss at first, in units of the objective on logits.
+FIRST_SHARE = 2.0
 # Ridge of the fit that a projection starts from, in units of the states' mean square.
-RIDGE = 1e-3
+MAP_RIDGE = 1e-3
 
 # The student's state and the teacher's: 0 is the embedding's output, n that of the nth layer.
 Pair = tuple[int, int]
 
 
-def pairs_of(places: Places, student: Shape, teacher: Shape) -> list[Pair]:
-    """The places to compare.
+def pairs_of(places: Depths, student: Shape, teacher: Shape) -> list[Pair]:
+    """Return the pairs of depths to compare, the student's and the teacher's.
 
-    `all`: the embedding's output, the last layer's, and between them as many as there are or `MOST_PAIRS` allows, each
-    with that at the same share of the depth. `p1`: the embedding's output, and that of the last layer but two: layers
-    13 of 16 and 29 of 32, counted from 0.
+    `all`: the embedding's output, the last layer's, and between them every layer's or as many as `MOST_PAIRS` allows,
+    each with the teacher's state at the same share of the depth. `p1`: the embedding's output, and that of the last
+    layer but two: layers 13 of 16 and 29 of 32, counted from 0.
     """
     if places == "off":
         return []
@@ -44,21 +44,22 @@ def pairs_of(places: Places, student: Shape, teacher: Shape) -> list[Pair]:
 
 
 def share_at(step: int, steps: int) -> float:
-    """What the loss counts for at a step, in units of the objective: ever less, so that training ends without it."""
-    return SHARE * (1 - step / steps)
+    """Return the weight of the loss at a step, in units of the objective: it falls to 0, and training ends without."""
+    return FIRST_SHARE * (1 - step / steps)
 
 
 class HiddenLoss(nn.Module):
-    """1 - cosine between normalized states of student and teacher, summed over pairs of places and over tokens.
+    """The loss is 1 - cosine between normalized states of student and teacher, summed over pairs and over tokens.
 
-    Where the widths differ, each pair has a linear map of its own from the student's width to the teacher's, which
-    is learned with the student and thrown away after.
+    Where the widths differ, each pair has a linear map from the student's width to the teacher's, which is learned with
+    the student and thrown away in the end.
     """
 
     def __init__(self, pairs: Sequence[Pair], student: Shape, teacher: Shape, *, centred: bool):
-        """
+        """Make the maps, where there are any.
+
         Args:
-            centred: whether norms of the family take the mean off.
+            centred: whether norms of the family subtract the mean.
         """
         super().__init__()
         self.pairs, self.centred = list(pairs), centred
@@ -70,9 +71,10 @@ class HiddenLoss(nn.Module):
     def forward(
         self, student: Mapping[int, Float[Tensor, "batch tokens hidden"]], teacher: Mapping[int, Tensor]
     ) -> Float[Tensor, ""]:
-        """
+        """Return the loss of a batch.
+
         Args:
-            student, teacher: place -> state.
+            student, teacher: depth -> hidden states.
         """
         total = torch.zeros((), device=next(iter(student.values())).device)
         for index, (one, other) in enumerate(self.pairs):
@@ -85,7 +87,7 @@ class HiddenLoss(nn.Module):
     def products(
         self, student: Mapping[int, Float[Tensor, "batch tokens hidden"]], teacher: Mapping[int, Tensor]
     ) -> Float[Tensor, "pairs ours both"]:
-        """Sums over tokens of the student's state times the student's and the teacher's, for `fitted`."""
+        """Return the sums over tokens of the student's state times the student's and the teacher's, for `fitted`."""
         made = []
         for one, other in self.pairs:
             ours, theirs = self._normalized(student[one]).flatten(0, 1), self._normalized(teacher[other]).flatten(0, 1)
@@ -94,11 +96,11 @@ class HiddenLoss(nn.Module):
 
     @staticmethod
     def fitted(products: Float[Tensor, "pairs ours both"]) -> list[Float[Tensor, "theirs ours"]]:
-        """The least-squares fit of each pair's map, from the `products` of some tokens, added up."""
+        """Return the least-squares fit of each pair's map, from the sum of several batches' `products`."""
         weights = []
         for pair in products:  # one at a time: MKL's solver of many systems at once can hang with several threads
             own, targets = pair[:, : len(pair)].clone(), pair[:, len(pair) :]
-            own.diagonal().add_(RIDGE * own.diagonal().mean())
+            own.diagonal().add_(MAP_RIDGE * own.diagonal().mean())
             weights.append(torch.cholesky_solve(targets, torch.linalg.cholesky(own)).T)
         return weights
 

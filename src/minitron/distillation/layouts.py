@@ -1,4 +1,4 @@
-"""What the files of a training and of recorded logits hold, checked when they are read."""
+"""The types of the files of a training and of recorded logits, checked when they are read."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from minitron.core.typed_files import FileKind
 
 
 class Logged(Layout):
-    """A row of metrics.jsonl: a training step, or an evaluation on held-out text."""
+    """A row of metrics.jsonl describes a training step, or an evaluation on held-out text."""
 
     step: Positive
     tokens: Positive
@@ -25,7 +25,7 @@ class Shard(Layout):
 
 
 class LessonsFacts(Layout):
-    """lessons/lessons.json."""
+    """lessons/lessons.json describes recorded logits."""
 
     vocab: Positive
     top_k: Positive
@@ -35,7 +35,7 @@ class LessonsFacts(Layout):
 
 
 class TrainingFacts(Layout):
-    """What <stage>/record.json says of a training."""
+    """The training in a stage's record.json."""
 
     tokens: Count
 
@@ -47,7 +47,7 @@ class TrainedStage(Layout):
 
 
 LOGGED = FileKind("a row of metrics", TypeAdapter(Logged))
-LESSONS = FileKind("the description of lessons", TypeAdapter(LessonsFacts))
+LESSONS = FileKind("the description of recorded logits", TypeAdapter(LessonsFacts))
 
 
 def training_result(stage: str) -> FileKind[TrainedStage]:

@@ -1,6 +1,6 @@
-"""Losses per token, in nats, and the chunked head + loss that never holds a full [tokens, vocab] matrix.
+"""The losses of a token between student and teacher, most of them in nats.
 
-To add one: a function, a row of LOSSES, and a row of the tests.
+A new loss takes a function, a row of LOSSES, and a row of the tests.
 """
 
 import math
@@ -69,7 +69,7 @@ class Loss:
     reads: the two arguments of `of`. `distributions`: log-probabilities of the teacher and the student, at the
         objective's temperature, of all tokens or of the teacher's likeliest; `logits`: all of the student's and the
         teacher's; `text`: the student's logits and the tokens of the text.
-    options: fields of Objective that `of` takes besides, by their names.
+    options: fields of Objective that `of` also takes, by their names.
     """
 
     of: Callable[..., Tensor]
@@ -101,5 +101,5 @@ LossName = Annotated[str, choice(LOSSES)]
 
 
 def losses_that_read(*kinds: Literal["distributions", "logits", "text"]) -> list[str]:
-    """The names of the losses that read one of these."""
+    """Return the names of the losses that read one of these kinds."""
     return [name for name, loss in LOSSES.items() if loss.reads in kinds]

@@ -1,4 +1,4 @@
-"""What a student is trained for: a weighted sum of losses, against all of a teacher's logits or its likeliest ones."""
+"""The objective of a training: a weighted sum of losses, against all of a teacher's logits or its likeliest ones."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ LEAST_TAIL = -80.0
 
 @dataclass(frozen=True)
 class TopK:
-    """The tokens that a teacher finds likeliest, and how likely it finds all the others together."""
+    """A teacher's k likeliest next tokens with their probabilities, and the probability of all others together."""
 
     ids: Int[Tensor, "tokens k"]
     log_probs: Float[Tensor, "tokens k"]
@@ -51,18 +51,18 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is trained for: a weighted sum of losses.
+    """A student is trained for an objective, a weighted sum of losses.
 
-    Losses against the teacher's distribution are taken of softmax(logits / temperature), times temperature squared,
-    which keeps gradients comparable across temperatures (Hinton et al. 2015, section 2). Losses that read logits or
-    the text know no temperature.
+    Losses between distributions are taken of softmax(logits / temperature), times temperature squared, which keeps
+    gradients comparable across temperatures (Hinton et al. 2015, section 2). Losses that read logits or the text have
+    no temperature.
 
-    top_k: of the teacher's distribution only the k likeliest tokens, and the rest as one outcome more. What is lost is
-        how the rest is spread: the divergence is a lower bound of that of the whole vocabulary, equal at k = vocab, and
-        leaves the student free within the rest.
-    tail: without it the rest is forgotten, and both distributions are scaled up to 1 over the k tokens. This is no
-        bound: it is 0 for any student that has the proportions among them right, whatever it gives to the rest.
-    compiled: take the forward KL of a whole vocabulary, and its gradient, with torch.compile.
+    top_k: the number of the teacher's likeliest tokens that are compared one by one; all others are one more outcome.
+        The divergence is then a lower bound of the divergence over the whole vocabulary, equal at k = vocab, and leaves
+        the student free to spread the rest.
+    tail: False leaves the rest out, and scales both distributions up to 1 over the k tokens. The loss is then no bound:
+        it is 0 for any student with the right proportions among the k tokens, whatever it gives to the rest.
+    compiled: compute the forward KL of a whole vocabulary, and its gradient, with torch.compile.
     """
 
     terms: Mapping[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
@@ -78,7 +78,7 @@ class Objective:
 
     @property
     def reads(self) -> set[str]:
-        """The kinds of what its losses read."""
+        """The kinds of input that its losses read, see `Loss.reads`."""
         return {LOSSES[name].reads for name in self.terms}
 
     def __call__(
@@ -87,7 +87,7 @@ class Objective:
         teacher: Float[Tensor, "tokens vocab"] | TopK | None,
         targets: Int[Tensor, " tokens"],
     ) -> Float[Tensor, " tokens"]:
-        """The loss of each token, from logits, or what is known of the teacher's."""
+        """Return the loss of each token."""
         found = []
         distributions = None
         for name, weight in self.terms.items():
@@ -112,7 +112,11 @@ class Objective:
         targets: Int[Tensor, " tokens"],
         transform: LogitTransform,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-        """The sum over tokens, of logits that are yet to be transformed, and its gradient in them."""
+        """Return the sum over tokens and its gradient in the student's logits.
+
+        Args:
+            student: logits before `transform`.
+        """
         plain = self.terms == {"forward_kl": 1.0} and self.top_k is None and transform == LogitTransform()
         if plain and isinstance(teacher, Tensor):
             of_kl = _compiled_forward_kl() if self.compiled else _forward_kl_with_slope
@@ -124,7 +128,7 @@ class Objective:
         return value.detach(), slope
 
     def _distributions(self, student: Tensor, teacher: Tensor | TopK | None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the teacher and the student, of tokens or of the k likeliest and the rest."""
+        """Return log-probabilities of teacher and student: of all tokens, or of the k likeliest and the rest."""
         assert teacher is not None, "the loss needs a teacher"
         log_q = (student / self.temperature).log_softmax(-1)
         if isinstance(teacher, Tensor):
@@ -143,7 +147,7 @@ class Objective:
 def _forward_kl_with_slope(
     student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-    """What autograd would give, in fewer passes over memory: the gradient of a token's KL in its logits is q - p."""
+    """Compute autograd's result in fewer passes over memory: the gradient of a token's KL in its logits is q - p."""
     log_q = torch.log_softmax(student / temperature if temperature != 1 else student, -1)
     log_p = torch.log_softmax(teacher / temperature if temperature != 1 else teacher, -1)
     p = log_p.exp()

@@ -1,8 +1,9 @@
-"""A teacher's lessons on disk: what it says of each token of a text, so that training needs no teacher.
+"""A teacher's logits recorded on disk, so that the training of a student needs no teacher.
 
-A directory holds `lessons.json` and shards of some blocks each. For every token but the last of a block a shard has the
-ids of the teacher's k likeliest next tokens, the logarithms of their probabilities, and that of all others together. A
-block is found by a digest of its tokens: it may be asked for in any order, in any selection, from any split.
+A directory holds `lessons.json` and shards of some blocks each. For every token but the last of a block, a shard has
+the ids of the teacher's k likeliest next tokens, the logarithms of their probabilities, and the logarithm of the
+probability of all others together. A block is found by a digest of its tokens, so blocks may be asked for in any order
+and from any split.
 """
 
 import hashlib
@@ -29,8 +30,8 @@ from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass, Stream
 
 LESSONS_INDEX = "lessons.json"
-# What a part of the blocks may take while the model runs over it. The weights are read once a part, and a part is a
-# shard.
+# Memory that a part of the blocks may take while the model runs over it. The weights are read once a part, and a part
+# is a shard.
 RECORDED_PART_BYTES = 4 << 30
 DEFAULT_TOP_K = 64
 
@@ -43,20 +44,20 @@ def record_logits(
     *,
     top_k: int = DEFAULT_TOP_K,
     temperature: float = 1.0,
-) -> dict[str, Any]:
-    """Run a teacher over blocks, a layer in memory at a time, and write its lessons into the existing directory `out`.
+) -> dict[str, object]:
+    """Run a teacher over blocks, a layer in memory at a time, and record its logits in the existing directory `out`.
 
     Args:
-        samples: the blocks; whoever reads the lessons must have the same separator.
-        temperature: of the distributions; losses that read the lessons must have the same.
+        samples: the blocks; a training that reads the recording must have the same separator.
+        temperature: of the distributions; losses that read the recording must have the same.
 
-    Returns what `lessons.json` says: of which model and tokens the lessons are, and how many bytes a token takes.
+    Returns the facts that `lessons.json` holds: the model, the numbers of blocks and tokens, and the bytes per token.
     """
     shape, num_tokens = teacher.shape, samples.block_tokens
     top_k = min(top_k, shape.vocab)
     of_block = num_tokens * (shape.hidden * pass_.dtype.itemsize + 12 * top_k)
     parts = np.array_split(samples.tokens.numpy(), -(-len(samples) * of_block // RECORDED_PART_BYTES))
-    shards: list[dict[str, Any]] = []
+    shards: list[dict[str, str | int]] = []
     for number, part in enumerate(parts):
         stream = Stream(teacher, Samples(torch.from_numpy(part), samples.separator), pass_)
         stream.run_to_end(partial(_progress_of_part, pass_.progress, number, len(parts)))
@@ -64,7 +65,7 @@ def record_logits(
         tensors = _packed(_top_k(stream, top_k, temperature), shape.vocab)
         save_file(tensors | {"blocks": torch.from_numpy(_digests(part, samples.separator))}, out / name)
         shards.append({"file": name, "blocks": len(part), "sha256": digest_files([out / name], {})})
-    num_bytes = sum((out / shard["file"]).stat().st_size for shard in shards)
+    num_bytes = sum((out / str(shard["file"])).stat().st_size for shard in shards)
     facts = {
         "model": teacher.fingerprint(),
         "vocab": shape.vocab,
@@ -84,14 +85,15 @@ def _progress_of_part(progress: Callable[[int, int], None], number: int, num_par
 
 
 class RecordedTeacher:
-    """Lessons read back; called with blocks of tokens that they were written of."""
+    """A teacher whose logits are read back from a recording; it is called with blocks that were recorded."""
 
     def __init__(self, path: Path, device: torch.device):
-        """
+        """Open the recording.
+
         Raises: MinitronError if a file is missing or damaged.
         """
         self.path, self.device = path, device
-        again = f"remove {path} and write the lessons again"
+        again = f"remove {path} and record the logits again"
         self.facts = read_typed(path / LESSONS_INDEX, layouts.LESSONS, MinitronError, way_out=again)
         self._files = []
         for shard in self.facts.shards:
@@ -105,15 +107,16 @@ class RecordedTeacher:
         self._digests = digests[self._order]
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """
-        Raises: MinitronError for a block that there is no lesson of.
+        """Return the recorded output for a batch.
+
+        Raises: MinitronError for a block that was not recorded.
         """
         wanted = _digests(batch.tokens.cpu().numpy(), batch.separator)
         at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         if (self._digests[at] != wanted).any():
             raise MinitronError(
-                f"{self.path} has no lesson of a block of this text: it was written of other data, other blocks or "
-                "with another tokenizer; write the lessons again"
+                f"{self.path} has no logits for a block of this text: they were recorded for other data, for other "
+                "blocks or with another tokenizer; record the logits again"
             )
         parts = [_read(*self._places[place]) for place in self._order[at]]
         kept = batch.predicted[:, 1:].flatten().cpu()
@@ -131,7 +134,7 @@ def _digests(blocks: Int[np.ndarray, "blocks tokens"], separator: Separator | No
 
 
 def _top_k(stream: Stream, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities and the tail [blocks, tokens - 1, k or none], from the states after the last layer."""
+    """Return ids, log-probabilities and tail [blocks, tokens - 1, k or none], from the states after the last layer."""
     states, transform = stream.states, logit_transform(stream.model)
     with torch.no_grad(), stream.final_norm() as norm:
         for rows, before in stream.batches():
@@ -158,9 +161,9 @@ def _top_k(stream: Stream, k: int, temperature: float) -> tuple[Tensor, Tensor, 
     return ids.unflatten(0, sizes), log_probs.unflatten(0, sizes), tail.unflatten(0, sizes)
 
 
-def _packed(lessons: tuple[Tensor, Tensor, Tensor], vocab: int) -> dict[str, Tensor]:
-    """Three or two bytes an id, and half precision for what are logarithms."""
-    ids, log_probs, tail = lessons
+def _packed(top_k: tuple[Tensor, Tensor, Tensor], vocab: int) -> dict[str, Tensor]:
+    """Pack the tensors: two or three bytes an id, and half precision for the logarithms."""
+    ids, log_probs, tail = top_k
     tensors = {"ids": (ids & 0xFFFF).to(torch.uint16), "log_probs": log_probs.half(), "tail": tail.half()}
     return tensors | ({"high_ids": (ids >> 16).to(torch.uint8)} if vocab > 1 << 16 else {})
 

@@ -1,4 +1,4 @@
-"""What an interrupted training goes on from: its last two states, each whole or not at all, and its metrics."""
+"""The files that a training resumes from: its last two states, each whole or not at all, and its metrics."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ from minitron.distillation import layouts
 from minitron.model.weights import write_shard
 
 STUDENT, OPTIMIZER, RANDOM, EXTRA = (f"{name}.safetensors" for name in ("student", "optimizer", "random", "extra"))
-FACTS = "state.json"
+STATE_FILE = "state.json"
 
 
-class Facts(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """state.json, which is written last."""
+class StateFacts(BaseModel, frozen=True, strict=True, extra="forbid"):
+    """state.json describes a state and is written last."""
 
     step: int
     tokens: int  # seen so far
@@ -42,7 +42,7 @@ class Facts(BaseModel, frozen=True, strict=True, extra="forbid"):
     files: dict[str, str]  # the sha256 of every other file
     sha256: str = ""  # of the facts above
 
-    def sealed(self) -> "Facts":
+    def sealed(self) -> "StateFacts":
         above = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
         return self.model_copy(update={"sha256": hashlib.sha256(above.encode()).hexdigest()})
 
@@ -51,13 +51,14 @@ class Facts(BaseModel, frozen=True, strict=True, extra="forbid"):
 class States:
     """The states of one training in the directory `work`, and its metrics.jsonl.
 
-    A state is the student's weights and the `extra` tensors, what the optimizer holds of each of them, torch's random
-    state, and the number of tokens seen. `save` reads the objects given here, and `resume` puts a state back into them.
+    A state holds the student's weights and the `extra` tensors, the optimizer's moments for each of them, torch's
+    random state, and the number of tokens seen. `save` reads the objects given here, and `resume` fills them from a
+    state.
 
     Args:
-        extra: further tensors by name, trained or not; resuming fills them in place, as it does the weights.
-        holders: parameter -> the process that holds all of what the optimizer holds of it.
-        warn: told of each state that cannot be used, and of what is used instead.
+        extra: further tensors by name, trained or not; resuming fills them in place, like the weights.
+        holders: parameter -> the process that holds its moments, where they are not sharded.
+        warn: hears of each state that cannot be used, and which one is used instead.
     """
 
     work: Path
@@ -89,7 +90,7 @@ class States:
     def save(self, step: int, tokens: int) -> None:
         """Add a state, and remove all others but the one before.
 
-        Raises: RunError if it cannot be written, with all that was there before still there.
+        Raises: RunError if it cannot be written; the states that were there are then still there.
         """
         if joined().rank > 0:
             for tensors in self._contents().values():
@@ -100,7 +101,7 @@ class States:
             os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
         path = self.work / f"state-{tokens:012d}"
         with atomic_directory(path, replace=True, way_out=self._way_out()) as partial:
-            facts = Facts(
+            facts = StateFacts(
                 step=step,
                 tokens=tokens,
                 batch_blocks=self.batch_blocks,
@@ -109,15 +110,15 @@ class States:
                 versions=versions(),
                 files={name: _write(partial / name, tensors) for name, tensors in self._contents().items()},
             )
-            (partial / FACTS).write_text(facts.sealed().model_dump_json(indent=2))
+            (partial / STATE_FILE).write_text(facts.sealed().model_dump_json(indent=2))
         self._good, self._step = [*self._good[-1:], path], step
         for other in set(self.work.glob("state-*")) - set(self._good):
             shutil.rmtree(other)
 
     def resume(self) -> tuple[int, int]:
-        """Go back to the newest state that can be used, and forget the metrics after it; returns steps and tokens.
+        """Go back to the newest state that can be used, and drop the metrics after it; return steps and tokens.
 
-        Both are 0 if there is none. Where the batch was another, the step is the one nearest to the tokens seen.
+        Both are 0 if there is none. Where the batch had another size, the step is the one nearest to the tokens seen.
 
         Raises: RunError if the state is of another student, optimizer or block length.
         """
@@ -152,15 +153,15 @@ class States:
         return f"free some space and run the same command to go on from step {self._step}"
 
     def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """File -> what lies in it and is filled in place."""
+        """Return file -> the tensors in it that are filled in place."""
         return {STUDENT: dict(self.model.named_parameters())} | ({EXTRA: self.extra} if self.extra else {})
 
     def _named(self) -> dict[str, Tensor]:
-        """What the optimizer may hold something of."""
+        """Return the tensors for which the optimizer may hold moments."""
         return {name: tensor for tensors in self._tensors().values() for name, tensor in tensors.items()}
 
     def _contents(self) -> dict[str, dict[str, "_Entry"]]:
-        """File -> tensors."""
+        """Return file -> all its tensors."""
         names = {tensor: name for name, tensor in self._named().items()}
         device, holders = self._device(), self.holders
         held = {
@@ -172,7 +173,7 @@ class States:
         made = {file: {name: _Entry(t, device) for name, t in tensors.items()} for file, tensors in others.items()}
         return {**made, OPTIMIZER: held}
 
-    def _restore(self, path: Path, facts: Facts) -> None:
+    def _restore(self, path: Path, facts: StateFacts) -> None:
         kind = type(self.optimizer).__name__
         if (facts.optimizer, facts.block_tokens) != (kind, self.block_tokens):
             raise RunError(
@@ -224,19 +225,19 @@ class States:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor that goes into a file, of which this process may have a part or nothing."""
+    """A tensor that goes into a file; this process may hold all of it, a part, or nothing."""
 
     tensor: Tensor
     device: torch.device  # where what it lacks may come from other processes
     holder: int | None = None  # the process that has it all; None: it may be divided
 
     def full(self) -> Tensor:
-        """All of it; every process must ask."""
+        """Return the whole tensor; every process must call this."""
         return parallel.full(self.tensor) if self.holder is None else from_holder(self.tensor, self.holder, self.device)
 
 
 def nearest_step(tokens: int, step_tokens: int) -> int:
-    """The number of steps that come nearest to so many tokens; of two, the higher."""
+    """Return the number of steps that come nearest to so many tokens; of two, the higher."""
     return (2 * tokens + step_tokens) // (2 * step_tokens)
 
 
@@ -246,8 +247,8 @@ def forget_states(work: Path) -> None:
         shutil.rmtree(state)
 
 
-def _newest(work: Path) -> tuple[tuple[Path, Facts] | None, dict[Path, str]]:
-    """The newest state that can be used, and why those after it cannot."""
+def _newest(work: Path) -> tuple[tuple[Path, StateFacts] | None, dict[Path, str]]:
+    """Return the newest state that can be used, and why newer ones cannot."""
     unusable: dict[Path, str] = {}
     for path in sorted(work.glob("state-*"), reverse=True):
         if path.suffix == ".partial":  # was being written by a process that was killed
@@ -261,35 +262,38 @@ def _newest(work: Path) -> tuple[tuple[Path, Facts] | None, dict[Path, str]]:
     return None, unusable
 
 
-def _checked_facts(state: Path) -> Facts:
-    """Raises: ValueError that says which file is not what was written."""
+def _checked_facts(state: Path) -> StateFacts:
+    """Read a state's description, after checking every file against it.
+
+    Raises: ValueError that says which file is not as it was written.
+    """
     try:
-        facts = Facts.model_validate_json((state / FACTS).read_bytes())
+        facts = StateFacts.model_validate_json((state / STATE_FILE).read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{FACTS} is missing") from None
+        raise ValueError(f"{STATE_FILE} is missing") from None
     except (OSError, ValueError):
-        raise ValueError(f"{FACTS} cannot be read") from None
+        raise ValueError(f"{STATE_FILE} cannot be read") from None
     if facts != facts.sealed():
-        raise ValueError(f"{FACTS} is damaged: it does not have its own sha256")
+        raise ValueError(f"{STATE_FILE} is damaged: it does not have its own sha256")
     for name, digest in facts.files.items():
         try:
             found = digest_file(state / name)
         except OSError as error:
             raise ValueError(f"{name}: {error.strerror}") from None
         if found != digest:
-            raise ValueError(f"{name} is damaged: it does not have the sha256 that {FACTS} says")
+            raise ValueError(f"{name} is damaged: it does not have the sha256 that {STATE_FILE} says")
     return facts
 
 
 def _write(file: Path, entries: Mapping[str, _Entry]) -> str:
-    """Write tensors from any device, one in memory at a time; returns the file's sha256."""
+    """Write tensors from any device, one in memory at a time; return the file's sha256."""
     names = _order(entries)
     types = {name: (entries[name].tensor.dtype, tuple(entries[name].tensor.shape)) for name in names}
     return write_shard(file, types, (entries[name].full().detach().cpu() for name in names))
 
 
 def _order(entries: Mapping[str, _Entry]) -> list[str]:
-    """So that each begins at a multiple of its own size."""
+    """Order tensors so that each begins at a multiple of its item size."""
     return sorted(entries, key=lambda name: -entries[name].tensor.itemsize)
 
 
@@ -315,7 +319,7 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def _metrics_text(file: Path) -> str:
-    """The text of a file of metrics, where a byte that is no text makes its line no row."""
+    """Read a file of metrics; a byte that is no text makes its line no row."""
     try:
         return file.read_bytes().decode(errors="replace")
     except OSError as error:
@@ -323,7 +327,7 @@ def _metrics_text(file: Path) -> str:
 
 
 def _tokens_of(line: str) -> int | None:
-    """The tokens seen at a row of metrics; None if the line is none, such as the last one that a kill cut short."""
+    """Return the tokens seen at a row of metrics; None for a line that is no row, such as one that a kill cut short."""
     try:
         row = parse_json(line, "metrics.jsonl", RunError)
         return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError).tokens

@@ -61,11 +61,13 @@ def open_teacher(
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:
     recorded = RecordedTeacher(path, device)
-    facts = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
-    for name, wanted in facts.items():
+    needs = {"vocab": student.shape.vocab, "temperature": config.temperature, "top_k": config.top_k}
+    for name, wanted in needs.items():
         found = getattr(recorded.facts, name)
         if found != wanted:
-            raise MinitronError(f"the lessons in {path} have {name} {found}, and {wanted} is wanted: write them again")
+            raise MinitronError(
+                f"the logits recorded in {path} have {name} {found}, and {wanted} is wanted: record them again"
+            )
     return recorded
 
 

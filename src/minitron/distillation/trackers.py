@@ -1,11 +1,11 @@
-"""Where else the rows of metrics.jsonl go: TensorBoard, Weights & Biases and trackio.
+"""The trackers that get the rows of metrics.jsonl too: TensorBoard, Weights & Biases and trackio.
 
-metrics.jsonl is the truth. Whenever a training starts or goes on, every tracker is first given the rows that are there,
-and what it holds of an earlier start and can let go of goes. So it shows one training, as if nothing had interrupted
-it, and a tracker that is chosen later shows the beginning too.
+metrics.jsonl is the truth. Whenever a training starts or is resumed, every tracker first drops, if it can, the rows of
+an earlier start, and is given those of the file. So it shows one training, as if nothing had interrupted it, and a
+tracker that is chosen later shows the beginning too.
 
-To add one: a context manager that yields a function of a row, a line of TRACKERS, a name in TrackerName, and what pip
-installs in REQUIREMENTS.
+A new tracker takes a context manager that yields a function of a row, a line of TRACKERS, a name in TrackerName, and
+its package in REQUIREMENTS.
 """
 
 import os
@@ -27,8 +27,8 @@ from minitron.core.files import readable_os_errors, write_text
 from minitron.core.reading import read_text
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
-Row = Mapping[str, Any]
-Track = Callable[[Row], None]
+MetricsRow = Mapping[str, Any]
+Track = Callable[[MetricsRow], None]
 # What was tried: tensorboard 2.21, wandb 0.31, trackio 0.43.
 REQUIREMENTS: dict[TrackerName, str] = {
     "tensorboard": "tensorboard>=2.20",
@@ -38,8 +38,11 @@ REQUIREMENTS: dict[TrackerName, str] = {
 PROJECT = "minitron"
 
 
-def require_installed(names: Iterable[TrackerName]) -> None:
-    """Raises: MinitronError for the first tracker whose package is missing or too old."""
+def require_trackers(names: Iterable[TrackerName]) -> None:
+    """Refuse trackers whose packages are missing or too old.
+
+    Raises: MinitronError.
+    """
     for name in names:
         requirement = Requirement(REQUIREMENTS[name])
         try:
@@ -55,25 +58,25 @@ def require_installed(names: Iterable[TrackerName]) -> None:
 
 @contextmanager
 def tracked(
-    names: Iterable[TrackerName], work: Path, rows: Iterable[Row], config: Mapping[str, Any]
+    names: Iterable[TrackerName], work: Path, rows: Iterable[MetricsRow], config: Mapping[str, Any]
 ) -> Iterator[Track]:
-    """Inside, a function that gives a row to every tracker; of several processes only the first tracks.
+    """Open the trackers, and yield a function that gives a row to each; of several processes only the first tracks.
 
     Args:
-        work: what belongs to the training is kept there, each tracker's in a directory of its name.
+        work: the training's directory, in which each tracker has one of its name.
         rows: the metrics so far, which the trackers are given first.
-        config: shown beside the metrics, where a tracker can.
+        config: settings, which trackers that can show beside the metrics.
 
     Raises: MinitronError if a tracker cannot be started.
     """
     if parallel.joined().rank > 0:
         names = ()
     names = list(dict.fromkeys(names))
-    require_installed(names)
+    require_trackers(names)
     with ExitStack() as stack:
         trackers = [stack.enter_context(TRACKERS[name](work, config)) for name in names]
 
-        def track(row: Row) -> None:
+        def track(row: MetricsRow) -> None:
             for tracker in trackers:
                 tracker(row)
 
@@ -85,7 +88,7 @@ def tracked(
 
 
 def keep(work: Path, out: Path) -> None:
-    """Move what trackers have left of a finished training to another directory."""
+    """Move the trackers' files of a finished training to another directory."""
     for name in TRACKERS:
         if (work / name).exists():
             (work / name).rename(out / name)
@@ -93,7 +96,7 @@ def keep(work: Path, out: Path) -> None:
 
 @contextmanager
 def _tensorboard(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
-    """One event file, written anew at every start; a TensorBoard that is looking forgets what it saw of the old one."""
+    """Write one event file, anew at every start; a TensorBoard that is open drops the points of the old one."""
     from torch.utils.tensorboard import SummaryWriter
 
     path = work / "tensorboard"
@@ -103,7 +106,7 @@ def _tensorboard(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
         for file in earlier:
             file.unlink()
 
-    def track(row: Row) -> None:
+    def track(row: MetricsRow) -> None:
         with readable_os_errors(path):
             for name, value in _values(row).items():
                 writer.add_scalar(name, value, row["step"])
@@ -117,8 +120,8 @@ def _tensorboard(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
 
 @contextmanager
 def _wandb(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
-    """One run under one id. The server says which step comes next, and what it has is not sent again: a training that
-    goes on repeats steps with the same values. Offline each start writes a whole run and removes the one before."""
+    """Log one run under one id. The server says which step comes next, and earlier steps are not sent again: a training
+    that is resumed repeats them with the same values. Offline, each start writes a whole run and removes the last."""
     import wandb
 
     own = _training_id(work)
@@ -144,7 +147,7 @@ def _wandb(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
                 shutil.rmtree(other)
     first = run.step
 
-    def track(row: Row) -> None:
+    def track(row: MetricsRow) -> None:
         if row["step"] >= first:
             run.log(_values(row), step=row["step"])
 
@@ -154,7 +157,7 @@ def _wandb(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
 
 @contextmanager
 def _trackio(work: Path, config: Mapping[str, Any]) -> Iterator[Track]:
-    """One run in trackio's own database, written anew at every start. In a Space the one before stays."""
+    """Log one run in trackio's own database, anew at every start. In a Space the earlier one stays."""
     with redirect_stdout(sys.stderr):  # what the command prints is its result
         import trackio
 
@@ -181,18 +184,18 @@ TRACKERS: dict[TrackerName, Callable[[Path, Mapping[str, Any]], AbstractContextM
 }
 
 
-def _values(row: Row) -> dict[str, Any]:
+def _values(row: MetricsRow) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "step"}
 
 
 def _training_name(work: Path) -> str:
-    """half-distill of runs/half/distill, and student-distill of student.work/distill."""
+    """Name a training after its directory: runs/half/distill is half-distill, student.work/distill student-distill."""
     work = work.resolve()
     return f"{work.parent.name.removesuffix('.work')}-{work.name}"
 
 
 def _training_id(work: Path) -> str:
-    """Of the training in this directory, the same at every start, and no other's."""
+    """Return an id that the training in this directory has at every start, and no other training has."""
     file = work / "tracking-id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:12])

@@ -51,7 +51,7 @@ class RunDirectory:
 
     @property
     def layout(self) -> RunLayout:
-        """Where everything of the run lies."""
+        """The paths of everything in the run directory."""
         return RunLayout(self.out)
 
     def __enter__(self) -> "RunDirectory":
@@ -119,22 +119,22 @@ class RunDirectory:
         inputs: Mapping[str, str],
         config: Mapping[str, object],
         state: Path | None = None,
-        places: Mapping[str, Path] | None = None,
+        named: Mapping[str, Path] | None = None,
         assist: Callable[[], object] | None = None,
     ) -> Path:
         """Run one stage unless its record says that it is done; returns its directory.
 
         Args:
-            work: fills the directory it is given and returns what the record should say of the result.
-            state: where `work` keeps what it resumes from after an interruption, for the same inputs only.
-            places: files that inputs are told by, where their names do not say it.
-            assist: what other processes than the first do of `work`; None where it works alone.
+            work: fills the directory it is given and returns the result for the record.
+            state: the directory from which `work` resumes after an interruption, for the same inputs only.
+            named: input -> a file that an error names for it, where the input's own name does not say enough.
+            assist: the part of `work` that other processes than the first do; None where it works alone.
         """
         path, plain, made = self.out / name, {key: _plain(value) for key, value in config.items()}, None
         if parallel.is_first():
-            made = self._found(name, inputs, plain, places or {})
+            made = self._found(name, inputs, plain, named or {})
             if made is None and state is not None:
-                _require_same_start(state, Inputs(inputs=dict(inputs), config=plain), places or {})
+                _require_same_start(state, Inputs(inputs=dict(inputs), config=plain), named or {})
         made = parallel.agreed(None if made is None else str(made))
         self.listener.stage(name, "running" if made is None else "unchanged")
         if made is not None:
@@ -149,15 +149,15 @@ class RunDirectory:
         return path
 
     def _found(
-        self, name: str, inputs: Mapping[str, str], config: Mapping[str, object], places: Mapping[str, Path]
+        self, name: str, inputs: Mapping[str, str], config: Mapping[str, object], named: Mapping[str, Path]
     ) -> Path | None:
-        """Where a stage is that is done.
+        """Return the directory of a stage that is done, or None.
 
         Raises: RunError if it was made from other inputs.
         """
         for made in (self.out / name, self.final.get(name, self.out / name)):
             if (made / "record.json").exists():
-                _require_same(made, read_record(made), inputs, config, places)
+                _require_same(made, read_record(made), inputs, config, named)
                 return made
         return None
 
@@ -168,7 +168,7 @@ class RunDirectory:
         inputs: Mapping[str, str],
         config: Mapping[str, object],
     ) -> None:
-        """The stage's directory, with its record."""
+        """Make the stage's directory, with its record."""
         started, clock, energy = time.time(), time.monotonic(), EnergyCounter()
         forget_peak_memory()
         with atomic_directory(self.out / name) as partial:
@@ -196,7 +196,7 @@ class RunDirectory:
 
 
 def read_record(stage: Path) -> Record:
-    """What a finished stage's record.json says.
+    """Read the record of a finished stage.
 
     Raises: RunError if it cannot be read or is no record.
     """
@@ -213,10 +213,10 @@ def _require_same(
     known: Inputs,
     inputs: Mapping[str, str],
     config: Mapping[str, object],
-    places: Mapping[str, Path],
+    named: Mapping[str, Path],
 ) -> None:
     changed = [
-        f"{name} ({places[name]})" if name in places else name
+        f"{name} ({named[name]})" if name in named else name
         for name, digest in inputs.items()
         if known.inputs.get(name) != digest
     ]
@@ -231,11 +231,11 @@ def _require_same(
         )
 
 
-def _require_same_start(state: Path, start: Inputs, places: Mapping[str, Path]) -> None:
+def _require_same_start(state: Path, start: Inputs, named: Mapping[str, Path]) -> None:
     file = state / "inputs.json"
     if file.exists():
         known = read_typed(file, INPUTS, RunError, way_out=f"remove {state} to start again")
-        _require_same(state, known, start.inputs, start.config, places)
+        _require_same(state, known, start.inputs, start.config, named)
         return
     with readable_os_errors(state):
         state.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run would make and cost, from the teacher's config.json alone: no text is read and no weight."""
+"""The shapes and the cost of a run, estimated from the teacher's config.json alone: no text or weight is read."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +20,7 @@ UTILISATION = 0.25
 
 @dataclass(frozen=True)
 class Gpus:
-    """Hardware that a run is to be estimated for."""
+    """The GPUs that a run is estimated for."""
 
     count: int
     teraflops: float = 989.0  # dense bfloat16 peak of an H100, by its data sheet
@@ -28,10 +28,10 @@ class Gpus:
 
 
 def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
-    """Shapes, exact parameters and bytes of teacher and student, tokens, floating-point operations, time, memory.
+    """Estimate a run: exact shapes, parameters and bytes of both models, then tokens, operations, time and memory.
 
-    A training step of the student costs three forward passes: one forward, two for both gradients of backward. So does
-    one of a teacher that is corrected; in parallel, the first of them is the one that the student learns from.
+    A training step of the student costs three forward passes: one forward, and two for the gradients of backward. So
+    does a step of a teacher that is corrected; in parallel, its forward pass is the one that the student learns from.
     """
     teacher = open_config(resolve_model(recipe.model, recipe.revision, config_only=True))
     recipe, shape = resolve(recipe, teacher)
@@ -84,5 +84,5 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
 
 
 def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> int:
-    """What training the teacher itself holds."""
+    """Return the memory that training the teacher itself takes."""
     return training_bytes(teacher.architecture, teacher.config, teacher.shape, optimizer, weights)

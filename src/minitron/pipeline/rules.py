@@ -1,7 +1,7 @@
-"""Which recipe keys have an effect only together with others, and the refusal of those that could not have one.
+"""Recipe keys that have an effect only together with others are refused where they could not have one.
 
-What a run writes as its recipe.yaml is a recipe too, and holds what was resolved and what a search found; keys that it
-left behind are no request, and are let through.
+The recipe.yaml of a run is a recipe too. It holds resolved values and the shape that a search found; keys that it left
+behind are no request, and are let through.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ ROWS, PLAIN = (".jsonl", ".parquet"), (".txt", ".md")  # suffixes of text that i
 
 
 def reads_rows(config: DataConfig) -> bool:
-    """Whether the text may be rows with fields, as a dataset and a source that is not there may."""
+    """Tell whether the text may be rows with fields, as a dataset, or a source that is not there, may be."""
     return _reads(config, ROWS)
 
 
@@ -48,13 +48,13 @@ def _searches(recipe: Recipe, *levels: str) -> bool:
 
 
 def _is_found(recipe: Recipe) -> bool:
-    """Whether the shape is one that a search may have found: then the recipe says how, and does not search again."""
+    """Tell whether a search may have found the shape: the recipe then says how, and does not search again."""
     shape = recipe.prune.shape or {}
     return recipe.search.level == "off" and recipe.prune.target is None and shape.keys() == set(PRUNABLE)
 
 
 def _is_resolved(config: DistillConfig) -> bool:
-    """Whether every default is filled in, as a run does, that of the baseline whether it has one or not."""
+    """Tell whether every default is filled in, as a run does, the baseline's learning rate included."""
     filled = ("tokens", "batch_blocks", "learning_rate", "min_learning_rate", "warmup_steps", "intermediate")
     return all(getattr(config, key) is not None for key in (*filled, "evaluate_steps", "checkpoint_steps"))
 
@@ -244,18 +244,27 @@ OF_CHOICE: tuple[Rule[Choice], ...] = (
 
 
 def require_recipe_effects(recipe: Recipe) -> None:
-    """Raises: NoEffect for a key that differs from its default and could not change anything."""
+    """Refuse keys that differ from their defaults and could not change anything.
+
+    Raises: NoEffect.
+    """
     given = changed_keys(recipe)
     require_effects(given, OF_RECIPE, recipe)
     require_effects(given, OF_DISTILL, recipe.distill)
 
 
 def require_distill_effects(config: DistillConfig) -> None:
-    """The same of a distillation by itself."""
+    """Refuse keys of a distillation by itself that could not change anything.
+
+    Raises: NoEffect.
+    """
     require_effects({f"distill.{key}" for key in changed_keys(config)}, OF_DISTILL_ALONE, config)
 
 
 def require_choice_effects(recipe: Recipe, choice: Choice) -> None:
-    """The same for what depends on the teacher: what the cut leaves to be chosen."""
+    """Refuse keys that could not change anything because the cut leaves nothing to choose.
+
+    Raises: NoEffect.
+    """
     if not _searches(recipe, "predicted", "cut", "distilled"):
         require_effects(changed_keys(recipe), OF_CHOICE, choice)

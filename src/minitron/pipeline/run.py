@@ -56,7 +56,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
     inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
-    trackers.require_installed(recipe.distill.log_to)
+    trackers.require_trackers(recipe.distill.log_to)
     if recipe.gguf.wanted:
         require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
@@ -70,7 +70,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
-    """Fill in every default that the teacher's config decides, and the student's shape; of a search, the largest.
+    """Fill in every default that the teacher's config decides, and find the student's shape: for a search, the largest.
 
     Raises: NoEffect for a key that could not change anything.
     """
@@ -117,7 +117,7 @@ def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, 
 
 
 def _whole_path(source: str) -> str:
-    """A local path made absolute, so that the stored recipe runs from anywhere; a hub id and the like as it is."""
+    """Make a local path absolute, so that the stored recipe runs from anywhere; leave a hub id and the like alone."""
     is_path = source.strip() and source not in (BUILTIN, TEACHER)
     path = local_path(source)
     return str(path.resolve()) if is_path and os.path.exists(path) else source

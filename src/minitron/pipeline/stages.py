@@ -59,7 +59,7 @@ from minitron.shapes.space import machine_for
 from minitron.shapes.trial import Trials, judging_blocks, rank_shapes
 
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
-Facts = dict[str, object]  # what a record says of a stage
+StageResult = dict[str, object]  # what a record says of a stage
 
 
 @dataclass
@@ -133,14 +133,14 @@ def prepare_data(run: Run) -> None:
         "text": directory.digest(source_files(config)),
         "tokenizer": directory.digest(carried_files(run.teacher.path)),
     }
-    facts: Facts = {"data": config}
+    facts: StageResult = {"data": config}
     state = None
     if config.source == TEACHER:
         inputs["teacher"] = run.digest(run.teacher.path)
         facts["seed"] = seed
         state = directory.layout.work("data-state")
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         listener = directory.listener
         return make_corpus(config, run.teacher, run.tokenizer, seed=seed, out=out, state=state, listener=listener)
 
@@ -164,7 +164,7 @@ def correct_teacher(run: Run) -> None:
     run.update(distill=resolved)
     schedule = run.schedule(Schedule.of_correction)
     inputs = {"model": run.digest(run.teacher.path), "data": run.corpus.digest}
-    facts: Facts = {"correction": schedule.config, "seed": schedule.seed}
+    facts: StageResult = {"correction": schedule.config, "seed": schedule.seed}
     state = run.directory.layout.work(f"distill-{CORRECTED}")
     training = Training(run.teacher.path, TeacherSource(), run.corpus, schedule, state, run.listener)
     run.teacher = open_checkpoint(_train(run, CORRECTED, training, inputs, facts))
@@ -179,7 +179,7 @@ def collect_statistics(run: Run) -> None:
         pass_ = config.as_pass(scratch, layers_of(run.listener))
         return calibrate(run.teacher, samples, pass_, second_moment=config.second_moment)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         statistics = collect(out)
         statistics.save(out)
         return {"samples": statistics.samples, "tokens": statistics.tokens}
@@ -209,7 +209,7 @@ def record_teacher(run: Run) -> None:
     """The teacher's logits of every block that will be trained on or looked at, on disk."""
     config, corpus, seed = run.resolved_training(), run.corpus, run.recipe.seed
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         blocks = blocks_read(corpus, Schedule.of_student(config, corpus.block_tokens, seed))
         if searches(run.recipe):
             judge = judging_blocks(corpus, seed, run.recipe.search.judge_blocks)
@@ -243,7 +243,7 @@ def search_shape(run: Run) -> None:
     def measure() -> Ranking:
         return rank_shapes(run.pruner, recipe.search, machine_for(recipe.search, run.teacher.dtype), trials)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         ranking = measure()
         found = ranking.candidates
         write_json(out / layout.candidates.name, ranking.to_dict())
@@ -291,10 +291,10 @@ def _task_digest(directory: RunDirectory, config: PruneConfig) -> dict[str, str]
     return {"task": directory.digest([file])} if file.is_file() else {}
 
 
-def _criterion(run: Run, first: Shape) -> tuple[Facts, dict[str, str]]:
+def _criterion(run: Run, first: Shape) -> tuple[StageResult, dict[str, str]]:
     """What units are scored by, and the digests of what layers are scored on, where that takes a pass of its own."""
     config, teacher = run.pruner.scoring.config, run.teacher.shape
-    facts: Facts = {
+    facts: StageResult = {
         "criterion": config.criterion,
         "sequence": config.sequence_aggregate,
         "batch": config.batch_aggregate,
@@ -318,7 +318,7 @@ def score_units(run: Run) -> None:
     first, *_ = run.pruner.shapes(run.shape, given_layers(run.pruner.scoring.config, run.teacher.shape))
     criterion, measured = _criterion(run, first)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         run.pruner.at(out).score(first).save(out)
         return criterion
 
@@ -332,14 +332,14 @@ def make_plan(run: Run) -> None:
     given = given_layers(config, run.teacher.shape)
     first, *further = run.pruner.shapes(run.shape, given)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         scores = Scores.load(directory.layout.stage("scores"), run.teacher.shape)
         plan = run.pruner.at(out).plan(run.shape, given, scores)
         plan.save(out / directory.layout.plan.name)
         return {"plan": str(plan)}
 
     inputs = {"scores": directory.digest([directory.layout.scores])}
-    facts: Facts = {"shape": asdict(run.shape), "drop_layers": config.drop_layers}
+    facts: StageResult = {"shape": asdict(run.shape), "drop_layers": config.drop_layers}
     facts |= {"keep_layers": config.keep_layers} if config.keep_layers else {}
     if further:
         inputs |= {"model": run.digest(run.teacher.path), "data": run.corpus.digest}
@@ -353,14 +353,14 @@ def cut_teacher(run: Run) -> None:
     needed, directory = needed_steps(run.pruner.repairs, run.plan), run.directory
     digests: dict[str, str] = {}
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         repaired = run.pruner.at(out).cut(run.plan, out)
         repaired.plan.save(out / directory.layout.cut.name)
         digests.update(repaired.digests)
         return describe(open_checkpoint(out)) | {"repairs": needed}
 
     inputs = {"model": run.digest(run.teacher.path), "plan": directory.digest([directory.layout.plan])}
-    facts: Facts = {"repair": {"steps": needed}}
+    facts: StageResult = {"repair": {"steps": needed}}
     if needed:
         inputs |= {"data": run.corpus.digest, "statistics": directory.digest([directory.layout.statistics])}
         facts |= {"calibrate": run.recipe.calibrate, "seed": run.recipe.seed}
@@ -396,7 +396,7 @@ def train_student(run: Run) -> None:
         inputs["teacher"] = directory.digest([*names.values()])
     else:
         inputs["teacher"] = run.digest(run.teacher.path)
-    facts: Facts = {"distill": config.for_record, "seed": run.recipe.seed}
+    facts: StageResult = {"distill": config.for_record, "seed": run.recipe.seed}
     schedule, state = run.schedule(Schedule.of_student), directory.layout.work("distill")
     training = Training(pruned, source, run.corpus, schedule, state, run.listener)
     made = _train(run, "student", training, inputs, facts, names)
@@ -410,7 +410,7 @@ def train_from_scratch(run: Run) -> None:
     pruned = run.models["pruned"]
     training = Training(pruned, TeacherSource(), run.corpus, schedule, state, run.listener)
     inputs = {"pruned": run.digest(pruned), "data": run.corpus.digest}
-    facts: Facts = {"distill": schedule.config.for_record, "seed": schedule.seed}
+    facts: StageResult = {"distill": schedule.config.for_record, "seed": schedule.seed}
     run.models["scratch"] = _train(run, "scratch", training, inputs, facts)
 
 
@@ -419,7 +419,7 @@ def _train(
     name: str,
     training: Training,
     inputs: Mapping[str, str],
-    facts: Facts,
+    facts: StageResult,
     names: Mapping[str, Path] | None = None,
 ) -> Path:
     """Do a stage that trains, with all processes; returns the model's directory.
@@ -432,7 +432,7 @@ def _train(
     def learn(out: Path = state) -> Trained:
         return distill(training, out)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         trained = learn(out)
         if training.schedule.teacher_rates is not None:
             corrected = layout.stage(CORRECTED)
@@ -440,7 +440,7 @@ def _train(
             (state / CORRECTED).rename(corrected)
         return describe(open_checkpoint(out)) | {"training": asdict(trained)}
 
-    made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, places=names, assist=learn)
+    made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=names, assist=learn)
     if parallel.is_first():
         forget_states(state)
     return made
@@ -459,7 +459,7 @@ def evaluate_models(run: Run) -> None:
     """All models on held-out text and prompts; teacher and student in speed and benchmarks too."""
     config = run.recipe.evaluate
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         _measure_quality(run, out)
         if config.speed:
             _measure_speed(run, out)
@@ -536,7 +536,7 @@ def quantize_student(run: Run) -> None:
     config, seed, corpus, student = run.recipe.gguf, run.recipe.seed, run.corpus, run.models["student"]
     name = run_name(run.recipe.model, run.recipe.prune.target)
 
-    def work(out: Path) -> Facts:
+    def work(out: Path) -> StageResult:
         tokens = draw_samples(corpus, config.samples, seed).tokens
         heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
         source = run.recipe.data.source

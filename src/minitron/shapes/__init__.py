@@ -1,1 +1,1 @@
-"""Which shape: every one that a family accepts, what it costs, and which is best."""
+"""The student's shape: all shapes that a family accepts, their costs, and the best of them."""

@@ -1,4 +1,4 @@
-"""What candidates.json, losses.json and the record of a search hold, checked when they are read."""
+"""The types of candidates.json, losses.json and the record of a search, checked when they are read."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ class Throughput(Layout):
 
 
 class Search(Layout):
-    """search/candidates.json, best first."""
+    """search/candidates.json lists the candidates, best first."""
 
     machine: Throughput
     context_tokens: Positive
@@ -40,7 +40,7 @@ class Named(Layout):
 
 
 class Searched(Layout):
-    """The result of the stage search."""
+    """The result in the record of the stage search."""
 
     tokens: Count
     winner: Named

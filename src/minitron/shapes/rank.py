@@ -1,8 +1,8 @@
-"""Ranking feasible shapes at three levels. Pure: what costs time comes in as a function.
+"""Feasible shapes are ranked at three levels; measurements come in as a function.
 
-1. `predictor`: from the statistics alone, for every shape.
-2. The loss right after the cut, of the best predicted ones.
-3. Successive elimination: short distillation runs that go on, each time of the best quarter.
+1. `predictor` ranks every shape by the statistics alone.
+2. The best of these are cut, and ranked by their loss.
+3. Successive elimination distils them for a while, and goes on with the best quarter each time.
 """
 
 import math
@@ -28,9 +28,9 @@ STREAM_POWER = 6.0
 # of which the repair makes up for half (docs/log).
 REPAIRED_POWERS = {"hidden": 4.0, "layers": 1.0, "ffn": 0.25, "heads": 0.25}
 
-# Successive elimination: the share that each rung drops to, and how many times as long those train. Early losses tell
-# bad shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these
-# on none (docs/log).
+# Successive elimination: the share that each round keeps, and how many times as long those train. Early losses tell bad
+# shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these on
+# none (docs/log).
 KEPT, LONGER = 1 / 4, 8
 
 LossAt = Callable[[Candidate, int], float]
@@ -40,7 +40,7 @@ LossAt = Callable[[Candidate, int], float]
 class Ranked:
     """A candidate with its prediction and the losses that were measured.
 
-    predicted: of `predictor`; no unit, lower is better, comparable within one search.
+    predicted: the damage that `predictor` gives; no unit, lower is better, comparable within one search.
     losses: distillation step -> loss on the judging blocks, nats per token; step 0 is right after the cut.
     """
 
@@ -50,7 +50,7 @@ class Ranked:
 
     @property
     def step(self) -> int:
-        """The last step that it was measured at; -1 without any."""
+        """The last step at which it was measured; -1 if it was not."""
         return max(self.losses, default=-1)
 
     def to_dict(self) -> dict[str, object]:
@@ -61,12 +61,11 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All shapes within the budgets, and what they were judged for.
+    """All shapes within the budgets, best first, and the conditions that they were ranked under.
 
     level: how far the search looked, as in `search.level`.
-    machine, context_tokens, batch: what cache and times are computed for.
+    machine, context_tokens, batch: the machine and the load that cache and times are computed for.
     step_tokens: tokens of a training step; 0 where nothing was trained.
-    candidates: best first.
     """
 
     level: str
@@ -91,12 +90,12 @@ def rank(
     steps: int = 0,
     drop: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Ranked]:
-    """All candidates, best first: those that came furthest, by their loss there, and the unmeasured by prediction.
+    """Rank all candidates, best first: measured ones by their last step and its loss, the others by prediction.
 
     Args:
-        loss_at: the loss of a candidate after so many distillation steps, asked for in the order of rising steps.
-        steps: of the final distillation.
-        drop: told of each candidate that was measured and will not go on.
+        loss_at: returns the loss of a candidate after so many distillation steps; steps only rise.
+        steps: the number of steps of the final distillation.
+        drop: is called with each candidate that was measured and goes no further.
 
     Paper: P1 distils every candidate alike (section 3, "Lightweight Neural Architecture Search"); here each level
     leaves fewer for the next, and the winner's steps are kept.
@@ -118,38 +117,40 @@ def rank(
         best = sorted(candidates, key=lambda each: predicted[each.name])[: search.cut_candidates]
         staying = measure(best, 0, search.distill_candidates if search.level == "distilled" else 0)
         if search.level == "distilled":
-            for rung in rungs(len(staying), steps, search.first_rung):
-                staying = measure(staying, rung.step, rung.keep)
+            for rnd in elimination_rounds(len(staying), steps, search.first_rung):
+                staying = measure(staying, rnd.step, rnd.keep)
     found = [Ranked(each, predicted[each.name], losses[each.name]) for each in candidates]
     return sorted(found, key=lambda one: (-one.step, one.losses.get(one.step, 0.0), one.predicted))
 
 
 @dataclass(frozen=True)
-class Rung:
-    enter: int  # candidates that are trained up to the step
+class EliminationRound:
+    """A round of successive elimination: `enter` candidates are trained up to `step`, and the best `keep` go on."""
+
+    enter: int
     step: int
-    keep: int  # of them go on
+    keep: int
 
 
-def rungs(num_candidates: int, steps: int, first: float) -> list[Rung]:
-    """Each rung keeps the best quarter and trains it eight times as long, until one candidate is left.
+def elimination_rounds(num_candidates: int, steps: int, first: float) -> list[EliminationRound]:
+    """Plan the rounds: each keeps the best quarter and trains it eight times as long, until one candidate is left.
 
     Args:
-        steps: of the whole training, which no rung exceeds.
-        first: share of them before the first rung.
+        steps: the steps of the whole training, which no round exceeds.
+        first: the share of them in the first round.
 
     Paper: as successive halving (Jamieson and Talwalkar 2016, section 3), with fewer and later decisions.
     """
     found, step = [], max(1, round(first * steps))
     while num_candidates > 1:
         keep = math.ceil(num_candidates * KEPT) if step < steps else 1
-        found.append(Rung(num_candidates, min(step, steps), keep))
+        found.append(EliminationRound(num_candidates, min(step, steps), keep))
         num_candidates, step = keep, LONGER * step
     return found
 
 
 def distilled_steps(found: Iterable[Ranked]) -> int:
-    """Training steps that a search took, over all candidates."""
+    """Return the training steps that a search took, over all candidates."""
     return sum(max(0, one.step) for one in found)
 
 
@@ -161,7 +162,7 @@ def predictor(
     reads: Float[Tensor, "hidden hidden"] | None = None,
     stream_power: float = STREAM_POWER,
 ) -> Callable[[Shape], float]:
-    """A function shape -> damage: minus the logarithm of the share of the teacher's signal that survives its cut.
+    """Make a function shape -> damage: minus the logarithm of the share of the teacher's signal that survives the cut.
 
     The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
     input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what
@@ -172,8 +173,8 @@ def predictor(
     shares of the stream, the layers' way, the neurons and the heads then count with REPAIRED_POWERS.
 
     Args:
-        reads: of a repaired cut, `prune.residual.reading_moment`; the statistics hold the second moment.
-        stream_power: how often the stream of a plain cut is met.
+        reads: for a repaired cut, `reading_moment` of the teacher; the statistics then hold the second moment.
+        stream_power: how often a plain cut meets the stream.
     """
     energy = statistics.column_squares()
     angles = statistics.cosine.clamp(-1, 1).arccos()
@@ -221,7 +222,7 @@ def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
 
 
 def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -> Float[Tensor, " counts"]:
-    """Share of what is read that is left when only the n leading directions are, for n = 0 ... all."""
+    """Return the share of the read signal that n leading directions keep, for n = 0 ... all."""
     assert statistics.second_moment is not None
     directions = torch.linalg.eigh(
         statistics.second_moment.float()
@@ -233,6 +234,6 @@ def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -
 
 
 def _curve(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
-    """Share of the energy in the n highest-scored units, for n = 0 ... all."""
+    """Return the share of the energy in the n highest-scored units, for n = 0 ... all."""
     ordered = energy[scores.argsort(descending=True, stable=True)]
     return torch.cat([ordered.new_zeros(1), ordered.cumsum(0) / ordered.sum()])

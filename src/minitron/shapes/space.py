@@ -1,4 +1,4 @@
-"""Every shape that a student can have under a set of budgets, and what each costs: arithmetic from the family's table.
+"""The shapes that a student can have under a set of budgets, and their costs, computed from the family's table.
 
 All shapes of a space are counted at once, as arrays with one entry per shape.
 """
@@ -85,7 +85,7 @@ class SearchConfig(Section):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the modelled times are for."""
+    """The machine that times are modelled for."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -93,7 +93,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one shape takes; times are None where no machine was given."""
+    """The costs of one shape; times are None where no machine was given."""
 
     total: int
     non_embedding: int
@@ -120,7 +120,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one cost, by the key that set them."""
+    """The limits of one cost, with the recipe key that set them."""
 
     cost: str
     most: float
@@ -128,7 +128,7 @@ class Budget:
     least: float = 0.0
 
     def excess(self, values: np.ndarray) -> np.ndarray:
-        """How far values are outside, as a logarithm of ratios; 0 inside."""
+        """Return how far values are outside the limits, as a logarithm of ratios; 0 inside."""
         with np.errstate(divide="ignore"):
             return np.maximum(0, np.log(values / self.most)) + np.maximum(0, np.log(self.least / values))
 
@@ -147,11 +147,11 @@ def feasible(
     itemsize: int,
     machine: Machine | None = None,
 ) -> list[Candidate]:
-    """All shapes of the space within the budgets, those with the most parameters first.
+    """Return all shapes of the space within the budgets, those with the most parameters first.
 
     Args:
         itemsize: bytes of a weight of the checkpoint, and of a value in the key-value cache.
-        machine: needed for budgets of time; times of candidates are left out without one.
+        machine: needed for budgets of time; without one, candidates have no times.
 
     Raises: PlanError that names the binding budget and the nearest shapes if there is none.
     """
@@ -171,7 +171,7 @@ def feasible(
 def feasible_for(
     teacher: Checkpoint | ModelConfig, prune: PruneConfig, search: SearchConfig, machine: Machine | None
 ) -> list[Candidate]:
-    """`feasible` of a model on disk."""
+    """Return `feasible` for a model on disk."""
     return feasible(
         teacher.architecture,
         teacher.config,
@@ -184,7 +184,7 @@ def feasible_for(
 
 
 def machine_for(search: SearchConfig, dtype: torch.dtype) -> Machine:
-    """The machine that the search names, and where it names none that of the first process."""
+    """Return the machine that the search names; where it names none, measure the first process's."""
     here = Machine(
         search.bytes_per_second or bytes_per_second(),
         search.flops_per_second or matmul_flops_per_second(dtype, PROBE_SIZE),
@@ -193,7 +193,10 @@ def machine_for(search: SearchConfig, dtype: torch.dtype) -> Machine:
 
 
 def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, teacher: Shape) -> list[Budget]:
-    """Raises: PlanError if there is no budget, or a contradictory one."""
+    """Return the budgets that the settings name.
+
+    Raises: PlanError if there is none, or a contradictory one.
+    """
     require_task_fits(prune)
     found = []
     if prune.shape is not None or prune.drop_layers is not None or prune.keep_layers is not None:
@@ -233,7 +236,7 @@ def needs_machine(search: SearchConfig) -> bool:
 def space(
     architecture: Architecture, teacher: Shape, prune: PruneConfig, search: SearchConfig
 ) -> dict[str, np.ndarray]:
-    """Every shape of the space that the family and transformers accept: dim -> its size in each shape [shapes].
+    """Return every shape of the space that the family and transformers accept: dim -> its size in each shape [shapes].
 
     Raises: PlanError for sizes that cannot be read, that the teacher does not have, or if nothing is left.
     """
@@ -263,7 +266,7 @@ def space(
 
 
 def _gguf_clean(architecture: Architecture, teacher: Shape, sizes: Mapping[str, np.ndarray], block: int) -> np.ndarray:
-    """Which of the shapes llama.cpp loads, with rows of whole blocks [shapes].
+    """Tell which shapes llama.cpp loads, with rows of whole blocks [shapes].
 
     Raises: PlanError if it is none of them.
     """
@@ -289,14 +292,14 @@ def _gguf_clean(architecture: Architecture, teacher: Shape, sizes: Mapping[str, 
 
 @dataclass(frozen=True)
 class SizeList:
-    """What a text such as `4096-6144/512,7168` or `2.5x,3x` stands for."""
+    """The sizes that a text such as `4096-6144/512,7168` or `2.5x,3x` stands for."""
 
     numbers: tuple[int, ...]
     factors: tuple[float, ...] = ()
 
 
 def parse_sizes(dim: str, text: str, step: int) -> SizeList:
-    """Numbers, ranges (both ends included, in multiples of `step` or of what follows a slash) and factors of hidden.
+    """Read numbers, ranges (with both ends, in multiples of `step` or of the number after a slash), factors of hidden.
 
     Raises: PlanError if a part is none of these.
     """
@@ -327,7 +330,7 @@ def cost(
     itemsize: int,
     machine: Machine | None,
 ) -> dict[str, np.ndarray]:
-    """Cost by cost, of each shape: the fields of `Costs`."""
+    """Return the costs of each shape: a field of `Costs` -> its value in each shape [shapes]."""
     total, non_embedding = (count_terms(terms, sizes, kind=kind) for kind in ("total", "non_embedding"))
     weight = search.bytes_per_parameter or float(itemsize)
     cache = _kv_bytes(sizes, itemsize) * search.context_tokens * search.batch
@@ -351,7 +354,7 @@ def roofline(
     context: int,
     batch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of one decoding step of `batch` sequences at `context` tokens, and of reading that context.
+    """Return the seconds of one decoding step of `batch` sequences at `context` tokens, and of reading that context.
 
     A step takes as long as the longer of two: moving its bytes (every matrix once, the output projection too, the
     embedding's few rows not, and the key-value cache), or doing its operations (2 per weight and token, and 4 per
@@ -376,7 +379,7 @@ def roofline(
 def _narrowed(
     architecture: Architecture, teacher: Shape, given: Mapping[str, SizeList], hidden_multiple: int
 ) -> Iterator[Shape]:
-    """The teacher with every hidden size and set of heads that the family accepts; layers and ffn are the teacher's."""
+    """Yield the teacher with every hidden size and set of heads that the family accepts; layers and ffn stay."""
     least = LEAST_HIDDEN * teacher.hidden
     hidden_sizes = [n for n in range(hidden_multiple, teacher.hidden, hidden_multiple) if n >= least]
     seen = set()
@@ -406,7 +409,7 @@ def _with_heads(architecture: Architecture, teacher: Shape, given: Mapping[str, 
 def _sizes(
     dim: str, given: Mapping[str, SizeList], teacher: Shape, default: Any, whole: int | None = None
 ) -> list[int]:
-    """The sizes given for a dim, or the default ones and the whole.
+    """Return the sizes given for a dim, or the default ones and the whole.
 
     Raises: PlanError for a given size that cannot be cut from the teacher's.
     """
@@ -429,7 +432,7 @@ def _ffn_sizes(teacher: Shape, hidden: int, given: Mapping[str, SizeList], multi
 
 
 def _parameters(text: str, terms: ParameterTerms, teacher: Shape) -> tuple[str, float]:
-    """(kind of count, number) of a text such as 50% or 4.5B."""
+    """Return the kind of count and the number of parameters that a text such as 50% or 4.5B stands for."""
     kind, value = parse_target(text)
     have = count_terms(terms, vars(teacher), kind=kind)
     number = value * have if kind == "non_embedding" else value
@@ -439,7 +442,7 @@ def _parameters(text: str, terms: ParameterTerms, teacher: Shape) -> tuple[str, 
 
 
 def _kv_bytes(sizes: Mapping[str, np.ndarray], itemsize: int) -> np.ndarray:
-    """Key-value cache bytes per token of context."""
+    """Return the bytes of the key-value cache per token of context."""
     return 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * itemsize
 
 
@@ -455,7 +458,7 @@ def _why_none(
     excess: Mapping[Budget, np.ndarray],
     teacher: Shape,
 ) -> str:
-    """Which budget binds, and the nearest shapes with what they would need."""
+    """Say which budget binds, and name the nearest shapes with their costs."""
     parts = []
     for limit in excess:
         others = [values == 0 for other, values in excess.items() if other != limit]

@@ -1,6 +1,6 @@
-"""The optimizers: for weights in which format, and what they hold of each weight.
+"""The optimizers, the formats of the weights that they move, and the memory that they take.
 
-To add an optimizer: a row of OPTIMIZERS, and a row of the tests.
+A new optimizer takes a row of OPTIMIZERS and a row of the tests.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,7 +16,8 @@ from minitron.distillation.optim.soap import Soap, axes_bytes, turned_sides
 from minitron.model.architecture import Architecture, Shape
 
 Weights = Literal["float32", "bfloat16_kahan", "bfloat16_stochastic"]
-# That training holds of each parameter: the weight, its gradient, two moments and what is left over.
+# Bytes of each parameter in training: the weight, its gradient, two moments, and the rounding that Kahan summation
+# keeps.
 TRAINING_BYTES: dict[Weights, int] = {
     "float32": 4 + 4 + 8,
     "bfloat16_kahan": 2 + 2 + 4 + 2,
@@ -60,13 +61,12 @@ def _held_by_soap(optimizer: torch.optim.Optimizer) -> Mapping[Tensor, int]:
 class OptimizerRow:
     """A row of OPTIMIZERS.
 
-    make: the optimizer of groups of float32 weights, from Adam's betas and what `options` names.
-    options: fields of OptimizerOptions that `make` takes besides, by their names.
-    in_bfloat16: for a format of weights in bfloat16, the optimizer that moves them; none where there is no room.
-    is_turned: whether a matrix of a shape is moved along axes of its own, as its group says then.
-    further_bytes: what is held of a matrix in a layer besides what AdamW holds of it.
-    holders: parameter -> the process that holds the state of all of it; where a parameter is missing, every process
-        holds a part.
+    make: makes the optimizer of groups of float32 weights, from Adam's betas and the fields that `options` names.
+    options: fields of OptimizerOptions that `make` also takes, by their names.
+    in_bfloat16: format -> the optimizer of bfloat16 weights in that format.
+    is_turned: whether a matrix of a shape is moved along other axes than its own; its group then says so.
+    further_bytes: the memory for a layer's matrix of a shape beyond AdamW's moments.
+    holders: parameter -> the process that holds its whole state; a parameter that is missing is sharded.
     """
 
     make: Callable[..., torch.optim.Optimizer]
@@ -101,13 +101,13 @@ def hold_weights(model: nn.Module, weights: Weights) -> None:
 
 
 def vocabulary_of(model: Any) -> list[Tensor]:
-    """A model's matrices with a row for each token."""
+    """Return a model's matrices with a row for each token."""
     return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How an optimizer moves weights, whichever it is.
+    """The settings that all optimizers share.
 
     weights: the format in which `hold_weights` holds them.
     betas: decays of Adam's moments.
@@ -130,7 +130,7 @@ def make_optimizer(
     *,
     vocabulary: Collection[Tensor],
 ) -> torch.optim.Optimizer:
-    """An optimizer of parameters held as `hold_weights` leaves them.
+    """Make an optimizer of parameters in the format that `hold_weights` leaves them in.
 
     Args:
         trained: a model's name -> its parameters. Each group of the optimizer says in `of` whose it is.
@@ -157,7 +157,10 @@ def make_optimizer(
 def training_bytes(
     architecture: Architecture, config: Mapping[str, Any], shape: Shape, optimizer: Optimizer, weights: Weights
 ) -> int:
-    """What training a model of a shape holds, in all processes together: weights, gradients, moments, SOAP's axes."""
+    """Return the memory that training a model of a shape takes, in all processes together, without activations.
+
+    It holds weights, gradients, moments and SOAP's axes.
+    """
     bytes_ = TRAINING_BYTES[weights] * architecture.count(shape, config).total
     layer = [spec.shape(shape) for spec in architecture.specs(config, layers=1) if spec.layer is not None]
     return bytes_ + shape.layers * sum(OPTIMIZERS[optimizer].further_bytes(size) for size in layer if len(size) == 2)

@@ -27,7 +27,7 @@ EPSILON = 1e-8  # torch's default
 
 
 def stochastically_rounded(values: Float32[Tensor, "*shape"], noise: torch.Generator) -> BFloat16[Tensor, "*shape"]:
-    """Each value as one of its two bfloat16 neighbours, so that the mean over the noise is the value.
+    """Round each value to one of its two bfloat16 neighbours, so that the mean over the noise is the value.
 
     bfloat16 is the upper half of a float32. A random number of 16 bits, added to the lower half, carries into the upper
     one with a probability that is the lower half's share of the way to the next.
@@ -40,11 +40,11 @@ def stochastically_rounded(values: Float32[Tensor, "*shape"], noise: torch.Gener
 class BFloat16AdamW(torch.optim.Optimizer):
     """AdamW (as torch.optim.AdamW) whose weights are rounded to the nearest bfloat16 after a step in float32.
 
-    On its own it is what loses small updates; its children only differ in how weights are read and written. Parameters
-    in float32 are moved as torch moves them.
+    On its own it loses small updates; its children only differ in how weights are read and written. Parameters in
+    float32 are moved as torch moves them.
 
-    The noise of a step is a function of the seed, the parameter and the number of its step, so a training that goes on
-    draws what an undisturbed one would.
+    The noise of a step is a function of the seed, the parameter and the number of its step, so a training that is
+    resumed draws the noise of an undisturbed one.
     """
 
     buffers: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -86,7 +86,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         self._write(rows, weight, noise)
 
     def _read(self, rows: dict[str, Tensor]) -> Tensor:
-        """The weights as exactly as they are known, in float32."""
+        """Return the weights as exactly as they are known, in float32."""
         return rows["weight"].float()
 
     def _write(self, rows: dict[str, Tensor], weight: Tensor, noise: torch.Generator) -> None:
@@ -100,7 +100,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
 
 
 class KahanAdamW(BFloat16AdamW):
-    """What rounding a weight leaves over is kept and counts in the next step."""
+    """The part of a weight that rounding cuts off is kept, and added back in the next step."""
 
     buffers = (*BFloat16AdamW.buffers, "compensation")
 
@@ -113,7 +113,7 @@ class KahanAdamW(BFloat16AdamW):
 
 
 class StochasticAdamW(BFloat16AdamW):
-    """A weight is rounded up or down by chance, and right in the mean."""
+    """A weight is rounded up or down at random, so that it is right in the mean."""
 
     def _write(self, rows: dict[str, Tensor], weight: Tensor, noise: torch.Generator) -> None:
         rows["weight"].copy_(_rounded_like(rows["weight"], weight, noise))
@@ -124,7 +124,7 @@ def _rounded_like(tensor: Tensor, values: Tensor, noise: torch.Generator) -> Ten
 
 
 def _chunks(tensors: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
-    """The same rows of tensors of one shape, some at a time."""
+    """Yield the same rows of tensors of one shape, some at a time."""
     shape = tensors["weight"].shape
     rows = max(1, CHUNK // max(1, math.prod(shape[1:])))
     for pieces in zip(*(tensor.split(rows) for tensor in tensors.values()), strict=True):

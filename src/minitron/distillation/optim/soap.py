@@ -34,12 +34,12 @@ SIDES = ("left", "right")
 
 
 def turned_sides(shape: tuple[int, ...]) -> dict[str, int]:
-    """The sides of a matrix that get axes of their own, and their lengths."""
+    """Return the sides of a matrix along which it is turned, and their lengths."""
     return {side: length for side, length in zip(SIDES, shape, strict=True) if length <= MOST_AXES}
 
 
 def held_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """What is held of a turned matrix: Adam's moments, and each side's axes with the moment that they are of."""
+    """Return the shapes of the state of a turned matrix: Adam's moments, and each side's axes and second moment."""
     squares = {
         f"{side}_{entry}": (length, length)
         for side, length in turned_sides(shape).items()
@@ -49,22 +49,23 @@ def held_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def axes_bytes(shape: tuple[int, ...]) -> int:
-    """What a turned matrix takes besides what AdamW holds of it."""
+    """Return the bytes of a turned matrix's state beyond AdamW's moments."""
     return 4 * sum(math.prod(size) for name, size in held_shapes(shape).items() if name not in MOMENTS)
 
 
 class Soap(torch.optim.Optimizer):
     """AdamW of float32 weights whose groups say whether their matrices are `turned`; torch moves the others.
 
-    Among several processes, each holds what is held of some of the turned matrices, and moves these for all.
+    Among several processes, each holds the state of some of the turned matrices, and moves these for all.
     """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32
     ):
-        """
+        """Share the turned matrices out among the processes.
+
         Args:
-            dtype: that products of large matrices may round their inputs to, but for those that axes come from.
+            dtype: products of large matrices may round their inputs to it, except those that axes come from.
         """
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.dtype = dtype
@@ -130,7 +131,7 @@ class Soap(torch.optim.Optimizer):
         )
 
     def _count(self, parameter: Tensor) -> None:
-        """Count a step of a turned matrix, of which there is nothing yet before the first."""
+        """Count a step of a turned matrix; the first one makes its state."""
         if parameter not in self.state:
             device = parameter.device if self.holders[parameter] == parallel.joined().rank else "meta"
             shapes = held_shapes(tuple(parameter.shape))
@@ -139,7 +140,7 @@ class Soap(torch.optim.Optimizer):
         self.state[parameter]["step"] += 1
 
     def _to_change(self, gradient: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Make of a matrix's gradient, where it is held, what is to be taken off at a rate of 1."""
+        """Replace a matrix's gradient, where its state is held, by the step to subtract at a learning rate of 1."""
         if gradient.is_meta:
             return
         state, sides = self.state[parameter], turned_sides(tuple(parameter.shape))
@@ -177,7 +178,7 @@ class Soap(torch.optim.Optimizer):
 
 
 def _shared_out(matrices: Iterable[Tensor], processes: int) -> dict[Tensor, int]:
-    """Each matrix's process, so that all hold about as much: the largest first, each to the one that has least."""
+    """Share the matrices out so that all processes hold about as much: the largest first, each to the emptiest."""
     loads, found = [0] * processes, {}
     sizes = {matrix: sum(map(math.prod, held_shapes(tuple(matrix.shape)).values())) for matrix in matrices}
     for matrix in sorted(sizes, key=lambda matrix: -sizes[matrix]):
@@ -187,21 +188,21 @@ def _shared_out(matrices: Iterable[Tensor], processes: int) -> dict[Tensor, int]
 
 
 def _eigenvectors(moment: Float[Tensor, "length length"]) -> Float[Tensor, "length length"]:
-    """Orthonormal columns, that of the largest eigenvalue first."""
+    """Return orthonormal columns, the one of the largest eigenvalue first."""
     return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).float().contiguous()
 
 
 def _iterated(
     moment: Float[Tensor, "length length"], axes: Float[Tensor, "length length"]
 ) -> Float[Tensor, "length length"]:
-    """One step of orthogonal iteration from axes that are near the eigenvectors."""
+    """Make one step of orthogonal iteration from axes that are near the eigenvectors."""
     nearer = moment @ axes
     order = (axes * nearer).sum(0).argsort(descending=True, stable=True)
     return torch.linalg.qr(nearer[:, order]).Q.contiguous()
 
 
 def _turned(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """A matrix [rows, columns] written along other axes, the columns of `left` [rows, rows] and `right`."""
+    """Write a matrix [rows, columns] along other axes, the columns of `left` [rows, rows] and `right`."""
     if left is not None:
         matrix = left.T @ matrix
     return matrix if right is None else matrix @ right
