@@ -17,6 +17,7 @@ from minitron.distillation.objective import Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
 from minitron.pipeline.run import run
+from minitron.pipeline.stages import PIPELINE, Run, Stage
 from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
 from minitron.pruning.importance import CRITERIA
 from minitron.pruning.plan import PruneConfig
@@ -162,6 +163,26 @@ def test_a_repair_that_is_added_works_to_report_and_card(
     report, card = published(raw, tmp_path / "out", repair={"steps": ["nothing"]})
     assert "<dt>nothing</dt><dd>Nothing was done to the kept FFN neurons.</dd>" in report
     assert "Repaired at the cut by `nothing`." in card
+
+
+def test_a_stage_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_layers(made: Run) -> None:
+        def work(out: Path) -> dict[str, object]:
+            return {"layers": made.shape.layers}
+
+        made.directory.do("counted", work, inputs={"model": made.digest(made.teacher.path)}, config={})
+
+    monkeypatch.setitem(STAGES, "counted", "the number of layers")
+    monkeypatch.setitem(PIPELINE, "counted", Stage(count_layers))
+    report, card = published(raw, tmp_path / "out")
+    assert "<td>counted</td>" in report and "the number of layers" in report and card
+    assert json.loads((tmp_path / "out" / "counted" / "record.json").read_text())["result"] == {"layers": 2}
+
+
+def test_the_stages_of_a_run_are_those_that_the_layout_describes() -> None:
+    assert list(PIPELINE) == list(STAGES)
 
 
 def test_a_section_that_is_made_before_a_row_is_added_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

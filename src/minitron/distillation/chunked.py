@@ -1,6 +1,7 @@
 """The output projection and the loss together, some tokens at a time: no matrix of [tokens, vocab] ever exists."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ def chunked_loss(
         chunk: tokens at a time; default `usual_chunk`.
     """
     chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
-    return _ChunkedLoss.apply(
-        objective, student.hidden, student.head, student.transform, teacher, targets, dtype, chunk
-    )
+    task = _Task(objective, student.transform, teacher, dtype, chunk)
+    return _ChunkedLoss.apply(student.hidden, student.head, targets, task)
 
 
 def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
@@ -83,19 +83,21 @@ def _with_slopes(
     return total, slopes
 
 
+@dataclass(frozen=True)
+class _Task:
+    """The arguments of a chunked loss in which it is not differentiable."""
+
+    objective: Objective
+    transform: LogitTransform
+    teacher: LazyLogits | TopK | None
+    dtype: torch.dtype
+    chunk: int
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        objective: Objective,
-        hidden: Tensor,
-        head: Tensor,
-        transform: LogitTransform,
-        teacher: LazyLogits | TopK | None,
-        targets: Tensor,
-        dtype: torch.dtype,
-        chunk: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, task: _Task) -> Tensor:
+        teacher, dtype = task.teacher, task.dtype
         total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -106,10 +108,10 @@ class _ChunkedLoss(torch.autograd.Function):
             # The head in float32 once, not once a chunk.
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
         with matmul_precision(dtype):
-            for rows in _slices(len(hidden), chunk):
+            for rows in _slices(len(hidden), task.chunk):
                 known = None if teacher is None else teacher.rows(rows)
                 logits = project(hidden[rows].detach(), head_32)
-                value, slopes = _with_slopes(objective, logits, known, targets[rows], transform, dtype)
+                value, slopes = _with_slopes(task.objective, logits, known, targets[rows], task.transform, dtype)
                 del logits, known  # nothing of a chunk may be there still when the next one is made
                 total += value
                 grad_hidden[rows] = slopes @ head_low
@@ -124,4 +126,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients, "the gradients of a chunked loss are there for one backward pass"
         (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
-        return None, grad_hidden.mul_(scale), grad_head.mul_(scale), None, None, None, None, None
+        return grad_hidden.mul_(scale), grad_head.mul_(scale), None, None

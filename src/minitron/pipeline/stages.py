@@ -1,7 +1,7 @@
 """The stages of a run, each a function that does its work if its directory does not have it yet."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -582,7 +582,7 @@ PIPELINE: dict[str, Stage] = {
 OF_DISTILLATION = ("data", "corrected", "lessons", "student")
 
 
-def make_stages(run: Run, names: Sequence[str] = tuple(PIPELINE)) -> None:
+def make_stages(run: Run, names: Iterable[str] = PIPELINE) -> None:
     """Make the stages that the recipe wants, in their order."""
     for name in names:
         if PIPELINE[name].wanted(run.recipe):
