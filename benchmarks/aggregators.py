@@ -18,9 +18,11 @@ from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
-from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.plan import choose
 from minitron.pruning.steps import score_units
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.

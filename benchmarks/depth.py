@@ -26,8 +26,9 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.given import Given
 from minitron.pruning.importance import block_influence, even_scores
-from minitron.pruning.plan import Given, choose
+from minitron.pruning.plan import choose
 from minitron.recipe import DEMO_TEACHER
 
 

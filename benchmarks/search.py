@@ -30,12 +30,14 @@ from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pipeline.student_shape import judging_blocks
-from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.plan import choose
 from minitron.pruning.repair.config import RepairConfig, Step
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible

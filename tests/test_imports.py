@@ -29,7 +29,7 @@ STAGES = {
         *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "machine", "parallel"),
         *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
-    "pruning": ("layouts", "importance", "depth", "plan", "cut", "repair", "steps"),
+    "pruning": ("layouts", "importance", "depth", "config", "given", "target", "plan", "cut", "repair", "steps"),
     "shapes": ("layouts", "space", "rank"),
     "distillation": ("layouts", "losses", "optim", "state", "trackers", "config", "train"),
     "evaluation": ("layouts", "quality", "generate", "tasks", "speed", "gguf_files", "engines"),

@@ -16,9 +16,9 @@ from minitron.distillation.losses import LOSSES, Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
 from minitron.pipeline.run import run
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
 from minitron.pruning.importance import CRITERIA
-from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.config import BEST, REPAIRS, Repair, RepairConfig
 from minitron.recipe import Recipe, build_recipe
 

@@ -29,10 +29,12 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
-from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.plan import choose
 from minitron.pruning.repair.config import BEST, Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {

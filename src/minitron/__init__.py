@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint as Checkpoint
     from minitron.model.checkpoint import open_checkpoint as open_checkpoint
     from minitron.model.families import FAMILIES as FAMILIES
+    from minitron.pruning.config import PruneConfig as PruneConfig
     from minitron.pruning.importance import Scores as Scores
     from minitron.pruning.plan import Plan as Plan
-    from minitron.pruning.plan import PruneConfig as PruneConfig
     from minitron.pruning.repair.config import RepairConfig as RepairConfig
     from minitron.recipe import DEMO_TEACHER as DEMO_TEACHER
     from minitron.recipe import Recipe as Recipe
@@ -58,8 +58,9 @@ _PUBLIC = {
     "minitron.model.architecture": "Architecture Shape",
     "minitron.model.checkpoint": "Checkpoint open_checkpoint",
     "minitron.model.families": "FAMILIES",
+    "minitron.pruning.config": "PruneConfig",
     "minitron.pruning.importance": "Scores",
-    "minitron.pruning.plan": "Plan PruneConfig",
+    "minitron.pruning.plan": "Plan",
     "minitron.pruning.repair.config": "RepairConfig",
     "minitron.recipe": "DEMO_TEACHER Recipe build_recipe load_recipe",
     "minitron.shapes.space": "SearchConfig",

@@ -51,12 +51,9 @@ from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
 from minitron.pipeline.stages import correct_teacher, distill_student, prepare_data, record_teacher
 from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
-from minitron.pruning.plan import (
-    Given,
-    Plan,
-    PruneConfig,
-    load_given,
-)
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.given import Given
+from minitron.pruning.plan import Plan, load_given
 from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted

@@ -18,7 +18,7 @@ from minitron.data.corpus import DataConfig
 from minitron.distillation.config import DistillConfig
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
-from minitron.pruning.plan import PruneConfig
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.repair.config import RepairConfig
 from minitron.shapes.space import SearchConfig
 

@@ -38,7 +38,7 @@ from minitron.core.errors import NoEffect, RecipeError
 from minitron.data.corpus import DataConfig
 from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
-from minitron.pruning.plan import PruneConfig
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.repair.config import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.report.card import write_card

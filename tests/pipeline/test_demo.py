@@ -7,7 +7,7 @@ import pytest
 from minitron.core.errors import RecipeError
 from minitron.data.corpus import DataConfig, builtin_documents, is_heldout
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.pruning.plan import target_shape
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER, demo_recipe
 
 

@@ -21,8 +21,9 @@ from minitron.model.stream import Pass
 from minitron.pruning import depth
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
+from minitron.pruning.given import Given
 from minitron.pruning.importance import even_scores
-from minitron.pruning.plan import Given, choose
+from minitron.pruning.plan import choose
 
 VARIANTS = [frozenset(layers) for layers in ([], [0], [3], [1, 2], [0, 2, 3])]
 

@@ -18,7 +18,7 @@ from minitron.model.families import FAMILIES
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 from minitron.pruning.importance import activation_scores
-from minitron.pruning.plan import Plan, identity_plan
+from minitron.pruning.plan import Plan
 from minitron.pruning.repair import writer as module
 from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve
 from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
@@ -55,7 +55,7 @@ def every_possible_step(checkpoint: Checkpoint) -> list[Step]:
 
 def turned(checkpoint: Checkpoint, out: Path) -> Path:
     """The whole model in a residual basis of all directions."""
-    plan, given = identity_plan(checkpoint.shape), known(checkpoint)
+    plan, given = tiny.identity_plan(checkpoint.shape), known(checkpoint)
     architecture = checkpoint.architecture
     tied = read_norm(checkpoint, architecture.final_norm) if architecture.tied(checkpoint.config) else None
     moment = given.statistics.second_moment
@@ -93,8 +93,10 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
 
 def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    made = mend(checkpoint, identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint))
-    assert made.plan == identity_plan(checkpoint.shape)
+    made = mend(
+        checkpoint, tiny.identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint)
+    )
+    assert made.plan == tiny.identity_plan(checkpoint.shape)
     before, after = tiny.tensors(directory), tiny.tensors(tmp_path / "student")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -277,7 +279,7 @@ def test_a_repaired_cut_does_not_depend_on_the_batch_size_or_the_shards(llama: P
 def test_steps_that_repair_what_is_not_cut_are_left_out(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
     assert needed_steps(list(REPAIRS), a_plan(checkpoint, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
-    assert needed_steps(list(REPAIRS), identity_plan(checkpoint.shape)) == []
+    assert needed_steps(list(REPAIRS), tiny.identity_plan(checkpoint.shape)) == []
 
 
 def test_defaults_are_steps_that_the_family_can_have() -> None:

@@ -15,10 +15,12 @@ from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pipeline.run import run
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, contiguous_blocks, leave_one_out
-from minitron.pruning.plan import Plan, PruneConfig, choose, step_shapes
+from minitron.pruning.plan import Plan, choose
 from minitron.pruning.steps import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.pruning.target import step_shapes
 from minitron.recipe import build_recipe
 
 QUESTIONS = [{"ctx": "the rain in", "endings": ["the plain", "a boat"], "label": number % 2} for number in range(5)]

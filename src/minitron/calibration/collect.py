@@ -31,7 +31,7 @@ from minitron.core.config import Section
 from minitron.core.device import Precision, compute_dtype, pick_device, sums_device
 from minitron.core.errors import PlanError, RunError
 from minitron.core.typed_files import read_tensors, read_typed
-from minitron.model.architecture import Shape
+from minitron.model.architecture import LAYER_DIMS, Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.logits import matmul_precision
 from minitron.model.samples import Samples
@@ -41,8 +41,6 @@ from minitron.model.stream import Pass, Stream
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
 # States are copied to float32 in pieces: a CPU's cache holds so many bytes, and elsewhere each piece costs a call.
 PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
-# Dims that have units of their own in every layer.
-PER_LAYER = ("ffn", "heads", "kv_heads")
 SMALLEST_NORMS = 1e-16  # a product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
 MOMENT_STRIPS = 8
 COLLECT = "collect them again with `minitron calibrate`"
@@ -209,7 +207,7 @@ def site_sizes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 
 def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Dim -> the sizes of its `weight_squares`."""
-    per_layer = {dim: (shape.layers, getattr(shape, dim)) for dim in PER_LAYER}
+    per_layer = {dim: (shape.layers, getattr(shape, dim)) for dim in LAYER_DIMS}
     return {"layers": (shape.layers,), "hidden": (shape.hidden,), **per_layer}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from minitron.core.errors import MinitronError
 
 Kind = type[MinitronError]
+Json = dict[str, Any]  # a JSON object whose keys are not known before it is read: a config.json, a user's row
 
 MARK = "\ufeff"  # a byte order mark, decoded
 # First bytes of what is given as text by mistake.
@@ -121,7 +122,7 @@ def read_json(path: Path, error: Kind, *, keys_once: bool = False) -> Any:
     return parse_json(read_text(path, error), str(path), error, keys_once=keys_once)
 
 
-def read_rows(path: Path, error: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, error: Kind) -> Iterator[tuple[int, Json]]:
     """The objects of a .jsonl file with the numbers of their lines, from 1.
 
     Raises: `error` if the file cannot be read, or a line is no JSON object or names a key twice.
@@ -161,8 +162,8 @@ def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -
     Raises: `error` for text that is no JSON, nested too deeply, or with an integer of too many digits.
     """
 
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def table(pairs: list[tuple[str, Any]]) -> Json:
+        found: Json = {}
         for key, value in pairs:
             if key in found:
                 raise error(f"{where} says {key!r} twice: remove the one that is not meant")

@@ -42,9 +42,10 @@ from minitron.pipeline.stages import (
     write_report_and_card,
 )
 from minitron.pipeline.student_shape import adopt_search_state, feasible_for, find_shape, judging_blocks, machine_for
-from minitron.pruning.plan import given_layers, target_shape
+from minitron.pruning.given import given_layers
 from minitron.pruning.repair.config import choice_left, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.target import target_shape
 from minitron.recipe import Recipe
 from minitron.report.records import RunRecords
 from minitron.shapes.space import needs_machine

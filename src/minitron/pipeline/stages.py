@@ -55,9 +55,11 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
 from minitron.pipeline.student_shape import task_digest
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.depth import LAYER_CRITERIA
+from minitron.pruning.given import given_layers
 from minitron.pruning.importance import CRITERIA, Scores
-from minitron.pruning.plan import Plan, PruneConfig, given_layers
+from minitron.pruning.plan import Plan
 from minitron.pruning.repair.config import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe

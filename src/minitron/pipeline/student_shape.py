@@ -21,7 +21,7 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, model_files
 from minitron.model.model_config import ModelConfig
 from minitron.pipeline.directory import RunDirectory, read_record
-from minitron.pruning.plan import PruneConfig
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.repair.config import replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.steps import Pruner

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
+from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics
 from minitron.core.config import choice
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
-from minitron.model.architecture import Shape
+from minitron.model.architecture import LAYER_DIMS, Shape
 from minitron.pruning import layouts
 
 Aggregate = Literal["mean", "l2", "variance"]
@@ -48,10 +48,10 @@ class Scores:
         """
         file, again = path / "scores.json", f"remove {path} and run the same command to score again"
         rows = read_typed(file, layouts.SCORES, PlanError, way_out=again)
-        for dim in ("layers", "hidden", *PER_LAYER):
+        for dim in ("layers", "hidden", *LAYER_DIMS):
             of_dim = getattr(rows, dim)
-            sizes = {len(row) for row in of_dim} if dim in PER_LAYER else {len(of_dim)}
-            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(of_dim) != shape.layers):
+            sizes = {len(row) for row in of_dim} if dim in LAYER_DIMS else {len(of_dim)}
+            if sizes != {getattr(shape, dim)} or (dim in LAYER_DIMS and len(of_dim) != shape.layers):
                 raise PlanError(f"{file}: {dim} has not a score for each of the model's units; {again}")
         return Scores(**{dim: torch.tensor(of_dim, dtype=torch.float64) for dim, of_dim in vars(rows).items()})
 
@@ -93,7 +93,7 @@ def magnitude_scores(statistics: Statistics, shape: Shape) -> Scores:
 
     Raises: PlanError if the statistics are of a version that did not collect weights.
     """
-    missing = {"hidden", *PER_LAYER} - statistics.weight_squares.keys()
+    missing = {"hidden", *LAYER_DIMS} - statistics.weight_squares.keys()
     if missing:
         raise PlanError(
             f"prune.criterion 'magnitude' needs the norms of weights, and the statistics lack those of "
@@ -117,7 +117,7 @@ def random_scores(statistics: Statistics, shape: Shape, seed: int = 0) -> Scores
     def draw(*sizes: int) -> Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64)
 
-    per_layer = {dim: draw(shape.layers, getattr(shape, dim)) for dim in PER_LAYER}
+    per_layer = {dim: draw(shape.layers, getattr(shape, dim)) for dim in LAYER_DIMS}
     return Scores(layers=block_influence(statistics), hidden=draw(shape.hidden), **per_layer)
 
 
@@ -131,7 +131,7 @@ def block_influence(statistics: Statistics) -> Float[Tensor, " layers"]:
 
 def even_scores(shape: Shape) -> Scores:
     """Zeros, where nothing is left to choose."""
-    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in PER_LAYER}
+    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in LAYER_DIMS}
     flat = {dim: torch.zeros(getattr(shape, dim), dtype=torch.float64) for dim in ("layers", "hidden")}
     return Scores(**flat, **per_layer)
 

@@ -16,24 +16,15 @@ from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import LAYER_CRITERIA, by_loss, by_task
+from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
 from minitron.pruning.importance import CRITERIA, Scores, even_scores
-from minitron.pruning.plan import (
-    Given,
-    Plan,
-    PruneConfig,
-    choose,
-    compose,
-    given_layers,
-    needs_scores,
-    step_shapes,
-    target_shape,
-)
+from minitron.pruning.plan import Plan, choose, compose, needs_scores
 from minitron.pruning.repair.config import CutNeeds, Step, choice_left, needed_steps
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
-
-NOTHING = Given()
+from minitron.pruning.target import step_shapes, target_shape
 
 
 @dataclass(frozen=True)
@@ -91,12 +82,12 @@ class Pruner:
             self._scores[first.layers] = score_layers(self.teacher, self.unit_scores, first, self.scoring)
         return self._scores[first.layers]
 
-    def shapes(self, student: Shape, given: Given = NOTHING) -> list[Shape]:
+    def shapes(self, student: Shape, given: Given = NOTHING_GIVEN) -> list[Shape]:
         """The shape that each step of the cut leaves, the student's last."""
         iterations = self.scoring.config.iterations
         return step_shapes(self.teacher.architecture, self.teacher.shape, student, iterations, given)
 
-    def plan(self, student: Shape, given: Given = NOTHING, scores: Scores | None = None) -> Plan:
+    def plan(self, student: Shape, given: Given = NOTHING_GIVEN, scores: Scores | None = None) -> Plan:
         """The plan of a student of that shape, in as many steps as the config says.
 
         Args:
@@ -123,7 +114,7 @@ class Pruner:
         return self.cut(self.plan(student), out)
 
 
-def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING) -> tuple[Shape, Given]:
+def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING_GIVEN) -> tuple[Shape, Given]:
     """The student's shape, and the units that are listed: by a plan file, or layers by their numbers in the config."""
     if isinstance(listed, Plan):
         return listed.student, Given(**{dim: getattr(listed, dim) for dim in PRUNABLE})

@@ -12,9 +12,12 @@ from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.model_config import ModelConfig
-from minitron.pruning.plan import Given, Plan, PruneConfig, step_shapes
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.given import Given
+from minitron.pruning.plan import Plan
 from minitron.pruning.repair.refit import require_refit
 from minitron.pruning.repair.residual_basis import require_basis
+from minitron.pruning.target import step_shapes
 
 
 def _require_nothing(architecture: Architecture, tied: bool) -> None:

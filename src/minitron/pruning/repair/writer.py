@@ -32,8 +32,9 @@ from minitron.pruning.cut import (
     student_config,
     writing_order,
 )
+from minitron.pruning.given import Units
 from minitron.pruning.importance import Scores
-from minitron.pruning.plan import Plan, Units
+from minitron.pruning.plan import Plan
 from minitron.pruning.repair.columns import Surgeon
 from minitron.pruning.repair.config import REPAIRS, Step, needed_steps, replaces_channels, require_enough_tokens
 from minitron.pruning.repair.refit import refit, row_runs
