@@ -13,7 +13,8 @@ from pathlib import Path
 
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
@@ -71,7 +72,7 @@ Held-out LM loss and KL to the teacher right after a cut in width by the default
 
 
 def draw(checkpoint: Checkpoint, corpus: Corpus, samples: int, seed: int) -> Statistics:
-    return calibrate(checkpoint, draw_samples(corpus, samples, seed), CalibrateConfig().as_pass())
+    return measure_statistics(checkpoint, draw_samples(corpus, samples, seed), CalibrateConfig().as_pass())
 
 
 def section(checkpoint: Checkpoint, corpus: Corpus, drawn: list[Statistics], target: str, blocks: int) -> str:

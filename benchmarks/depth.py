@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation import train
@@ -75,7 +76,9 @@ def layer_scores(checkpoint: Checkpoint, tokens: torch.Tensor, task: str | None)
     num_layers = checkpoint.shape.layers
     dtype = compute_dtype("auto", pick_device())
     found = {
-        "block influence": block_influence(calibrate(checkpoint, Samples(tokens), CalibrateConfig().as_pass())),
+        "block influence": block_influence(
+            measure_statistics(checkpoint, Samples(tokens), CalibrateConfig().as_pass())
+        ),
         "loss": leave_one_out(by_loss(checkpoint, Samples(tokens), Pass(dtype)), num_layers),
     }
     if task is not None:

@@ -21,7 +21,8 @@ from typing import Any
 
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
@@ -118,7 +119,7 @@ def prepared(args: argparse.Namespace) -> Bench:
         kept.mkdir(exist_ok=True)
         samples = draw_samples(corpus, CALIBRATE.samples, SEED)
         second_moment = CALIBRATE.second_moment
-        calibrate(teacher, samples, CALIBRATE.as_pass(kept), second_moment=second_moment).save(kept)
+        measure_statistics(teacher, samples, CALIBRATE.as_pass(kept), second_moment=second_moment).save(kept)
     search = SearchConfig(window=args.window, dims=dict(part.split("=") for part in args.dims))
     prune = PruneConfig(target=args.target)
     found = feasible(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lib.measure import publish
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
@@ -242,7 +243,7 @@ class Bench:
 
     def statistics(self, samples: Samples, pass_: Pass) -> Statistics:
         if not hasattr(self, "_statistics"):
-            self._statistics = calibrate(self.teacher, samples, pass_, second_moment=True)
+            self._statistics = measure_statistics(self.teacher, samples, pass_, second_moment=True)
         return self._statistics
 
     def measure(self, path: Path) -> dict[str, float]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from minitron.api import quantize as quantize
     from minitron.api import run as run
     from minitron.api import search as search
-    from minitron.calibration.collect import CalibrateConfig as CalibrateConfig
-    from minitron.calibration.collect import Statistics as Statistics
+    from minitron.calibration.statistics import CalibrateConfig as CalibrateConfig
+    from minitron.calibration.statistics import Statistics as Statistics
     from minitron.core.errors import MinitronError as MinitronError
     from minitron.core.progress import Listener as Listener
     from minitron.data.corpus import DataConfig as DataConfig
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # Module -> the names that `minitron` has of it. Imported when used, so that `minitron --help` does not wait for torch.
 _PUBLIC = {
     "minitron.api": "benchmark calibrate distill evaluate generate inspect measure_speed prune quantize run search",
-    "minitron.calibration.collect": "CalibrateConfig Statistics",
+    "minitron.calibration.statistics": "CalibrateConfig Statistics",
     "minitron.core.errors": "MinitronError",
     "minitron.core.progress": "Listener",
     "minitron.data.corpus": "DataConfig",

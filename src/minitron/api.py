@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minitron.calibration import collect
-from minitron.calibration.collect import CalibrateConfig, Statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -94,13 +94,13 @@ def calibrate(
         if here.rank > 0:
             told_by = separator(data_config, load_tokenizer(teacher.path))
             samples = Samples(parallel.broadcast(None), told_by)
-            return collect.calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
+            return collect.measure_statistics(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 samples = draw_samples(corpus, config.samples, seed)
                 parallel.broadcast(samples.tokens)
                 pass_ = config.as_pass(partial, layers_of(listener))
-                statistics = collect.calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+                statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
                 keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
@@ -141,7 +141,7 @@ def search(
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert samples is not None
-            statistics = collect.calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
+            statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=calibration.second_moment)
         recipe = Recipe(model=model, prune=prune, search=search, calibrate=calibration, repair=repair)
         pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), repair.steps or [], statistics)
         listener.stage("search", "running")
@@ -197,7 +197,7 @@ def prune(
                 text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
-            statistics = collect.calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
+            statistics = collect.measure_statistics(teacher, text, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
         plan = listed if isinstance(listed, Plan) else pruner.plan(shape, given)
         listener.stage("prune", "running")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from minitron.calibration.collect import CalibrateConfig
+from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, place_of, read_yaml, short

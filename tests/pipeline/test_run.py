@@ -13,7 +13,7 @@ import tiny
 import torch
 import yaml
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, draw_samples, open_corpus

@@ -11,7 +11,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from minitron.model.families import FAMILIES
@@ -31,7 +32,7 @@ FLOAT32 = [name for name, (_, differs) in tiny.VARIANTS.items() if "dtype" not i
 
 
 def known(checkpoint: Checkpoint) -> Evidence:
-    statistics = calibrate(checkpoint, Samples(TOKENS), Pass(torch.float32), second_moment=True)
+    statistics = measure_statistics(checkpoint, Samples(TOKENS), Pass(torch.float32), second_moment=True)
     scores = activation_scores(statistics, checkpoint.shape)
     return Evidence(statistics, scores, Samples(TOKENS))
 

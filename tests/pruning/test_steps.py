@@ -9,7 +9,7 @@ import small
 import tiny
 import torch
 
-from minitron.calibration.collect import calibrate
+from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.samples import Samples
@@ -46,7 +46,7 @@ def scoring(teacher: Path, **config: Any) -> Scoring:
 def test_layers_are_scored_by_the_criterion_that_is_asked_for(teacher: Path, task: Path) -> None:
     checkpoint = open_checkpoint(teacher)
     student = tiny.plan(checkpoint.shape, layers=2).student
-    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 10)), Pass(torch.float32, batch=3))
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 10)), Pass(torch.float32, batch=3))
     units = score_units(statistics, checkpoint.shape, PruneConfig())
     measure = by_loss(checkpoint, Samples(tiny.tokens(6, 10)[:4]), Pass(torch.float32, batch=3))
     expected = {
@@ -81,7 +81,7 @@ def test_every_step_is_chosen_by_scores_of_what_is_left(teacher: Path, tmp_path:
 
     def step(path: Path, shape: Any) -> Any:
         left = open_checkpoint(path)
-        statistics = calibrate(left, asked.calibration, Pass(torch.float32, batch=3))
+        statistics = measure_statistics(left, asked.calibration, Pass(torch.float32, batch=3))
         scores = score_layers(left, score_units(statistics, left.shape, asked.config), shape, asked)
         return choose(scores, left.shape, shape)
 

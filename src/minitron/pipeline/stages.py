@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
@@ -100,7 +101,7 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
 
     def collect(scratch: Path | None = None) -> Statistics:
         samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(scratch, layers_of(stages.listener))
-        return calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+        return measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
 
     def work(out: Path) -> dict[str, Any]:
         statistics = collect(out)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics
+from minitron.calibration.statistics import SEQUENCE_AGGREGATES, Statistics
 from minitron.core.config import choice
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed

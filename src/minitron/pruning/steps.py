@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.architecture import PRUNABLE, Shape
@@ -192,7 +193,7 @@ def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring:
             with scratch_errors(scratch):
                 cut(checkpoint, plan, path)
             left = open_checkpoint(path)
-            statistics = calibrate(left, scoring.calibration, scoring.pass_)
+            statistics = measure_statistics(left, scoring.calibration, scoring.pass_)
             scores = score_layers(left, score_units(statistics, left.shape, scoring.config), shape, scoring)
             plan = compose(plan, choose(scores, left.shape, shape))
     return plan

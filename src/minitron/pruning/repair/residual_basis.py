@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint

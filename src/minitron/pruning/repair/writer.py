@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitron.calibration.collect import Statistics, require_second_moment
+from minitron.calibration.statistics import Statistics, require_second_moment
 from minitron.core.files import scratch_directory
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
