@@ -15,10 +15,12 @@ from lib.measure import header, publish, table
 
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import choose

@@ -17,14 +17,16 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
 from minitron.pruning.given import Given

@@ -214,7 +214,7 @@ def minitron(
     from minitron.distillation.student import StudentModule
     from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
-    from minitron.model.hidden_states import layers_of
+    from minitron.model.hidden_states import decoder_layers
     from minitron.model.samples import Batch
 
     config = DistillConfig(compile=compiled)
@@ -226,7 +226,7 @@ def minitron(
         model.add_module("between", between.to(task.device))  # so that the loop trains its maps
     seen = [theirs for _, theirs in pairs]
     guide = OnlineTeacher(of_teacher.path, student, task.dtype, task.device, places=seen, compiled=compiled)
-    layers = layers_of(model, student)
+    layers = decoder_layers(model, student)
     if compiled:
         compile_layers(layers)
     pupil = StudentModule(model, layers, config.objective, between, task.dtype).train()

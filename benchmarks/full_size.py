@@ -34,10 +34,11 @@ from minitron.calibration.statistics import Statistics
 from minitron.core.direct_io import digest_file
 from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import family_of
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes

@@ -32,9 +32,10 @@ from minitron.gguf.config import LADDER
 from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.types import file_keys, mixture, write_quantized
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.recipe import DEMO_TEACHER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))

@@ -24,17 +24,18 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.cli.process import keep_freed_memory
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import choose
-from minitron.pruning.repair.config import RepairConfig, Step
-from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.repair.config import RepairConfig, Step, resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units

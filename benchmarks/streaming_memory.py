@@ -22,10 +22,11 @@ from transformers import LlamaConfig
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families.llama import LLAMA
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes

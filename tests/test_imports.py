@@ -37,7 +37,7 @@ STAGES = {
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "overlap", "corpus", "sampling", "supply"),
+    "data": ("layouts", "sources", "config", "overlap", "corpus", "sampling", "supply"),
     "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": (
         *(
@@ -59,7 +59,7 @@ STAGES = {
     "pipeline": ("rules", "directory", "student_shape", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
-        *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),
+        *("hub", "tokens", "tokenizer", "checkpoint", "writing", "describe", "hidden_states", "stream", "sharded"),
         *("likelihood",),
     ),
 }

@@ -10,7 +10,7 @@ import small
 import torch
 from torch import Tensor
 
-from minitron.core.config import Row, Section, choice, choices_of
+from minitron.core.config import Section, WordedRow, choice, choices_of
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES, Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
@@ -52,7 +52,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_every_row_has_its_words(table: Mapping[str, Any]) -> None:
     for name, row in table.items():
-        assert isinstance(row, Row), name
+        assert isinstance(row, WordedRow), name
         words = {field.name: getattr(row, field.name) for field in fields(row) if field.name in WORDS}
         assert words["doc"] and not words["doc"].endswith("."), name
         assert all(text.strip() == text and text for text in words.values()), name

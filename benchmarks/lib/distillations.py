@@ -20,16 +20,18 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, open_corpus, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.recording import record_logits
 from minitron.distillation.train import blocks_read
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose

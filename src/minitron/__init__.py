@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minitron.calibration.statistics import Statistics as Statistics
     from minitron.core.errors import MinitronError as MinitronError
     from minitron.core.progress import Listener as Listener
-    from minitron.data.corpus import DataConfig as DataConfig
+    from minitron.data.config import DataConfig as DataConfig
     from minitron.distillation.config import DistillConfig as DistillConfig
     from minitron.evaluation.quality import EvaluateConfig as EvaluateConfig
     from minitron.evaluation.quality import Evaluation as Evaluation
@@ -50,7 +50,7 @@ _PUBLIC = {
     "minitron.calibration.statistics": "CalibrateConfig Statistics",
     "minitron.core.errors": "MinitronError",
     "minitron.core.progress": "Listener",
-    "minitron.data.corpus": "DataConfig",
+    "minitron.data.config": "DataConfig",
     "minitron.distillation.config": "DistillConfig",
     "minitron.evaluation.quality": "EvaluateConfig Evaluation",
     "minitron.evaluation.tasks.measure": "TaskOptions",

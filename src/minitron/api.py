@@ -21,8 +21,10 @@ from minitron.core.files import (
     require_free_space,
     scratch_directory,
 )
-from minitron.core.progress import SILENT, Listener, layers_of
-from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, draw_samples, separator
+from minitron.core.progress import SILENT, Listener, layer_progress
+from minitron.data.config import DataConfig
+from minitron.data.corpus import SAMPLED, Corpus, draw_samples, separator
+from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
@@ -38,11 +40,11 @@ from minitron.gguf import quantize as ladder
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, require_possible
 from minitron.model.architecture import PRUNABLE, Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_config
 from minitron.model.config_json import read_config
 from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
-from minitron.model.model_config import open_config
+from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.weight_files import has_weights, stored_tensors
@@ -54,8 +56,7 @@ from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.given import Given
 from minitron.pruning.plan import Plan, load_given
-from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels
-from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels, resolve_repair
 from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
@@ -92,14 +93,14 @@ def calibrate(
             prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            told_by = separator(data_config, load_tokenizer(teacher.path))
+            told_by = separator(data_config, teacher.tokenizer)
             samples = Samples(parallel.broadcast(None), told_by)
             return collect.measure_statistics(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data_config, listener, config.samples, seed, scratch=partial) as corpus:
                 samples = draw_samples(corpus, config.samples, seed)
                 parallel.broadcast(samples.tokens)
-                pass_ = config.as_pass(partial, layers_of(listener))
+                pass_ = config.as_pass(partial, layer_progress(listener))
                 statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
                 keep_sampled(corpus.path, partial)
             statistics.save(partial)
@@ -135,8 +136,8 @@ def search(
         samples, tokenizer = None, None
         if corpus is not None:
             samples = draw_samples(corpus, calibration.samples, 0)
-            tokenizer = load_tokenizer(teacher.path)
-        pass_ = calibration.as_pass(work, layers_of(listener))
+            tokenizer = teacher.tokenizer
+        pass_ = calibration.as_pass(work, layer_progress(listener))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
@@ -188,11 +189,11 @@ def prune(
         check(needs)
         _require_free_space(teacher, shape, out, partial)
         calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
-        pass_, text, tokenizer, statistics = calibration.as_pass(partial, layers_of(listener)), None, None, None
+        pass_, text, tokenizer, statistics = calibration.as_pass(partial, layer_progress(listener)), None, None, None
         if needs.statistics and statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         if needs.text:
-            tokenizer = load_tokenizer(teacher.path)
+            tokenizer = teacher.tokenizer
             with corpus_for(teacher, data_config(), listener, calibration.samples, scratch=partial) as corpus:
                 text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
@@ -254,7 +255,7 @@ def distill(
         require_same_tokenizer(guide, pupil)
         data_config = bounded(data_config, config.tokens)
         with RunDirectory(work, None, listener, final) as stages:
-            corpus = prepare_data(stages, data_config, guide, load_tokenizer(guide.path), seed)
+            corpus = prepare_data(stages, data_config, guide, seed)
             config = _resolved(config, guide, pupil, corpus)
             if config.correction == "before":
                 guide = open_checkpoint(correct_teacher(stages, config, seed, guide.path, corpus))
@@ -378,7 +379,7 @@ def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: fl
     """
     require_temperature(temperature)
     checkpoint = open_checkpoint(resolve_model(model))
-    tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
+    tokenizer, context = checkpoint.tokenizer, checkpoint.config.get("max_position_embeddings")
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())

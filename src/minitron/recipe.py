@@ -14,7 +14,7 @@ from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
 from minitron.core.typed_files import parse_yaml, place_of, read_yaml, short
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.distillation.config import DistillConfig
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig

@@ -14,14 +14,15 @@ from torch import Tensor
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair import writer as module
-from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve
+from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve_repair
 from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 
@@ -49,7 +50,7 @@ def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int
 
 
 def every_possible_step(checkpoint: Checkpoint) -> list[Step]:
-    steps = resolve(RepairConfig(), checkpoint).steps
+    steps = resolve_repair(RepairConfig(), checkpoint).steps
     assert steps is not None
     return steps if checkpoint.architecture.channel_norms else [*steps, "refit"]
 
@@ -83,7 +84,7 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
     tied = checkpoint.architecture.tied(checkpoint.config)
     if basis_obstacle(checkpoint.architecture, tied=tied):
         with pytest.raises(PlanError, match="cannot have a residual basis"):
-            resolve(RepairConfig(steps=["basis"]), checkpoint)
+            resolve_repair(RepairConfig(steps=["basis"]), checkpoint)
         return
     out = turned(checkpoint, tmp_path / "turned")
     assert logits_differ_by(path, out) < 1e-5
@@ -143,7 +144,7 @@ def activations(path: Path, name: str) -> Tensor:
 def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_finds(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint, ffn=23)
     mend(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
@@ -157,7 +158,7 @@ def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_find
 
 
 def test_least_squares_on_heads_is_the_regression_too(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, heads=4)
     mend(checkpoint, plan, tmp_path / "student", "heads_least_squares")
@@ -249,7 +250,7 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
-    monkeypatch.setattr("minitron.pruning.repair.refit.RIDGE", 1e-6)
+    monkeypatch.setattr("minitron.pruning.repair.refit.PRIOR_WEIGHT", 1e-6)
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     checkpoint = open_checkpoint(path)
     plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
@@ -303,7 +304,7 @@ def test_defaults_are_steps_that_the_family_can_have() -> None:
 def test_steps_that_cannot_be_had_are_refused(variant: str, steps: list[Step], message: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path))
     with pytest.raises(PlanError, match=message):
-        resolve(RepairConfig(steps=steps), checkpoint)
+        resolve_repair(RepairConfig(steps=steps), checkpoint)
 
 
 def test_too_few_tokens_say_how_many_are_needed(llama: Path, tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None
 
 def test_units_that_are_given_are_fitted_and_not_chosen_again(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    assert resolve(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
-    assert resolve(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
+    assert resolve_repair(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
+    assert resolve_repair(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
     with pytest.raises(PlanError, match=r"ffn_obs chooses which ffn stay, but the plan lists them: use ffn_least_sq"):
-        resolve(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])
+        resolve_repair(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])

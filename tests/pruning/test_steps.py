@@ -11,9 +11,10 @@ import torch
 
 from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import RunError
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pipeline.run import run
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut

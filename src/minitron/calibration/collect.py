@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from minitron.calibration.statistics import Statistics, site_sizes, weight_sizes
 from minitron.core import parallel
 from minitron.core.device import sums_device
+from minitron.core.numerics import matmul_precision
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.logits import matmul_precision
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 

@@ -15,7 +15,7 @@ UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name t
 
 
 @runtime_checkable
-class Row(Protocol):
+class WordedRow(Protocol):
     """A row of a table that a field chooses from."""
 
     @property
@@ -27,7 +27,7 @@ class Row(Protocol):
 class KeyOf:
     """Metadata of a type whose values are the keys of a table, see `choice`."""
 
-    table: Mapping[str, Row]
+    table: Mapping[str, WordedRow]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.check)
@@ -43,7 +43,7 @@ class KeyOf:
         return "; ".join(f"`{name}`: {row.doc}" for name, row in self.table.items()) + "."
 
 
-def choice(table: Mapping[str, Row]) -> KeyOf:
+def choice(table: Mapping[str, WordedRow]) -> KeyOf:
     """Metadata that makes of `str` a choice from a table: `Annotated[str, choice(LOSSES)]`, alone or in another type.
 
     The table is asked when a value is checked, so a row that is added later is a value too.

@@ -51,10 +51,10 @@ def buffers() -> Iterator[UInt8[Tensor, " bytes"]]:
     They are few and come round again: AHEAD items wait or are being made while the caller has one, which is used up
     when the caller asks for the next.
     """
-    return cycle([aligned(CHUNK_BYTES + 2 * ALIGNED) for _ in range(AHEAD + 1)])
+    return cycle([aligned_bytes(CHUNK_BYTES + 2 * ALIGNED) for _ in range(AHEAD + 1)])
 
 
-def aligned(num_bytes: int) -> UInt8[Tensor, " bytes"]:
+def aligned_bytes(num_bytes: int) -> UInt8[Tensor, " bytes"]:
     """Uninitialised memory that O_DIRECT can read into."""
     memory = torch.empty(num_bytes + ALIGNED, dtype=torch.uint8)
     start = -memory.data_ptr() % ALIGNED
@@ -68,7 +68,7 @@ def read_range(
     low = start - start % ALIGNED
     size = stop - low + -(stop - low) % ALIGNED
     if buffer is None or len(buffer) < size:
-        buffer = aligned(size)
+        buffer = aligned_bytes(size)
     view = buffer.numpy().data[:size]
     filled = 0
     while low + filled < stop and (count := _transfer(os.preadv, file, [view[filled:]], low + filled)):

@@ -7,11 +7,11 @@ from typing import Any, Generic, TypeVar
 from minitron.core.config import Section
 from minitron.core.errors import NoEffect
 
-Facts = TypeVar("Facts")
+_Facts = TypeVar("_Facts")
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Facts]):
+class Rule(Generic[_Facts]):
     """When some options or keys have an effect.
 
     names: as they are told to `require_effects`.
@@ -21,13 +21,13 @@ class Rule(Generic[Facts]):
     """
 
     names: tuple[str, ...]
-    has_effect: Callable[[Facts], bool]
+    has_effect: Callable[[_Facts], bool]
     only: str
     way_out: str = ""
 
 
 def require_effects(
-    given: Collection[str], rules: Iterable[Rule[Facts]], facts: Facts, *, spelled: Callable[[str], str] = str
+    given: Collection[str], rules: Iterable[Rule[_Facts]], facts: _Facts, *, spelled: Callable[[str], str] = str
 ) -> None:
     """
     Args:

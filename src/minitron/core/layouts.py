@@ -18,7 +18,7 @@ def _positive_or_unknown(value: float) -> float:
 # Numbers beyond these are no counts or measurements, and would not be shown either.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
 Unbounded = Annotated[float, Field(ge=-1e30)]  # such as the score of a layer that stays in any case
 Amount = Annotated[float, Field(ge=0, le=1e30)]
 Rate = Annotated[float, AfterValidator(_positive_or_unknown)]  # nan where every round was disturbed

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minitron.core.errors import RunError
 
 # The first process may tokenize for hours while the others wait for it.
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def process_group() -> Iterator[Ranks]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield here
         require_all_well()

@@ -32,6 +32,6 @@ class Silent:
 SILENT = Silent()
 
 
-def layers_of(listener: Listener) -> Callable[[int, int], None]:
+def layer_progress(listener: Listener) -> Callable[[int, int], None]:
     """What a streamed pass calls with (layers done, layers)."""
     return lambda done, total: listener.progress(done, total, "layers")

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from minitron.core.files import scratch_errors, temporary_directory
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 _last_words: int | None = None  # in a child: the file that its parent reads when it has ended
@@ -57,7 +57,7 @@ class Child:
             self._held.close()
             self._last_words.close()
 
-    def call(self, function: Callable[..., Result], *arguments: object) -> Result:
+    def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         """The function's result, or its exception.
 
         Raises: ChildEnded; the next call is then made in a new process.

@@ -15,7 +15,7 @@ from minitron.distillation.losses import Objective, chunked_loss
 from minitron.distillation.student import products_in
 from minitron.distillation.teachers import TeacherOutput
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.hidden_states import capture_hidden_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
 from minitron.model.sharded import shard_into
@@ -45,7 +45,7 @@ class LearningTeacher:
             places: of the states in its lessons.
         """
         self.checkpoint = checkpoint
-        layers = layers_of(model, checkpoint)
+        layers = decoder_layers(model, checkpoint)
         self.reader = _Reader(model, layers, dtype, places)
         shard_into(self.reader, model, layers, checkpoint, dtype, device)
         # Output and gradient come from one forward pass, so it has no dropout. A layer that is in training itself, and

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.core.config import choice
-from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, matmul_precision, project, usual_chunk
+from minitron.core.numerics import matmul_precision
+from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, project, usual_chunk
 
 # Least logarithm of the probability that a list of the likeliest tokens leaves for all others: what float32 rounds to
 # nothing would else be infinitely unlikely.

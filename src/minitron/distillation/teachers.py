@@ -12,11 +12,12 @@ from minitron.core import parallel
 from minitron.core.errors import MinitronError
 from minitron.distillation.compiling import compile_layers
 from minitron.distillation.losses import TopK
-from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from minitron.model.hidden_states import capture_hidden_states, layers_of
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
 from minitron.model.sharded import load_for_training, shard_into
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import num_rows_needed
 
 
@@ -55,7 +56,7 @@ class OnlineTeacher:
         teacher = open_checkpoint(path)
         require_same_vocabulary(teacher, student)
         self.model = load_for_training(teacher, dtype).requires_grad_(False)
-        self.layers, self.places = layers_of(self.model, teacher), places
+        self.layers, self.places = decoder_layers(self.model, teacher), places
         if compiled:
             compile_layers(self.layers)
         shard_into(self.model.base_model, self.model, self.layers, teacher, dtype, device)

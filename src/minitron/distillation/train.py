@@ -30,11 +30,12 @@ from minitron.distillation.state import States
 from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher, Teacher, require_same_vocabulary
 from minitron.distillation.trackers import Row, tracked
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.hidden_states import layers_of
-from minitron.model.hugging_face import new_model
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.hidden_states import decoder_layers
+from minitron.model.hub import new_model
 from minitron.model.samples import Batch
 from minitron.model.sharded import load_for_training, shard_into
+from minitron.model.writing import write_checkpoint
 
 CORRECTED = "corrected"  # directory of the teacher that learnt in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass
@@ -447,7 +448,7 @@ def _pupil(
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = HiddenLoss(pairs, shape, of_teacher, centred=architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP divides parameters of one format only
-    return StudentModule(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
+    return StudentModule(model, decoder_layers(model, checkpoint), config.objective, intermediate, dtype)
 
 
 def _trained_model(
@@ -462,7 +463,7 @@ def _trained_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        compile_layers(layers_of(model, checkpoint))
+        compile_layers(decoder_layers(model, checkpoint))
     return model
 
 

@@ -7,7 +7,7 @@ from minitron.core import parallel
 from minitron.core.device import settle_precision
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
-from minitron.data.corpus import BUILTIN, TEACHER, local_path
+from minitron.data.sources import BUILTIN, TEACHER, local_path
 from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
@@ -15,13 +15,8 @@ from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import prompt_of
 from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import (
-    Checkpoint,
-    load_tokenizer,
-    open_checkpoint,
-    resolve_model,
-)
-from minitron.model.model_config import ModelConfig
+from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from minitron.model.hub import resolve_model
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import (
@@ -43,8 +38,7 @@ from minitron.pipeline.stages import (
 )
 from minitron.pipeline.student_shape import adopt_search_state, feasible_for, find_shape, judging_blocks, machine_for
 from minitron.pruning.given import given_layers
-from minitron.pruning.repair.config import choice_left, replaces_channels
-from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.repair.config import choice_left, replaces_channels, resolve_repair
 from minitron.pruning.target import target_shape
 from minitron.recipe import Recipe
 from minitron.report.records import RunRecords
@@ -76,13 +70,13 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
     if recipe.gguf.wanted:
         require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
-    tokenizer = load_tokenizer(teacher.path)
+    tokenizer = teacher.tokenizer
     recipe, shape = resolve(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as stages:
-        corpus = prepare_data(stages, recipe.data, teacher, tokenizer, recipe.seed)
+        corpus = prepare_data(stages, recipe.data, teacher, recipe.seed)
         models = {"teacher": teacher.path}
         if recipe.distill.correction == "before":
             recipe = stages.update_recipe(distill=resolve_correction(recipe, teacher, corpus))

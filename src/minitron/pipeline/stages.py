@@ -16,17 +16,10 @@ from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.files import write_json
-from minitron.core.progress import Listener, layers_of
-from minitron.data.corpus import (
-    TEACHER,
-    Blocks,
-    Corpus,
-    DataConfig,
-    draw_samples,
-    open_corpus,
-    require_undamaged,
-    source_files,
-)
+from minitron.core.progress import Listener, layer_progress
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Blocks, Corpus, draw_samples, open_corpus, require_undamaged, source_files
+from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
@@ -42,18 +35,12 @@ from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_t
 from minitron.evaluation.tasks.rows import task_of
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
-from minitron.model.checkpoint import (
-    Checkpoint,
-    carried_files,
-    load_model,
-    load_tokenizer,
-    model_files,
-    open_checkpoint,
-)
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.describe import describe
 from minitron.model.naming import run_name
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.weight_files import carried_files, model_files
 from minitron.pipeline.directory import RunDirectory
 from minitron.pipeline.student_shape import task_digest
 from minitron.pruning.config import PruneConfig
@@ -71,7 +58,7 @@ from minitron.report.records import RunRecords, read_run
 SPEED_TOKENS = 32  # decoded by teacher and student, behind a prompt of a block or less
 
 
-def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, tokenizer: Any, seed: int) -> Corpus:
+def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, seed: int) -> Corpus:
     inputs = {
         "text": stages.digest(source_files(config)),
         "tokenizer": stages.digest(carried_files(teacher.path)),
@@ -84,7 +71,7 @@ def prepare_data(stages: RunDirectory, config: DataConfig, teacher: Checkpoint, 
         state = stages.out / "data-state"
 
     def work(out: Path) -> dict[str, Any]:
-        return make_corpus(config, teacher, tokenizer, seed=seed, out=out, state=state, listener=stages.listener)
+        return make_corpus(config, teacher, seed=seed, out=out, state=state, listener=stages.listener)
 
     was_there = stages.layout.record("data").exists()
     stages.do("data", work, inputs=inputs, config=facts, state=state)
@@ -100,7 +87,10 @@ def collect_statistics(stages: RunDirectory, recipe: Recipe, teacher: Checkpoint
     config, seed = recipe.calibrate, recipe.seed
 
     def collect(scratch: Path | None = None) -> Statistics:
-        samples, pass_ = draw_samples(corpus, config.samples, seed), config.as_pass(scratch, layers_of(stages.listener))
+        samples, pass_ = (
+            draw_samples(corpus, config.samples, seed),
+            config.as_pass(scratch, layer_progress(stages.listener)),
+        )
         return measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
 
     def work(out: Path) -> dict[str, Any]:
@@ -174,8 +164,8 @@ def pruner_of(
     """What makes the pruned checkpoint, a search's candidates included."""
     assert recipe.repair.steps is not None, "resolve fills them in"
     samples = draw_samples(corpus, recipe.calibrate.samples, recipe.seed)
-    pass_ = recipe.calibrate.as_pass(progress=layers_of(stages.listener))
-    scoring = Scoring(recipe.prune, samples, pass_, load_tokenizer(teacher.path))
+    pass_ = recipe.calibrate.as_pass(progress=layer_progress(stages.listener))
+    scoring = Scoring(recipe.prune, samples, pass_, teacher.tokenizer)
     return Pruner(teacher, scoring, recipe.repair.steps, statistics)
 
 
@@ -277,7 +267,7 @@ def record_teacher(
         facts = record_logits(
             teacher,
             Samples(torch.from_numpy(blocks), corpus.separator),
-            Pass(dtype, scratch=out, progress=layers_of(stages.listener)),
+            Pass(dtype, scratch=out, progress=layer_progress(stages.listener)),
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,

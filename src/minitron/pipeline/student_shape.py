@@ -18,8 +18,8 @@ from minitron.data.corpus import Blocks, Corpus, batch_rows
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, model_files
-from minitron.model.model_config import ModelConfig
+from minitron.model.checkpoint import Checkpoint, ModelConfig
+from minitron.model.weight_files import model_files
 from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.repair.config import replaces_channels

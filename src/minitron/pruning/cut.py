@@ -14,9 +14,10 @@ from torch import Tensor
 from minitron.core.direct_io import ahead, buffers
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Architecture, Axis, TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
-from minitron.model.hugging_face import transformers_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.hub import transformers_config
 from minitron.model.weights import runs
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.plan import Plan
 
 # Integers of an element's width.

@@ -25,7 +25,7 @@ from minitron.model.stream import Pass, Stream
 
 Variant = frozenset[int]  # the layers that it lacks
 # States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.
-STATES_BYTES = 16 << 30
+VARIANT_STATES_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def likelihoods(
     shape = checkpoint.shape
     most = max(len(_prefixes(variants, layer)) for layer in range(shape.layers + 1))
     of_sample = most * samples.block_tokens * shape.hidden * pass_.dtype.itemsize
-    parts = samples.tokens.split(max(pass_.batch_of(shape, samples), STATES_BYTES // of_sample))
+    parts = samples.tokens.split(max(pass_.batch_of(shape, samples), VARIANT_STATES_BYTES // of_sample))
     found, start = [], 0
     for number, part in enumerate(parts):
         stream = Stream(checkpoint, Samples(part, samples.separator), pass_, num_states=most)

@@ -2,7 +2,7 @@
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from minitron.core.layouts import Layout, Number, Unbounded
+from minitron.core.layouts import Finite, Layout, Unbounded
 from minitron.core.typed_files import FileKind
 
 
@@ -61,10 +61,10 @@ class UnitScores(Layout):
     """scores/scores.json."""
 
     layers: list[Unbounded]
-    hidden: list[Number]
-    ffn: list[list[Number]]
-    heads: list[list[Number]]
-    kv_heads: list[list[Number]]
+    hidden: list[Finite]
+    ffn: list[list[Finite]]
+    heads: list[list[Finite]]
+    kv_heads: list[list[Finite]]
 
 
 PLAN = FileKind("a plan file", TypeAdapter(PlanFile))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from minitron.core import parallel
+from minitron.core.numerics import matmul_precision
 from minitron.distillation.optim.low_precision import EPSILON
-from minitron.model.logits import matmul_precision
 
 # Steps from one change of the axes to the next, as in the paper.
 AXES_STEPS = 10

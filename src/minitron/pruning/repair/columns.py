@@ -19,7 +19,7 @@ from minitron.core.errors import PlanError
 # choice is exact, one by one; the others' costs are as of the last update.
 BLOCK, CANDIDATES = 64, 4
 # Added to the inputs' correlations, so that hardly determined directions do not get large weights.
-RIDGE = 1e-3
+CORRELATION_RIDGE = 1e-3
 
 
 def correlation_factor(
@@ -53,7 +53,7 @@ class Surgeon:
 
         Raises: PlanError if the moment is not finite.
         """
-        self._scale, factor = correlation_factor(moment, RIDGE)
+        self._scale, factor = correlation_factor(moment, CORRELATION_RIDGE)
         self._weight = weight.to(moment) * self._scale
         self._inverse = torch.cholesky_inverse(factor, out=factor)
         self._alive = torch.ones(len(factor), dtype=torch.bool, device=factor.device)

@@ -10,8 +10,7 @@ from typing import Annotated
 from minitron.core.config import Section, choice
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape
-from minitron.model.checkpoint import Checkpoint
-from minitron.model.model_config import ModelConfig
+from minitron.model.checkpoint import Checkpoint, ModelConfig
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.given import Given
 from minitron.pruning.plan import Plan
@@ -160,7 +159,7 @@ def replaces_channels(steps: Collection[Step] | None) -> bool:
     return any(REPAIRS[step].directions for step in steps or ())
 
 
-def resolve(config: RepairConfig, model: Checkpoint | ModelConfig, given: Collection[str] = ()) -> RepairConfig:
+def resolve_repair(config: RepairConfig, model: Checkpoint | ModelConfig, given: Collection[str] = ()) -> RepairConfig:
     """Fill in the steps that suit a model, or see to it that it can have those that are named.
 
     Args:
@@ -243,7 +242,7 @@ def choice_left(
     """
     Args:
         given: units that are listed, layers by number among them.
-        steps: repairs, such as `resolve` gives.
+        steps: repairs, such as `resolve_repair` gives.
     """
     repairs = _needed(steps, teacher, student)
     open_dims = {dim for dim in _cut_dims(teacher, student) if getattr(given, dim) is None}

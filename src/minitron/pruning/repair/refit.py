@@ -17,19 +17,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitron.core.errors import PlanError
+from minitron.core.numerics import matmul_precision, normalized
 from minitron.model.architecture import Architecture, TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
-from minitron.model.logits import matmul_precision
-from minitron.model.norms import normalized
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import embedding_gain, kept_rows, writing_order
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair.columns import correlation_factor
 from minitron.pruning.repair.residual_basis import Residual, read_norm
 
 # Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.
-RIDGE = 0.01
+PRIOR_WEIGHT = 0.01
 
 
 def require_refit(architecture: Architecture) -> None:
@@ -101,7 +101,7 @@ class _Regression:
             self.errors.addmm_(errors.T, inputs)
 
     def change(self) -> Float[Tensor, "rows columns"]:
-        scale, factor = correlation_factor(self.inputs, RIDGE)
+        scale, factor = correlation_factor(self.inputs, PRIOR_WEIGHT)
         return torch.cholesky_solve((self.errors / scale).T, factor).T / scale
 
 
@@ -243,7 +243,7 @@ class _Refit:
                 sums.add(made, gain * self.held.embed(unit) + bias - made.float())
         if not self.tied:
             return {self.architecture.head: sums.change().cpu()}
-        energy = (1 + RIDGE) * sums.inputs.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+        energy = (1 + PRIOR_WEIGHT) * sums.inputs.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
         shares = sums.errors.diagonal() / energy
         stored = self.checkpoint.read(f"{name}.weight").float()
         return {f"{name}.weight": (stored + self.architecture.norm_gain_offset) * shares.cpu()}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
+from minitron.core.numerics import normalized
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.norms import normalized
 
 READ_ROWS = 256
 

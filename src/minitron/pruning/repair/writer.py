@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from minitron.calibration.statistics import Statistics, require_second_moment
 from minitron.core.files import scratch_directory
+from minitron.core.numerics import matmul_precision
 from minitron.model.architecture import TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.logits import matmul_precision
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import (
     cut,
     embedding_gain,
