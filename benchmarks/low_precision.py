@@ -36,7 +36,7 @@ from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.optim import LOW_PRECISION, hold_weights, make_optimizer
 from minitron.distillation.optim.low_precision import BFloat16AdamW
 from minitron.model.checkpoint import load_model
-from minitron.pruning.repair.config import BEST
+from minitron.pruning.repair import BEST
 
 NEAREST = "bfloat16_nearest"  # no setting of a recipe
 LOW_PRECISION[NEAREST] = BFloat16AdamW

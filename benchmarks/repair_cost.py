@@ -25,7 +25,7 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
-from minitron.pruning.repair.config import Step
+from minitron.pruning.repair import Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 
 SAMPLES, BLOCK_TOKENS, BATCH = 28, 512, 2

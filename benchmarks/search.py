@@ -35,7 +35,7 @@ from minitron.model.tokenizer import load_tokenizer
 from minitron.pipeline.student_shape import judging_blocks
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import choose
-from minitron.pruning.repair.config import RepairConfig, Step, resolve_repair
+from minitron.pruning.repair import RepairConfig, Step, resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units

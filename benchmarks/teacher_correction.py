@@ -38,7 +38,7 @@ from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, resolve
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import load_model
-from minitron.pruning.repair.config import BEST
+from minitron.pruning.repair import BEST
 
 CORRECTIONS = ("none", "before", "parallel")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 import small
+import tiny
 import torch
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from minitron.model.architecture import PRUNABLE
 from minitron.pipeline.run import run
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
-from minitron.pruning.importance import CRITERIA
-from minitron.pruning.repair.config import BEST, REPAIRS, Repair, RepairConfig
+from minitron.pruning.importance import CRITERIA, Scores
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair import BEST, REPAIRS, Repair, RepairConfig
 from minitron.recipe import Recipe, build_recipe
 
 TABLES: dict[str, Mapping[str, Any]] = {
@@ -153,14 +155,24 @@ def test_a_layer_criterion_that_is_added_works_to_report_and_card(
     assert "Layers, by the other way round" in report and "layers by `reversed`" in card
 
 
-def test_a_repair_that_is_added_works_to_report_and_card(
+def test_a_repair_that_is_added_works_on_the_weights_and_to_report_and_card(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = Repair(("ffn",), "Nothing was done to the kept FFN neurons.", doc="nothing is done")
-    monkeypatch.setitem(REPAIRS, "nothing", row)
-    report, card = published(raw, tmp_path / "out", repair={"steps": ["nothing"]})
-    assert "<dt>nothing</dt><dd>Nothing was done to the kept FFN neurons.</dd>" in report
-    assert "Repaired at the cut by `nothing`." in card
+    def halved(tensor: Tensor, plan: Plan, layer: int, scores: Scores) -> Tensor:
+        assert plan.layers[layer] < plan.teacher.layers and scores.ffn.shape == (plan.teacher.layers, plan.teacher.ffn)
+        return tensor / 2
+
+    row = Repair(
+        ("ffn",), "The outputs of the MLP were halved.", doc="the MLP is halved", site="mlp_out", change=halved
+    )
+    monkeypatch.setitem(REPAIRS, "halved", row)
+    published(raw, tmp_path / "plain")
+    report, card = published(raw, tmp_path / "out", repair={"steps": ["halved"]})
+    assert "<dt>halved</dt><dd>The outputs of the MLP were halved.</dd>" in report
+    assert "Repaired at the cut by `halved`." in card
+    plain, changed = (tiny.tensors(tmp_path / out / "pruned") for out in ("plain", "out"))
+    for name, tensor in plain.items():
+        assert torch.equal(changed[name], tensor / 2 if "down_proj" in name else tensor), name
 
 
 def test_a_section_that_is_made_before_a_row_is_added_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

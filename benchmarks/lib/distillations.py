@@ -35,7 +35,7 @@ from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose
-from minitron.pruning.repair.config import BEST, Step
+from minitron.pruning.repair import BEST, Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from minitron.pruning.config import PruneConfig as PruneConfig
     from minitron.pruning.importance import Scores as Scores
     from minitron.pruning.plan import Plan as Plan
-    from minitron.pruning.repair.config import RepairConfig as RepairConfig
+    from minitron.pruning.repair import RepairConfig as RepairConfig
     from minitron.recipe import DEMO_TEACHER as DEMO_TEACHER
     from minitron.recipe import Recipe as Recipe
     from minitron.recipe import build_recipe as build_recipe
@@ -61,7 +61,7 @@ _PUBLIC = {
     "minitron.pruning.config": "PruneConfig",
     "minitron.pruning.importance": "Scores",
     "minitron.pruning.plan": "Plan",
-    "minitron.pruning.repair.config": "RepairConfig",
+    "minitron.pruning.repair": "RepairConfig",
     "minitron.recipe": "DEMO_TEACHER Recipe build_recipe load_recipe",
     "minitron.shapes.space": "SearchConfig",
 }

@@ -56,8 +56,8 @@ from minitron.pipeline.student_shape import feasible_for, machine_for, ranked
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.given import Given
 from minitron.pruning.plan import Plan, load_given
-from minitron.pruning.repair.config import CutNeeds, RepairConfig, needed_steps, replaces_channels, resolve_repair
-from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
+from minitron.pruning.repair import RepairConfig, needed_steps, replaces_channels, resolve_repair
+from minitron.pruning.steps import CutNeeds, Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
@@ -202,7 +202,7 @@ def prune(
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
         plan = listed if isinstance(listed, Plan) else pruner.plan(shape, given)
         listener.stage("prune", "running")
-        needed = needed_steps(steps, plan)
+        needed = needed_steps(steps, plan.teacher, plan.student)
         plan = pruner.cut(plan, partial).plan
         plan.save(partial / "plan.json")
         facts = describe(open_checkpoint(partial)) | {"repairs": needed}

@@ -19,7 +19,7 @@ from minitron.distillation.config import DistillConfig
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
 from minitron.pruning.config import PruneConfig
-from minitron.pruning.repair.config import RepairConfig
+from minitron.pruning.repair import RepairConfig
 from minitron.shapes.space import SearchConfig
 
 # Complete recipes of the demo and of the published models, by name.

@@ -21,8 +21,8 @@ from minitron.model.stream import Pass, Stream
 from minitron.model.writing import write_checkpoint
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import Plan
+from minitron.pruning.repair import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve_repair
 from minitron.pruning.repair import writer as module
-from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve_repair
 from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 
@@ -42,7 +42,7 @@ def a_plan(checkpoint: Checkpoint, **sizes: int) -> Plan:
     return tiny.plan(checkpoint.shape, **(sizes or (FILLED if checkpoint.architecture.heads_fill_hidden else CUT)))
 
 
-def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int = 3, **options: Any) -> Repaired:
+def repaired(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int = 3, **options: Any) -> Repaired:
     out.mkdir()
     given = {name: options.pop(name) for name in ("statistics", "scores", "samples") if name in options}
     evidence = replace(known(checkpoint), **given)
@@ -63,7 +63,7 @@ def turned(checkpoint: Checkpoint, out: Path) -> Path:
     moment = given.statistics.second_moment
     basis = residual_basis(moment, checkpoint.shape.hidden, centred=architecture.centred_norms, tied=tied)
     stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
-    work = module._Repair(stream, plan, frozenset(["basis"]), basis, given.scores, lambda done, total: None)
+    work = module._Repair(stream, plan, [REPAIRS["basis"]], basis, given.scores, lambda done, total: None)
     out.mkdir()
     with closing(work.pieces()) as pieces:
         shapes = {spec.name: (work.stored_dtype(spec), spec.shape(plan.student)) for spec in work.specs}
@@ -95,7 +95,7 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
 
 def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    made = mend(
+    made = repaired(
         checkpoint, tiny.identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint)
     )
     assert made.plan == tiny.identity_plan(checkpoint.shape)
@@ -106,7 +106,7 @@ def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path,
 def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
     plan = a_plan(checkpoint)
-    made = mend(checkpoint, plan, tmp_path / "student", *every_possible_step(checkpoint))
+    made = repaired(checkpoint, plan, tmp_path / "student", *every_possible_step(checkpoint))
     student = open_checkpoint(tmp_path / "student")
     assert student.shape == plan.student and made.plan.student == plan.student
     assert student.parameters == checkpoint.architecture.count(plan.student, student.config)
@@ -118,10 +118,10 @@ def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp
 def test_without_fitted_steps_a_repaired_cut_is_the_plain_cut(variant: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint)
-    mend(checkpoint, plan, tmp_path / "plain")
+    repaired(checkpoint, plan, tmp_path / "plain")
     stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
     scores, kept = known(checkpoint).scores, Channels(torch.tensor(plan.hidden))
-    work = module._Repair(stream, plan, frozenset(), kept, scores, lambda done, total: None)
+    work = module._Repair(stream, plan, [], kept, scores, lambda done, total: None)
     plain = tiny.tensors(tmp_path / "plain")
     with closing(work.pieces()) as pieces:
         parts = list(pieces)
@@ -147,7 +147,7 @@ def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_find
     monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint, ffn=23)
-    mend(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
+    repaired(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
     name = "model.layers.{}.mlp.down_proj"
     for layer in (0, 3):
         inputs = activations(checkpoint.path, name.format(layer))
@@ -161,7 +161,7 @@ def test_least_squares_on_heads_is_the_regression_too(llama: Path, tmp_path: Pat
     monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, heads=4)
-    mend(checkpoint, plan, tmp_path / "student", "heads_least_squares")
+    repaired(checkpoint, plan, tmp_path / "student", "heads_least_squares")
     name, size = "model.layers.1.self_attn.o_proj", checkpoint.shape.head_dim
     inputs = activations(llama, name)
     weight = tiny.tensors(llama)[f"{name}.weight"].double()
@@ -184,9 +184,9 @@ def test_what_obs_chooses_and_fits_loses_less_than_a_random_choice_and_that_less
 ) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, ffn=20)
-    chosen = mend(checkpoint, plan, tmp_path / "obs", "ffn_obs").plan
-    mend(checkpoint, plan, tmp_path / "fitted", "ffn_least_squares")
-    mend(checkpoint, plan, tmp_path / "plain")
+    chosen = repaired(checkpoint, plan, tmp_path / "obs", "ffn_obs").plan
+    repaired(checkpoint, plan, tmp_path / "fitted", "ffn_least_squares")
+    repaired(checkpoint, plan, tmp_path / "plain")
     for layer in range(4):
         obs = output_error(checkpoint, tmp_path / "obs", chosen.ffn[layer], layer)
         fitted = output_error(checkpoint, tmp_path / "fitted", plan.ffn[layer], layer)
@@ -195,7 +195,7 @@ def test_what_obs_chooses_and_fits_loses_less_than_a_random_choice_and_that_less
 
 def test_obs_keeps_equal_heads_in_every_kept_group(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    plan = mend(checkpoint, a_plan(checkpoint, kv_heads=2, heads=2), tmp_path / "student", "heads_obs").plan
+    plan = repaired(checkpoint, a_plan(checkpoint, kv_heads=2, heads=2), tmp_path / "student", "heads_obs").plan
     for heads, kv_heads in zip(plan.heads, plan.kv_heads, strict=True):
         assert [head // plan.teacher.group for head in heads] == list(kv_heads)
 
@@ -205,7 +205,7 @@ def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
     plan = replace(a_plan(checkpoint, heads=5), heads=((0, 1, 2, 3, 4),) * 4)
     scores = known(checkpoint).scores
     ranked = torch.arange(8, 0, -1, dtype=torch.float64).expand(4, 8)  # head 0 is the best
-    mend(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
+    repaired(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
     name, size = "model.layers.2.self_attn.q_proj.weight", checkpoint.shape.head_dim
     before = tiny.tensors(checkpoint.path)[name].unflatten(0, (8, size))
     after = tiny.tensors(tmp_path / "student")[name].unflatten(0, (5, size))
@@ -217,7 +217,7 @@ def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
 def test_a_norm_gain_makes_up_for_the_length_that_channels_take_along(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, hidden=24)
-    mend(checkpoint, plan, tmp_path / "student", "norm_gain")
+    repaired(checkpoint, plan, tmp_path / "student", "norm_gain")
     model, states = tiny.model(llama), []
     model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     tiny.logits(model, TOKENS)
@@ -234,8 +234,8 @@ def test_a_refit_brings_the_student_nearer_to_the_teacher(variant: str, tmp_path
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint)
     steps = [step for step in every_possible_step(checkpoint) if step != "refit"]
-    mend(checkpoint, plan, tmp_path / "once", *steps)
-    mend(checkpoint, plan, tmp_path / "twice", *steps, "refit")
+    repaired(checkpoint, plan, tmp_path / "once", *steps)
+    repaired(checkpoint, plan, tmp_path / "twice", *steps, "refit")
 
     def error(student: Path) -> float:
         wanted = tiny.logits(tiny.model(checkpoint.path), TOKENS).log_softmax(-1)
@@ -254,7 +254,7 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     checkpoint = open_checkpoint(path)
     plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
-    mend(checkpoint, plan, tmp_path / "student", "refit")
+    repaired(checkpoint, plan, tmp_path / "student", "refit")
     name = "model.layers.2.mlp.down_proj"
     inputs = activations(path, name)
     model, ends = tiny.model(path), {}
@@ -273,15 +273,18 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
 def test_a_repaired_cut_does_not_depend_on_the_batch_size_or_the_shards(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint)
-    mend(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
-    mend(checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000)
+    repaired(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
+    repaired(
+        checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000
+    )
     assert logits_differ_by(tmp_path / "one", tmp_path / "other") < 1e-3
 
 
 def test_steps_that_repair_what_is_not_cut_are_left_out(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    assert needed_steps(list(REPAIRS), a_plan(checkpoint, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
-    assert needed_steps(list(REPAIRS), tiny.identity_plan(checkpoint.shape)) == []
+    shape = checkpoint.shape
+    assert needed_steps(list(REPAIRS), shape, replace(shape, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
+    assert needed_steps(list(REPAIRS), shape, shape) == []
 
 
 def test_defaults_are_steps_that_the_family_can_have() -> None:
@@ -310,14 +313,14 @@ def test_steps_that_cannot_be_had_are_refused(variant: str, steps: list[Step], m
 def test_too_few_tokens_say_how_many_are_needed(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     with pytest.raises(PlanError, match=r"ffn_obs solves for 40 columns .* there are 24: raise calibrate.samples"):
-        mend(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", samples=Samples(TOKENS[:1]))
+        repaired(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", samples=Samples(TOKENS[:1]))
 
 
 def test_a_basis_without_a_second_moment_says_how_to_get_it(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     statistics: Statistics = replace(known(checkpoint).statistics, second_moment=None)
     with pytest.raises(PlanError, match=r"no second moment of the residual stream.*calibrate --second-moment"):
-        mend(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
+        repaired(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
 
 
 def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None:

@@ -16,7 +16,8 @@ from minitron.distillation.losses import LOSSES, losses_that_read
 from minitron.model.architecture import PRUNABLE
 from minitron.pruning.depth import LAYER_CRITERIA, layer_criteria_that_read
 from minitron.pruning.importance import CRITERIA, criteria_that_take
-from minitron.pruning.repair.config import REPAIRS, Choice
+from minitron.pruning.repair import REPAIRS
+from minitron.pruning.steps import Choice
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 

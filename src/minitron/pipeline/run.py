@@ -38,7 +38,8 @@ from minitron.pipeline.stages import (
 )
 from minitron.pipeline.student_shape import adopt_search_state, feasible_for, find_shape, judging_blocks, machine_for
 from minitron.pruning.given import given_layers
-from minitron.pruning.repair.config import choice_left, replaces_channels, resolve_repair
+from minitron.pruning.repair import replaces_channels, resolve_repair
+from minitron.pruning.steps import choice_left
 from minitron.pruning.target import target_shape
 from minitron.recipe import Recipe
 from minitron.report.records import RunRecords

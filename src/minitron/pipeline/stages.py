@@ -48,7 +48,7 @@ from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.given import given_layers
 from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Plan
-from minitron.pruning.repair.config import needed_steps
+from minitron.pruning.repair import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
@@ -170,7 +170,7 @@ def pruner_of(
 
 
 def prune(stages: RunDirectory, pruner: Pruner, plan: Plan, recipe: Recipe, corpus: Corpus) -> Path:
-    needed = needed_steps(pruner.repairs, plan)
+    needed = needed_steps(pruner.repairs, plan.teacher, plan.student)
     digests: dict[str, str] = {}
 
     def work(out: Path) -> dict[str, Any]:

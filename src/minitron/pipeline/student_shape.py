@@ -22,7 +22,7 @@ from minitron.model.checkpoint import Checkpoint, ModelConfig
 from minitron.model.weight_files import model_files
 from minitron.pipeline.directory import RunDirectory, read_record
 from minitron.pruning.config import PruneConfig
-from minitron.pruning.repair.config import replaces_channels
+from minitron.pruning.repair import replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.steps import Pruner
 from minitron.recipe import Recipe

@@ -1,6 +1,7 @@
 """A plan says which units stay, in each dim and layer: chosen by scores, or read from a file."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class Plan:
             if getattr(self.teacher, dim) != getattr(self.student, dim)
         ]
         return ", ".join(changes) or "identity"
+
+    def with_units(self, layer: int, units: Mapping[str, Units]) -> "Plan":
+        """The plan with other units of some dims in one of the student's layers."""
+        ffn, heads, kv_heads = (
+            tuple(units.get(dim, own) if number == layer else own for number, own in enumerate(getattr(self, dim)))
+            for dim in LAYER_DIMS
+        )
+        return replace(self, ffn=ffn, heads=heads, kv_heads=kv_heads)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

@@ -13,7 +13,7 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.evaluation.tasks.questions import read_questions
-from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.architecture import PRUNABLE, Architecture, Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -23,7 +23,7 @@ from minitron.pruning.depth import LAYER_CRITERIA, by_loss, by_task
 from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
 from minitron.pruning.importance import CRITERIA, Scores, even_scores
 from minitron.pruning.plan import Plan, choose, compose, needs_scores
-from minitron.pruning.repair.config import CutNeeds, Step, choice_left, needed_steps
+from minitron.pruning.repair import REPAIRS, Step, cut_dims, needed_steps
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 from minitron.pruning.target import step_shapes, target_shape
 
@@ -104,7 +104,7 @@ class Pruner:
 
     def cut(self, plan: Plan, out: Path) -> Repaired:
         """Write the pruned checkpoint into the existing directory `out`, with the repairs that it needs."""
-        if not needed_steps(self.repairs, plan):
+        if not needed_steps(self.repairs, plan.teacher, plan.student):
             return Repaired(plan, cut(self.teacher, plan, out))
         assert self.statistics is not None
         evidence = Evidence(self.statistics, self.unit_scores, self.scoring.calibration)
@@ -113,6 +113,51 @@ class Pruner:
     def make(self, student: Shape, out: Path) -> Repaired:
         """Plan and cut a student of that shape into the existing directory `out`."""
         return self.cut(self.plan(student), out)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The choices that a cut leaves open, known before anything is scored.
+
+    by_criterion: the dims whose units `prune.criterion` chooses, or which a repair ranks by it.
+    layers: whether `prune.layer_criterion` chooses layers.
+    steps: the number of steps of the cut.
+    repairs: the repair steps that have a cut to repair.
+    """
+
+    by_criterion: frozenset[str]
+    layers: bool
+    steps: int
+    repairs: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class CutNeeds:
+    """The choices that a cut leaves open, and whether it reads statistics and text for them."""
+
+    choice: Choice
+    statistics: bool
+    text: bool
+
+
+def choice_left(
+    architecture: Architecture, config: PruneConfig, teacher: Shape, student: Shape, given: Given, steps: Sequence[Step]
+) -> Choice:
+    """
+    Args:
+        given: units that are listed, layers by number among them.
+        steps: repairs, such as `resolve_repair` gives.
+    """
+    repairs = needed_steps(steps, teacher, student)
+    open_dims = {dim for dim in cut_dims(teacher, student) if getattr(given, dim) is None}
+    chosen_by_repair = {dim for step in repairs for dim in REPAIRS[step].chooses}
+    ranked = {dim for step in repairs for dim in REPAIRS[step].ranks}
+    return Choice(
+        by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
+        layers="layers" in open_dims,
+        steps=len(step_shapes(architecture, teacher, student, config.iterations, given)) if open_dims else 1,
+        repairs=tuple(repairs),
+    )
 
 
 def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING_GIVEN) -> tuple[Shape, Given]:

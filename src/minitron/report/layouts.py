@@ -10,7 +10,7 @@ from minitron.core.typed_files import FileKind
 from minitron.distillation.losses import LossName
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CriterionName
-from minitron.pruning.repair.config import REPAIRS
+from minitron.pruning.repair import REPAIRS
 
 
 class TextRecipe(Layout):

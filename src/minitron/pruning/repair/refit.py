@@ -32,17 +32,17 @@ from minitron.pruning.repair.residual_basis import Residual, read_norm
 PRIOR_WEIGHT = 0.01
 
 
-def require_refit(architecture: Architecture) -> None:
+def require_refit(architecture: Architecture, tied: bool) -> None:
     """Raises: PlanError for a family that normalises what its matrices write."""
     if architecture.channel_norms:
         norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
         raise PlanError(
             f"{architecture.name} models cannot be refitted, for {norms} stand between their matrices and the "
-            "residual stream: leave `refit` out of repair.steps"
+            "residual stream: leave `refit_layers` out of repair.steps"
         )
 
 
-def refit(
+def refit_layers(
     teacher: Stream,
     student: Stream,
     plan: Plan,
@@ -59,10 +59,7 @@ def refit(
         plan: how the student was cut.
         residual: what the student's residual stream holds of the teacher's.
         progress: called with (student's layers done, layers).
-
-    Raises: PlanError for a family that cannot be refitted.
     """
-    require_refit(teacher.checkpoint.architecture)
     work = _Refit(teacher, student, plan, residual, progress)
     checkpoint = student.checkpoint
     with closing(work.pieces()) as pieces:
