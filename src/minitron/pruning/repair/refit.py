@@ -38,7 +38,7 @@ def require_refit(architecture: Architecture, tied: bool) -> None:
         norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
         raise PlanError(
             f"{architecture.name} models cannot be refitted, for {norms} stand between their matrices and the "
-            "residual stream: leave `refit_layers` out of repair.steps"
+            "residual stream: leave `refit` out of repair.steps"
         )
 
 
