@@ -144,7 +144,7 @@ class _Repair:
         self.checkpoint, self.architecture = stream.checkpoint, stream.checkpoint.architecture
         self.config = student_config(self.checkpoint, plan)
         specs = list(self.architecture.specs(self.config, plan.student.layers))
-        # The student's tensor -> the teacher's behind it.
+        # The student's tensor -> the teacher's tensor that it is cut from.
         self.sources = dict(zip((spec.name for spec in specs), sources_of(self.checkpoint, plan), strict=True))
         self.specs = writing_order(self.architecture, specs)
         self.norms = {norm.format(layer=layer) for norm in self.architecture.norms for layer in plan.layers}
@@ -169,7 +169,7 @@ class _Repair:
         return self.checkpoint.stored[self.sources[spec.name]].dtype
 
     def pieces(self) -> Generator[Tensor, None, None]:
-        """The tensors of `specs` in order, in the dtypes that they are stored in, whole or in runs of rows."""
+        """The tensors of `specs` in order and in their stored dtypes, whole or some rows at a time."""
         embedding, *after = (spec for spec in self.specs if spec.layer is None)
         yield from self._outside([embedding], _Seen())
         for index, seen in self._seen_in_layers():
@@ -189,8 +189,7 @@ class _Repair:
             with ExitStack() as stack:
                 if index in self.plan.layers:
                     self._watch(stack, index, layer, seen)
-                for _ in self.stream.run(index, layer):
-                    pass
+                self.stream.advance(index, layer)
             yield index, seen
 
     def _watch(self, stack: ExitStack, index: int, layer: nn.Module, seen: _Seen) -> None:
@@ -237,7 +236,7 @@ class _Repair:
             yield tensor.to(self.stored_dtype(spec))
 
     def _outside(self, specs: list[TensorSpec], seen: _Seen) -> Iterator[Tensor]:
-        """The tensors outside of the layers; those with a row for each token in runs of rows."""
+        """The tensors outside the layers; tensors with a row for each token come some rows at a time."""
         for spec in specs:
             whole = [(0, self.checkpoint.stored[spec.name].shape[0])]
             for start, stop in row_runs(self.checkpoint, spec) if len(spec.axes) == 2 else whole:
@@ -245,7 +244,7 @@ class _Repair:
                 yield self._turned(spec, rows.float(), seen).to(rows.dtype)
 
     def _teacher_tensor(self, spec: TensorSpec) -> Tensor:
-        """The teacher's tensor behind one of the student's inside a layer, changed by the steps that change it."""
+        """The teacher's tensor for one of the student's inside a layer, with the changes of the steps."""
         assert spec.layer is not None
         tensor = self.checkpoint.read(self.sources[spec.name]).float()
         for site, change in self.changes:
