@@ -86,7 +86,7 @@ class Soap(torch.optim.Optimizer):
             if parameter.grad is not None
         ]
         # All gradients first and all changes last: between, no process waits for another.
-        changes = {p: parallel.at_holder(parallel.full(p.grad), self.holders[p]) for p, _ in turned}
+        changes = {p: parallel.at_owner(parallel.full(p.grad), self.holders[p]) for p, _ in turned}
         for large in (False, True):
             with matmul_precision(self.dtype if large else torch.float32):
                 for parameter, group in turned:
@@ -94,7 +94,7 @@ class Soap(torch.optim.Optimizer):
                         self._count(parameter)
                         self._to_change(changes[parameter], parameter, group)
         for parameter, group in turned:
-            change = parallel.from_holder(changes.pop(parameter), self.holders[parameter], parameter.device)
+            change = parallel.from_owner(changes.pop(parameter), self.holders[parameter], parameter.device)
             weight = parallel.local_shard(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(parallel.local_rows(change, parameter), alpha=-group["lr"])
