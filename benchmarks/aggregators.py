@@ -13,14 +13,19 @@ from pathlib import Path
 
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
-from minitron.pruning.plan import PruneConfig, choose, target_shape
+from minitron.pruning.plan import choose
 from minitron.pruning.steps import score_units
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.
@@ -69,7 +74,7 @@ Held-out LM loss and KL to the teacher right after a cut in width by the default
 
 
 def draw(checkpoint: Checkpoint, corpus: Corpus, samples: int, seed: int) -> Statistics:
-    return calibrate(checkpoint, draw_samples(corpus, samples, seed), CalibrateConfig().as_pass())
+    return measure_statistics(checkpoint, draw_samples(corpus, samples, seed), CalibrateConfig().as_pass())
 
 
 def section(checkpoint: Checkpoint, corpus: Corpus, drawn: list[Statistics], target: str, blocks: int) -> str:

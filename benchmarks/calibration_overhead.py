@@ -21,7 +21,7 @@ from lib.measure import header, publish, table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minitron.calibration.collect import calibrate
+from minitron.calibration.collect import measure_statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.samples import Samples
@@ -38,7 +38,7 @@ SIZES = {
 BLOCKS, BLOCK_TOKENS, REPETITIONS = 40, 1024, 5
 DTYPE = torch.bfloat16
 PLAIN = "plain forward pass"
-SCORES, MOMENT = "`calibrate`", "`calibrate`, with the second moment"
+SCORES, MOMENT = "`measure_statistics`", "`measure_statistics`, with the second moment"
 
 
 def main() -> None:
@@ -79,8 +79,10 @@ def measure(path: Path, tokens: Tensor, repetitions: int) -> dict[str, list[floa
 
     variants: dict[str, Callable[[Tensor], object]] = {
         PLAIN: plain,
-        SCORES: lambda tokens: calibrate(checkpoint, Samples(tokens), Pass(DTYPE, batch=batch)),
-        MOMENT: lambda tokens: calibrate(checkpoint, Samples(tokens), Pass(DTYPE, batch=batch), second_moment=True),
+        SCORES: lambda tokens: measure_statistics(checkpoint, Samples(tokens), Pass(DTYPE, batch=batch)),
+        MOMENT: lambda tokens: measure_statistics(
+            checkpoint, Samples(tokens), Pass(DTYPE, batch=batch), second_moment=True
+        ),
     }
     for run in variants.values():
         run(tokens[:batch])

@@ -21,9 +21,10 @@ from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 from torch import Tensor
 
 from minitron.cli.process import keep_freed_memory
+from minitron.core.numerics import matmul_precision
 from minitron.distillation.chunked import CPU_TEMPORARIES, chunked_loss
 from minitron.distillation.objective import Objective
-from minitron.model.logits import LazyLogits, chunk_tokens, matmul_precision, project
+from minitron.model.logits import LazyLogits, chunk_tokens, project
 
 DTYPES = ("float32", "bfloat16")
 PLAIN, USUAL = -1, 0  # in place of a budget: the plain way, and the default

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig
@@ -23,13 +24,15 @@ from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.questions import read_questions
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import Measure, Variant, by_loss, by_task, contiguous_blocks, leave_one_out
+from minitron.pruning.given import Given
 from minitron.pruning.importance import block_influence, even_scores
-from minitron.pruning.plan import Given, choose
+from minitron.pruning.plan import choose
 from minitron.recipe import DEMO_TEACHER
 
 
@@ -76,7 +79,9 @@ def layer_scores(checkpoint: Checkpoint, tokens: torch.Tensor, task: str | None)
     num_layers = checkpoint.shape.layers
     dtype = compute_dtype("auto", pick_device())
     found = {
-        "block influence": block_influence(calibrate(checkpoint, Samples(tokens), CalibrateConfig().as_pass())),
+        "block influence": block_influence(
+            measure_statistics(checkpoint, Samples(tokens), CalibrateConfig().as_pass())
+        ),
         "loss": leave_one_out(by_loss(checkpoint, Samples(tokens), Pass(dtype)), num_layers),
     }
     if task is not None:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
+from minitron.model.hidden_states import decoder_layers
+
 LEARNING_RATE, WEIGHT_DECAY, BETAS, GRADIENT_CLIP = 1e-4, 0.1, (0.9, 0.95), 1.0
 HEAD_DIM = 64
 MOST_STEPS = 1000  # of a contender in all its turns
@@ -214,7 +216,6 @@ def minitron(
     from minitron.distillation.student import StudentModule
     from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
-    from minitron.model.hidden_states import layers_of
     from minitron.model.samples import Batch
 
     config = DistillConfig(compile=compiled)
@@ -226,7 +227,7 @@ def minitron(
         model.add_module("between", between.to(task.device))  # so that the loop trains its maps
     seen = [theirs for _, theirs in pairs]
     online = OnlineTeacher(of_teacher, task.dtype, task.device, depths=seen, compiled=compiled)
-    layers = layers_of(model, student)
+    layers = decoder_layers(model, student)
     if compiled:
         compile_layers(layers)
     module = StudentModule(model, layers, config.objective, between, task.dtype).train()

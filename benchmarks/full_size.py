@@ -29,14 +29,16 @@ from typing import Any
 import torch
 from lib.measure import PeakMemory, header, publish, save_byte_tokenizer, table
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.direct_io import digest_file
 from minitron.core.files import atomic_directory
 from minitron.model.architecture import TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import family_of
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
@@ -222,7 +224,7 @@ def run_calibrate(case: Case, work: Path) -> dict[str, Any]:
     tokens = torch.randint(
         0, checkpoint.shape.vocab, (SAMPLES, BLOCK_TOKENS), generator=torch.Generator().manual_seed(0)
     )
-    found = calibrate(checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH))
+    found = measure_statistics(checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH))
     with atomic_directory(work / "statistics", replace=True) as out:
         found.save(out)
     assert all(bool(values.isfinite().all()) for values in found.sums.values())

@@ -26,15 +26,16 @@ import torch
 from gguf import GGMLQuantizationType as BlockType
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import calibrate
+from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import GgufError
 from minitron.gguf.config import LADDER
 from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.types import file_keys, mixture, write_quantized
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.recipe import DEMO_TEACHER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
@@ -128,7 +129,7 @@ def importance_compared(work: Path, tools: Path, text: Path | None) -> str:
     command = [str(tools / "llama-imatrix"), "-m", str(plain), "-f", str(source), "-o", str(theirs), *options]
     subprocess.run(command, capture_output=True, check=True)
     chunks = torch.tensor(tokens[: CHUNK * CHUNKS]).view(CHUNKS, CHUNK)
-    statistics = calibrate(checkpoint, Samples(chunks), Pass(torch.float32))
+    statistics = measure_statistics(checkpoint, Samples(chunks), Pass(torch.float32))
     ours = importance_of(
         checkpoint,
         statistics.column_squares(),

@@ -38,7 +38,7 @@ from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resol
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill
 from minitron.model.checkpoint import load_model
-from minitron.pruning.repair.config import BEST
+from minitron.pruning.repair import BEST
 
 NEAREST = "bfloat16_nearest"  # no setting of a recipe
 LOW_PRECISION[NEAREST] = BFloat16AdamW

@@ -18,13 +18,14 @@ import torch
 from full_size import CASES, GIB, Case, write_model
 from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
-from minitron.pruning.repair.config import Step
+from minitron.pruning.repair import Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 
 SAMPLES, BLOCK_TOKENS, BATCH = 28, 512, 2
@@ -64,7 +65,9 @@ def measure(work: str, name: str) -> dict[str, Any]:
     with PeakMemory() as memory:
         started = time.monotonic()
         if name == "calibrate":
-            found = calibrate(checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH), second_moment=True)
+            found = measure_statistics(
+                checkpoint, Samples(tokens), Pass(torch.bfloat16, batch=BATCH), second_moment=True
+            )
             statistics_dir.mkdir()
             found.save(statistics_dir)
         else:

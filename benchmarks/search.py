@@ -21,7 +21,8 @@ from typing import Any
 
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig
@@ -31,12 +32,13 @@ from minitron.distillation.train import Training, distill, distill_until
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from minitron.pruning.plan import PruneConfig, choose, target_shape
-from minitron.pruning.repair.config import RepairConfig, Step
-from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.plan import choose
+from minitron.pruning.repair import RepairConfig, Step, resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
@@ -118,7 +120,7 @@ def prepared(args: argparse.Namespace) -> Bench:
         kept.mkdir(exist_ok=True)
         samples = draw_samples(corpus, CALIBRATE.samples, SEED)
         second_moment = CALIBRATE.second_moment
-        calibrate(teacher, samples, CALIBRATE.as_pass(kept), second_moment=second_moment).save(kept)
+        measure_statistics(teacher, samples, CALIBRATE.as_pass(kept), second_moment=second_moment).save(kept)
     search = SearchConfig(window=args.window, dims=dict(part.split("=") for part in args.dims))
     prune = PruneConfig(target=args.target)
     found = feasible(

@@ -19,12 +19,14 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (lazily imported 
 from lib.measure import PeakMemory, header, in_fresh_process, publish, save_byte_tokenizer, table
 from transformers import LlamaConfig
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families.llama import LLAMA
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
@@ -36,8 +38,8 @@ SAMPLES, BLOCK_TOKENS, BATCH = 4, 512, 2
 SHARD_BYTES = 500_000_000
 MIB = 1 << 20
 STEPS = {
-    "calibrate": "`calibrate`, bfloat16",
-    "calibrate-float32": "`calibrate`, float32",
+    "calibrate": "`measure_statistics`, bfloat16",
+    "calibrate-float32": "`measure_statistics`, float32",
     "cut": "`cut`",
     "command-calibrate": "`minitron calibrate`",
     "command-prune": "`minitron prune`",
@@ -103,7 +105,7 @@ def measure(step: str, work: str) -> dict[str, int]:
 def run_calibrate(work: Path, step: str) -> None:
     tokens = torch.randint(0, TEACHER.vocab, (SAMPLES, BLOCK_TOKENS), generator=torch.Generator().manual_seed(0))
     dtype = torch.float32 if step.endswith("float32") else torch.bfloat16
-    statistics = calibrate(open_checkpoint(work / "model"), Samples(tokens), Pass(dtype, batch=BATCH))
+    statistics = measure_statistics(open_checkpoint(work / "model"), Samples(tokens), Pass(dtype, batch=BATCH))
     (work / step).mkdir()
     statistics.save(work / step)
 

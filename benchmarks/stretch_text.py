@@ -14,9 +14,9 @@ from pathlib import Path
 from lib.distillations import BLOCK_TOKENS, token_counts
 
 from minitron.cli.process import keep_freed_memory
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.data.sampling import sample_text
-from minitron.model.checkpoint import load_tokenizer
+from minitron.model.tokenizer import load_tokenizer
 
 SAMPLE_BATCH = 256
 

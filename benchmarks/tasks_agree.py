@@ -29,7 +29,8 @@ from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
 from minitron.evaluation.tasks.models import InMemory, Streamed
 from minitron.evaluation.tasks.rows import LocalTask
 from minitron.evaluation.tasks.suite import Benchmark
-from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
 from minitron.report.tables import score
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"

@@ -40,7 +40,7 @@ from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import CORRECTED, Training, distill
 from minitron.evaluation.quality import evaluate
 from minitron.model.checkpoint import load_model
-from minitron.pruning.repair.config import BEST
+from minitron.pruning.repair import BEST
 
 CORRECTIONS = ("none", "before", "parallel")
 

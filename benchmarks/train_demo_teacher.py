@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron.cli.process import keep_freed_memory
-from minitron.data.corpus import Corpus, DataConfig, batch_rows, builtin_documents, is_heldout, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, batch_rows, is_heldout, prepare
+from minitron.data.sources import builtin_documents
 
 SEED = 1407
 VOCAB = 4096

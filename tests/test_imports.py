@@ -29,7 +29,7 @@ STAGES = {
         *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "machine", "parallel"),
         *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
-    "pruning": ("layouts", "importance", "depth", "plan", "cut", "repair", "steps"),
+    "pruning": ("layouts", "importance", "depth", "config", "given", "target", "plan", "cut", "repair", "steps"),
     "shapes": ("layouts", "space", "rank"),
     "distillation": ("layouts", "losses", "optim", "state", "trackers", "config", "train"),
     "evaluation": ("layouts", "quality", "generate", "tasks", "speed", "gguf_files", "engines"),
@@ -37,7 +37,7 @@ STAGES = {
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "overlap", "corpus", "sampling", "supply"),
+    "data": ("layouts", "sources", "config", "overlap", "corpus", "sampling", "supply"),
     "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": (
         *(
@@ -59,7 +59,7 @@ STAGES = {
     "pipeline": ("rules", "directory", "stages", "run", "estimate"),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
-        *("hugging_face", "tokens", "tokenizer", "checkpoint", "describe", "hidden_states", "stream", "sharded"),
+        *("hub", "tokens", "tokenizer", "checkpoint", "writing", "describe", "hidden_states", "stream", "sharded"),
         *("likelihood",),
     ),
 }

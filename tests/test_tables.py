@@ -1,5 +1,6 @@
 """Every row of a table has its words, and a row that is added works from the recipe to the report and the card."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Annotated, Any
 
 import pytest
 import small
+import tiny
 import torch
 from torch import Tensor
 
-from minitron.core.config import Row, Section, choice, choices_of
+from minitron.core.config import Section, WordedRow, choice, choices_of
+from minitron.core.run_layout import STAGES
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES
 from minitron.distillation.objective import Objective
@@ -18,10 +21,11 @@ from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
 from minitron.pipeline.run import run
 from minitron.pipeline.stages import PIPELINE, Run, Stage
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
-from minitron.pruning.importance import CRITERIA
-from minitron.pruning.plan import PruneConfig
-from minitron.pruning.repair.config import BEST, REPAIRS, Repair, RepairConfig
+from minitron.pruning.importance import CRITERIA, Scores
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair import BEST, REPAIRS, Repair, RepairConfig
 from minitron.recipe import Recipe, build_recipe
 
 TABLES: dict[str, Mapping[str, Any]] = {
@@ -54,7 +58,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_every_row_has_its_words(table: Mapping[str, Any]) -> None:
     for name, row in table.items():
-        assert isinstance(row, Row), name
+        assert isinstance(row, WordedRow), name
         words = {field.name: getattr(row, field.name) for field in fields(row) if field.name in WORDS}
         assert words["doc"] and not words["doc"].endswith("."), name
         assert all(text.strip() == text and text for text in words.values()), name
@@ -155,14 +159,24 @@ def test_a_layer_criterion_that_is_added_works_to_report_and_card(
     assert "Layers, by the other way round" in report and "layers by `reversed`" in card
 
 
-def test_a_repair_that_is_added_works_to_report_and_card(
+def test_a_repair_that_is_added_works_on_the_weights_and_to_report_and_card(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = Repair(("ffn",), "Nothing was done to the kept FFN neurons.", doc="nothing is done")
-    monkeypatch.setitem(REPAIRS, "nothing", row)
-    report, card = published(raw, tmp_path / "out", repair={"steps": ["nothing"]})
-    assert "<dt>nothing</dt><dd>Nothing was done to the kept FFN neurons.</dd>" in report
-    assert "Repaired at the cut by `nothing`." in card
+    def halved(tensor: Tensor, plan: Plan, layer: int, scores: Scores) -> Tensor:
+        assert plan.layers[layer] < plan.teacher.layers and scores.ffn.shape == (plan.teacher.layers, plan.teacher.ffn)
+        return tensor / 2
+
+    row = Repair(
+        ("ffn",), "The outputs of the MLP were halved.", doc="the MLP is halved", site="mlp_out", change=halved
+    )
+    monkeypatch.setitem(REPAIRS, "halved", row)
+    published(raw, tmp_path / "plain")
+    report, card = published(raw, tmp_path / "out", repair={"steps": ["halved"]})
+    assert "<dt>halved</dt><dd>The outputs of the MLP were halved.</dd>" in report
+    assert "Repaired at the cut by `halved`." in card
+    plain, changed = (tiny.tensors(tmp_path / out / "pruned") for out in ("plain", "out"))
+    for name, tensor in plain.items():
+        assert torch.equal(changed[name], tensor / 2 if "down_proj" in name else tensor), name
 
 
 def test_a_stage_that_is_added_works_to_report_and_card(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lib.measure import publish
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
@@ -27,13 +28,16 @@ from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, blocks_read, distill
 from minitron.evaluation.quality import evaluate
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
-from minitron.pruning.plan import PruneConfig, choose, target_shape
-from minitron.pruning.repair.config import BEST, Step
+from minitron.pruning.plan import choose
+from minitron.pruning.repair import BEST, Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {
@@ -238,7 +242,7 @@ class Bench:
 
     def statistics(self, samples: Samples, pass_: Pass) -> Statistics:
         if not hasattr(self, "_statistics"):
-            self._statistics = calibrate(self.teacher, samples, pass_, second_moment=True)
+            self._statistics = measure_statistics(self.teacher, samples, pass_, second_moment=True)
         return self._statistics
 
     def measure(self, path: Path) -> dict[str, float]:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from minitron.api import quantize as quantize
     from minitron.api import run as run
     from minitron.api import search as search
-    from minitron.calibration.collect import CalibrateConfig as CalibrateConfig
-    from minitron.calibration.collect import Statistics as Statistics
+    from minitron.calibration.statistics import CalibrateConfig as CalibrateConfig
+    from minitron.calibration.statistics import Statistics as Statistics
     from minitron.core.errors import MinitronError as MinitronError
     from minitron.core.progress import Listener as Listener
-    from minitron.data.corpus import DataConfig as DataConfig
+    from minitron.data.config import DataConfig as DataConfig
     from minitron.distillation.config import DistillConfig as DistillConfig
     from minitron.evaluation.quality import EvaluateConfig as EvaluateConfig
     from minitron.evaluation.quality import Evaluation as Evaluation
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint as Checkpoint
     from minitron.model.checkpoint import open_checkpoint as open_checkpoint
     from minitron.model.families import FAMILIES as FAMILIES
+    from minitron.pruning.config import PruneConfig as PruneConfig
     from minitron.pruning.importance import Scores as Scores
     from minitron.pruning.plan import Plan as Plan
-    from minitron.pruning.plan import PruneConfig as PruneConfig
-    from minitron.pruning.repair.config import RepairConfig as RepairConfig
+    from minitron.pruning.repair import RepairConfig as RepairConfig
     from minitron.recipe import DEMO_TEACHER as DEMO_TEACHER
     from minitron.recipe import Recipe as Recipe
     from minitron.recipe import build_recipe as build_recipe
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 # Module -> the names that `minitron` has of it. Imported when used, so that `minitron --help` does not wait for torch.
 _PUBLIC = {
     "minitron.api": "benchmark calibrate distill evaluate generate inspect measure_speed prune quantize run search",
-    "minitron.calibration.collect": "CalibrateConfig Statistics",
+    "minitron.calibration.statistics": "CalibrateConfig Statistics",
     "minitron.core.errors": "MinitronError",
     "minitron.core.progress": "Listener",
-    "minitron.data.corpus": "DataConfig",
+    "minitron.data.config": "DataConfig",
     "minitron.distillation.config": "DistillConfig",
     "minitron.evaluation.quality": "EvaluateConfig Evaluation",
     "minitron.evaluation.tasks.measure": "TaskOptions",
@@ -58,9 +58,10 @@ _PUBLIC = {
     "minitron.model.architecture": "Architecture Shape",
     "minitron.model.checkpoint": "Checkpoint open_checkpoint",
     "minitron.model.families": "FAMILIES",
+    "minitron.pruning.config": "PruneConfig",
     "minitron.pruning.importance": "Scores",
-    "minitron.pruning.plan": "Plan PruneConfig",
-    "minitron.pruning.repair.config": "RepairConfig",
+    "minitron.pruning.plan": "Plan",
+    "minitron.pruning.repair": "RepairConfig",
     "minitron.recipe": "DEMO_TEACHER Recipe build_recipe load_recipe",
     "minitron.shapes.space": "SearchConfig",
 }

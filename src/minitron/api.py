@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minitron.calibration import collect
-from minitron.calibration.collect import CalibrateConfig, Statistics
+from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.core import parallel
 from minitron.core.device import pick_device
 from minitron.core.errors import DataError, PlanError
@@ -22,8 +22,9 @@ from minitron.core.files import (
     require_free_space,
     scratch_directory,
 )
-from minitron.core.progress import SILENT, Listener, layers_of
-from minitron.data.corpus import SAMPLED, TEACHER, DataConfig, draw_samples, separator
+from minitron.core.progress import SILENT, Listener, layer_progress
+from minitron.data.corpus import SAMPLED, DataConfig, draw_samples, separator
+from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable
@@ -39,11 +40,11 @@ from minitron.gguf import quantize as ladder
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, require_possible
 from minitron.model.architecture import PRUNABLE, Shape
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_config
 from minitron.model.config_json import read_config
 from minitron.model.describe import describe
 from minitron.model.draft import Draft, draft_table
-from minitron.model.model_config import open_config
+from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.weight_files import has_weights, stored_tensors
@@ -51,15 +52,10 @@ from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
 from minitron.pipeline.stages import OF_DISTILLATION, Run, make_stages
-from minitron.pruning.plan import (
-    Given,
-    Plan,
-    PruneConfig,
-    load_given,
-)
-from minitron.pruning.repair.config import CutNeeds, RepairConfig, Step, needed_steps, replaces_channels
-from minitron.pruning.repair.config import resolve as resolve_repair
-from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.plan import Given, Plan, load_given
+from minitron.pruning.repair import RepairConfig, Step, needed_steps, replaces_channels, resolve_repair
+from minitron.pruning.steps import CutNeeds, Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.rank import Ranking
 from minitron.shapes.space import SearchConfig, feasible_for, machine_for
@@ -97,15 +93,15 @@ def calibrate(
             prove_directory(out, inputs=[model])
         teacher = open_checkpoint(resolve_model(model))
         if here.rank > 0:
-            told_by = separator(data, load_tokenizer(teacher.path))
+            told_by = separator(data, teacher.tokenizer)
             samples = Samples(parallel.broadcast(None), told_by)
-            return collect.calibrate(teacher, samples, config.as_pass(), second_moment=config.second_moment)
+            return collect.measure_statistics(teacher, samples, config.as_pass(), second_moment=config.second_moment)
         with atomic_directory(out) as partial:
             with corpus_for(teacher, data, listener, config.samples, seed, scratch=partial) as corpus:
                 samples = draw_samples(corpus, config.samples, seed)
                 parallel.broadcast(samples.tokens)
-                pass_ = config.as_pass(partial, layers_of(listener))
-                statistics = collect.calibrate(teacher, samples, pass_, second_moment=config.second_moment)
+                pass_ = config.as_pass(partial, layer_progress(listener))
+                statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
                 keep_sampled(corpus.path, partial)
             statistics.save(partial)
     return statistics
@@ -137,14 +133,14 @@ def search(
         corpus, samples, tokenizer = None, None, None
         if data is not None:
             corpus = stack.enter_context(corpus_for(teacher, data, listener, calibration.samples))
-            samples, tokenizer = draw_samples(corpus, calibration.samples, 0), load_tokenizer(teacher.path)
+            samples, tokenizer = draw_samples(corpus, calibration.samples, 0), teacher.tokenizer
         work = stack.enter_context(scratch_directory())
-        pass_ = calibration.as_pass(work, layers_of(listener))
+        pass_ = calibration.as_pass(work, layer_progress(listener))
         if statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         else:
             assert samples is not None
-            statistics = collect.calibrate(teacher, samples, pass_, second_moment=calibration.second_moment)
+            statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(prune, samples, pass_, tokenizer), steps, statistics)
         listener.stage("search", "running")
         trials = None
@@ -237,22 +233,22 @@ def prune(
         teacher, steps, needs = cut.teacher, cut.repairs, cut.needs
         _require_free_space(teacher, cut.shape, out, partial)
         calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
-        pass_, text, tokenizer, statistics = calibration.as_pass(partial, layers_of(listener)), None, None, None
+        pass_, text, tokenizer, statistics = calibration.as_pass(partial, layer_progress(listener)), None, None, None
         if needs.statistics and statistics_dir is not None:
             statistics = Statistics.load_for(teacher, statistics_dir)
         if needs.text:
             if data is None:
                 raise DataError("this cut reads text, to score units or to repair them: give `data`")
-            tokenizer = load_tokenizer(teacher.path)
+            tokenizer = teacher.tokenizer
             with corpus_for(teacher, data, listener, calibration.samples, scratch=partial) as corpus:
                 text = draw_samples(corpus, calibration.samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
-            statistics = collect.calibrate(teacher, text, pass_, second_moment=calibration.second_moment)
+            statistics = collect.measure_statistics(teacher, text, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
         plan = cut.listed if isinstance(cut.listed, Plan) else pruner.plan(cut.shape, cut.given)
         listener.stage("prune", "running")
-        repairs = needed_steps(steps, plan)
+        repairs = needed_steps(steps, plan.teacher, plan.student)
         plan = pruner.cut(plan, partial).plan
         plan.save(partial / "plan.json")
         description = describe(open_checkpoint(partial))
@@ -314,8 +310,7 @@ def distill(
         require_same_tokenizer(of_teacher, origin)
         asked = Recipe(model=teacher, seed=seed, data=bounded(data, config.tokens), prune=PruneConfig(), distill=config)
         with RunDirectory(work, None, listener, final) as directory:
-            tokenizer = load_tokenizer(of_teacher.path)
-            run = Run(directory, asked, of_teacher, tokenizer, origin.shape, origin=origin)
+            run = Run(directory, asked, of_teacher, origin.shape, origin=origin)
             make_stages(run, OF_DISTILLATION)
             if not parallel.is_first():
                 return None
@@ -430,7 +425,7 @@ def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: fl
     """
     require_temperature(temperature)
     checkpoint = open_checkpoint(resolve_model(model))
-    tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
+    tokenizer, context = checkpoint.tokenizer, checkpoint.config.get("max_position_embeddings")
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())

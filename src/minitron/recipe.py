@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from minitron.calibration.collect import CalibrateConfig
+from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
-from minitron.core.typed_files import parse_yaml, place_of, read_yaml, short
-from minitron.data.corpus import DataConfig
+from minitron.core.typed_files import key_of, parse_yaml, read_yaml, short
+from minitron.data.config import DataConfig
 from minitron.distillation.config import DistillConfig
 from minitron.evaluation.quality import EvaluateConfig
 from minitron.gguf.config import QuantizeConfig
-from minitron.pruning.plan import PruneConfig
-from minitron.pruning.repair.config import RepairConfig
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.repair import RepairConfig
 from minitron.shapes.space import SearchConfig
 
 # Complete recipes of the demo and of the published models, by name.
@@ -192,7 +192,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any, kind: type[Section]) -> str:
-    path = place_of(error["loc"])
+    path = key_of(error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}{did_you_mean(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
     return (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from minitron.calibration import collect as module
-from minitron.calibration.collect import Statistics, calibrate, cosine_sum, sample_sums
+from minitron.calibration.collect import cosine_sum, measure_statistics, sample_sums
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import RunError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
@@ -22,7 +23,7 @@ LENGTHS = [11, 4, 7, 1, 9]
 def measure(path: Path, tokens: Tensor, batch: int | None = 2, **options: Any) -> Statistics:
     named = {name: options.pop(name) for name in ("scratch", "progress") if name in options}
     pass_ = Pass(options.pop("dtype", torch.float32), batch, **named)
-    return calibrate(open_checkpoint(path), Samples(tokens), pass_, **{"second_moment": True} | options)
+    return measure_statistics(open_checkpoint(path), Samples(tokens), pass_, **{"second_moment": True} | options)
 
 
 @torch.no_grad()

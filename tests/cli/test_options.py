@@ -35,11 +35,11 @@ from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
-from minitron.pruning.plan import PruneConfig
-from minitron.pruning.repair.config import RepairConfig
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.repair import RepairConfig
 from minitron.recipe import SHIPPED, Recipe, build_recipe, dump_recipe, load_recipe
 from minitron.report.card import write_card
 from minitron.report.records import read_run

@@ -64,7 +64,7 @@ def test_any_range_of_a_file_is_read_and_one_past_its_end_comes_short(tmp_path: 
     with opened(tmp_path / "file", os.O_RDONLY) as file:
         for _ in range(20):
             start, stop = sorted(draw.choices(range(num_bytes + 2 * ALIGNED), k=2))
-            buffer = None if draw.random() < 0.5 else direct_io.aligned(draw.randrange(20 * ALIGNED))
+            buffer = None if draw.random() < 0.5 else direct_io.aligned_bytes(draw.randrange(20 * ALIGNED))
             assert bytes(read_range(file, start, stop, buffer).numpy()) == data[start:stop]
 
 

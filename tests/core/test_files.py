@@ -30,7 +30,7 @@ from minitron.core.files import (
     write_text,
 )
 from minitron.core.paths import expanded
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 
 needs_dev_full = pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full"

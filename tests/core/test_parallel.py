@@ -13,7 +13,7 @@ import tiny
 import torch
 from processes import forked
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics
 from minitron.cli.main import main
 from minitron.core.parallel import Ranks, all_reduce_sum, broadcast, joined, process_group, ranks, require_all_well
 from minitron.model.checkpoint import open_checkpoint

@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import DataError, RunError
 from minitron.core.run_layout import RECORD
 from minitron.core.typed_files import parse_yaml, read_tensors, read_typed, read_typed_lines
@@ -158,7 +159,7 @@ def test_statistics_that_do_not_fit_the_model_are_refused(
     damage: Any, message: str, llama: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(llama)
-    calibrate(checkpoint, Samples(tiny.tokens(2, 8)), Pass(torch.float32)).save(tmp_path)
+    measure_statistics(checkpoint, Samples(tiny.tokens(2, 8)), Pass(torch.float32)).save(tmp_path)
     Statistics.load_for(checkpoint, tmp_path)
     tensors = load_file(tmp_path / "statistics.safetensors")
     damage(tensors)

@@ -19,22 +19,23 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron.core.errors import DataError
 from minitron.core.files import digest_files
+from minitron.core.progress import Silent
 from minitron.data import sources
+from minitron.data.config import DataConfig
 from minitron.data.corpus import (
     Corpus,
-    DataConfig,
     batch_rows,
-    builtin_documents,
+    hold_out_all,
     is_heldout,
-    is_hub_id,
     next_rows,
     open_corpus,
     prepare,
     read_documents,
     source_files,
 )
-from minitron.model.checkpoint import load_tokenizer
+from minitron.data.sources import builtin_documents, is_hub_id
 from minitron.model.samples import Batch
+from minitron.model.tokenizer import load_tokenizer
 
 BLOCK = 8
 VOCAB = tiny.SIZES["vocab_size"]
@@ -66,6 +67,16 @@ def write_rows(path: Path, texts: list[str], field: str = "text") -> Path:
     return path
 
 
+class Warned(Silent):
+    """Keeps warnings."""
+
+    def __init__(self, heard: list[str]):
+        self.heard = heard
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+
+
 def prepared(
     source: Path | str,
     tokenizer: Any,
@@ -80,7 +91,9 @@ def prepared(
     out.mkdir(exist_ok=True)
     settings = DataConfig(source=str(source), **config)
     heard = [] if warnings is None else warnings
-    corpus = prepare(settings, tokenizer, vocab=VOCAB, block_tokens=block, out=out, whole=whole, warn=heard.append)
+    if whole:
+        settings = hold_out_all(settings)
+    corpus = prepare(settings, tokenizer, vocab=VOCAB, block_tokens=block, out=out, listener=Warned(heard))
     assert not heard or warnings is not None
     return corpus
 

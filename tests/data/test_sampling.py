@@ -13,9 +13,11 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data import sampling
-from minitron.data.corpus import DataConfig, is_heldout, keyed, prepare, read_documents
-from minitron.data.sampling import draw, end_tokens, probabilities, sample_batch, sample_text, start_token
-from minitron.model.checkpoint import load_tokenizer
+from minitron.data.config import DataConfig
+from minitron.data.corpus import is_heldout, prepare, read_documents
+from minitron.data.sampling import Sampling, draw, end_tokens, probabilities, sample_batch, sample_text, start_token
+from minitron.data.sources import keyed
+from minitron.model.tokenizer import load_tokenizer
 
 BLOCK = 16
 VOCAB = 300  # of the tokenizer; the models have some rows more
@@ -35,7 +37,7 @@ def test_tokens_are_where_the_draws_lie_in_the_models_distribution(directory: Pa
     """Against the whole sequence again for every token, without a cache, one document at a time."""
     model, numbers, temperature = tiny.model(directory), draws(8, 12), 0.8
     ends = set(range(0, VOCAB, 8))  # so many that documents end early, and some go on alone
-    documents = sample_batch(model, START, ends, numbers, temperature=temperature, vocab=VOCAB)
+    documents = sample_batch(model, Sampling(START, ends, VOCAB, temperature), numbers)
     lengths = {len(ids) for ids in documents}
     assert len(lengths) > 2 and max(lengths) <= 12
     for ids, row in zip(documents, numbers, strict=True):
@@ -49,7 +51,7 @@ def test_tokens_are_where_the_draws_lie_in_the_models_distribution(directory: Pa
 
 def test_the_likeliest_token_alone_is_greedy_text(llama: Path) -> None:
     model = tiny.model(llama)
-    (ids,) = sample_batch(model, START, [], draws(1, 12), top_k=1, vocab=tiny.SIZES["vocab_size"])
+    (ids,) = sample_batch(model, Sampling(START, [], tiny.SIZES["vocab_size"], top_k=1), draws(1, 12))
     start = torch.tensor([[START]])
     greedy = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=12, do_sample=False)
     assert ids == greedy[0, 1:].tolist()
@@ -79,7 +81,7 @@ def test_tokens_that_the_tokenizer_does_not_know_are_never_drawn(llama: Path) ->
     model = tiny.model(llama)
     with torch.no_grad():
         model.lm_head.weight[VOCAB:] *= 100
-    documents = sample_batch(model, START, [], draws(16, 12), vocab=VOCAB)
+    documents = sample_batch(model, Sampling(START, [], VOCAB), draws(16, 12))
     assert max(map(max, documents)) < VOCAB
 
 
@@ -90,7 +92,7 @@ def test_logits_that_are_not_finite_are_an_error_that_says_where(llama: Path) ->
     with pytest.raises(
         CheckpointError, match=r"logits are not finite after 1 tokens of its own text: .* torch\.float32"
     ):
-        sample_batch(model, START, [], draws(2, 4), vocab=VOCAB)
+        sample_batch(model, Sampling(START, [], VOCAB), draws(2, 4))
 
 
 # --- where documents begin and end -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import OnlineTeacher
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.hidden_states import capture_hidden_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.samples import Batch
 from minitron.pruning.cut import cut
 
@@ -92,7 +92,7 @@ def test_states_are_those_that_transformers_gives(variant: str, tmp_path: Path) 
     model, tokens = load_model(checkpoint.path, torch.float32), tiny.tokens(2, 9, seed=4)
     with (
         torch.no_grad(),
-        capture_hidden_states(layers_of(model, checkpoint), range(checkpoint.shape.layers + 1)) as states,
+        capture_hidden_states(decoder_layers(model, checkpoint), range(checkpoint.shape.layers + 1)) as states,
     ):
         expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert [*states] == [*range(len(expected))]
@@ -116,7 +116,7 @@ def test_states_are_compared_in_training_only_and_the_objective_is_what_it_is_wi
     pairs = pairs_of("p1", student.shape, teacher.shape)
     between = HiddenLoss(pairs, student.shape, teacher.shape, centred=False)
     model = load_model(student.path, torch.float32)
-    layers = layers_of(model, student)
+    layers = decoder_layers(model, student)
     module = StudentModule(model, layers, Objective(), between, torch.float32).train()
     output = teach(batch)
     before = module(batch, output)[1].item()

@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from minitron.core.numerics import matmul_precision
 from minitron.distillation.chunked import chunked_loss
 from minitron.distillation.losses import LOSSES, forward_kl, losses_that_read
 from minitron.distillation.objective import Objective, TopK
-from minitron.model.logits import (
-    CHUNK_BYTES,
-    LazyLogits,
-    LogitTransform,
-    chunk_tokens,
-    matmul_precision,
-    project,
-    usual_chunk,
-)
+from minitron.model.logits import LOGIT_CHUNK_BYTES, LazyLogits, LogitTransform, chunk_tokens, project, usual_chunk
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 50, 12, 16
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -282,7 +275,7 @@ def test_float32_logits_restores_the_precision_even_after_an_error() -> None:
 @pytest.mark.parametrize("vocab", [320, 32_000, 131_072])
 def test_a_chunk_fits_the_byte_budget_or_is_the_smallest(vocab: int) -> None:
     tokens = chunk_tokens(vocab)
-    assert tokens == 16 or tokens * vocab * 4 * 7 <= CHUNK_BYTES < (tokens + 1) * vocab * 4 * 7
+    assert tokens == 16 or tokens * vocab * 4 * 7 <= LOGIT_CHUNK_BYTES < (tokens + 1) * vocab * 4 * 7
     assert chunk_tokens(vocab, budget_bytes=1) == 16
 
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minitron import api
 from minitron.core.errors import MinitronError
 from minitron.core.progress import Silent
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.trackers import REQUIREMENTS, TrackerName, tracked

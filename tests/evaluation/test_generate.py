@@ -9,7 +9,7 @@ import torch
 
 from minitron.core.errors import MinitronError
 from minitron.evaluation.generate import generate, num_new_tokens, require_temperature
-from minitron.model.checkpoint import load_tokenizer
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import prompt_ids
 
 PROMPT = "the rain in"

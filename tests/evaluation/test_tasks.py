@@ -18,7 +18,8 @@ from minitron.core.errors import CheckpointError, TaskError
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import SUITE, TaskResult, chosen, kept
-from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval")
 SHOTS = 2

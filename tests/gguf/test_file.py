@@ -22,10 +22,11 @@ from minitron.gguf.llama_cpp import Runtime
 from minitron.gguf.reader import is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import RULES, file_tokenizer
 from minitron.gguf.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
-from minitron.model.hugging_face import transformers_config
+from minitron.model.hub import transformers_config
 from minitron.model.samples import Batch, Separator
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import prompt_ids
 
 TOKENS = 240

@@ -16,7 +16,8 @@ import tiny
 import torch
 from gguf import GGMLQuantizationType as BlockType
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import GgufError, RunError
 from minitron.core.progress import SILENT, Listener
 from minitron.gguf.config import LADDER, QuantizeConfig, require_file_type
@@ -54,7 +55,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> GgufModel:
 
 @pytest.fixture(scope="module")
 def statistics(wide: GgufModel) -> Statistics:
-    return calibrate(wide.checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
+    return measure_statistics(wide.checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
 
 
 @pytest.fixture(scope="module")

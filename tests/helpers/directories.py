@@ -7,7 +7,8 @@ from typing import Any
 import tiny
 from safetensors.torch import save_file
 
-from minitron.model.checkpoint import Checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.writing import write_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import tiny
 
-from minitron.data.corpus import Corpus, DataConfig, prepare
-from minitron.model.checkpoint import load_tokenizer
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, prepare
+from minitron.model.tokenizer import load_tokenizer
 
 WORDS = "the rain in the plain remains while a grey boat sails home over some wide and windy sea again"
 

@@ -115,6 +115,11 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def identity_plan(shape: Shape) -> Plan:
+    """The plan that keeps everything."""
+    return plan(shape)
+
+
 def plan(teacher: Shape, seed: int = 0, **sizes: int) -> Plan:
     """A random plan to a student of the given sizes: what stays is drawn, not scored."""
     student, draw = replace(teacher, **sizes), random.Random(seed)

@@ -15,7 +15,7 @@ from torch import nn
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.pruning.cut import cut
-from minitron.pruning.plan import Plan, compose, identity_plan
+from minitron.pruning.plan import Plan, compose
 
 CUTS = {
     "ffn": {"ffn": 17},
@@ -124,7 +124,7 @@ def test_pruned_model_equals_masked_teacher(directory: Path, sizes: str, tmp_pat
 
 def test_identity_plan_returns_the_same_bits_and_config(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    out = cut_to(checkpoint, identity_plan(checkpoint.shape), tmp_path / "student")
+    out = cut_to(checkpoint, tiny.identity_plan(checkpoint.shape), tmp_path / "student")
     before, after = tiny.tensors(directory), tiny.tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -195,7 +195,7 @@ def test_cutting_by_the_composed_plan_is_cutting_twice(directory: Path, sizes: s
 
 def test_plan_for_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    other = identity_plan(tiny.plan(checkpoint.shape, ffn=17).student)
+    other = tiny.identity_plan(tiny.plan(checkpoint.shape, ffn=17).student)
     with pytest.raises(PlanError, match=r"plan is for a teacher of shape .*ffn=17.*has .*ffn=40"):
         cut(checkpoint, other, tmp_path)
 

@@ -16,14 +16,11 @@ from directories import EMBEDDING, HEAD, change_config, change_tensors, copy
 from minitron.core.errors import CheckpointError, RunError, UnsupportedArchitecture
 from minitron.core.files import atomic_directory, digest_files, write_json
 from minitron.model import weights
-from minitron.model.checkpoint import (
-    carried_files,
-    load_tokenizer,
-    model_files,
-    open_checkpoint,
-    resolve_model,
-)
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
+from minitron.model.hub import resolve_model
+from minitron.model.tokenizer import load_tokenizer
+from minitron.model.weight_files import carried_files, model_files
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
 

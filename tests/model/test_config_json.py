@@ -18,9 +18,9 @@ from minitron.core.errors import CheckpointError, MinitronError, UnsupportedArch
 from minitron.gguf.model_config import rope
 from minitron.model.architecture import ROPE_KINDS
 from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.config_json import RULES, read_config, settled
+from minitron.model.config_json import CONFIG_RULES, read_config, settled
 from minitron.model.families import FAMILIES
-from minitron.model.hugging_face import empty_model, transformers_config
+from minitron.model.hub import empty_model, transformers_config
 
 NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
 WRONG = ("64", 64.5, True, [64], {}, -1, 1e301, 10**400, float("nan"), float("inf"), "false", "")
@@ -49,7 +49,7 @@ def model(llama: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_that_is_null_is_one_that_is_missing(family: str) -> None:
     config = config_of(family)
-    for key in RULES.keys() - NULL_IS_A_VALUE:
+    for key in CONFIG_RULES.keys() - NULL_IS_A_VALUE:
         answers = []
         for changed in (config | {key: None}, {own: value for own, value in config.items() if own != key}):
             try:
@@ -63,14 +63,14 @@ def test_a_key_that_is_null_is_one_that_is_missing(family: str) -> None:
 def test_where_null_has_a_meaning_in_transformers_it_keeps_it(family: str) -> None:
     theirs = type(AutoConfig.for_model(family))
     for field in fields(theirs):
-        if field.name in RULES and field.default is not None and "None" in str(field.type):
-            assert RULES[field.name].null or field.name == "attention_dropout", field.name
+        if field.name in CONFIG_RULES and field.default is not None and "None" in str(field.type):
+            assert CONFIG_RULES[field.name].null or field.name == "attention_dropout", field.name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_value_of_a_wrong_kind_is_one_line_with_its_key_and_rule(family: str) -> None:
     config = config_of(family)
-    for key, rule in RULES.items():
+    for key, rule in CONFIG_RULES.items():
         for value in WRONG:
             if rule.holds(value):
                 continue

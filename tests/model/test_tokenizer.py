@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron.core.errors import CheckpointError, DataError
-from minitron.model.checkpoint import load_tokenizer
-from minitron.model.tokenizer import PROBES, make_portable
+from minitron.model.tokenizer import PROBES, load_tokenizer, make_portable
 from minitron.model.tokens import chat_ids, prompt_ids, put_around, quoted, text_ends, text_ids, texts_ids
 
 CONFIG = "tokenizer_config.json"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from minitron import api
 from minitron.core.errors import CheckpointError
-from minitron.model.checkpoint import carried_files, load_model, model_files, open_checkpoint
+from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
-from minitron.model.weight_files import INDEX, SINGLE, has_weights, weight_files
+from minitron.model.weight_files import SINGLE, WEIGHT_INDEX, carried_files, has_weights, model_files, weight_files
 
 NORM = "model.norm.weight"
 
@@ -53,7 +53,7 @@ def shards(path: Path, change: float = 0.0) -> Path:
 
 
 def write_index(path: Path, weight_map: Any) -> None:
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / WEIGHT_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_tensor_in_two_shards_must_be_the_same(model: Path) -> None:
 def test_an_index_that_names_the_wrong_shard_is_refused(model: Path) -> None:
     shards(model)
     (model / SINGLE).unlink()
-    said = json.loads((model / INDEX).read_text())["weight_map"]
+    said = json.loads((model / WEIGHT_INDEX).read_text())["weight_map"]
     swap = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
     write_index(model, said | {EMBEDDING: swap.get(said[EMBEDDING], "model-00001-of-00002.safetensors")})
     with pytest.raises(CheckpointError, match=f"says that {EMBEDDING} lies in model-.*, but it lies in model-"):
@@ -221,7 +221,7 @@ def test_an_index_names_files_of_its_own_directory_only(model: Path, file: str) 
 
 @pytest.mark.parametrize("said", ["[]", "null", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_of_files_is_refused(model: Path, said: str) -> None:
-    (model / INDEX).write_text(said)
+    (model / WEIGHT_INDEX).write_text(said)
     with pytest.raises(CheckpointError, match="is not a safetensors index: it has no weight_map"):
         open_checkpoint(model)
 
@@ -254,7 +254,7 @@ def test_an_adapter_is_named_with_its_base_model(model: Path) -> None:
         (model / "config.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", [SINGLE, WEIGHT_INDEX, "config.json", "tokenizer.json"])
 def test_a_link_to_a_file_that_is_gone_is_named(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../../blobs/1f3a")

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from minitron.core.errors import RecipeError
-from minitron.data.corpus import DataConfig, builtin_documents, is_heldout
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
-from minitron.pruning.plan import target_shape
+from minitron.data.config import DataConfig
+from minitron.data.corpus import is_heldout
+from minitron.data.sources import builtin_documents
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
+from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER, demo_recipe
 
 

@@ -7,7 +7,7 @@ import pytest
 from published import MODELS, RECIPES, Published
 
 from minitron.core.errors import CheckpointError, RecipeError
-from minitron.model.model_config import open_config
+from minitron.model.checkpoint import open_config
 from minitron.pipeline.estimate import Gpus, estimate
 from minitron.recipe import SHIPPED, find_recipe, load_recipe
 

@@ -13,10 +13,11 @@ import tiny
 import torch
 import yaml
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
-from minitron.data.corpus import DataConfig, draw_samples, open_corpus
+from minitron.data.config import DataConfig
+from minitron.data.corpus import draw_samples, open_corpus
 from minitron.evaluation.layouts import Asked
 from minitron.evaluation.quality import evaluate
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks

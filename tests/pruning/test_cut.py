@@ -26,8 +26,9 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.model.stream import Pass
 from minitron.pipeline.directory import RunDirectory
 from minitron.pipeline.stages import Run, cut_teacher
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut, cut_tensor, kept_rows
-from minitron.pruning.plan import Plan, PruneConfig, identity_plan
+from minitron.pruning.plan import Plan
 from minitron.pruning.steps import Pruner, Scoring
 from minitron.recipe import Recipe
 
@@ -130,7 +131,7 @@ def test_no_tensor_is_read_whole_that_is_larger_than_a_chunk(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]]
 ) -> None:
     set_chunk(monkeypatch, 2000)
-    cut_bytes(llama, identity_plan(open_checkpoint(llama).shape), tmp_path / "student")
+    cut_bytes(llama, tiny.identity_plan(open_checkpoint(llama).shape), tmp_path / "student")
     assert max(stop - start for _, start, stop in reads) <= 2000
     assert sum(stop - start for _, start, stop in reads) == open_checkpoint(llama).weight_bytes  # and each byte once
 
@@ -175,7 +176,7 @@ def test_damage_found_on_the_way_is_named_and_leaves_nothing(
         pytest.raises(CheckpointError, match=r"tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity"),
         atomic_directory(tmp_path / "out") as out,
     ):
-        cut(checkpoint, identity_plan(checkpoint.shape), out)
+        cut(checkpoint, tiny.identity_plan(checkpoint.shape), out)
     assert threading.active_count() == before and [file.name for file in tmp_path.iterdir()] == ["teacher"]
 
 
@@ -216,7 +217,7 @@ def test_a_teacher_that_changes_while_it_is_cut_is_an_error(
 
     (tmp_path / "out").mkdir()
     before = threading.active_count()
-    plan = identity_plan(checkpoint.shape)
+    plan = tiny.identity_plan(checkpoint.shape)
     with pytest.raises(CheckpointError, match=rf"teacher/model.safetensors: {message}"):
         cut(checkpoint, plan, tmp_path / "out", changes={"model.layers.0.mlp.up_proj.weight": then})
     assert threading.active_count() == before
@@ -234,7 +235,7 @@ def test_a_full_disk_while_cutting_is_one_clear_error(
         atomic_directory(tmp_path / "out") as out,
     ):
         (out / f"model-00005-of-{len(checkpoint.stored):05d}.safetensors").symlink_to("/dev/full")
-        cut(checkpoint, identity_plan(checkpoint.shape), out, shard_bytes=1)
+        cut(checkpoint, tiny.identity_plan(checkpoint.shape), out, shard_bytes=1)
     assert threading.active_count() == before and not list(tmp_path.iterdir())
 
 
@@ -244,7 +245,8 @@ from pathlib import Path
 from minitron.core.files import atomic_directory
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
-from minitron.pruning.plan import identity_plan
+from minitron.pruning.importance import even_scores
+from minitron.pruning.plan import choose
 
 def slow(rows):
     print("cutting", flush=True)
@@ -255,7 +257,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shel
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 names = checkpoint.stored
 with atomic_directory(Path(sys.argv[2])) as out:
-    cut(checkpoint, identity_plan(checkpoint.shape), out, shard_bytes=9000, changes=dict.fromkeys(names, slow))
+    whole = choose(even_scores(checkpoint.shape), checkpoint.shape, checkpoint.shape)
+    cut(checkpoint, whole, out, shard_bytes=9000, changes=dict.fromkeys(names, slow))
 """
 
 
@@ -305,7 +308,7 @@ def test_the_pruned_files_are_not_read_again_for_their_digests(llama: Path, tmp_
 
 def test_a_plan_that_names_other_layers_reads_those(llama: Path, tmp_path: Path) -> None:
     shape = open_checkpoint(llama).shape
-    whole = identity_plan(shape)
+    whole = tiny.identity_plan(shape)
     plan = replace(
         whole,
         student=replace(shape, layers=1),

@@ -15,14 +15,16 @@ from torch import Tensor
 from minitron.core.errors import CheckpointError, DataError, PlanError
 from minitron.evaluation.tasks.questions import choice, encode, read_questions
 from minitron.model import likelihood
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning import depth
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, by_task, contiguous_blocks, leave_one_out, likelihoods
+from minitron.pruning.given import Given
 from minitron.pruning.importance import even_scores
-from minitron.pruning.plan import Given, choose
+from minitron.pruning.plan import choose
 
 VARIANTS = [frozenset(layers) for layers in ([], [0], [3], [1, 2], [0, 2, 3])]
 

@@ -12,7 +12,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from minitron.calibration.collect import SEQUENCE_AGGREGATES, Statistics, calibrate, sample_sums
+from minitron.calibration.collect import measure_statistics, sample_sums
+from minitron.calibration.statistics import SEQUENCE_AGGREGATES, Statistics
 from minitron.core.errors import PlanError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
@@ -50,7 +51,7 @@ def plain(samples: list[Tensor], sequence: str, batch: str) -> Tensor:
 @pytest.fixture(scope="module")
 def measured(llama: Path) -> tuple[Any, Statistics]:
     checkpoint = open_checkpoint(llama)
-    return checkpoint.shape, calibrate(checkpoint, Samples(tiny.tokens(5, 9)), Pass(torch.float32, batch=2))
+    return checkpoint.shape, measure_statistics(checkpoint, Samples(tiny.tokens(5, 9)), Pass(torch.float32, batch=2))
 
 
 @pytest.mark.parametrize(("sequence", "batch"), PAIRS)
@@ -105,7 +106,7 @@ def test_the_magnitude_of_a_unit_is_the_norm_of_what_goes_with_it(directory: Pat
     """Without the unit, the squares of the layers' matrices sum to so much less."""
     checkpoint = open_checkpoint(directory)
     shape = checkpoint.shape
-    scores = magnitude_scores(calibrate(checkpoint, Samples(tiny.tokens(1, 3)), Pass(torch.float32)), shape)
+    scores = magnitude_scores(measure_statistics(checkpoint, Samples(tiny.tokens(1, 3)), Pass(torch.float32)), shape)
     every = {"layers": range(shape.layers), "hidden": range(shape.hidden), "ffn": range(shape.ffn)}
     every |= {"heads": range(shape.heads), "kv_heads": range(shape.kv_heads)}
     stored = tiny.tensors(directory)

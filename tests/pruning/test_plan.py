@@ -17,24 +17,11 @@ from transformers import AutoConfig
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.families import FAMILIES
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.given import Given, given_layers
 from minitron.pruning.importance import Scores
-from minitron.pruning.plan import (
-    Given,
-    Plan,
-    PruneConfig,
-    choose,
-    compose,
-    default_multiple,
-    given_layers,
-    identity_plan,
-    load_given,
-    needs_scores,
-    parse_target,
-    require_consistent,
-    require_cuttable,
-    step_shapes,
-    target_shape,
-)
+from minitron.pruning.plan import Plan, choose, compose, load_given, needs_scores, require_consistent
+from minitron.pruning.target import default_multiple, parse_target, require_cuttable, step_shapes, target_shape
 
 STUDENTS = [
     {},
@@ -94,8 +81,8 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def test_the_students_own_shape_is_the_identity() -> None:
-    assert choose(random_scores(), TEACHER, TEACHER) == identity_plan(TEACHER)
-    assert str(identity_plan(TEACHER)) == "identity"
+    assert choose(random_scores(), TEACHER, TEACHER) == tiny.identity_plan(TEACHER)
+    assert str(tiny.identity_plan(TEACHER)) == "identity"
     assert str(choose(random_scores(), TEACHER, replace(TEACHER, ffn=3, layers=2))) == "layers 4 -> 2, ffn 40 -> 3"
 
 
@@ -463,4 +450,4 @@ def test_plans_compose_unit_by_unit(seed: int) -> None:
         for dim in ("ffn", "heads", "kv_heads"):
             kept = getattr(first, dim)[layer]
             assert getattr(both, dim)[index] == tuple(kept[unit] for unit in getattr(second, dim)[index])
-    assert compose(identity_plan(TEACHER), first) == first == compose(first, identity_plan(first.student))
+    assert compose(tiny.identity_plan(TEACHER), first) == first == compose(first, tiny.identity_plan(first.student))

@@ -11,16 +11,18 @@ import tiny
 import torch
 from torch import Tensor
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.importance import activation_scores
-from minitron.pruning.plan import Plan, identity_plan
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve_repair
 from minitron.pruning.repair import writer as module
-from minitron.pruning.repair.config import BEST, REPAIRS, RepairConfig, Step, needed_steps, resolve
 from minitron.pruning.repair.residual_basis import Basis, Channels, basis_obstacle, read_norm, residual_basis
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 
@@ -31,7 +33,7 @@ FLOAT32 = [name for name, (_, differs) in tiny.VARIANTS.items() if "dtype" not i
 
 
 def known(checkpoint: Checkpoint) -> Evidence:
-    statistics = calibrate(checkpoint, Samples(TOKENS), Pass(torch.float32), second_moment=True)
+    statistics = measure_statistics(checkpoint, Samples(TOKENS), Pass(torch.float32), second_moment=True)
     scores = activation_scores(statistics, checkpoint.shape)
     return Evidence(statistics, scores, Samples(TOKENS))
 
@@ -40,7 +42,7 @@ def a_plan(checkpoint: Checkpoint, **sizes: int) -> Plan:
     return tiny.plan(checkpoint.shape, **(sizes or (FILLED if checkpoint.architecture.heads_fill_hidden else CUT)))
 
 
-def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int = 3, **options: Any) -> Repaired:
+def repaired(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int = 3, **options: Any) -> Repaired:
     out.mkdir()
     given = {name: options.pop(name) for name in ("statistics", "scores", "samples") if name in options}
     evidence = replace(known(checkpoint), **given)
@@ -48,20 +50,20 @@ def mend(checkpoint: Checkpoint, plan: Plan, out: Path, *steps: Step, batch: int
 
 
 def every_possible_step(checkpoint: Checkpoint) -> list[Step]:
-    steps = resolve(RepairConfig(), checkpoint).steps
+    steps = resolve_repair(RepairConfig(), checkpoint).steps
     assert steps is not None
     return steps if checkpoint.architecture.channel_norms else [*steps, "refit"]
 
 
 def turned(checkpoint: Checkpoint, out: Path) -> Path:
     """The whole model in a residual basis of all directions."""
-    plan, given = identity_plan(checkpoint.shape), known(checkpoint)
+    plan, given = tiny.identity_plan(checkpoint.shape), known(checkpoint)
     architecture = checkpoint.architecture
     tied = read_norm(checkpoint, architecture.final_norm) if architecture.tied(checkpoint.config) else None
     moment = given.statistics.second_moment
     basis = residual_basis(moment, checkpoint.shape.hidden, centred=architecture.centred_norms, tied=tied)
     stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
-    work = module._Repair(stream, plan, frozenset(["basis"]), basis, given.scores, lambda done, total: None)
+    work = module._Repair(stream, plan, [REPAIRS["basis"]], basis, given.scores, lambda done, total: None)
     out.mkdir()
     with closing(work.pieces()) as pieces:
         shapes = {spec.name: (work.stored_dtype(spec), spec.shape(plan.student)) for spec in work.specs}
@@ -82,7 +84,7 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
     tied = checkpoint.architecture.tied(checkpoint.config)
     if basis_obstacle(checkpoint.architecture, tied=tied):
         with pytest.raises(PlanError, match="cannot have a residual basis"):
-            resolve(RepairConfig(steps=["basis"]), checkpoint)
+            resolve_repair(RepairConfig(steps=["basis"]), checkpoint)
         return
     out = turned(checkpoint, tmp_path / "turned")
     assert logits_differ_by(path, out) < 1e-5
@@ -93,8 +95,10 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
 
 def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    made = mend(checkpoint, identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint))
-    assert made.plan == identity_plan(checkpoint.shape)
+    made = repaired(
+        checkpoint, tiny.identity_plan(checkpoint.shape), tmp_path / "student", *every_possible_step(checkpoint)
+    )
+    assert made.plan == tiny.identity_plan(checkpoint.shape)
     before, after = tiny.tensors(directory), tiny.tensors(tmp_path / "student")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -102,7 +106,7 @@ def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path,
 def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
     plan = a_plan(checkpoint)
-    made = mend(checkpoint, plan, tmp_path / "student", *every_possible_step(checkpoint))
+    made = repaired(checkpoint, plan, tmp_path / "student", *every_possible_step(checkpoint))
     student = open_checkpoint(tmp_path / "student")
     assert student.shape == plan.student and made.plan.student == plan.student
     assert student.parameters == checkpoint.architecture.count(plan.student, student.config)
@@ -114,10 +118,10 @@ def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp
 def test_without_fitted_steps_a_repaired_cut_is_the_plain_cut(variant: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint)
-    mend(checkpoint, plan, tmp_path / "plain")
+    repaired(checkpoint, plan, tmp_path / "plain")
     stream = Stream(checkpoint, Samples(TOKENS), Pass(torch.float32, batch=4))
     scores, kept = known(checkpoint).scores, Channels(torch.tensor(plan.hidden))
-    work = module._Repair(stream, plan, frozenset(), kept, scores, lambda done, total: None)
+    work = module._Repair(stream, plan, [], kept, scores, lambda done, total: None)
     plain = tiny.tensors(tmp_path / "plain")
     with closing(work.pieces()) as pieces:
         parts = list(pieces)
@@ -140,10 +144,10 @@ def activations(path: Path, name: str) -> Tensor:
 def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_finds(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint, ffn=23)
-    mend(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
+    repaired(checkpoint, plan, tmp_path / "student", "ffn_least_squares")
     name = "model.layers.{}.mlp.down_proj"
     for layer in (0, 3):
         inputs = activations(checkpoint.path, name.format(layer))
@@ -154,10 +158,10 @@ def test_least_squares_gives_the_kept_neurons_the_weights_that_a_regression_find
 
 
 def test_least_squares_on_heads_is_the_regression_too(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("minitron.pruning.repair.columns.RIDGE", 0.0)
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 0.0)
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, heads=4)
-    mend(checkpoint, plan, tmp_path / "student", "heads_least_squares")
+    repaired(checkpoint, plan, tmp_path / "student", "heads_least_squares")
     name, size = "model.layers.1.self_attn.o_proj", checkpoint.shape.head_dim
     inputs = activations(llama, name)
     weight = tiny.tensors(llama)[f"{name}.weight"].double()
@@ -180,9 +184,9 @@ def test_what_obs_chooses_and_fits_loses_less_than_a_random_choice_and_that_less
 ) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, ffn=20)
-    chosen = mend(checkpoint, plan, tmp_path / "obs", "ffn_obs").plan
-    mend(checkpoint, plan, tmp_path / "fitted", "ffn_least_squares")
-    mend(checkpoint, plan, tmp_path / "plain")
+    chosen = repaired(checkpoint, plan, tmp_path / "obs", "ffn_obs").plan
+    repaired(checkpoint, plan, tmp_path / "fitted", "ffn_least_squares")
+    repaired(checkpoint, plan, tmp_path / "plain")
     for layer in range(4):
         obs = output_error(checkpoint, tmp_path / "obs", chosen.ffn[layer], layer)
         fitted = output_error(checkpoint, tmp_path / "fitted", plan.ffn[layer], layer)
@@ -191,7 +195,7 @@ def test_what_obs_chooses_and_fits_loses_less_than_a_random_choice_and_that_less
 
 def test_obs_keeps_equal_heads_in_every_kept_group(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    plan = mend(checkpoint, a_plan(checkpoint, kv_heads=2, heads=2), tmp_path / "student", "heads_obs").plan
+    plan = repaired(checkpoint, a_plan(checkpoint, kv_heads=2, heads=2), tmp_path / "student", "heads_obs").plan
     for heads, kv_heads in zip(plan.heads, plan.kv_heads, strict=True):
         assert [head // plan.teacher.group for head in heads] == list(kv_heads)
 
@@ -201,7 +205,7 @@ def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
     plan = replace(a_plan(checkpoint, heads=5), heads=((0, 1, 2, 3, 4),) * 4)
     scores = known(checkpoint).scores
     ranked = torch.arange(8, 0, -1, dtype=torch.float64).expand(4, 8)  # head 0 is the best
-    mend(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
+    repaired(checkpoint, plan, tmp_path / "student", "residual_heads", scores=replace(scores, heads=ranked))
     name, size = "model.layers.2.self_attn.q_proj.weight", checkpoint.shape.head_dim
     before = tiny.tensors(checkpoint.path)[name].unflatten(0, (8, size))
     after = tiny.tensors(tmp_path / "student")[name].unflatten(0, (5, size))
@@ -213,7 +217,7 @@ def test_residual_heads_are_the_papers_formula(tmp_path: Path) -> None:
 def test_a_norm_gain_makes_up_for_the_length_that_channels_take_along(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint, hidden=24)
-    mend(checkpoint, plan, tmp_path / "student", "norm_gain")
+    repaired(checkpoint, plan, tmp_path / "student", "norm_gain")
     model, states = tiny.model(llama), []
     model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     tiny.logits(model, TOKENS)
@@ -230,8 +234,8 @@ def test_a_refit_brings_the_student_nearer_to_the_teacher(variant: str, tmp_path
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
     plan = a_plan(checkpoint)
     steps = [step for step in every_possible_step(checkpoint) if step != "refit"]
-    mend(checkpoint, plan, tmp_path / "once", *steps)
-    mend(checkpoint, plan, tmp_path / "twice", *steps, "refit")
+    repaired(checkpoint, plan, tmp_path / "once", *steps)
+    repaired(checkpoint, plan, tmp_path / "twice", *steps, "refit")
 
     def error(student: Path) -> float:
         wanted = tiny.logits(tiny.model(checkpoint.path), TOKENS).log_softmax(-1)
@@ -246,11 +250,11 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
-    monkeypatch.setattr("minitron.pruning.repair.refit.RIDGE", 1e-6)
+    monkeypatch.setattr("minitron.pruning.repair.refit.PRIOR_WEIGHT", 1e-6)
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     checkpoint = open_checkpoint(path)
     plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
-    mend(checkpoint, plan, tmp_path / "student", "refit")
+    repaired(checkpoint, plan, tmp_path / "student", "refit")
     name = "model.layers.2.mlp.down_proj"
     inputs = activations(path, name)
     model, ends = tiny.model(path), {}
@@ -269,15 +273,18 @@ def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
 def test_a_repaired_cut_does_not_depend_on_the_batch_size_or_the_shards(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint)
-    mend(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
-    mend(checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000)
+    repaired(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
+    repaired(
+        checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000
+    )
     assert logits_differ_by(tmp_path / "one", tmp_path / "other") < 1e-3
 
 
 def test_steps_that_repair_what_is_not_cut_are_left_out(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    assert needed_steps(list(REPAIRS), a_plan(checkpoint, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
-    assert needed_steps(list(REPAIRS), identity_plan(checkpoint.shape)) == []
+    shape = checkpoint.shape
+    assert needed_steps(list(REPAIRS), shape, replace(shape, ffn=20)) == ["ffn_least_squares", "ffn_obs", "refit"]
+    assert needed_steps(list(REPAIRS), shape, shape) == []
 
 
 def test_defaults_are_steps_that_the_family_can_have() -> None:
@@ -300,20 +307,20 @@ def test_defaults_are_steps_that_the_family_can_have() -> None:
 def test_steps_that_cannot_be_had_are_refused(variant: str, steps: list[Step], message: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path))
     with pytest.raises(PlanError, match=message):
-        resolve(RepairConfig(steps=steps), checkpoint)
+        resolve_repair(RepairConfig(steps=steps), checkpoint)
 
 
 def test_too_few_tokens_say_how_many_are_needed(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     with pytest.raises(PlanError, match=r"ffn_obs solves for 40 columns .* there are 24: raise calibrate.samples"):
-        mend(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", samples=Samples(TOKENS[:1]))
+        repaired(checkpoint, a_plan(checkpoint, ffn=20), tmp_path / "student", "ffn_obs", samples=Samples(TOKENS[:1]))
 
 
 def test_a_basis_without_a_second_moment_says_how_to_get_it(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     statistics: Statistics = replace(known(checkpoint).statistics, second_moment=None)
     with pytest.raises(PlanError, match=r"no second moment of the residual stream.*calibrate --second-moment"):
-        mend(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
+        repaired(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis", statistics=statistics)
 
 
 def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None:
@@ -328,7 +335,7 @@ def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None
 
 def test_units_that_are_given_are_fitted_and_not_chosen_again(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    assert resolve(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
-    assert resolve(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
+    assert resolve_repair(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
+    assert resolve_repair(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
     with pytest.raises(PlanError, match=r"ffn_obs chooses which ffn stay, but the plan lists them: use ffn_least_sq"):
-        resolve(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])
+        resolve_repair(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])

@@ -9,16 +9,19 @@ import small
 import tiny
 import torch
 
-from minitron.calibration.collect import calibrate
+from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import RunError
-from minitron.model.checkpoint import load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.tokenizer import load_tokenizer
 from minitron.pipeline.run import run
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import by_loss, contiguous_blocks, leave_one_out
-from minitron.pruning.plan import Plan, PruneConfig, choose, step_shapes
+from minitron.pruning.plan import Plan, choose
 from minitron.pruning.steps import Scoring, layers_need_a_pass, refine, score_layers, score_units
+from minitron.pruning.target import step_shapes
 from minitron.recipe import build_recipe
 
 QUESTIONS = [{"ctx": "the rain in", "endings": ["the plain", "a boat"], "label": number % 2} for number in range(5)]
@@ -44,7 +47,7 @@ def scoring(teacher: Path, **config: Any) -> Scoring:
 def test_layers_are_scored_by_the_criterion_that_is_asked_for(teacher: Path, task: Path) -> None:
     checkpoint = open_checkpoint(teacher)
     student = tiny.plan(checkpoint.shape, layers=2).student
-    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 10)), Pass(torch.float32, batch=3))
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 10)), Pass(torch.float32, batch=3))
     units = score_units(statistics, checkpoint.shape, PruneConfig())
     measure = by_loss(checkpoint, Samples(tiny.tokens(6, 10)[:4]), Pass(torch.float32, batch=3))
     expected = {
@@ -79,7 +82,7 @@ def test_every_step_is_chosen_by_scores_of_what_is_left(teacher: Path, tmp_path:
 
     def step(path: Path, shape: Any) -> Any:
         left = open_checkpoint(path)
-        statistics = calibrate(left, asked.calibration, Pass(torch.float32, batch=3))
+        statistics = measure_statistics(left, asked.calibration, Pass(torch.float32, batch=3))
         scores = score_layers(left, score_units(statistics, left.shape, asked.config), shape, asked)
         return choose(scores, left.shape, shape)
 

@@ -18,7 +18,7 @@ from minitron.evaluation.tasks.suite import SUITE
 from minitron.gguf.layouts import LADDER
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.layouts import PlanSizes, UnitScores
-from minitron.pruning.repair.config import REPAIRS
+from minitron.pruning.repair import REPAIRS
 from minitron.report.choices import kept_mass, layer_choices, search, shape, units, why
 from minitron.report.layouts import CutRecipe, Repaired, Scored
 from minitron.report.page import headline, render, write_report

@@ -11,7 +11,8 @@ import tiny
 import torch
 from test_space import search
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
@@ -111,7 +112,7 @@ def test_rounds_keep_a_quarter_and_train_it_eight_times_as_long_within_the_train
 @pytest.fixture(scope="module")
 def teacher(llama: Path) -> tuple[Shape, Statistics, Scores]:
     checkpoint = open_checkpoint(llama)
-    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
     return checkpoint.shape, statistics, activation_scores(statistics, checkpoint.shape, "mean", "l2")
 
 
@@ -141,7 +142,7 @@ def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statist
 def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(llama: Path) -> None:
     """For states drawn with the stream's moments, the variance of each matrix's output that is left."""
     checkpoint = open_checkpoint(llama)
-    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
     scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
     moment, mean = statistics.second_moment, statistics.mean
     assert moment is not None and mean is not None
@@ -171,7 +172,7 @@ def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(llama
 
 def test_of_a_repaired_cut_units_and_layers_weigh_by_their_powers(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    statistics = calibrate(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
     scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
     damage = predictor(statistics, scores, shape, reads=reading_moment(checkpoint, statistics))
     way = statistics.cosine.arccos() / statistics.cosine.arccos().sum()

@@ -12,7 +12,8 @@ from teachers import REAL, TEACHER
 from minitron.core.errors import PlanError
 from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, kv_cache_bytes
 from minitron.model.families import FAMILIES, family_of
-from minitron.pruning.plan import PruneConfig, require_cuttable, target_shape
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.target import require_cuttable, target_shape
 from minitron.shapes.space import Candidate, Machine, SearchConfig, feasible, parse_sizes
 
 # (layers, heads, ffn, hidden) of P1's appendix, "Search Space".

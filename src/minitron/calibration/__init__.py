@@ -1,1 +1,1 @@
-"""What the teacher does on a little text."""
+"""The teacher's activations on a small sample of text, as sums."""

@@ -1,4 +1,4 @@
-"""What statistics.json and the record of a calibration hold, checked when they are read."""
+"""The types of statistics.json and of the record of a calibration, checked when they are read."""
 
 from pydantic import TypeAdapter
 

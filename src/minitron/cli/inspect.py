@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
     from minitron.core.errors import UnsupportedArchitecture
-    from minitron.model.checkpoint import resolve_model
+    from minitron.model.hub import resolve_model
 
     if options.is_gguf(args.model):
         return _inspect_file(args, console)

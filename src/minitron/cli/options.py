@@ -10,7 +10,7 @@ from minitron.cli import parse
 from minitron.cli.console import Console
 
 if TYPE_CHECKING:
-    from minitron.data.corpus import DataConfig
+    from minitron.data.config import DataConfig
 
 MODEL_OR_FILE = "a local directory, a hub id, or a GGUF file"
 Container = argparse._ActionsContainer  # a parser, or a group of its options

@@ -129,7 +129,7 @@ def repair_steps(text: str) -> list[str] | None:
 
     Raises: MinitronError for a step that there is not.
     """
-    from minitron.pruning.repair.writer import REPAIRS
+    from minitron.pruning.repair import REPAIRS
 
     if text == "auto":
         return None

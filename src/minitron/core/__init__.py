@@ -1,1 +1,1 @@
-"""What knows no model: errors, files, devices, processes."""
+"""Foundations that know no model: errors, sections of recipes, files, devices, processes."""

@@ -1,4 +1,4 @@
-"""The base of every recipe section: strict, frozen, and unknown keys are errors. Fields that choose from a table."""
+"""The base of every section of a recipe, and fields whose values are the keys of a table."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from minitron.core.paths import expanded
 from minitron.core.text import either
 
-UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name that stands in its place
+UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name such as a hub id
 
 
 @runtime_checkable
-class Row(Protocol):
-    """A row of a table that a field chooses from."""
+class WordedRow(Protocol):
+    """A row of a table whose keys are the values of a field."""
 
     @property
     def doc(self) -> str:
-        """The row in words, for the reference of the recipe: a clause without a full stop."""
+        """A clause about the row for the recipe reference, without a full stop."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyOf:
-    """Metadata of a type whose values are the keys of a table, see `choice`."""
+    """The metadata of a type whose values are the keys of a table, see `choice`."""
 
-    table: Mapping[str, Row]
+    table: Mapping[str, WordedRow]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.check)
@@ -39,20 +39,20 @@ class KeyOf:
         raise PydanticCustomError("choice_error", "Input should be {expected}", {"expected": expected})
 
     def __str__(self) -> str:
-        """Every key with its row's words, as the description of a field ends."""
+        """Every key with the clause of its row, for the end of a field's description."""
         return "; ".join(f"`{name}`: {row.doc}" for name, row in self.table.items()) + "."
 
 
-def choice(table: Mapping[str, Row]) -> KeyOf:
-    """Metadata that makes of `str` a choice from a table: `Annotated[str, choice(LOSSES)]`, alone or in another type.
+def choice(table: Mapping[str, WordedRow]) -> KeyOf:
+    """Metadata that restricts `str` to the keys of a table: `Annotated[str, choice(LOSSES)]`, alone or in another type.
 
-    The table is asked when a value is checked, so a row that is added later is a value too.
+    The table is read when a value is checked, so rows that are added later count.
     """
     return KeyOf(table)
 
 
 def choices_of(field: FieldInfo) -> list[KeyOf]:
-    """The tables that a field chooses from, each once."""
+    """The tables whose keys are values of a field, each once."""
     found: list[KeyOf] = []
     for key in _keys_in(Annotated[field.annotation, *field.metadata, None]):
         if not any(key.table is known.table for known in found):
@@ -66,9 +66,10 @@ def _keys_in(annotation: Any) -> Iterator[KeyOf]:
 
 
 class Section(BaseModel):
-    """One section of a recipe. Each room defines its own beside the code that reads it.
+    """A section of a recipe: frozen, strict in its types, and without unknown keys.
 
-    The description of a field that chooses from a table ends with the words of the table's rows.
+    Each package defines its sections. If the values of a field are the keys of a table, its description ends with the
+    clauses of the rows.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""Which device, what it has room for, and which number format is fast on it."""
+"""The device that this process computes on, its free memory, and the number format that is fast on it."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def pick_device() -> torch.device:
-    """The GPU that is this process's current one, or the CPU."""
-    # With its index: other threads have a current one of their own.
+    """This process's current GPU, or the CPU if there is none."""
+    # With its index, because the current GPU differs between threads.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now."""
+    """The memory that can be allocated now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -30,14 +30,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def sums_device(device: torch.device) -> torch.device:
-    """Where float64 sums of what `device` computes are kept: Apple's GPUs have no float64."""
+    """The device for float64 sums of values on `device`: the CPU for Apple's GPUs, which have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager
 def copying_beside(device: torch.device) -> Iterator[None]:
-    """What is copied to a GPU in this block is copied while that computes, into memory that nothing it was given before
-    still needs, and is there at the end. A CPU copies as always."""
+    """In this block, copies to a GPU run while it computes, into memory that no earlier work needs, and are complete at
+    the end. On a CPU nothing changes."""
     if device.type != "cuda":
         yield
         return
@@ -50,23 +50,23 @@ def copying_beside(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def helper_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread to which work can be handed, and whose tensor operations stay in it.
+    """Yield a second thread for work, whose tensor operations use this thread only.
 
-    With OpenMP threads of its own there would be more of them than cores, and then all of them sleep after every
-    operation instead of waiting awake: the small operations of the main thread take several times as long.
+    With more OpenMP threads than cores, all of them would sleep after every operation instead of spinning, and the
+    small operations of the main thread would take several times as long.
     """
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(1) as helper:
         helper.submit(_stay_alone).result()
-        torch.set_num_threads(num_threads)  # of threads that are yet to come; this one's is what it was
+        torch.set_num_threads(num_threads)  # for threads that start later; the number of this thread has not changed
         yield helper
 
 
 @contextmanager
 def one_core_each() -> Iterator[None]:
-    """A block with threads of its own, whose tensor operations each stay in their thread.
+    """A block that runs several threads, in which the tensor operations of each use that thread only.
 
-    OpenMP's threads wait awake after every operation, and so take the cores that other threads could use.
+    OpenMP's threads spin after every operation, and would take the cores from the other threads.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,24 +77,24 @@ def one_core_each() -> Iterator[None]:
 
 
 def _stay_alone() -> None:
-    torch.get_num_threads()  # the first call sets a thread's number to that of all
+    torch.get_num_threads()  # the first call in a thread sets its number to the global one
     torch.set_num_threads(1)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products have hardware of their own; where they do not, they are slower than float32."""
+    """Whether the hardware computes bfloat16 products; where it does not, they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; `auto` is bfloat16 where `fast_bfloat16`, else float32."""
+    """The dtype of matrix products; `auto` is bfloat16 where `fast_bfloat16` holds, else float32."""
     if precision == "auto":
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
 def settle_precision(precision: Precision) -> Precision:
-    """What `auto` means on this machine."""
+    """Replace `auto` by the precision that it means on this machine."""
     return "bfloat16" if compute_dtype(precision, pick_device()) == torch.bfloat16 else "float32"

@@ -1,7 +1,7 @@
 """Large files, read and written past the page cache where the system allows it (Linux, O_DIRECT).
 
-Weights are read once and written once, so the cache would hold what nobody asks for again, and filling it can cost
-more than the disk does. Where there is no O_DIRECT the same bytes go through the cache.
+Weights are read once and written once, so the cache would hold bytes that are not read again, and filling it can cost
+more time than the disk. Where there is no O_DIRECT, the same bytes go through the cache.
 """
 
 import errno
@@ -21,17 +21,17 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-CHUNK_BYTES = 4 << 20  # of one read or write: larger ones are no faster, and stay less in the processor's cache
-ALIGNED = 4096  # O_DIRECT wants addresses, offsets and lengths in whole blocks of the disk: 512 or 4096 bytes
-AHEAD = 2  # items made before they are asked for
+CHUNK_BYTES = 4 << 20  # of one read or write: larger ones are no faster, and leave the processor's cache
+ALIGNED = 4096  # O_DIRECT needs addresses, offsets and lengths in whole blocks of the disk: 512 or 4096 bytes
+AHEAD = 2  # items that are made in advance
 Item = TypeVar("Item")
 _END = object()
 
 
 def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """The same items, made in a thread of their own, AHEAD of them before they are asked for.
+    """The same items, made in another thread and AHEAD of them in advance.
 
-    An error in `items` is raised where its item is asked for. When the caller stops asking, the thread ends.
+    An error of an item is raised when the caller asks for it. The thread ends when the caller stops.
     """
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, _END) for _ in range(AHEAD))
@@ -42,20 +42,19 @@ def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
         finally:
             for future in waiting:
                 future.cancel()
-            thread.submit(items.close).result()  # in the thread, which may be making one when the caller is interrupted
+            thread.submit(items.close).result()  # in the thread, which may be at work when the caller is interrupted
 
 
 def buffers() -> Iterator[UInt8[Tensor, " bytes"]]:
-    """Buffers for the items of one `ahead`, without end; each holds CHUNK_BYTES from anywhere in a file.
+    """An endless cycle of a few buffers for the items of one `ahead`; each holds CHUNK_BYTES from anywhere in a file.
 
-    They are few and come round again: AHEAD items wait or are being made while the caller has one, which is used up
-    when the caller asks for the next.
+    AHEAD items wait or are being made while the caller has one item, which must not be used after the next is taken.
     """
-    return cycle([aligned(CHUNK_BYTES + 2 * ALIGNED) for _ in range(AHEAD + 1)])
+    return cycle([aligned_bytes(CHUNK_BYTES + 2 * ALIGNED) for _ in range(AHEAD + 1)])
 
 
-def aligned(num_bytes: int) -> UInt8[Tensor, " bytes"]:
-    """Uninitialised memory that O_DIRECT can read into."""
+def aligned_bytes(num_bytes: int) -> UInt8[Tensor, " bytes"]:
+    """Allocate uninitialised memory that O_DIRECT can read into."""
     memory = torch.empty(num_bytes + ALIGNED, dtype=torch.uint8)
     start = -memory.data_ptr() % ALIGNED
     return memory[start : start + num_bytes]
@@ -64,11 +63,11 @@ def aligned(num_bytes: int) -> UInt8[Tensor, " bytes"]:
 def read_range(
     file: int, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
 ) -> UInt8[Tensor, " bytes"]:
-    """The bytes [start, stop) of an open file, fewer if it ends before; in `buffer` if they fit there."""
+    """Read the bytes [start, stop) of an open file, or fewer if it ends before; into `buffer` if they fit."""
     low = start - start % ALIGNED
     size = stop - low + -(stop - low) % ALIGNED
     if buffer is None or len(buffer) < size:
-        buffer = aligned(size)
+        buffer = aligned_bytes(size)
     view = buffer.numpy().data[:size]
     filled = 0
     while low + filled < stop and (count := _transfer(os.preadv, file, [view[filled:]], low + filled)):
@@ -77,7 +76,7 @@ def read_range(
 
 
 def write_file(path: Path, parts: Generator[UInt8[Tensor, " _"], None, None]) -> str:
-    """Write a file from parts of any length, each used up before the next is asked for; returns its sha256."""
+    """Write a file from parts of any length, each of which is used before the next is made; returns its sha256."""
     digest = hashlib.sha256()
     with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file, closing(ahead(_blocks(parts))) as blocks:
         for block in blocks:
@@ -99,7 +98,7 @@ def digest_file(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """A file descriptor whose reads and writes pass the page cache by, where the file system can do that."""
+    """Open a file whose reads and writes bypass the page cache, where the file system supports it."""
     file = _open(path, flags | os.O_CLOEXEC)
     try:
         yield file
@@ -108,7 +107,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """Size, time of change and inode: a file that still has them has its content, as git's index assumes too."""
+    """Size, modification time and inode: while they are the same, so is the content, as git's index assumes too."""
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
@@ -117,17 +116,17 @@ def _open(path: Path, flags: int) -> int:
         try:
             return os.open(path, flags | os.O_DIRECT, 0o666)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what file systems and devices without O_DIRECT answer
+            if error.errno != errno.EINVAL:  # the answer of file systems and devices without O_DIRECT
                 raise
     return os.open(path, flags, 0o666)
 
 
 def _transfer(call: Callable[..., int], file: int, *arguments: Any) -> int:
-    """Read or write, from now on through the cache if O_DIRECT cannot do what is asked for; returns the bytes moved."""
+    """Read or write some bytes and return their number; where O_DIRECT cannot, the cache is used from now on."""
     try:
         return call(file, *arguments)
     except OSError as error:
-        # A length or offset that is no whole number of the disk's blocks: the end of a file, or blocks over ALIGNED.
+        # The length or offset is no multiple of the disk's blocks: the end of a file, or blocks larger than ALIGNED.
         if error.errno != errno.EINVAL or sys.platform != "linux":
             raise
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)

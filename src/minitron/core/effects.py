@@ -1,40 +1,42 @@
-"""Options and recipe keys that could not change anything: a rule each, and the one function that refuses them."""
+"""Rules about options and recipe keys that have no effect, and the function that refuses them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from minitron.core.config import Section
 from minitron.core.errors import NoEffect
 
-Facts = TypeVar("Facts")
+_Facts = TypeVar("_Facts")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Facts]):
-    """When some options or keys have an effect.
+class Rule(Generic[_Facts]):
+    """The condition under which some options or recipe keys have an effect.
 
-    names: as they are told to `require_effects`.
-    has_effect: whether they do, by what is known where the rule is read.
-    only: the same in words, behind "has an effect only": `with --dry-run`.
-    way_out: what to do besides leaving the option out: `add --dry-run`. Empty where there is nothing else.
+    names: the names of the options or keys in `require_effects`.
+    has_effect: whether they have an effect, from the facts that `require_effects` is given.
+    only: the condition in words, behind "has an effect only": `with --dry-run`.
+    way_out: the advice besides leaving the option out: `add --dry-run`; empty if there is none.
     """
 
     names: tuple[str, ...]
-    has_effect: Callable[[Facts], bool]
+    has_effect: Callable[[_Facts], bool]
     only: str
     way_out: str = ""
 
 
 def require_effects(
-    given: Collection[str], rules: Iterable[Rule[Facts]], facts: Facts, *, spelled: Callable[[str], str] = str
+    given: Collection[str], rules: Iterable[Rule[_Facts]], facts: _Facts, *, spelled: Callable[[str], str] = str
 ) -> None:
-    """
-    Args:
-        given: what the user asks for.
-        spelled: a name as the user writes it.
+    """Check that every option or key that the user set has an effect.
 
-    Raises: NoEffect that names the first of `given` that could not change anything.
+    Args:
+        given: the names that the user set.
+        spelled: turns a name into the user's spelling.
+
+    Raises: NoEffect that names the first of `given` without an effect.
     """
     for rule in rules:
         for name in rule.names:
@@ -44,9 +46,9 @@ def require_effects(
 
 
 def changed_keys(section: Section) -> set[str]:
-    """The keys of a section, and of those in it, that have another value than their default: `search.window`.
+    """The keys of a section and of sections in it whose value is not the default, such as `search.window`.
 
-    A key that states its default asks for nothing that does not happen: the recipe.yaml of a run states every key.
+    A key with its default value does not count: the recipe.yaml of a run contains every key.
     """
     found = set()
     for name, field in type(section).model_fields.items():
@@ -59,16 +61,16 @@ def changed_keys(section: Section) -> set[str]:
 
 
 def option(name: str) -> str:
-    """An option as the user writes it, by the name that argparse keeps it under, or by the recipe key that it sets."""
+    """The spelling of an option, from its name in argparse or from the recipe key that it sets."""
     return f"--{name.rpartition('.')[2].replace('_', '-')}"
 
 
-def require_once(pairs: Iterable[tuple[str, Any]], where: str) -> Mapping[str, Any]:
-    """The pairs as a mapping.
+def require_once(pairs: Iterable[tuple[str, _Value]], where: str) -> Mapping[str, _Value]:
+    """Turn pairs of names and values into a mapping.
 
-    Raises: NoEffect for a name that is there twice: of two values, one would not be read.
+    Raises: NoEffect for a name that occurs twice, as one of its values would have no effect.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, _Value] = {}
     for name, value in pairs:
         if name in found:
             raise NoEffect(f"{where} names {name} twice, with {found[name]} and with {value}: give it once")

@@ -1,4 +1,4 @@
-"""Errors a user can act on. The command line prints their message without a traceback and exits with 1.
+"""Errors that a user can act on. The command line prints their message without a traceback and exits with 1.
 
 MinitronError
 ├── CheckpointError              a model directory that cannot be read, or contradicts itself
@@ -6,7 +6,7 @@ MinitronError
 ├── DataError                    text that cannot be read, split or tokenized
 ├── PlanError                    a shape or target that cannot be cut from the model
 ├── GgufError                    a GGUF file that cannot be made, read or run
-├── TaskError                    a benchmark that is not there, or cannot be run with this model or on this machine
+├── TaskError                    a benchmark that is missing, or cannot run with this model or on this machine
 ├── RecipeError                  a recipe that does not validate
 ├── NoEffect                     an option or a recipe key that could not change anything
 └── RunError                     a run directory that is locked, stale, or cannot be written
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 
 class MinitronError(Exception):
-    """Base of every error that is the user's to fix."""
+    """The base of every error that a user can act on."""
 
 
 class CheckpointError(MinitronError):
@@ -63,7 +63,7 @@ class Interrupted(RunError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of an error message about an unknown name: the nearest known one, if any is near, and all of them."""
+    """The end of a message about an unknown name: the nearest known name, if one is near, and all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ";"

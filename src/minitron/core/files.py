@@ -1,10 +1,10 @@
-"""Directories and files that appear whole or not at all, where they can appear, and digests of what is in them.
+"""Directories and files that appear whole or not at all, and digests of their contents.
 
-A directory is filled under another name beside its own and renamed, over an empty directory too: that is one step, and
-what a kill leaves has the other name. A mount point, the current directory, and a directory whose parent cannot be
-written are not replaced: they are filled in `.partial` inside, and the entries are moved out one after the other when
-all of them are on the disk, with what a reader looks for first at the end. A kill in the middle of that leaves a part,
-and the next command that wants the directory moves the rest.
+A directory is filled under another name beside its final one, and then renamed, also over an empty directory. That is
+one step, so a killed process leaves only the other name. A mount point, the current directory, and a directory whose
+parent cannot be written are not replaced: they are filled in `.partial` inside, and once all entries are on the disk
+they are moved out one after the other; the files that readers open first are moved last. If the process is killed in
+between, the next command that writes the directory moves the rest.
 """
 
 import errno
@@ -44,41 +44,42 @@ _UNWRITABLE = (
 )
 ROOM, ELSEWHERE = "free some space or choose another --out", "choose another --out"
 PROBE, PROBE_BYTES = ".minitron-probe-", 4096
-# In a directory that is not replaced: where it is filled, and in there the sign that all of it is on the disk. Beside
-# the first, what a training goes on from.
+# Names inside a directory that is not replaced: the directory in which it is filled, the file in there that says that
+# all entries are on the disk, and the directory of a training's states.
 FILLED, WHOLE, WORK = ".partial", ".whole", ".work"
-LAST = ("statistics.json", "quantization.json", "config.json")  # moved last: what is read first
+Digests = dict[str, list[int | str]]  # path -> size, mtime and inode of a file, and its sha256
+LAST = ("statistics.json", "quantization.json", "config.json")  # moved last: readers open them first
 
 
 def prove_directory(
     path: Path, *, inputs: Iterable[str | Path | None] = (), holds: bool = False, writes: Collection[str] = ()
 ) -> None:
-    """Show that a directory can appear at `path`, before the work that fills it begins; nothing is left there.
+    """Prove that a directory can appear at `path`, before the work that fills it begins; nothing is left there.
 
-    Links are followed, and parents that are missing can be made.
+    Links are followed, and missing parents can be made.
 
     Args:
-        inputs: what the work reads, as the user named it; what is no path that exists (a hub id) is passed over.
-        holds: whether it may hold something already, as a run directory may.
-        writes: the entries that are made in one that holds something: no input may lie in them.
+        inputs: the inputs of the work as the user named them; names that are no existing path (hub ids) are skipped.
+        holds: whether the directory may hold entries already, as a run directory may.
+        writes: the entries that the work makes in such a directory: no input may lie in them.
 
-    Raises: RunError if it is a file or holds something, if it would lie in an input or replace one, and if nothing can
+    Raises: RunError if `path` is a file or holds entries, if it would lie in an input or replace one, or if nothing can
         be written there.
     """
     with readable_os_errors(path):
         require_directory(path)
-        place = _place(path)
-        _require_apart(path, place, inputs, writes)
+        destination = _destination(path)
+        _require_apart(path, destination, inputs, writes)
         if not holds:
-            _require_free(path, place)
-            _require_no_file(path, place.partial)
-        at = place.end if holds and place.end.exists() else place.partial.parent
+            _require_free(path, destination)
+            _require_no_file(path, destination.partial)
+        at = destination.end if holds and destination.end.exists() else destination.partial.parent
         with _parents(at):
             _probe(at)
 
 
 def require_free_space(path: Path, num_bytes: int, at: Path) -> None:
-    """Raises: RunError if the file system of the existing directory `at`, where `path` is filled, has fewer bytes."""
+    """Raises: RunError if the file system of the existing directory `at`, where `path` is filled, has too few bytes."""
     disk = shutil.disk_usage(at)
     if disk.total and num_bytes > disk.free:  # some file systems do not say
         raise RunError(
@@ -89,35 +90,35 @@ def require_free_space(path: Path, num_bytes: int, at: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False, way_out: str | None = None) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when the block ends well and is removed when it does not.
+    """Yield a directory to fill, which becomes `path` if the block succeeds and is removed if it fails.
 
-    What a killed process left under the temporary name is cleared at the next try. Where only the last step fails, what
-    was made stays, and the error says where.
+    Files that a killed process left under the temporary name are removed at the next try. If only the last step fails,
+    the directory stays, and the error says where.
 
     Args:
-        replace: whether what is there may be replaced; a kill between the two leaves neither.
-        way_out: what the user can do when `path` cannot be written.
+        replace: whether an existing directory may be replaced; a process killed in between leaves neither of the two.
+        way_out: advice to the user if `path` cannot be written.
 
-    Raises: RunError if `path` cannot be written (it is a file, it holds something and `replace` is not set, another
-        process is writing it, the disk is full, ...).
+    Raises: RunError if `path` cannot be written: it is a file, it holds entries and `replace` is not set, another
+        process is writing it, the disk is full, ...
     """
     with readable_os_errors(path, way_out=way_out):
         require_directory(path)
-        place = _place(path)
+        destination = _destination(path)
         if not replace:
-            _require_free(path, place)
-        with _parents(place.partial.parent), _held(path, place.partial):
+            _require_free(path, destination)
+        with _parents(destination.partial.parent), _held(path, destination.partial):
             try:
-                _clear(place.partial)
-                yield place.partial
-                for file in [*place.partial.rglob("*"), place.partial]:
+                _clear(destination.partial)
+                yield destination.partial
+                for file in [*destination.partial.rglob("*"), destination.partial]:
                     _sync(file)
             except BaseException:
-                shutil.rmtree(place.partial, ignore_errors=True)
+                shutil.rmtree(destination.partial, ignore_errors=True)
                 raise
-            if replace and place.end.exists():
-                shutil.rmtree(place.end)
-            _put(place.partial, path, place)
+            if replace and destination.end.exists():
+                shutil.rmtree(destination.end)
+            _put(destination.partial, path, destination)
 
 
 def put_directory(made: Path, path: Path) -> None:
@@ -125,28 +126,28 @@ def put_directory(made: Path, path: Path) -> None:
 
     Raises: RunError if it cannot be moved; it is then still there.
     """
-    place = _place(path)
-    if place.inside:
+    destination = _destination(path)
+    if destination.inside:
         (made / WHOLE).touch()
         _sync(made)
-    _put(made, path, place)
+    _put(made, path, destination)
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """`<path>.<suffix>`, for what belongs to an output and is not in it; in an output that is not replaced,
-    `.<suffix>`, so that it lies on the same file system."""
-    place = _place(path)
-    if place.inside:
+    """`<path>.<suffix>`, for files that belong to an output but lie beside it; for an output that is not replaced,
+    `<path>/.<suffix>`, so that they lie on the same file system."""
+    destination = _destination(path)
+    if destination.inside:
         return path / f".{suffix}"
-    named = path if path.name not in ("", "..") and not path.is_symlink() else place.end
+    named = path if path.name not in ("", "..") and not path.is_symlink() else destination.end
     return named.with_name(f"{named.name}.{suffix}")
 
 
 @contextmanager
 def atomic_file(path: Path, *, way_out: str | None = None) -> Iterator[Path]:
-    """A name to write a file under, renamed to `path` when the block ends well and removed when it does not.
+    """Yield a name to write a file under, which is renamed to `path` if the block succeeds, else removed.
 
-    A link stays, and what it leads to is replaced. A device or a pipe is written to as it is.
+    A link stays, and its target is replaced. A device or a pipe is written directly.
 
     Raises: RunError if `path` cannot be written.
     """
@@ -166,10 +167,10 @@ def atomic_file(path: Path, *, way_out: str | None = None) -> Iterator[Path]:
 
 
 def prove_file(path: Path, *, keeps: Iterable[Path] = ()) -> None:
-    """Show that a file can be written at `path`, before the work; makes its parents.
+    """Prove that a file can be written at `path`, before the work begins, and make its parents.
 
     Args:
-        keeps: directories of which no file but a page is written over.
+        keeps: directories in which no file is overwritten, except for HTML pages.
 
     Raises: RunError.
     """
@@ -187,12 +188,12 @@ def prove_file(path: Path, *, keeps: Iterable[Path] = ()) -> None:
 
 @contextmanager
 def readable_os_errors(path: Path, *, way_out: str | None = None) -> Iterator[None]:
-    """Turn a full disk, a missing permission and their like into one clear error about `path`.
+    """Turn a full disk, a missing permission and similar errors into one clear error about `path`.
 
-    An error that names a file of another directory is not about `path`, and stays what it is.
+    An error that names a file of another directory is not about `path`, and is raised as it is.
 
     Args:
-        way_out: what the user can do; default to free some space where that is missing, and another --out.
+        way_out: advice to the user. Default: to free some space if there is too little, else to choose another --out.
     """
     try:
         yield
@@ -210,9 +211,9 @@ def readable_os_errors(path: Path, *, way_out: str | None = None) -> Iterator[No
 
 @contextmanager
 def scratch_directory(at: Path | None = None, *, prefix: str = "minitron-") -> Iterator[Path]:
-    """A directory that is gone after the block: in `at`, or in the system's temporary directory.
+    """Yield a directory that is removed after the block, in `at` or in the system's temporary directory.
 
-    Raises: RunError if there is no temporary directory that can be written.
+    Raises: RunError if no temporary directory can be written.
     """
     with scratch_errors(at):
         path = Path(tempfile.mkdtemp(dir=at or temporary_directory(), prefix=prefix))
@@ -223,17 +224,17 @@ def scratch_directory(at: Path | None = None, *, prefix: str = "minitron-") -> I
 
 
 def scratch_errors(at: Path | None = None) -> AbstractContextManager[None]:
-    """While something is written to a `scratch_directory`: errors about the temporary directory name it, and TMPDIR."""
+    """A block that writes to a `scratch_directory`: errors about the temporary directory name it, and TMPDIR."""
     if at is not None:
-        return nullcontext()  # it belongs to an output, whose errors are told where that is made
+        return nullcontext()  # it belongs to an output, and `atomic_directory` raises the errors of outputs
     way_out = "free some space there, or set TMPDIR to another directory"
     return readable_os_errors(temporary_directory(), way_out=f"this is the temporary directory: {way_out}")
 
 
 def temporary_directory() -> Path:
-    """The one that TMPDIR names, and no other where that cannot be written; the system's where it names none.
+    """The directory that TMPDIR names, even if it cannot be written, or the system's if TMPDIR is not set.
 
-    Raises: RunError if it is no directory.
+    Raises: RunError if TMPDIR names no directory.
     """
     if named := os.environ.get("TMPDIR"):
         if not Path(named).is_dir():
@@ -246,12 +247,11 @@ def temporary_directory() -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON."""
     write_text(path, json.dumps(value, indent=2))
 
 
 def write_text(path: Path, text: str, *, way_out: str | None = None) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+    """Write a file so that readers see either the old or the new content, never a part."""
     with atomic_file(path, way_out=way_out) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -259,8 +259,8 @@ def write_text(path: Path, text: str, *, way_out: str | None = None) -> None:
             os.fsync(file.fileno())
 
 
-def read_digests(file: Path) -> dict[str, Any]:
-    """A cache of digests; what is not there, or is damaged, is as nothing, for digests can be made again."""
+def read_digests(file: Path) -> Digests:
+    """Read a cache of digests. If it is missing or damaged, the cache is empty: digests can be computed again."""
     known: Any = {}
     with suppress(OSError, ValueError, RecursionError):
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -269,10 +269,10 @@ def read_digests(file: Path) -> dict[str, Any]:
     return {name: row for name, row in known.items() if isinstance(row, list) and len(row) == 4}
 
 
-def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
-    """sha256 over the names and contents of files.
+def digest_files(files: Iterable[Path], cache: Digests) -> str:
+    """The sha256 of the names and contents of files.
 
-    `cache` remembers each file's digest by (size, mtime, inode), as git's index does: a 16 GB model is read once.
+    The cache keeps each file's digest by (size, mtime, inode), as git's index does, so a 16 GB model is read once.
     """
     total = hashlib.sha256()
     for file in sorted(files):
@@ -280,45 +280,45 @@ def digest_files(files: Iterable[Path], cache: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
-def remember_digest(file: Path, digest: str, cache: dict[str, Any]) -> None:
-    """Put into a cache of digests what is known of a file as it is now."""
+def remember_digest(file: Path, digest: str, cache: Digests) -> None:
+    """Add the digest of a file as it is now to the cache."""
     cache[str(file)] = [*stamp(file.stat()), digest]
 
 
-def _cached_digest(file: Path, cache: dict[str, Any]) -> str:
+def _cached_digest(file: Path, cache: Digests) -> str:
     if not file.is_file():
         state = "is no file" if file.exists() else "is a link to nothing" if file.is_symlink() else "does not exist"
         raise RunError(f"cannot read {file}, which {state}: put it back, or remove its directory and make that again")
     known = cache.get(str(file))
     if known is None or known[:3] != [*stamp(file.stat())]:
         remember_digest(file, digest_file(file), cache)
-    return cache[str(file)][3]
+    return str(cache[str(file)][3])
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a directory ends, links followed, where it is filled before, and whether that is inside of it."""
+class _Destination:
+    """The final path of a directory, with links followed, and the path where it is filled, which may lie inside."""
 
     end: Path
     partial: Path
     inside: bool
 
 
-def _place(path: Path) -> _Place:
+def _destination(path: Path) -> _Destination:
     end = Path(os.path.realpath(path))
     if end.is_dir() and not _is_replaceable(end):
-        return _Place(end, end / FILLED, True)
-    return _Place(end, end.with_name(f"{end.name}.partial"), False)
+        return _Destination(end, end / FILLED, True)
+    return _Destination(end, end.with_name(f"{end.name}.partial"), False)
 
 
 def _is_replaceable(directory: Path) -> bool:
-    """Whether another one can be renamed over it; where this process stands, a shell would stay in the old one."""
+    """Whether another directory can be renamed over it; if it is the current one, a shell would stay in the old one."""
     here = os.path.samestat(os.stat("."), directory.stat())
     return not here and not _is_mount_point(directory) and os.access(directory.parent, os.W_OK | os.X_OK)
 
 
 def _is_mount_point(directory: Path) -> bool:
-    """Also of a part of the same file system, which os.path.ismount does not see."""
+    """Whether it is a mount point, also of a part of the same file system, which os.path.ismount does not see."""
     table = Path("/proc/self/mountinfo")
     if os.path.ismount(directory) or not table.exists():
         return os.path.ismount(directory)
@@ -328,9 +328,9 @@ def _is_mount_point(directory: Path) -> bool:
 
 
 def require_directory(path: Path) -> Path:
-    """Where `path` leads, links followed: a directory, or nothing yet.
+    """Follow the links of `path` to a directory, or to a path where none exists yet.
 
-    Raises: RunError for a file, also above it, and for a link that leads nowhere.
+    Raises: RunError if it is a file or lies below a file, or if a link leads back to itself.
     """
     end = Path(os.path.realpath(path))
     if end.is_symlink():
@@ -343,16 +343,16 @@ def require_directory(path: Path) -> Path:
     return end
 
 
-def _require_free(path: Path, place: _Place) -> None:
-    """Nothing is there but what a killed process left; what it had only to move is moved first."""
-    if not place.end.is_dir():
+def _require_free(path: Path, destination: _Destination) -> None:
+    """Check that nothing is there except files of a killed process; entries that it had yet to move are moved first."""
+    if not destination.end.is_dir():
         return
-    if place.inside and (place.partial / WHOLE).exists():
-        with _held(path, place.partial):
-            _move_out(place.partial, place.end)
-    own = {FILLED, WORK} if place.inside else set()
-    own |= {"lost+found"} if place.inside and _is_mount_point(place.end) else set()
-    if {entry.name for entry in place.end.iterdir()} - own:
+    if destination.inside and (destination.partial / WHOLE).exists():
+        with _held(path, destination.partial):
+            _move_out(destination.partial, destination.end)
+    own = {FILLED, WORK} if destination.inside else set()
+    own |= {"lost+found"} if destination.inside and _is_mount_point(destination.end) else set()
+    if {entry.name for entry in destination.end.iterdir()} - own:
         raise RunError(f"{path} exists and is not empty; remove it, or {ELSEWHERE}")
 
 
@@ -362,27 +362,29 @@ def _require_no_file(path: Path, partial: Path) -> None:
             raise RunError(f"{partial}, under which {path} is filled, is no directory: remove it, or {ELSEWHERE}")
 
 
-def _require_apart(path: Path, place: _Place, inputs: Iterable[str | Path | None], writes: Collection[str]) -> None:
+def _require_apart(
+    path: Path, destination: _Destination, inputs: Iterable[str | Path | None], writes: Collection[str]
+) -> None:
     for given in inputs:
         if given is None or not os.path.exists(given):
             continue
         source = Path(os.path.realpath(given))
-        if place.end == source:
+        if destination.end == source:
             raise RunError(f"{path} is the same as {given}, which is read: {ELSEWHERE}")
-        if source in place.end.parents:
+        if source in destination.end.parents:
             raise RunError(f"{path} lies in {given}, which is read: {ELSEWHERE}, outside of it")
-        inner = source.relative_to(place.end).parts[0] if place.end in source.parents else None
-        if inner in writes or place.partial in (source, *source.parents):
+        inner = source.relative_to(destination.end).parts[0] if destination.end in source.parents else None
+        if inner in writes or destination.partial in (source, *source.parents):
             raise RunError(f"{given}, which is read, lies where {path} is filled: {ELSEWHERE}")
 
 
 def _is_device(path: Path) -> bool:
-    """Or a pipe, which a link such as /dev/stdout leads to under no name."""
+    """Whether it is a device or a pipe; a link such as /dev/stdout leads to a pipe without a name."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _probe(directory: Path) -> None:
-    """Write something into a directory, to the disk, and take it away, with what a killed process left of this."""
+    """Write a file into a directory, sync it, and remove it, together with such files of killed processes."""
     for left in directory.glob(f"{PROBE}*"):
         with suppress(OSError), _locked(left):
             shutil.rmtree(left)
@@ -392,7 +394,7 @@ def _probe(directory: Path) -> None:
             held.enter_context(_locked(Path(probe)))
         try:
             handle = os.open(Path(probe) / "probe", os.O_WRONLY | os.O_CREAT)
-        except FileNotFoundError:  # another process took it for left over, before it was locked
+        except FileNotFoundError:  # another process removed it before it was locked
             return _probe(directory)
         try:
             os.write(handle, bytes(PROBE_BYTES))
@@ -402,19 +404,22 @@ def _probe(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Raises: OSError if another process holds it."""
+def _locked(directory: Path) -> Iterator[int]:
+    """Lock a directory, as long as the process lives at most; yields its file descriptor.
+
+    Raises: BlockingIOError if another process holds the lock, another OSError if the file system has no locks.
+    """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
 
 @contextmanager
 def _parents(directory: Path) -> Iterator[None]:
-    """Make a directory and its parents; those that were missing go again where nothing came to lie in them."""
+    """Make a directory and its parents; parents that were missing are removed again if they stay empty."""
     missing = [each for each in (directory, *directory.parents) if not each.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -427,25 +432,19 @@ def _parents(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path, partial: Path) -> Iterator[None]:
-    """Make the directory that is filled, and keep other processes out of it; the lock goes with the process."""
-    while True:
-        _require_no_file(path, partial)
-        partial.mkdir(exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise RunError(f"{path} is in use by another process; wait for it, or {ELSEWHERE}") from None
-        if partial.exists() and os.path.samestat(os.fstat(handle), partial.stat()):
-            break
-        os.close(handle)  # its process has just ended, and renamed it
-    try:
+    """Make the directory in which `path` is filled, and lock it."""
+    with ExitStack() as lock:
+        while True:
+            _require_no_file(path, partial)
+            partial.mkdir(exist_ok=True)
+            try:
+                handle = lock.enter_context(_locked(partial))
+            except BlockingIOError:
+                raise RunError(f"{path} is in use by another process; wait for it, or {ELSEWHERE}") from None
+            if partial.exists() and os.path.samestat(os.fstat(handle), partial.stat()):
+                break
+            lock.close()  # another process has just ended, and renamed the directory
         yield
-    finally:
-        os.close(handle)
 
 
 def _clear(directory: Path) -> None:
@@ -456,25 +455,25 @@ def _clear(directory: Path) -> None:
             entry.unlink()
 
 
-def _put(made: Path, path: Path, place: _Place) -> None:
+def _put(made: Path, path: Path, destination: _Destination) -> None:
     try:
-        if place.inside:
+        if destination.inside:
             (made / WHOLE).touch()
-            if made != place.partial:
-                made.rename(place.partial)
-            _move_out(place.partial, place.end)
+            if made != destination.partial:
+                made.rename(destination.partial)
+            _move_out(destination.partial, destination.end)
         else:
-            made.rename(place.end)  # also over an empty directory
-            _sync(place.end.parent)
+            made.rename(destination.end)  # also over an empty directory
+            _sync(destination.end.parent)
     except OSError as error:
-        left = made if made.exists() else place.partial
+        left = made if made.exists() else destination.partial
         raise RunError(
             f"cannot write {path}: {error.strerror}; what was made is whole, and lies in {left}: move it from there"
         ) from error
 
 
 def _move_out(partial: Path, end: Path) -> None:
-    """Move what is filled to where it is read, and so that nothing is taken for whole before it is."""
+    """Move the entries of a filled directory to its final path, those that readers open first at the end."""
     _sync(partial)
     entries = [entry for entry in partial.iterdir() if entry.name != WHOLE]
     for entry in sorted(entries, key=lambda entry: (entry.name in LAST, entry.name)):
@@ -484,9 +483,9 @@ def _move_out(partial: Path, end: Path) -> None:
 
 
 def _is_about(error: OSError, path: Path) -> bool:
-    """Whether an error is about a directory or what is written for it. One that names no file is taken for that.
+    """Whether an error is about a directory or a file that is written for it, as an error without a file name may be.
 
-    An error of a copy names two files: what was read and what was written.
+    The error of a copy names two files: the file that was read and the file that was written.
     """
     named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return not named or any(_belongs(Path(os.path.abspath(os.fsdecode(name))), path) for name in named)

@@ -1,6 +1,6 @@
-"""The types of what files hold: what all rooms have in common. Each room's layouts.py has those of its own files.
+"""The base types of JSON files; the layouts.py of each package has the types of the files that it writes.
 
-Keys that older versions did not write have a default; keys that nothing reads are left out.
+Keys that older versions did not write have a default; keys that nothing reads have no field.
 """
 
 import math
@@ -15,11 +15,11 @@ def _positive_or_unknown(value: float) -> float:
     return value
 
 
-# Numbers beyond these are no counts or measurements, and would not be shown either.
+# Numbers beyond these limits are no counts or measurements.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
-Unbounded = Annotated[float, Field(ge=-1e30)]  # such as the score of a layer that stays in any case
+Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
+Unbounded = Annotated[float, Field(ge=-1e30)]  # infinite for a layer that always stays
 Amount = Annotated[float, Field(ge=0, le=1e30)]
 Rate = Annotated[float, AfterValidator(_positive_or_unknown)]  # nan where every round was disturbed
 FileName = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]

@@ -1,4 +1,4 @@
-"""What a piece of work ran on and took: hardware, versions, memory, energy, speed."""
+"""The machine that work runs on: hardware, versions, memory, energy and speed."""
 
 import os
 import platform
@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,19 +14,19 @@ from minitron.core.device import pick_device
 
 
 def versions() -> dict[str, str]:
-    """Of all that results depend on."""
+    """The versions of the software that results depend on."""
     names = ("minitron", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def forget_peak_memory() -> None:
-    """Start the kernel's high-water mark anew, where it lets us; else the record holds the process's peak so far."""
+    """Reset the kernel's memory high-water mark where it is allowed; else the peak is that of the whole process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """The most resident memory of this process, in bytes, since it was last forgotten."""
+    """The peak resident memory of this process in bytes, since the last `forget_peak_memory`."""
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -36,9 +35,9 @@ def peak_memory() -> int:
 
 
 class EnergyCounter:
-    """Joules that the processor packages of this machine take from now on, whoever makes them work (Linux powercap).
+    """Counts the energy of this machine's processor packages from now on, for all processes (Linux powercap).
 
-    Most systems let root alone read the counters. GPUs are not among them.
+    Most systems let only root read the counters. GPUs are not counted.
     """
 
     def __init__(self, root: Path = Path("/sys/class/powercap")):
@@ -48,17 +47,17 @@ class EnergyCounter:
             self._start = {zone: int((zone / "energy_uj").read_text()) for zone in packages}
 
     def joules(self) -> float | None:
-        """None where the machine does not tell."""
+        """The energy in joules; None where the counters cannot be read."""
         total = 0
         for zone, start in self._start.items():
             used = int((zone / "energy_uj").read_text()) - start
-            # The counter starts again from zero at its end, on a busy server in an hour or less.
+            # The counter wraps around to zero, on a busy server within an hour.
             total += used if used >= 0 else used + int((zone / "max_energy_range_uj").read_text())
         return total / 1e6 if self._start else None
 
 
 def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
-    """Speed of a large square matrix product on this device: the best of a few."""
+    """The speed of a large square matrix product on this device, as the best of several."""
     device = pick_device()
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
@@ -70,7 +69,7 @@ def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def bytes_per_second(megabytes: int = 128) -> float:
-    """Bandwidth of this device's memory, as a matrix-vector product reads it: the best of a few."""
+    """The memory bandwidth of this device in a matrix-vector product, as the best of several."""
     device = pick_device()
     matrix = torch.ones(megabytes << 8, 1024, device=device)
     vector = torch.ones(1024, device=device)
@@ -82,7 +81,7 @@ def bytes_per_second(megabytes: int = 128) -> float:
     return matrix.nbytes / best
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> dict[str, str | int]:
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),

@@ -1,7 +1,7 @@
-"""Several processes at one job, as torchrun starts them. The only module that knows torch.distributed.
+"""Several processes that work on one job, as torchrun starts them. The only module that uses torch.distributed.
 
-The processes go in step: before anything is exchanged, and at the end, each says whether it is well, so an error in one
-ends all of them, and none waits for one that is gone.
+The processes work in step: before each exchange and at the end, every process reports whether it has failed. So an
+error in one process ends all of them, and no process waits for another that has left.
 """
 
 import gc
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions keep the process group that is there when it is imported, by default arguments: with that, transformers
-# would import it in the middle of a job, and the group's threads would crash the exit of the process.
+# Its functions have the process group at the time of import as default arguments. If transformers imported it during a
+# job, they would keep that group, and its threads would crash the process at exit.
 import torch.distributed.nn.functional
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -25,45 +25,45 @@ from torch import Tensor, nn
 from minitron.core.errors import RunError
 
 # The first process may tokenize for hours while the others wait for it.
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process's place in a job."""
+    """The number of a process in its job, and the number of processes."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the processes on this machine
 
     def share(self, num_samples: int, batch: int) -> slice:
-        """This process's samples: consecutive whole batches, so that no batch depends on the number of processes."""
+        """The samples of this process: consecutive whole batches, which do not depend on the number of processes."""
         num_batches = -(-num_samples // batch)
         start, stop = (num_batches * rank // self.size * batch for rank in (self.rank, self.rank + 1))
         return slice(start, min(stop, num_samples))
 
 
-# Whether the processes exchange parts of layers, where no error can be passed on. One a process.
+# Whether the processes exchange parts of layers, when no error can be passed on.
 _computing = False
 # Whether the connection to the others has broken.
 _lost = False
-# Whether this process works by itself for a while.
+# Whether this process works alone for a while.
 _alone = False
 
 
-class _Elsewhere(RunError):
-    """Another process failed, with this message."""
+class _OtherFailed(RunError):
+    """The error of another process, with its message."""
 
 
 def ranks() -> Ranks:
-    """What torchrun's environment says of this process; without it, that it is alone."""
+    """This process by the environment variables of torchrun; without them it is alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def joined() -> Ranks:
-    """This process among those of the `process_group` it is in, if any."""
+    """This process in its `process_group`; without a group it is alone."""
     return ranks() if _together() else Ranks()
 
 
@@ -78,7 +78,7 @@ def _together() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """In this block the process works as if there were no others; they must wait for it outside, as in `agreed`."""
+    """In this block the process works as if it were alone; the others must wait for it outside, as in `agreed`."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -89,7 +89,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """The processes of the job can exchange tensors in this block, and each has a GPU of its own where there are GPUs.
+    """In this block the processes of the job can exchange tensors, and each has its own GPU where there are GPUs.
 
     Raises: RunError with the message of another process that failed.
     """
@@ -101,7 +101,7 @@ def process_group() -> Iterator[Ranks]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield here
         require_all_well()
@@ -109,28 +109,28 @@ def process_group() -> Iterator[Ranks]:
         if _is_loss(error):
             raise _loss(error) from None
         if _computing or _lost:
-            raise  # the others may wait inside a layer: torchrun ends them when this process has left
-        with suppress(RuntimeError):  # the others are gone already
-            if not isinstance(error, _Elsewhere):
-                with suppress(_Elsewhere):  # it failed at the same time
+            raise  # the others may wait inside a layer: torchrun ends them after this process has left
+        with suppress(RuntimeError):  # the others have left already
+            if not isinstance(error, _OtherFailed):
+                with suppress(_OtherFailed):  # another process failed at the same time
                     _exchange_failure(str(error) or type(error).__name__)
-            # Leave together: torchrun ends the others when one has left, and the first has yet to print the message.
+            # Leave together: torchrun ends the others after one has left, and the first has yet to print the message.
             dist.all_reduce(torch.zeros(1))
         raise
     finally:
-        # Divided modules, which are full of cycles, hold the group: its threads must not outlive it.
+        # Sharded modules, which are full of cycles, refer to the group: its threads must not outlive it.
         gc.collect()
         dist.destroy_process_group()
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-    """Divide a module's parameters among the processes (FSDP2); without a process group it stays as it is.
+    """Shard a module's parameters among the processes (FSDP2); without a process group nothing changes.
 
-    Each of the blocks is gathered when it runs and given back after; what is outside of them, when the root runs. The
-    gradients of all processes are added up.
+    Each block is gathered while it runs, and parameters outside the blocks while the root runs. The gradients of all
+    processes are added.
 
     Args:
-        dtype: that the blocks' parameters are gathered in; gradients are added in float32.
+        dtype: the dtype in which the blocks' parameters are gathered; gradients are added in float32.
     """
     if not _together():
         return
@@ -140,21 +140,21 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
-    # The root too, so that parameters are the optimizer's own whenever they are looked at from outside.
+    # The root is sharded again after its forward, so that parameters seen from outside are those of the optimizer.
     sums = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, reshard_after_forward=True, mp_policy=sums)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            # A sum and not a mean, which gloo does not know.
+            # A sum instead of a mean, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
 def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: torch.device) -> None:
-    """Give a module's parameters their values; of those that are divided each process reads its own rows alone.
+    """Read the values of a module's parameters; of sharded parameters each process reads only its own rows.
 
     Args:
-        read: rows [start, stop) of the parameter of that name, in any dtype.
+        read: returns the rows [start, stop) of the parameter of a name, in any dtype.
     """
     filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for name, empty in [*module.named_parameters(remove_duplicate=False)]:
@@ -170,7 +170,7 @@ def fill(module: nn.Module, read: Callable[[str, int, int], Tensor], device: tor
 
 
 def _first_row(tensor: Tensor) -> int:
-    """Of a tensor that may be divided, the first row that this process has."""
+    """The first row of this process's shard of a tensor; 0 if the tensor is not sharded."""
     if not _together():
         return 0
     from torch.distributed.tensor import DTensor
@@ -180,7 +180,7 @@ def _first_row(tensor: Tensor) -> int:
 
 
 def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
-    """A tensor divided like another one, of which this process holds that part."""
+    """A tensor that is sharded like another, with `part` as the shard of this process."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
@@ -190,7 +190,7 @@ def _with_part(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor that may be divided among the processes, all of it; every process must ask."""
+    """The whole of a tensor that may be sharded; every process must call this."""
     if not _together():
         return tensor
     from torch.distributed.tensor import DTensor
@@ -199,7 +199,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be divided; what is written to it is written to the tensor."""
+    """This process's shard of a tensor, as a view; the tensor itself if it is not sharded."""
     if not _together():
         return tensor
     from torch.distributed.tensor import DTensor
@@ -208,28 +208,28 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def local_rows(values: Tensor, tensor: Tensor) -> Tensor:
-    """Of values for all of a tensor that may be divided, those for this process's part."""
+    """The rows of `values`, which are for the whole of a tensor, that belong to this process's shard."""
     start = _first_row(tensor)
     return values[start : start + len(local_shard(tensor))]
 
 
-def at_holder(values: Tensor, holder: int) -> Tensor:
-    """A tensor that only one process holds: its values there, and elsewhere, on the meta device, what it is like."""
-    return values if joined().rank == holder else values.to("meta")
+def at_owner(values: Tensor, owner: int) -> Tensor:
+    """A tensor that only the process `owner` has: the values there, an empty tensor on the meta device elsewhere."""
+    return values if joined().rank == owner else values.to("meta")
 
 
-def from_holder(values: Tensor, holder: int, device: torch.device) -> Tensor:
-    """All of a tensor that one process holds, as `at_holder` gave it; every process must ask."""
+def from_owner(values: Tensor, owner: int, device: torch.device) -> Tensor:
+    """Broadcast a tensor of `at_owner` to all processes; every process must call this."""
     if not _together():
         return values
     if values.is_meta:
         values = torch.empty_like(values, device=device)
-    dist.broadcast(values, holder)
+    dist.broadcast(values, owner)
     return values
 
 
 def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
-    """All of a tensor's values, divided among the processes as the tensor is."""
+    """Shard values among the processes as the tensor is sharded."""
     if not _together():
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -246,7 +246,7 @@ def any_of(flag: bool) -> bool:
 
 @contextmanager
 def computing_together() -> Iterator[None]:
-    """In this block the processes run divided modules: an error in one of them ends the job, with its own message."""
+    """In this block the processes run sharded modules: an error in one of them ends the job with its message."""
     global _computing
     _computing = _together()
     yield
@@ -254,14 +254,14 @@ def computing_together() -> Iterator[None]:
 
 
 def is_alone() -> bool:
-    """Whether an error of this process cannot be told to the others: they compute together, or a connection broke."""
+    """Whether the others cannot be told of an error: they run sharded modules together, or a connection broke."""
     return _computing or _lost
 
 
 def require_all_well() -> None:
     """Wait for the other processes.
 
-    Raises: RunError with the message of one that failed.
+    Raises: RunError with the message of a process that failed.
     """
     if _together():
         with _loss_as_error():
@@ -277,7 +277,7 @@ def all_reduce_sum(tensor: Tensor) -> None:
 
 
 def broadcast(matrix: Int[Tensor, "rows columns"] | None) -> Int[Tensor, "rows columns"]:
-    """The matrix, int64, that the first process gives; the others give None."""
+    """Send an int64 matrix from the first process to the others, which pass None."""
     require_all_well()
     if not _together():
         assert matrix is not None
@@ -287,7 +287,7 @@ def broadcast(matrix: Int[Tensor, "rows columns"] | None) -> Int[Tensor, "rows c
 
 
 def agreed(value: Any) -> Any:
-    """What the first process gives, for all of them; of JSON's types."""
+    """The first process's value, of JSON types, in all processes."""
     text = torch.tensor([[*json.dumps(value).encode()]]) if is_first() else None
     return value if not _together() else json.loads(bytes(broadcast(text)[0].tolist()))
 
@@ -300,7 +300,7 @@ def _exchange_failure(message: str | None) -> None:
     if source < size:
         text = _send(torch.tensor([[*(message or "").encode()]]) if source == rank else None, source)
         if source != rank:
-            raise _Elsewhere(bytes(text[0].tolist()).decode())
+            raise _OtherFailed(bytes(text[0].tolist()).decode())
 
 
 def _send(matrix: Tensor | None, source: int) -> Tensor:
@@ -315,12 +315,12 @@ def _send(matrix: Tensor | None, source: int) -> Tensor:
 def _loss_as_error() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch.distributed raises when a connection breaks
+    except RuntimeError as error:  # raised by torch.distributed when a connection breaks
         raise _loss(error) from None
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether an error says that a connection broke: gloo's are known by their text alone."""
+    """Whether an error means that a connection broke; errors of gloo are only known by their text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -328,4 +328,4 @@ def _loss(error: Exception) -> RunError:
     global _lost
     _lost = True
     number, reason = dist.get_world_size(), str(error).partition("] ")[2].partition(". ")[0] or str(error)
-    return _Elsewhere(f"another of the {number} processes was ended; run the same command to go on ({reason})")
+    return _OtherFailed(f"another of the {number} processes was ended; run the same command to go on ({reason})")

@@ -1,4 +1,4 @@
-"""Paths as a user writes them."""
+"""Paths as users write them."""
 
 import os
 
@@ -6,11 +6,11 @@ from minitron.core.errors import MinitronError
 
 
 def expanded(text: str) -> str:
-    """A path, or what may be one, with `~` and `~user` as the home directories they stand for.
+    """Replace `~` and `~user` at the beginning of a path by the home directory.
 
-    A shell leaves them in `--out=~/x`, in quotes and in files.
+    A shell does not replace them in `--out=~/x`, in quotes and in files.
 
-    Raises: MinitronError for what can be no path, and for a home directory that is not known.
+    Raises: MinitronError for text that can be no path, and for an unknown home directory.
     """
     if not text:
         raise MinitronError("a path is empty: give one, such as . for the current directory")

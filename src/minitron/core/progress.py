@@ -1,4 +1,4 @@
-"""How work tells what it does: the command line draws it, a library is silent."""
+"""The listener that work reports its progress to: the command line draws it, a library stays silent."""
 
 import warnings
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Listener(Protocol):
-    """Hears how a run goes; the command line draws it."""
+    """Receives the stages, the progress and the warnings of a run."""
 
     def stage(self, name: str, state: str) -> None: ...
 
@@ -17,7 +17,7 @@ class Listener(Protocol):
 
 
 class Silent:
-    """Draws nothing; warnings are Python's own."""
+    """Draws nothing, and raises warnings as Python's own."""
 
     def stage(self, name: str, state: str) -> None:
         pass
@@ -32,6 +32,6 @@ class Silent:
 SILENT = Silent()
 
 
-def layers_of(listener: Listener) -> Callable[[int, int], None]:
-    """What a streamed pass calls with (layers done, layers)."""
+def layer_progress(listener: Listener) -> Callable[[int, int], None]:
+    """The function that a streamed pass calls with (layers done, layers)."""
     return lambda done, total: listener.progress(done, total, "layers")

@@ -1,8 +1,8 @@
-"""Text and JSON files that a user gives, and folders of them, read by one rule.
+"""Text and JSON files of the user, and folders of them, all read by the same rules.
 
-UTF-8, a byte order mark in front is no text, and whatever cannot be read ends in one error that names the file and the
-place in it. Of a folder, every file with a suffix that is asked for is read or ends in such an error, and what else is
-in it is said.
+Files are UTF-8, without a byte order mark in the text. A file that cannot be read ends in an error that names the file
+and the line. In a folder, every file with a wanted suffix is read or ends in such an error, and the other entries are
+reported.
 """
 
 import codecs
@@ -18,9 +18,10 @@ from typing import Any
 from minitron.core.errors import MinitronError
 
 Kind = type[MinitronError]
+Json = dict[str, Any]  # a JSON object whose keys are not known before it is read: a config.json, a user's row
 
 MARK = "\ufeff"  # a byte order mark, decoded
-# First bytes of what is given as text by mistake.
+# The first bytes of formats that are mistaken for text.
 _FORMATS = (
     (codecs.BOM_UTF32_LE, "UTF-32 text, by its byte order mark"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "UTF-32 text, by its byte order mark"),
@@ -43,11 +44,11 @@ _NO_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-LARGEST_KINDS = 8  # of what a folder leaves out, named in a message
+LARGEST_KINDS = 8  # kinds of unread entries of a folder that a message names
 
 
 def read_text(path: Path, error: Kind) -> str:
-    """The text of a file, without a byte order mark.
+    """Read a text file, without a byte order mark.
 
     Raises: `error` if the file cannot be read, or is not UTF-8.
     """
@@ -55,9 +56,9 @@ def read_text(path: Path, error: Kind) -> str:
 
 
 def decode(data: bytes, where: str, error: Kind) -> str:
-    """UTF-8 bytes as text, without a byte order mark.
+    """Decode UTF-8 bytes, without a byte order mark.
 
-    Raises: `error` for other bytes.
+    Raises: `error` for bytes that are not UTF-8.
     """
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
@@ -69,9 +70,9 @@ def decode(data: bytes, where: str, error: Kind) -> str:
 
 
 def require_text(text: str, where: str, error: Kind) -> str:
-    """The same text, where it is some: NUL is no character of text, and half of a surrogate pair none at all.
+    """Return the text.
 
-    Raises: `error`.
+    Raises: `error` for a NUL character or half of a surrogate pair, which are no text.
     """
     if "\0" in text:
         raise error(
@@ -86,20 +87,20 @@ def require_text(text: str, where: str, error: Kind) -> str:
 
 
 def require_texts(value: Any, where: str, error: Kind) -> None:
-    """`require_text` of every text in a JSON value."""
+    """Apply `require_text` to every string in a JSON value."""
     rest = [value]
     while rest:
-        one = rest.pop()
-        if isinstance(one, str):
-            require_text(one, where, error)
-        elif isinstance(one, dict):
-            rest += [*one, *one.values()]
-        elif isinstance(one, list):
-            rest += one
+        item = rest.pop()
+        if isinstance(item, str):
+            require_text(item, where, error)
+        elif isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list):
+            rest += item
 
 
 def read_lines(path: Path, error: Kind) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, from 1; blank ones are left out, line ends are cut off.
+    """The lines of a text file with their numbers, from 1, without blank lines and line ends.
 
     Raises: `error` if the file cannot be read, or a line is not UTF-8.
     """
@@ -114,14 +115,14 @@ def read_lines(path: Path, error: Kind) -> Iterator[tuple[int, str]]:
 
 
 def read_json(path: Path, error: Kind, *, keys_once: bool = False) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises: `error` if the file cannot be read, or holds no JSON.
     """
     return parse_json(read_text(path, error), str(path), error, keys_once=keys_once)
 
 
-def read_rows(path: Path, error: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, error: Kind) -> Iterator[tuple[int, Json]]:
     """The objects of a .jsonl file with the numbers of their lines, from 1.
 
     Raises: `error` if the file cannot be read, or a line is no JSON object or names a key twice.
@@ -145,7 +146,7 @@ def read_rows(path: Path, error: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def json_name(value: Any) -> str:
-    """What a value is that is no text, in words."""
+    """The JSON type of a value in words."""
     if value is None:
         return "null"
     names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
@@ -153,16 +154,16 @@ def json_name(value: Any) -> str:
 
 
 def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -> Any:
-    """The value that a text spells in JSON.
+    """Parse JSON.
 
     Args:
-        keys_once: a key that stands twice in an object is an error; else its last value holds.
+        keys_once: whether a key that occurs twice in an object is an error; else its last value counts.
 
-    Raises: `error` for text that is no JSON, nested too deeply, or with an integer of too many digits.
+    Raises: `error` for text that is no JSON, that is nested too deeply, or that holds an integer of too many digits.
     """
 
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def table(pairs: list[tuple[str, Any]]) -> Json:
+        found: Json = {}
         for key, value in pairs:
             if key in found:
                 raise error(f"{where} says {key!r} twice: remove the one that is not meant")
@@ -182,18 +183,18 @@ def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder that are read, in order of their paths, and what else is in it, in one sentence."""
+    """The files of a folder that are read, in order of their paths, and a sentence about the entries that are not."""
 
     files: list[Path]
     left_out: str | None = None
 
 
 def find_files(folder: Path, suffixes: Sequence[str], error: Kind) -> Folder:
-    """Files of these suffixes, in capitals or not, in a folder and in all folders in it.
+    """Find the files with these suffixes, in upper or lower case, in a folder and its subfolders.
 
-    Names that begin with a dot, and links to folders, are left out. A file that has two names is read once.
+    Names that begin with a dot and links to folders are skipped. A file with two names is read once.
 
-    Raises: `error` for a file of such a suffix that cannot be read, be it a dangling link or a pipe.
+    Raises: `error` for a file with such a suffix that cannot be read, such as a dangling link or a pipe.
     """
     files: list[Path] = []
     others: dict[str, list[Path]] = {}
@@ -230,7 +231,7 @@ def find_files(folder: Path, suffixes: Sequence[str], error: Kind) -> Folder:
 
 
 def require_file(path: Path, error: Kind) -> None:
-    """Raises: `error` if there is no file to read: a dangling link, a pipe, a device, or one without permission."""
+    """Raises: `error` for a dangling link, a pipe, a device, or a file that may not be read."""
     try:
         mode = path.stat().st_mode
     except OSError as problem:
@@ -260,7 +261,7 @@ def _left_out(folder: Path, count: int, others: dict[str, list[Path]], suffixes:
 
 
 def _printable(path: Path) -> str:
-    """A path in one line, whatever characters are in it."""
+    """A path as printable text in one line."""
     return str(path) if str(path).isprintable() else ascii(str(path))
 
 

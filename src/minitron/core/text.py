@@ -1,6 +1,6 @@
 """Numbers as people read them: one wording for the report, the card and the terminal.
 
-Memory and file sizes are decimal: 1 MB is 10^6 bytes. What was not measured is a dash.
+Memory and file sizes are decimal: 1 MB is 10^6 bytes. A value that was not measured is a dash.
 """
 
 import math
@@ -12,12 +12,12 @@ MISSING = "–"  # noqa: RUF001 (an en dash)
 
 
 def either(names: Iterable[str]) -> str:
-    """a, b or c."""
+    """Join names as in `a, b or c`."""
     return _listed(names, "or")
 
 
 def both(names: Iterable[str]) -> str:
-    """a, b and c."""
+    """Join names as in `a, b and c`."""
     return _listed(names, "and")
 
 
@@ -31,7 +31,7 @@ def count(number: Number) -> str:
 
 
 def short_count(number: Number) -> str:
-    """Three digits and a unit: 1.11M, 4.51B."""
+    """A number with three digits and a unit: 1.11M, 4.51B."""
     return _scaled(number, 1000, ("", "K", "M", "B", "T"))
 
 
@@ -44,7 +44,7 @@ def flops(operations: Number) -> str:
 
 
 def share(fraction: Number) -> str:
-    """Whole per cent, with more digits where a rounded 0% or 100% would be untrue."""
+    """A whole percentage, with more digits where a rounded 0% or 100% would be wrong."""
     return f"{fraction:.0%}" if 0.01 <= fraction <= 0.99 or fraction in (0, 1) else f"{fraction:.2%}"
 
 
@@ -83,7 +83,7 @@ def shown(value: Number | None, form: Callable[[Number], str]) -> str:
 
 
 def rate(per_second: Number) -> str:
-    """Three digits, and all of those before the point."""
+    """A rate with three digits, or with all digits before the point if these are more."""
     return count(per_second) if per_second >= 100 else f"{per_second:.3g}"
 
 

@@ -1,7 +1,7 @@
-"""Files with known keys, read as a type: what a file holds is checked here, and the code behind can rely on it.
+"""JSON and YAML files with known keys, checked against a type as they are read, so that later code can rely on it.
 
-The types are pydantic's: each room's layouts.py has those of its files. A value comes back as an instance of its type,
-without the keys that the type does not name.
+The types are pydantic models in the layouts.py of each package. A value is an instance of its type, without the keys
+that the type does not name.
 """
 
 import reprlib
@@ -31,26 +31,26 @@ Checked = TypeVar("Checked", covariant=True)
 
 @runtime_checkable
 class Adapter(Protocol[Checked]):
-    """What is used of pydantic's TypeAdapter."""
+    """The part of pydantic's TypeAdapter that is used here."""
 
     def validate_python(self, value: Any, /, *, strict: bool) -> Checked: ...
 
 
 @dataclass(frozen=True)
 class FileKind(Generic[Value]):
-    """What a file or a line of it holds: in words, as in `it is not ...`, and its type."""
+    """The kind of a file or of a line: its name, as in `it is not <name>`, and its type."""
 
     name: str
     type: Adapter[Value]
 
 
 def read_typed(path: Path, kind: FileKind[Value], error: Kind, *, way_out: str) -> Value:
-    """The value in a JSON file, which must be of a kind.
+    """Read a JSON file of a kind.
 
     Args:
-        way_out: what the user can do when it is not.
+        way_out: advice to the user if the file is of no such kind.
 
-    Raises: `error` naming the file, the place in it and the value there.
+    Raises: `error` that names the file, the key in it and its value.
     """
     try:
         return as_typed(read_json(path, error), kind, str(path), error)
@@ -59,9 +59,9 @@ def read_typed(path: Path, kind: FileKind[Value], error: Kind, *, way_out: str) 
 
 
 def read_typed_lines(path: Path, kind: FileKind[Value], error: Kind, *, way_out: str) -> list[Value]:
-    """The values in a file of JSON lines, each of which must be of a kind.
+    """Read a file of JSON lines of a kind.
 
-    Raises: `error` naming the line, the place in it and the value there.
+    Raises: `error` that names the line, the key in it and its value.
     """
     try:
         return [
@@ -74,9 +74,9 @@ def read_typed_lines(path: Path, kind: FileKind[Value], error: Kind, *, way_out:
 
 
 def as_typed(value: Any, kind: FileKind[Value], where: str, error: Kind) -> Value:
-    """A value out of a file, which must be of a kind.
+    """Check that a value from a file is of a kind.
 
-    Raises: `error` naming the first place that is not.
+    Raises: `error` that names the first key with a wrong value.
     """
     try:
         return kind.type.validate_python(value, strict=True)
@@ -85,7 +85,7 @@ def as_typed(value: Any, kind: FileKind[Value], where: str, error: Kind) -> Valu
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader], error: Kind) -> Any:
-    """The value in a YAML file.
+    """Read a YAML file.
 
     Raises: `error` if the file cannot be read, or holds no YAML.
     """
@@ -93,10 +93,10 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader], error: Kind) -> Any:
 
 
 def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader], error: Kind) -> Any:
-    """The value that a text spells in YAML.
+    """Parse YAML.
 
-    Raises: `error` for text that is no YAML, nested too deeply, or with a date or a number that there is not, and for
-        aliases that lead back to themselves or stand for more than `MOST_VALUES` values.
+    Raises: `error` for text that is no YAML, that is nested too deeply, or that holds an impossible date or number, and
+        for aliases that contain themselves or stand for more than `MOST_VALUES` values.
     """
     try:
         reader = loader(text)
@@ -114,11 +114,10 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader], error: Kind
 
 
 def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node holds when its aliases are written out.
+    """Count the values of a node with its aliases written out.
 
     Args:
-        known: the counts of nodes that were seen, which is what makes this fast where they are many; 0 for those that
-            are being counted.
+        known: the counts of nodes that were visited, each counted once; 0 for nodes that are being counted.
 
     Raises: yaml.YAMLError.
     """
@@ -140,9 +139,9 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_tensors(path: Path, error: Kind) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.
+    """Read every tensor of a safetensors file.
 
-    Raises: `error` if it cannot be read.
+    Raises: `error` if the file cannot be read.
     """
     try:
         return load_file(path)
@@ -153,14 +152,14 @@ def read_tensors(path: Path, error: Kind) -> dict[str, Tensor]:
 
 
 def short(value: Any) -> str:
-    """A value in a message: not more of it than fits into a line, however large or nested it is."""
+    """A value for a message, shortened to a line if it is large or nested."""
     return _SHORT.repr(value)
 
 
-def place_of(location: Iterable[int | str]) -> str:
-    """Where an error of pydantic is, such as `distill.loss`.
+def key_of(location: Iterable[int | str]) -> str:
+    """The key that an error of pydantic is about, such as `distill.loss`.
 
-    In a union the place is followed by the type that was tried, such as literal['a','b'], which is left out.
+    In a union, pydantic adds the type that was tried, such as literal['a','b'], which is left out.
     """
     return ".".join(
         part for part in map(str, location) if not part.startswith(("literal[", "dict[", "function-plain["))
@@ -169,9 +168,9 @@ def place_of(location: Iterable[int | str]) -> str:
 
 def _explain(problem: ValidationError) -> str:
     first = problem.errors(include_url=False)[0]
-    place = place_of(first["loc"])
+    key = key_of(first["loc"])
     if first["type"] == "missing":
-        return f"{place} is missing"
-    if first["type"] == "value_error":  # of a validator of ours, which names its place
+        return f"{key} is missing"
+    if first["type"] == "value_error":  # from a validator in a layouts.py, which names its key
         return str(first["msg"]).removeprefix("Value error, ")
-    return f"{place + ': ' if place else ''}{first['msg']} (got {short(first['input'])})"
+    return f"{key + ': ' if key else ''}{first['msg']} (got {short(first['input'])})"

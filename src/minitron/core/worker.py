@@ -1,4 +1,4 @@
-"""A process of its own for what may end its process, or whose memory is to be told apart."""
+"""Calls in a separate process, for work that may end its process or whose memory is measured alone."""
 
 import multiprocessing
 import os
@@ -15,24 +15,24 @@ from typing import TypeVar
 
 from minitron.core.files import scratch_errors, temporary_directory
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
-_last_words: int | None = None  # in a child: the file that its parent reads when it has ended
+_last_words: int | None = None  # in a child process: the file that its parent reads after it has ended
 
 
 class ChildEnded(Exception):
-    """The process ended instead of answering: it was killed, or ended itself. The message is what it said last."""
+    """The process was killed or ended itself before it returned a result. The message holds its last words."""
 
 
 def say_last(text: str) -> None:
-    """What a library says before it ends the process, for the error that its parent raises."""
+    """Record a library's message before it ends the process, for the error that the parent raises."""
     if _last_words is not None:
         os.write(_last_words, text.encode())
 
 
 class Child:
-    """Calls functions in a process of its own, one after the other. It ends with its parent, however that ends."""
+    """Calls functions one after the other in a child process, which ends with its parent in any case."""
 
     def __init__(self) -> None:
         with scratch_errors():
@@ -40,7 +40,7 @@ class Child:
         self._start()
 
     def _start(self) -> None:
-        # What ends the process at once: it waits for the other side of the pipe to close.
+        # The child ends at once when the other end of the pipe is closed.
         followed, self._held = multiprocessing.Pipe(duplex=False)
         context, told = multiprocessing.get_context("spawn"), (followed, self._last_words.name)
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=told)
@@ -57,10 +57,10 @@ class Child:
             self._held.close()
             self._last_words.close()
 
-    def call(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """The function's result, or its exception.
+    def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
+        """Return the function's result, or raise its exception.
 
-        Raises: ChildEnded; the next call is then made in a new process.
+        Raises: ChildEnded; the next call then starts a new process.
         """
         try:
             return self._pool.submit(function, *arguments).result()
@@ -74,7 +74,7 @@ class Child:
 
 
 def _begin(followed: connection.Connection, last_words: str) -> None:
-    """What the process does first: it draws no progress, leaves Ctrl-C to its parent, and follows that to its end."""
+    """Prepare a child process: it draws no progress, leaves Ctrl-C to its parent, and ends when the parent ends."""
     global _last_words
     _last_words = os.open(last_words, os.O_WRONLY | os.O_APPEND)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,5 +1,5 @@
 """Text to blocks of tokens."""
 
 from minitron.core.errors import DataError as DataError
-from minitron.data.corpus import DataConfig as DataConfig
+from minitron.data.config import DataConfig as DataConfig
 from minitron.data.corpus import prepare as prepare

@@ -11,68 +11,26 @@ Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
+from minitron.core.progress import SILENT, Listener
 from minitron.core.typed_files import read_typed
 from minitron.data import layouts
+from minitron.data.config import DataConfig
 from minitron.data.overlap import HeldOut
-from minitron.data.sources import BUILTIN, Document, find_source, read_source
-from minitron.data.sources import TEACHER as TEACHER
-from minitron.data.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
-from minitron.data.sources import builtin_documents as builtin_documents
-from minitron.data.sources import is_hub_id as is_hub_id
-from minitron.data.sources import keyed as keyed
-from minitron.data.sources import local_path as local_path
+from minitron.data.sources import Document, find_source, read_source
 from minitron.model.samples import Samples, Separator
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
 SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
-
-
-class DataConfig(Section):
-    source: UserPath = BUILTIN
-    """A .txt, .md, .jsonl or .parquet file, a directory of these, a Hugging Face dataset id, `builtin`: the source text
-    of the running Python's standard library, without its tests; or `teacher`: text sampled from the teacher."""
-    heldout: UserPath | None = None
-    """A second source, held out whole; documents of `source` that stand in it are not trained on. Without one,
-    `heldout_fraction` of the documents of `source` is held out."""
-    text_field: str = "text"
-    """Field of .jsonl and .parquet rows, and of dataset rows, that holds the text."""
-    delimiter: Literal["auto", "bos", "eos", "both", "none"] = "auto"
-    """Tokens around each document. `auto` is what the tokenizer adds by itself, else the end token after each, else the
-    start token before each; a tokenizer that has neither gets none."""
-    separate_documents: bool = False
-    """Keep the documents of a block apart: attention stays within a document, positions begin anew with each, and the
-    first token of one is not predicted from the last of another. They are told apart by the delimiter's tokens."""
-    block_tokens: int | None = Field(default=None, ge=8)
-    """Tokens in a block. Default: the model's context length, at most 2048."""
-    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the documents held out for evaluation, chosen by a hash of each document."""
-    max_document_chars: int = Field(default=16384, ge=256)
-    """A longer text file is several documents: it is cut at the first blank line after this many characters."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Stop reading, or sampling, after this many training tokens. Default: read everything; of a dataset id, and of
-    text sampled from the teacher, what the run needs."""
-    sample_temperature: float = Field(default=1.0, gt=0)
-    """Of text sampled from the teacher: its logits are divided by this."""
-    sample_top_k: int | None = Field(default=None, ge=1)
-    """Of text sampled from the teacher: only the so many likeliest tokens are drawn. Default: all."""
-    sample_top_p: float | None = Field(default=None, gt=0, le=1)
-    """Of text sampled from the teacher: only the likeliest tokens that have this probability together are drawn.
-    Default: all."""
-    sample_batch: int = Field(default=32, ge=1)
-    """Of text sampled from the teacher: documents at a time. Another number gives other text."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +87,10 @@ class Corpus:
         return Blocks(
             self._map("heldout.bin", self.dtype), self._map("heldout_bytes.bin", self.bytes_dtype), self.separator
         )
+
+    def facts(self) -> dict[str, object]:
+        """Everything but the path, as corpus.json and the record of a stage hold it."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         file = self.path / name
@@ -206,8 +168,9 @@ def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarr
     return rows
 
 
-def _python_warning(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+def hold_out_all(config: DataConfig) -> DataConfig:
+    """The config by which all of the source is held out, and `heldout` is not read; no recipe can ask for that."""
+    return config.model_copy(update={"heldout": None, "heldout_fraction": 1.0})
 
 
 def prepare(
@@ -218,45 +181,41 @@ def prepare(
     block_tokens: int,
     out: Path,
     documents: Iterable[Document] | None = None,
-    whole: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
-    warn: Callable[[str], None] = _python_warning,
+    listener: Listener = SILENT,
 ) -> Corpus:
     """Read, split and tokenize `config.source` into the existing directory `out`.
 
+    The listener is told the number of tokens so far, of a total that is not known before the end. It is warned of files
+    of a directory that are not read, and of text that is not trained on because it is held out.
+
     Args:
-        documents: those of the source, where it is none that could be read.
-        whole: hold out all of the source; then there is no training part, and `config.heldout` is not read.
-        progress: called with (tokens so far, 0, ""): how many there will be is not known before the end.
-        warn: hears what is not read of a directory, and what is not trained on because it is held out.
+        vocab: the number of rows of the model's embedding.
+        documents: the documents of the source, where it cannot be read by its name.
 
     Raises: DataError for text that is missing, empty, binary, or shorter than one block, for training text that is all
-        held out, and for a tokenizer that makes text of tokens that the model (`vocab`) does not have.
+        held out, and for a tokenizer that makes text into tokens that the model does not have.
     """
     try:
         require_rows(tokenizer, vocab)
     except CheckpointError as error:
         raise DataError(str(error)) from None
-    if whole:
-        config = config.model_copy(update={"heldout": None})
     for source in dict.fromkeys(filter(None, (config.source, config.heldout))):
         if left_out := find_source(source).left_out:
-            warn(left_out)
-    prefix, suffix, delimiter = delimiters(config.delimiter, tokenizer)
+            listener.warn(left_out)
+    writer = _Writer(out, tokenizer, config.delimiter, vocab)
     apart = separator(config, tokenizer)
-    writer = _Writer(out, tokenizer, prefix, suffix, vocab)
     with writer:
-        _write(writer, config, documents or read_documents(config.source, config), whole, progress)
+        _write(writer, config, documents or read_documents(config.source, config), listener)
     if writer.shared_chars:
-        warn(_shared(writer, config))
+        listener.warn(_shared(writer, config))
     if writer.documents["heldout"] == 0:
         writer.hold_out_lowest(config.source)
-    _require_blocks(writer, config, block_tokens, ("heldout",) if whole else ("train", "heldout"))
+    _require_blocks(writer, config, block_tokens)
     corpus = Corpus(
         path=out,
         block_tokens=block_tokens,
         dtype=writer.dtype,
-        delimiter=delimiter,
+        delimiter=writer.delimiter,
         train_documents=writer.documents["train"],
         train_tokens=writer.tokens["train"],
         heldout_documents=writer.documents["heldout"],
@@ -268,19 +227,11 @@ def prepare(
         shared_chars=writer.shared_chars,
         bytes_digest=_digest_files(out / "heldout_bytes.bin", salt=""),
     )
-    meta = asdict(corpus) | {"path": None}
-    del meta["path"]
-    (out / "corpus.json").write_text(json.dumps(meta, indent=2))
+    (out / "corpus.json").write_text(json.dumps(corpus.facts(), indent=2))
     return corpus
 
 
-def _write(
-    writer: "_Writer",
-    config: DataConfig,
-    documents: Iterable[Document],
-    whole: bool,
-    progress: Callable[[int, int, str], None],
-) -> None:
+def _write(writer: "_Writer", config: DataConfig, documents: Iterable[Document], listener: Listener) -> None:
     heldout = None
     if config.heldout is not None:
         heldout = HeldOut()
@@ -289,12 +240,12 @@ def _write(
             writer.add(document, heldout=True)
         writer.flush()
     for document in documents:
-        held = whole or (heldout is None and is_heldout(document, config.heldout_fraction))
+        held = heldout is None and is_heldout(document, config.heldout_fraction)
         if heldout is not None:
             document = writer.take_out(document, heldout.without(document))
         if document.text and writer.add(document, heldout=held):
-            progress(sum(writer.tokens.values()), 0, "tokens")
-        if config.max_tokens is not None and not whole and writer.tokens["train"] >= config.max_tokens:
+            listener.progress(sum(writer.tokens.values()), 0, "tokens")
+        if config.max_tokens is not None and writer.tokens["train"] >= config.max_tokens:
             break
 
 
@@ -388,8 +339,9 @@ class _Writer:
 
     BATCH_CHARS = 1 << 20
 
-    def __init__(self, out: Path, tokenizer: Any, prefix: list[int], suffix: list[int], vocab: int):
-        self.out, self.tokenizer, self.prefix, self.suffix, self.vocab = out, tokenizer, prefix, suffix, vocab
+    def __init__(self, out: Path, tokenizer: Any, delimiter: str, vocab: int):
+        self.out, self.tokenizer, self.vocab = out, tokenizer, vocab
+        self.prefix, self.suffix, self.delimiter = delimiters(delimiter, tokenizer)
         self.dtype = "uint16" if vocab <= 2**16 else "uint32"
         self.documents = {"train": 0, "heldout": 0}
         self.tokens = {"train": 0, "heldout": 0}
@@ -488,19 +440,19 @@ def _bytes_before(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int, splits: Sequence[str]) -> None:
+def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int) -> None:
     lower = "" if config.heldout else ", lower data.heldout_fraction"
     ways_out = {
         "train": f"give more text{lower}, or lower data.block_tokens",
         "heldout": "raise data.heldout_fraction, give data.heldout, or lower data.block_tokens",
     }
-    if "train" not in splits:
-        ways_out["heldout"] = "give more text, or lower data.block_tokens"
-    for split in splits:
+    if config.heldout_fraction == 1:
+        ways_out = {"heldout": "give more text, or lower data.block_tokens"}
+    for split, way_out in ways_out.items():
         if writer.tokens[split] < block_tokens:
             raise DataError(
                 f"the {split} part of {config.source!r} has {writer.tokens[split]} tokens, "
-                f"fewer than one block of {block_tokens}: {ways_out[split]}"
+                f"fewer than one block of {block_tokens}: {way_out}"
             )
 
 

@@ -31,8 +31,8 @@ class CorpusFacts(Layout):
     separator: Separation | None = None
 
 
-class Sampled(Layout):
-    """What was sampled from the teacher."""
+class SampledFacts(Layout):
+    """The text that was sampled from the teacher."""
 
     documents: Count
 
@@ -42,7 +42,7 @@ class Text(Layout):
 
     train_tokens: Count
     heldout_tokens: Count
-    sampled: Sampled | None = None
+    sampled: SampledFacts | None = None
 
 
 CORPUS = FileKind("the description of a corpus", TypeAdapter(CorpusFacts))

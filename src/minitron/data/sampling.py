@@ -23,16 +23,18 @@ from torch import Tensor
 from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.reading import read_rows
-from minitron.data.corpus import DataConfig, delimiters, is_heldout, keyed
+from minitron.data.config import DataConfig
+from minitron.data.corpus import delimiters, is_heldout
+from minitron.data.sources import keyed
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
-# A model that says little may never fill the held-out part: sampling ends at so many times what is to be expected.
-PATIENCE = 4
+# Sampling ends at this multiple of the expected tokens: documents may be so short that the held-out part never fills.
+MOST_OF_EXPECTED = 4
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledDocument:
     """A row of the file. `tokens` were drawn, the end token among them; `ended` is False for a text cut at the length
     of a block."""
 
@@ -50,58 +52,47 @@ def sample_text(
     block_tokens: int,
     seed: int,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
-) -> list[Sampled]:
-    """Sample until the training part has `config.max_tokens` tokens and the held-out part a block, into a JSONL file.
+) -> list[SampledDocument]:
+    """Sample into a JSONL file until the training part has `config.max_tokens` tokens and the held-out part a block.
 
-    What an interrupted call left in the file is gone on from, and ends with the bytes of one undisturbed call.
+    Text that an interrupted call left in the file is continued, and ends with the bytes of an undisturbed call.
 
     Args:
-        model: its directory; it is loaded whole, in its own dtype.
-        block_tokens: most tokens of a document, its start token among them.
+        model: a model directory, which is loaded whole in its own dtype.
+        block_tokens: the most tokens of a document, with its start token.
         progress: called with (training tokens, how many there will be, speed).
 
     Raises: DataError for a tokenizer without a token to start from, CheckpointError for logits that are not finite.
     """
     goal, start = _Goal(config, tokenizer, block_tokens), start_token(tokenizer)
-    rows = _resume(file, config.sample_batch)
-    for row in rows:
-        goal.count(row)
+    documents = _resume(file, config.sample_batch)
+    for document in documents:
+        goal.count(document)
     if goal.reached:
-        return rows
-    clock, first, done = time.monotonic(), goal.drawn, 1
-
-    def step(drawn: int) -> None:
-        nonlocal done  # never falls, though what a batch adds to the training part is only known at its end
-        done = max(done, min(goal.train + round(drawn * goal.train_share), goal.tokens))
-        speed = (goal.drawn + drawn - first) / (time.monotonic() - clock)
-        progress(done, goal.tokens, f"tokens sampled, {speed:,.0f} a second")
-
+        return documents
     loaded = load_model(model).to(pick_device())
-    ends = end_tokens(tokenizer, loaded)
+    sampling = Sampling(
+        start,
+        end_tokens(tokenizer, loaded),
+        num_rows_needed(tokenizer),
+        config.sample_temperature,
+        config.sample_top_k,
+        config.sample_top_p,
+    )
+    told = goal.progress(progress)
     with file.open("a", encoding="utf-8") as lines:
         while not goal.reached:
-            number = len(rows) // config.sample_batch
+            number = len(documents) // config.sample_batch
             draws = np.random.default_rng([seed, number]).random((config.sample_batch, block_tokens - 1), np.float32)
-            batch = sample_batch(
-                loaded,
-                start,
-                ends,
-                draws,
-                temperature=config.sample_temperature,
-                top_k=config.sample_top_k,
-                top_p=config.sample_top_p,
-                vocab=num_rows_needed(tokenizer),
-                step=step,
-            )
-            for row in (_decoded(ids, ends, tokenizer) for ids in batch):
-                goal.count(row)
-                rows.append(row)
-                lines.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            for ids in sample_batch(loaded, sampling, draws, told):
+                documents.append(_decoded(ids, sampling.ends, tokenizer))
+                goal.count(documents[-1])
+                lines.write(json.dumps(asdict(documents[-1]), ensure_ascii=False) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
     del loaded
     torch.cuda.empty_cache()  # passes that follow look at what is free
-    return rows
+    return documents
 
 
 def start_token(tokenizer: Any) -> int:
@@ -116,45 +107,55 @@ def end_tokens(tokenizer: Any, model: Any) -> set[int]:
     return {token for token in (*named, tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None}
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The settings by which tokens are drawn.
+
+    start, ends: the token that each document begins with, and the tokens that end it.
+    vocab: the number of tokens that the tokenizer knows; a model may have more rows.
+    """
+
+    start: int
+    ends: Collection[int]
+    vocab: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
 @torch.no_grad()
 def sample_batch(
     model: Any,
-    start: int,
-    ends: Collection[int],
+    sampling: Sampling,
     draws: Float[np.ndarray, "documents tokens"],
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    vocab: int,
-    step: Callable[[int], None] = lambda drawn: None,
+    progress: Callable[[int], None] = lambda drawn: None,
 ) -> list[list[int]]:
-    """Token ids of one document for each row of `draws`, without the start token, with the end token where it has one.
+    """The token ids of one document for each row of `draws`, without the start token but with an end token.
 
     Args:
-        draws: a number in [0, 1) for each token: where among the cumulated probabilities it is.
-        vocab: tokens that the tokenizer knows; a model may have more rows than that.
-        step: called with the number of tokens drawn so far, after each token of the longest document.
+        draws: for each token a number in [0, 1), which picks it by the cumulated probabilities.
+        progress: called with the number of tokens drawn so far, after each token of the longest document.
     """
     device = next(model.parameters()).device
     documents: list[list[int]] = [[] for _ in draws]
     rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and among these still going on
-    tokens, cache = torch.full((len(draws), 1), start, device=device), None
+    tokens, cache = torch.full((len(draws), 1), sampling.start, device=device), None
     for position in range(draws.shape[1]):
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1, :vocab].float()
+        cache, logits = output.past_key_values, output.logits[:, -1, : sampling.vocab].float()
         if not logits.isfinite().all():
             raise CheckpointError(
                 f"the teacher's logits are not finite after {position + 1} tokens of its own text: its weights are "
                 f"damaged, or too large for {model.dtype}"
             )
-        chosen = draw(probabilities(logits / temperature, top_k, top_p), torch.from_numpy(draws[rows, position]))
+        chances = probabilities(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        chosen = draw(chances, torch.from_numpy(draws[rows, position]))
         for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
             if row in open_rows:
                 documents[row].append(token)
-                if token in ends:
+                if token in sampling.ends:
                     open_rows.remove(row)
-        step(sum(map(len, documents)))
+        progress(sum(map(len, documents)))
         if not open_rows:
             break
         tokens = chosen[:, None]
@@ -189,7 +190,7 @@ def draw(of: Float[Tensor, "rows vocab"], at: Float[Tensor, " rows"]) -> Int[Ten
 
 
 class _Goal:
-    """How much of the text there is, packed and split as `data.prepare` does it."""
+    """The tokens that were sampled, counted and split as `prepare` does it, and the tokens that are wanted."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, block_tokens: int):
         assert config.max_tokens is not None
@@ -200,40 +201,52 @@ class _Goal:
         self.train = self.heldout = self.drawn = 0
         held = 0.0 if config.heldout else config.heldout_fraction
         self.train_share = 1 - held
-        self.most = PATIENCE * (self.tokens / self.train_share + (block_tokens / held if held else 0))
+        self.most = MOST_OF_EXPECTED * (self.tokens / self.train_share + (block_tokens / held if held else 0))
 
     @property
     def reached(self) -> bool:
         enough_held = self.config.heldout is not None or self.heldout >= self.block_tokens
         return (self.train >= self.tokens and enough_held) or self.drawn >= self.most
 
-    def count(self, row: Sampled) -> None:
-        self.drawn += row.tokens
-        if not row.text.strip():
-            return  # no document
-        tokens = len(text_ids(self.tokenizer, row.text)) + self.num_delimiters
-        if self.config.heldout is None and is_heldout(keyed(row.text), self.config.heldout_fraction):
+    def progress(self, report: Callable[[int, int, str], None]) -> Callable[[int], None]:
+        """The function that `sample_batch` tells the tokens drawn so far, and which reports the training tokens."""
+        clock, first, done = time.monotonic(), self.drawn, 1
+
+        def drawn(of_batch: int) -> None:
+            nonlocal done  # it never falls, though the training tokens of a batch are only known at its end
+            done = max(done, min(self.train + round(of_batch * self.train_share), self.tokens))
+            speed = (self.drawn + of_batch - first) / (time.monotonic() - clock)
+            report(done, self.tokens, f"tokens sampled, {speed:,.0f} a second")
+
+        return drawn
+
+    def count(self, document: SampledDocument) -> None:
+        self.drawn += document.tokens
+        if not document.text.strip():
+            return
+        tokens = len(text_ids(self.tokenizer, document.text)) + self.num_delimiters
+        if self.config.heldout is None and is_heldout(keyed(document.text), self.config.heldout_fraction):
             self.heldout += tokens
         else:
             self.train += tokens
 
 
-def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> Sampled:
+def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> SampledDocument:
     ended = ids[-1] in ends
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     text = text.replace("\0", "")  # a token of most tokenizers, and no character of text
     # The length may cut a character in two.
-    return Sampled(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
+    return SampledDocument(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
 
 
-def _resume(path: Path, batch: int) -> list[Sampled]:
+def _resume(path: Path, batch: int) -> list[SampledDocument]:
     """The whole batches in the file; what is behind them is cut off."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = sum(line.endswith(b"\n") for line in lines) // batch * batch
     if path.exists():
         os.truncate(path, sum(map(len, lines[:whole])))
     try:
-        return [Sampled(**row) for _, row in read_rows(path, DataError)] if path.exists() else []
+        return [SampledDocument(**row) for _, row in read_rows(path, DataError)] if path.exists() else []
     except (DataError, TypeError) as problem:
         raise DataError(
             f"{path}, the text sampled so far, is damaged ({problem}): delete it, and sampling begins anew"

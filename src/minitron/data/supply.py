@@ -3,17 +3,16 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from minitron.core.errors import DataError, RunError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import Listener
-from minitron.data.corpus import SAMPLED, TEACHER, Corpus, DataConfig, is_hub_id, open_corpus, prepare, read_documents
+from minitron.data.config import DataConfig
+from minitron.data.corpus import SAMPLED, Corpus, hold_out_all, open_corpus, prepare, read_documents
 from minitron.data.sampling import sample_text
-from minitron.model.checkpoint import Checkpoint, load_tokenizer
-from minitron.model.model_config import ModelConfig
+from minitron.data.sources import TEACHER, is_hub_id
+from minitron.model.checkpoint import Checkpoint, ModelConfig
 
 LARGEST_DEFAULT_BLOCK = 2048
 
@@ -53,26 +52,17 @@ def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
 
 
 def make_corpus(
-    config: DataConfig,
-    teacher: Checkpoint,
-    tokenizer: Any,
-    *,
-    seed: int,
-    out: Path,
-    state: Path | None = None,
-    whole: bool = False,
-    listener: Listener,
-) -> dict[str, Any]:
-    """Make a corpus in the existing directory `out`, of text that is sampled first where the config says so.
+    config: DataConfig, teacher: Checkpoint, *, seed: int, out: Path, listener: Listener, state: Path | None = None
+) -> dict[str, object]:
+    """Make a corpus in the existing directory `out`; its text is sampled first where the config says so.
 
     Args:
-        state: where sampled text is kept from one call to the next.
-        whole: hold out all of the text.
+        state: the directory that keeps sampled text from one call to the next.
 
-    Returns what a record should say of it.
+    Returns the result of the stage, for its record.
     """
-    block_tokens = block_length(config, teacher)
-    facts: dict[str, Any] = {}
+    block_tokens, tokenizer = block_length(config, teacher), teacher.tokenizer
+    facts: dict[str, object] = {}
     documents = None
     if config.source == TEACHER:
         file = (state or out) / SAMPLED
@@ -91,13 +81,11 @@ def make_corpus(
         block_tokens=block_tokens,
         out=out,
         documents=documents,
-        whole=whole,
-        progress=listener.progress,
-        warn=listener.warn,
+        listener=listener,
     )
     if (config.delimiter, corpus.delimiter) == ("auto", "none"):
         listener.warn("the tokenizer has neither a BOS nor an EOS token: nothing stands between documents")
-    return _without_path(corpus) | facts
+    return corpus.facts() | facts
 
 
 def keep_sampled(corpus: Path, out: Path) -> None:
@@ -128,12 +116,9 @@ def corpus_for(
     listener.stage("data", "running")
     if samples is not None:
         config = bounded(config, samples * block_length(config, checkpoint))
+    if whole:
+        config = hold_out_all(config)
     with scratch_directory(scratch) as path:
-        tokenizer = load_tokenizer(checkpoint.path)
         with scratch_errors(scratch):
-            make_corpus(config, checkpoint, tokenizer, seed=seed, out=path, whole=whole, listener=listener)
+            make_corpus(config, checkpoint, seed=seed, out=path, listener=listener)
         yield open_corpus(path)
-
-
-def _without_path(corpus: Corpus) -> dict[str, Any]:
-    return {name: value for name, value in asdict(corpus).items() if name != "path"}

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.core.numerics import matmul_precision
 from minitron.distillation.objective import Objective, TopK
-from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, matmul_precision, project, usual_chunk
+from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, project, usual_chunk
 
 # Logit-sized float32 tensors alive at once in a chunk on a CPU, where softmaxes work on a few rows at a time: both
 # models' logits, the gradient in bfloat16, and about as much as products copy.

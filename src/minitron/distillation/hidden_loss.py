@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitron.core.numerics import normalized
 from minitron.model.architecture import Shape
-from minitron.model.norms import normalized
 
 Depths = Literal["off", "p1", "all"]
 # Most pairs along the depth, so that maps between widths stay small beside the student.

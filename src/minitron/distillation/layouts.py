@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from minitron.core.layouts import Amount, Count, FileName, Layout, Number, Positive
+from minitron.core.layouts import Amount, Count, FileName, Finite, Layout, Positive
 from minitron.core.typed_files import FileKind
 
 
@@ -13,9 +13,9 @@ class Logged(Layout):
 
     step: Positive
     tokens: Positive
-    loss: Number | None = None
+    loss: Finite | None = None
     learning_rate: Amount | None = None
-    heldout_loss: Number | None = None
+    heldout_loss: Finite | None = None
 
 
 class Shard(Layout):

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from minitron.core.errors import MinitronError
 from minitron.core.files import digest_files, write_json
+from minitron.core.numerics import matmul_precision
 from minitron.core.typed_files import read_typed
 from minitron.distillation import layouts
 from minitron.distillation.objective import LEAST_TAIL, TeacherOutput, TopK
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.logits import chunk_tokens, logit_transform, matmul_precision, project
+from minitron.model.logits import chunk_tokens, logit_transform, project
 from minitron.model.samples import Batch, Samples, Separator
 from minitron.model.stream import Pass, Stream
 

@@ -14,8 +14,8 @@ from minitron.core.errors import RecipeError
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.optim import hold_weights
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.hidden_states import layers_of
-from minitron.model.hugging_face import new_model
+from minitron.model.hidden_states import decoder_layers
+from minitron.model.hub import new_model
 from minitron.model.sharded import load_for_training
 
 
@@ -36,7 +36,7 @@ def trainable_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        compile_layers(layers_of(model, checkpoint))
+        compile_layers(decoder_layers(model, checkpoint))
     return model
 
 

@@ -20,7 +20,7 @@ from minitron.core.direct_io import digest_file
 from minitron.core.errors import RunError
 from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.machine import versions
-from minitron.core.parallel import at_holder, from_holder, joined, shard_like
+from minitron.core.parallel import at_owner, from_owner, joined, shard_like
 from minitron.core.reading import parse_json, read_text
 from minitron.core.typed_files import as_typed
 from minitron.distillation import layouts
@@ -204,7 +204,7 @@ class States:
             value = value.to(device)
             if entry != "step":
                 holder = self.holders.get(parameter)
-                value = shard_like(value, parameter) if holder is None else at_holder(value, holder)
+                value = shard_like(value, parameter) if holder is None else at_owner(value, holder)
             self.optimizer.state[parameter][entry] = value
 
     def _device(self) -> torch.device:
@@ -233,7 +233,7 @@ class _Entry:
 
     def full(self) -> Tensor:
         """Return the whole tensor; every process must call this."""
-        return parallel.full(self.tensor) if self.holder is None else from_holder(self.tensor, self.holder, self.device)
+        return parallel.full(self.tensor) if self.holder is None else from_owner(self.tensor, self.holder, self.device)
 
 
 def nearest_step(tokens: int, step_tokens: int) -> int:

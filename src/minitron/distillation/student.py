@@ -15,7 +15,7 @@ from minitron.distillation.schedule import Schedule
 from minitron.distillation.setup import products_in, trainable_model
 from minitron.distillation.teachers import TeacherSource
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.model.hidden_states import capture_hidden_states, layers_of
+from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
 
@@ -99,4 +99,4 @@ def student_module(
         pairs = pairs_of(config.intermediate, shape, of_teacher)
         intermediate = HiddenLoss(pairs, shape, of_teacher, centred=checkpoint.architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP shards parameters of one format only
-    return StudentModule(model, layers_of(model, checkpoint), config.objective, intermediate, dtype)
+    return StudentModule(model, decoder_layers(model, checkpoint), config.objective, intermediate, dtype)

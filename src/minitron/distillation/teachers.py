@@ -16,11 +16,12 @@ from minitron.distillation.hidden_loss import pairs_of
 from minitron.distillation.objective import Objective, TeacherOutput
 from minitron.distillation.recording import RecordedTeacher
 from minitron.distillation.setup import compile_layers, products_in, trainable_model
-from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from minitron.model.hidden_states import capture_hidden_states, layers_of
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
 from minitron.model.sharded import load_for_training, shard_into
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import num_rows_needed
 
 Teacher = Callable[[Batch], TeacherOutput]
@@ -90,7 +91,7 @@ class OnlineTeacher:
             compiled: run its layers with torch.compile.
         """
         self.model = load_for_training(teacher, dtype).requires_grad_(False)
-        self.layers, self.depths = layers_of(self.model, teacher), depths
+        self.layers, self.depths = decoder_layers(self.model, teacher), depths
         if compiled:
             compile_layers(self.layers)
         shard_into(self.model.base_model, self.model, self.layers, teacher, dtype, device)
@@ -130,7 +131,7 @@ class LearningTeacher:
             depths: of the hidden states that its output holds.
         """
         self.checkpoint = checkpoint
-        layers = layers_of(model, checkpoint)
+        layers = decoder_layers(model, checkpoint)
         self.module = _TeacherModule(model, layers, dtype, depths)
         shard_into(self.module, model, layers, checkpoint, dtype, device)
         # Output and gradient come from one forward pass, so it has no dropout. A layer that is in training itself,

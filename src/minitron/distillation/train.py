@@ -27,9 +27,10 @@ from minitron.distillation.state import States
 from minitron.distillation.student import StudentModule, student_module
 from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource, open_teacher
 from minitron.distillation.trackers import tracked
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Batch
 from minitron.model.sharded import shard_into
+from minitron.model.writing import write_checkpoint
 
 CORRECTED = "corrected"  # directory of the teacher that is corrected in parallel, beside its training's states
 EVALUATION_BLOCKS = 8  # in one forward pass

@@ -33,9 +33,9 @@ from minitron.evaluation.speed import (
 )
 from minitron.gguf.config import require_installed
 from minitron.gguf.reader import is_gguf
-from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
+from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.describe import describe
-from minitron.model.hugging_face import new_model
+from minitron.model.hub import new_model, resolve_model
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)

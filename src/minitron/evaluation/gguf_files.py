@@ -16,7 +16,8 @@ from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.data.corpus import Corpus, DataConfig, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
 from minitron.evaluation.quality import Evaluation
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
@@ -32,8 +33,10 @@ from minitron.gguf.verify import (
     process_ended,
     readable,
 )
-from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint, resolve_model
+from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.hub import resolve_model
 from minitron.model.samples import Batch, Separator
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import require_unicode, text_ids
 
 SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
@@ -193,9 +196,10 @@ def _corpus(
     with scratch_directory() as path:
         listener.stage("data", "running")
         vocab = max(model.vocab, len(tokenizer))
-        options: dict[str, Any] = {"whole": whole, "warn": listener.warn}
+        if whole:
+            config = hold_out_all(config)
         with scratch_errors():
-            corpus = prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, **options)
+            corpus = prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, listener=listener)
         yield corpus
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
+from minitron.core.numerics import matmul_precision
 from minitron.data.corpus import Blocks
-from minitron.model.logits import LazyLogits, logit_transform, matmul_precision, usual_chunk
+from minitron.model.logits import LazyLogits, logit_transform, usual_chunk
 from minitron.model.samples import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")

@@ -26,7 +26,7 @@ from minitron.gguf.model_config import Keys, query_factor, require_runnable, rop
 from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.hugging_face import transformers_config
+from minitron.model.hub import transformers_config
 from minitron.model.naming import model_name
 
 ALIGNMENT = 32  # of each tensor in the file; the format's default

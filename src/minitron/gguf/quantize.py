@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as BlockType
 from jaxtyping import Int
 from torch import Tensor
 
-from minitron.calibration.collect import calibrate
+from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import GgufError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
@@ -369,7 +369,7 @@ def _importance(
         return found
     if text is None:
         return None
-    statistics = calibrate(
+    statistics = measure_statistics(
         checkpoint,
         Samples(text.calibration),
         Pass(torch.float32, progress=partial(listener.progress, note="layers of the importance matrix")),

@@ -12,7 +12,7 @@ from typing import Any
 
 from minitron.core.errors import GgufError
 from minitron.core.reading import read_json
-from minitron.model.checkpoint import load_tokenizer
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import put_around
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.

@@ -22,9 +22,10 @@ from minitron.core.errors import CheckpointError, GgufError
 from minitron.core.worker import Child, ChildEnded
 from minitron.gguf.file import describe
 from minitron.gguf.llama_cpp import Runtime
-from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.logits import logit_transform
 from minitron.model.samples import Batch
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import prompt_ids, text_ids
 
 # What tells tokenizers apart: cases, digits, spaces, lines, code, accents, and scripts without spaces.

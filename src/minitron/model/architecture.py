@@ -22,6 +22,8 @@ from minitron.core.errors import CheckpointError, PlanError
 
 # The dims that pruning can shrink, in the order in which they are reported.
 PRUNABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")
+# Those that have units of their own in every layer.
+LAYER_DIMS = ("ffn", "heads", "kv_heads")
 
 # Kind of rotary positions -> the keys without which it is none.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {

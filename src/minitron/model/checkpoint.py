@@ -4,11 +4,9 @@ Only safetensors, and nothing from the directory is executed.
 """
 
 import hashlib
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +15,22 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from minitron.core.errors import CheckpointError
-from minitron.core.reading import read_json
 from minitron.model.architecture import Architecture, Axis, Parameters, Shape, TensorSpec
-from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS, read_config, require_entry_per_layer
+from minitron.model.config_json import DTYPE_KEYS, read_config, require_entry_per_layer
 from minitron.model.families import family_of
-from minitron.model.hugging_face import empty_model
-from minitron.model.tokenizer import end_ids, make_portable
-from minitron.model.tokenizer import load_tokenizer as load_tokenizer
-from minitron.model.weight_files import INDEX, SINGLE, stored_tensors, weight_files
+from minitron.model.hub import empty_model
+from minitron.model.tokenizer import end_ids, load_tokenizer
+from minitron.model.weight_files import carried_files, stored_tensors, without_code
 from minitron.model.weights import (
     StoredTensor,
-    TensorType,
-    bytes_of,
     gather_rows,
-    plan_shards,
-    read_rows,
+    read_tensor_rows,
     require_fits,
     same_values,
-    write_shard,
 )
 
 FINGERPRINT_BYTES = 4096  # of each tensor
-SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 RMS_ROWS = 64  # of each matrix, whose weights stand for all
-GENERATION = "generation_config.json"
-# Files that travel with the weights: tokenizer, chat template, generation config, licence.
-CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "tekken.json", "chat_template*", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-# Carried files of tables of tokens, in which no key is code; what loads the tokenizer checks them.
-LARGE_TABLES = ("tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,14 @@ class Checkpoint:
         """The tensor that projects to the vocabulary: the embedding itself where they are tied."""
         return self.architecture.head if self.architecture.head in self.stored else self.architecture.embedding
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The directory's tokenizer, loaded when it is first asked for.
+
+        Raises: CheckpointError, see `load_tokenizer`.
+        """
+        return load_tokenizer(self.path)
+
     def fingerprint(self) -> str:
         """A digest that tells two models apart without reading all of them: of the first rows of every tensor."""
         digest = hashlib.sha256()
@@ -99,7 +90,7 @@ class Checkpoint:
 
     def read_rows(self, name: str, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
         """Rows [start, stop) of a tensor; in `buffer` if they fit there."""
-        return read_rows(self.stored[name], start, stop, buffer)
+        return read_tensor_rows(self.stored[name], start, stop, buffer)
 
     def read_middle(self, name: str, rows: int) -> Tensor:
         """At most so many rows from the middle of a tensor, to stand for all."""
@@ -118,34 +109,6 @@ class Checkpoint:
     def gather_rows(self, name: str, rows: Int[Tensor, " rows"]) -> Tensor:
         """Some rows of a tensor, in ascending order; the others are not read, but where a gap is short."""
         return gather_rows(self.stored[name], rows)
-
-
-def resolve_model(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
-    """The local directory of a model: a directory as it is, a hub id downloaded to the hub's cache.
-
-    Args:
-        config_only: download nothing but config.json.
-
-    Raises: CheckpointError if there is neither.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; give the model's directory or a hub id")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"model directory {model} does not exist")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "README.md", *CARRIED]
-    try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{model!r} is neither a local directory nor a hub model that can be read: {reason}"
-        ) from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -173,94 +136,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _require_tied(path, stored[architecture.embedding], stored[architecture.head])
     require_entry_per_layer(path, config, architecture, shape.layers)
     for file in carried_files(path):
-        _without_code(file)
+        without_code(file)
     return checkpoint
-
-
-def write_checkpoint(
-    out: Path,
-    *,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorType],
-    pieces: Iterable[Tensor],
-    carry_from: Path,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, str]:
-    """Write a model into the existing directory `out`; returns the sha256 of each file of weights by its name.
-
-    What is written says the dtype of its embedding, and names no code, for none comes along. Dtypes and shapes are
-    given in advance, so a shard's header is written before its data and no shard is ever held.
-
-    Args:
-        pieces: the tensors in the order of `tensors`, each whole or in runs of rows. They are asked for in another
-            thread, and each is used up before the next is asked for.
-    """
-    shards = plan_shards(tensors, shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    )
-    left = iter(pieces)
-    digests = {file: write_shard(out / file, shard, left) for file, shard in zip(names, shards, strict=True)}
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(bytes_of(*tensor) for tensor in tensors.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-        }
-        (out / INDEX).write_text(json.dumps(index, indent=2))
-    (out / CONFIG).write_text(json.dumps(_as_written(config, tensors), indent=2))
-    for carried in carried_files(carry_from):
-        said = _without_code(carried)
-        if said is None:
-            shutil.copyfile(carried, out / carried.name)
-        else:
-            (out / carried.name).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
-    make_portable(out)
-    return digests
-
-
-def _as_written(config: Mapping[str, Any], tensors: Mapping[str, TensorType]) -> dict[str, Any]:
-    """A config.json that says the dtype that is stored, under the keys that said one, and no code."""
-    said = {key: value for key, value in config.items() if key not in CODE_KEYS}
-    dtype = str(tensors[family_of(config).embedding][0]).removeprefix("torch.")
-    return said | dict.fromkeys([key for key in DTYPE_KEYS if key in said] or [DTYPE_KEYS[-1]], dtype)
-
-
-def _without_code(file: Path) -> Any:
-    """What a carried JSON file says without the keys that name code; None where the file stays as it is.
-
-    Raises: CheckpointError for a file that is named .json and is none, and for a generation_config.json without keys.
-    """
-    if file.suffix != ".json" or file.name in LARGE_TABLES:
-        return None
-    said = read_json(file, CheckpointError)
-    if file.name == GENERATION and not isinstance(said, dict):
-        raise CheckpointError(f"{file} must be a JSON object: transformers would not load the model; remove the file")
-    code = [key for key in CODE_KEYS if key in said] if isinstance(said, dict) else []
-    return {key: value for key, value in said.items() if key not in code} if code else None
-
-
-def model_files(path: Path) -> list[Path]:
-    """The files that make a model what it is: config, weights, and what is carried along. No README, no records."""
-    weights = weight_files(path)
-    index = [path / INDEX] if [file.name for file in weights] != [SINGLE] else []
-    return [path / CONFIG, *weights, *index, *carried_files(path)]
-
-
-def carried_files(path: Path) -> list[Path]:
-    """The files of a directory that travel with its weights. Python files are none of them, whatever their names.
-
-    Raises: CheckpointError for a link whose file is gone: the model would go on without it.
-    """
-    named = (file for file in path.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in CARRIED))
-    found = sorted(file for file in named if file.suffix != ".py" and not file.is_dir())
-    for file in found:
-        if not file.exists():
-            raise CheckpointError(
-                f"{file} is a link to {file.readlink()}, which does not exist: download or copy the model again"
-            )
-    return found
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
@@ -364,3 +241,42 @@ def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> No
             f"{path}: config.json ties {head.name} to {embedding.name}, yet they are stored with different values; "
             "set tie_word_embeddings to false if both are meant"
         )
+
+
+_CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+ASSUMED_DTYPE = "float32"  # what transformers takes where a config says none
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a Checkpoint knows without its tensors."""
+
+    path: Path
+    config: Mapping[str, Any]
+    architecture: Architecture
+    shape: Shape
+    dtype: torch.dtype
+    dtype_assumed: bool  # config.json says none
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.architecture.count(self.shape, self.config)
+
+
+def open_config(path: Path) -> ModelConfig:
+    """Read a model directory's config.json; nothing else need be there.
+
+    Raises: CheckpointError, UnsupportedArchitecture.
+    """
+    config = read_config(path)
+    architecture = family_of(config)
+    said = next((config[key] for key in DTYPE_KEYS if key in config), None)
+    name = ASSUMED_DTYPE if said is None else said
+    if name not in _CONFIG_DTYPES:
+        known = ", ".join(sorted(_CONFIG_DTYPES))
+        raise CheckpointError(f"{path / 'config.json'}: dtype is {name!r}; supported are {known}")
+    shape = architecture.shape(config)
+    require_entry_per_layer(path, config, architecture, shape.layers)
+    return ModelConfig(path, config, architecture, shape, _CONFIG_DTYPES[name], said is None)

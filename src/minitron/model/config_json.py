@@ -26,7 +26,7 @@ LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
-class Rule:
+class ValueRule:
     """What a value must be. Where `null` is kept it is a value of its own: no window, no cap, one head each."""
 
     text: str
@@ -50,45 +50,45 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(_is_number(each) and each > 0 for each in value)
 
 
-SIZE = Rule(f"a positive integer of at most {LARGEST_SIZE}", _is_size)
-COUNT = Rule("an integer from 0", lambda value: _is_integer(value) and value >= 0)
-NUMBER = Rule("a finite number", _is_number)
-POSITIVE = Rule("a finite number above 0", lambda value: _is_number(value) and value > 0)
-FROM_0 = Rule("a finite number from 0", lambda value: _is_number(value) and value >= 0)
-SHARE = Rule("a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1)
-SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
-NAME = Rule("a string", lambda value: isinstance(value, str))
-NUMBERS = Rule("a list of finite numbers above 0", _is_numbers)
-OBJECT = Rule("an object", lambda value: isinstance(value, dict), null=True)
-WINDOW = Rule(SIZE.text + ", or null for no window", SIZE.holds, null=True)
-SHARED_HEADS = Rule(SIZE.text + ", or null for as many as there are query heads", SIZE.holds, null=True)
-CAP = Rule(POSITIVE.text + ", or null for no cap", POSITIVE.holds, null=True)
+_SIZE = ValueRule(f"a positive integer of at most {LARGEST_SIZE}", _is_size)
+_COUNT = ValueRule("an integer from 0", lambda value: _is_integer(value) and value >= 0)
+_NUMBER = ValueRule("a finite number", _is_number)
+_POSITIVE = ValueRule("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_FROM_0 = ValueRule("a finite number from 0", lambda value: _is_number(value) and value >= 0)
+_SHARE = ValueRule("a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1)
+_SWITCH = ValueRule("true or false", lambda value: isinstance(value, bool))
+_NAME = ValueRule("a string", lambda value: isinstance(value, str))
+_NUMBERS = ValueRule("a list of finite numbers above 0", _is_numbers)
+_OBJECT = ValueRule("an object", lambda value: isinstance(value, dict), null=True)
+_WINDOW = ValueRule(_SIZE.text + ", or null for no window", _SIZE.holds, null=True)
+_SHARED_HEADS = ValueRule(_SIZE.text + ", or null for as many as there are query heads", _SIZE.holds, null=True)
+_CAP = ValueRule(_POSITIVE.text + ", or null for no cap", _POSITIVE.holds, null=True)
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), SIZE),
-    **dict.fromkeys(("num_attention_heads", "head_dim", "max_position_embeddings"), SIZE),
-    **dict.fromkeys(("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"), SIZE),
-    "num_key_value_heads": SHARED_HEADS,
-    "max_window_layers": COUNT,
-    "sliding_window": WINDOW,
-    **dict.fromkeys(("rms_norm_eps", "norm_eps", "initializer_range"), FROM_0),
-    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), FROM_0),
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "logits_scaling"), POSITIVE),
-    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), NUMBER),
-    "partial_rotary_factor": SHARE,
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), CAP),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache"), SWITCH),
-    **dict.fromkeys(("hidden_act", "hidden_activation", *DTYPE_KEYS), NAME),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), OBJECT),
+CONFIG_RULES: dict[str, ValueRule] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
+    **dict.fromkeys(("num_attention_heads", "head_dim", "max_position_embeddings"), _SIZE),
+    **dict.fromkeys(("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"), _SIZE),
+    "num_key_value_heads": _SHARED_HEADS,
+    "max_window_layers": _COUNT,
+    "sliding_window": _WINDOW,
+    **dict.fromkeys(("rms_norm_eps", "norm_eps", "initializer_range"), _FROM_0),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), _FROM_0),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "logits_scaling"), _POSITIVE),
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), _NUMBER),
+    "partial_rotary_factor": _SHARE,
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _CAP),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache"), _SWITCH),
+    **dict.fromkeys(("hidden_act", "hidden_activation", *DTYPE_KEYS), _NAME),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
 }
-ROPE_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("rope_type", "type"), NAME),
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"), POSITIVE),
-    **dict.fromkeys(("beta_fast", "beta_slow"), POSITIVE),
-    **dict.fromkeys(("mscale", "mscale_all_dim"), FROM_0),
-    "partial_rotary_factor": SHARE,
-    "original_max_position_embeddings": SIZE,
-    **dict.fromkeys(("short_factor", "long_factor"), NUMBERS),
+ROPE_RULES: dict[str, ValueRule] = {
+    **dict.fromkeys(("rope_type", "type"), _NAME),
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _POSITIVE),
+    **dict.fromkeys(("beta_fast", "beta_slow"), _POSITIVE),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), _FROM_0),
+    "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _SIZE,
+    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
 }
 
 
@@ -122,7 +122,7 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises: CheckpointError if a value breaks its rule, or two contradict each other.
     """
     config = {key: value for key, value in config.items() if value is not None or _null_says_something(key)}
-    for key, rule in RULES.items():
+    for key, rule in CONFIG_RULES.items():
         _require(key, config.get(key), rule)
     architecture = family_of(config)
     shape = architecture.shape(config)
@@ -152,10 +152,10 @@ def adapter_alone(path: Path) -> str:
 
 
 def _null_says_something(key: str) -> bool:
-    return key not in RULES or RULES[key].null
+    return key not in CONFIG_RULES or CONFIG_RULES[key].null
 
 
-def _require(key: str, value: Any, rule: Rule) -> None:
+def _require(key: str, value: Any, rule: ValueRule) -> None:
     if value is not None and not rule.holds(value):
         raise CheckpointError(f"{CONFIG}: {key} is {_short(value)}; it must be {rule.text}")
 
@@ -249,7 +249,7 @@ def _rope_rule(
     Args:
         base: the key of the config that says the same as rope_theta in here.
     """
-    _require(place, said, OBJECT)
+    _require(place, said, _OBJECT)
     rule = {key: value for key, value in said.items() if value is not None}
     for key, wanted in ROPE_RULES.items():
         _require(f"{place}.{key}", rule.get(key), wanted)

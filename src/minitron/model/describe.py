@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from minitron.model.architecture import PRUNABLE, Architecture, Parameters, Shape, kv_cache_bytes
-from minitron.model.checkpoint import Checkpoint
-from minitron.model.model_config import ModelConfig
+from minitron.model.checkpoint import Checkpoint, ModelConfig
 
 
 def describe(model: Checkpoint | ModelConfig) -> dict[str, Any]:

@@ -30,11 +30,11 @@ Q, KV = "heads*head_dim", "kv_heads*head_dim"
 QKV, UP, DOWN, GATE_UP = f"{Q}+{KV}+{KV}", "ffn hidden", "hidden ffn", "ffn+ffn hidden"
 NORM, HEAD = r".*norm.*|ln_.*|ln\d?", "lm_head|embed_out|output"
 # Modules between a layer and a tensor's own -> what they are.
-PLACES = {"attention": "(self_)?att(n|ention)", "mlp": "mlp|ffn|feed_?forward"}
-INSIDE = (*PLACES, "layer")
+AREAS = {"attention": "(self_)?att(n|ention)", "mlp": "mlp|ffn|feed_?forward"}
+INSIDE = (*AREAS, "layer")
 # Where a module stands and its own name -> its axes, likeliest first. `layer` is directly in a layer, `stack` beside
 # the list of layers, `outside` anywhere else.
-ROLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+TENSOR_ROLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("attention", "q_proj|query|wq", (f"{Q} hidden",)),
     ("attention", "k_proj|v_proj|key|value|wk|wv", (f"{KV} hidden",)),
     ("attention", "w?qkv|qkv_proj|query_key_value|c_attn", (f"{QKV} hidden",)),
@@ -155,7 +155,7 @@ def draft_table(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     tied = "head" not in fields and section.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     switches = [key for key, value in section.items() if isinstance(value, bool) and re.search("bias|norm|tie_", key)]
     lists = [key for key, value in section.items() if isinstance(value, list) and len(value) == num_layers]
-    bare = " and ".join(list(PLACES)[sum("{layer}" in norm for norm in norms) :])
+    bare = " and ".join(list(AREAS)[sum("{layer}" in norm for norm in norms) :])
     notes = {
         "The keys stand in text_config; an Architecture reads the top level of config.json.": nested,
         "No index in the tensor names runs over all layers.": not layer,
@@ -238,11 +238,15 @@ def _role(name: str, layer: str) -> tuple[str, tuple[str, ...]]:
     parents, _, leaf = name.rpartition(".")[0].rpartition(".")
     if layer and f"{parents}.".startswith(f"{layer}."):
         inner = parents.removeprefix(layer).split(".")[1:]
-        areas = [area for area, names in PLACES.items() if all(re.fullmatch(names, part) for part in inner)]
+        areas = [area for area, names in AREAS.items() if all(re.fullmatch(names, part) for part in inner)]
         place = "layer" if not inner else areas[0] if areas else "other"
     else:
         place = "stack" if parents == layer.removesuffix("{layer}").rstrip(".").rpartition(".")[0] else "outside"
-    known = (axes for places, names, axes in ROLES if re.fullmatch(places, place) and re.fullmatch(names, leaf.lower()))
+    known = (
+        axes
+        for places, names, axes in TENSOR_ROLES
+        if re.fullmatch(places, place) and re.fullmatch(names, leaf.lower())
+    )
     return place, next(known, ())
 
 

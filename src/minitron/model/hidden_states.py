@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minitron.model.checkpoint import Checkpoint
 
 
-def layers_of(model: Any, checkpoint: Checkpoint) -> list[nn.Module]:
+def decoder_layers(model: Any, checkpoint: Checkpoint) -> list[nn.Module]:
     """The decoder layers of a model that was loaded from the checkpoint."""
     name = checkpoint.architecture.layer
     return [model.get_submodule(name.format(layer=layer)) for layer in range(checkpoint.shape.layers)]

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitron.core.errors import CheckpointError
-from minitron.model.logits import chunk_tokens, logit_transform, matmul_precision, project
+from minitron.core.numerics import matmul_precision
+from minitron.model.logits import chunk_tokens, logit_transform, project
 from minitron.model.stream import Stream
 
 

@@ -21,11 +21,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from minitron.core.device import copying_beside, free_bytes, helper_thread, pick_device
-from minitron.core.direct_io import ALIGNED, aligned
+from minitron.core.direct_io import ALIGNED, aligned_bytes
 from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.hugging_face import CPU, empty_model
+from minitron.model.hub import CPU, empty_model
 from minitron.model.samples import Samples
 from minitron.model.weights import bytes_of, require_fits
 
@@ -126,7 +126,7 @@ class Stream:
         """
         unused: list[dict[str, Tensor]] = [{}, {}]  # room for two layers, taken when it is first needed
         largest = max(self.checkpoint.stored[name].num_bytes for name in self._names(0))
-        read = partial(self._read_layer, staging=aligned(largest + 2 * ALIGNED))
+        read = partial(self._read_layer, staging=aligned_bytes(largest + 2 * ALIGNED))
         with helper_thread() as reader:
             coming: Future[dict[str, Tensor]] | None = None
             for index, layer in enumerate(self._layers):

@@ -18,10 +18,10 @@ from minitron.core.reading import parse_json, read_json, read_text
 from minitron.model.tokens import put_around, require_rows
 
 FILE = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 GENERAL_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
-ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 # Files that another kind of tokenizer consists of, and what it is called.
 _OTHERS = {"tokenizer.model": "SentencePiece", "*.tiktoken": "tiktoken", "tekken.json": "Mistral", "vocab.txt": ""}
 _MAKE = "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
@@ -79,11 +79,13 @@ def make_portable(path: Path) -> None:
         return
     if _read_alike(path, ours):
         return
-    roles = {f"{role}_token": getattr(ours, f"{role}_token") for role in ROLES}
-    said = {key: value for key, value in _object(path / CONFIG).items() if key != "auto_map" and key not in roles}
+    roles = {f"{role}_token": getattr(ours, f"{role}_token") for role in TOKEN_ROLES}
+    said = {
+        key: value for key, value in _object(path / TOKENIZER_CONFIG).items() if key != "auto_map" and key not in roles
+    }
     said |= {"tokenizer_class": GENERAL_CLASS} | {key: token for key, token in roles.items() if token is not None}
-    (path / CONFIG).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
-    (path / SPECIAL).unlink(missing_ok=True)  # all that it said is in the other now
+    (path / TOKENIZER_CONFIG).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
+    (path / SPECIAL_TOKENS).unlink(missing_ok=True)  # all that it said is in the other now
     if not _read_alike(path, ours):  # such as where only tokenizer_config.json said that BOS is put before a text
         (path / FILE).write_text(ours.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if not _read_alike(path, ours):
@@ -162,10 +164,10 @@ def _of_merges(path: Path) -> Any:
         raise CheckpointError(
             f"{path} has no tokenizer that transformers can load: neither {FILE} nor vocab.json and merges.txt"
         )
-    said = _object(path / CONFIG)
+    said = _object(path / TOKENIZER_CONFIG)
     if said.get("auto_map"):
         raise CheckpointError(
-            f"{path} has no {FILE}, and {CONFIG} names code of its own for its tokenizer "
+            f"{path} has no {FILE}, and {TOKENIZER_CONFIG} names code of its own for its tokenizer "
             f"({said.get('tokenizer_class')}), which is never run here: make {FILE} where you trust that code, with "
             f"{_MAKE}"
         )
@@ -192,9 +194,9 @@ def _roles(path: Path, stored: Mapping[str, Any], core: Any) -> dict[str, str]:
     """Which tokens have a role: by tokenizer_config.json and special_tokens_map.json; where neither names a BOS or EOS
     token, by the ids in config.json."""
     added = {token["content"]: token for token in stored.get("added_tokens") or []}
-    files = [path / CONFIG, path / SPECIAL]
+    files = [path / TOKENIZER_CONFIG, path / SPECIAL_TOKENS]
     named: dict[str, str] = {}
-    for role in ROLES:
+    for role in TOKEN_ROLES:
         found = {file: _content(file, role) for file in files}
         texts = {file: text for file, text in found.items() if text is not None}
         if role in ("bos", "eos") and len(set(texts.values())) > 1:
@@ -228,14 +230,14 @@ def _content(file: Path, role: str) -> str | None:
 
 def _put_by_config(path: Path) -> dict[str, bool]:
     """What tokenizer_config.json says is put around a text, which counts where tokenizer.json puts nothing."""
-    said = _object(path / CONFIG)
+    said = _object(path / TOKENIZER_CONFIG)
     return {key: True for key in ("add_bos_token", "add_eos_token") if said.get(key) is True}
 
 
 def _chat_template(path: Path) -> str | dict[str, str] | None:
     if (path / "chat_template.jinja").is_file():
         return read_text(path / "chat_template.jinja", CheckpointError)
-    template = _object(path / CONFIG).get("chat_template")
+    template = _object(path / TOKENIZER_CONFIG).get("chat_template")
     if template is None or isinstance(template, str):
         return template or None
     try:
@@ -243,7 +245,9 @@ def _chat_template(path: Path) -> str | dict[str, str] | None:
     except (TypeError, KeyError):
         named = {"": None}
     if not all(isinstance(text, str) for text in named.values()):
-        raise CheckpointError(f"{path / CONFIG}: chat_template must be a text, or a list of texts with their names")
+        raise CheckpointError(
+            f"{path / TOKENIZER_CONFIG}: chat_template must be a text, or a list of texts with their names"
+        )
     return named
 
 
@@ -293,11 +297,11 @@ def _require_ids(file: Path, stored: Mapping[str, Any], core: Any) -> None:
 
 def _require_same_added(path: Path, core: Any) -> None:
     """Raises: CheckpointError where another file gives an added token another id."""
-    said = _object(path / CONFIG).get("added_tokens_decoder") or {}
+    said = _object(path / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
     try:
-        tokens = {path / CONFIG: {int(id): token["content"] for id, token in said.items()}}
+        tokens = {path / TOKENIZER_CONFIG: {int(id): token["content"] for id, token in said.items()}}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise CheckpointError(f"{path / CONFIG}: added_tokens_decoder must be tokens by their ids") from None
+        raise CheckpointError(f"{path / TOKENIZER_CONFIG}: added_tokens_decoder must be tokens by their ids") from None
     tokens[path / "added_tokens.json"] = {id: text for text, id in _object(path / "added_tokens.json").items()}
     for file, of_file in tokens.items():
         for id, text in of_file.items():

@@ -4,19 +4,24 @@ Decided here for everyone: streamed or in memory, a tensor has one place.
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from minitron.core.errors import CheckpointError
 from minitron.core.reading import read_json
-from minitron.model.config_json import ADAPTER, adapter_alone
-from minitron.model.weights import StoredTensor, read_header, same_values
+from minitron.model.config_json import ADAPTER, CODE_KEYS, CONFIG, adapter_alone
+from minitron.model.weights import (
+    StoredTensor,
+    read_header,
+    same_values,
+)
 
-INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_WEIGHTS = ("*.safetensors", INDEX, *_PICKLES)
+_WEIGHTS = ("*.safetensors", WEIGHT_INDEX, *_PICKLES)
 
 
 def has_weights(path: Path) -> bool:
@@ -52,29 +57,29 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     for tensor, name in said.items():
         if tensor in tensors and tensor not in headers[name]:
             raise CheckpointError(
-                f"{path / INDEX} says that {tensor} lies in {name}, but it lies in {tensors[tensor].file.name}: the "
-                "index is of other files; write it again, or copy the model again"
+                f"{path / WEIGHT_INDEX} says that {tensor} lies in {name}, but it lies in {tensors[tensor].file.name}: "
+                "the index is of other files; write it again, or copy the model again"
             )
     return tensors
 
 
 def _decided(path: Path) -> tuple[list[str], Mapping[str, str]]:
     """The names of the files that are the weights, and what the index says of each tensor."""
-    index, single = _entry(path / INDEX), _entry(path / SINGLE)
+    index, single = _is_file(path / WEIGHT_INDEX), _is_file(path / SINGLE)
     said = _read_index(path) if index else {}
     names = sorted(set(said.values()))
-    there = [name for name in names if _entry(path / name)]
+    there = [name for name in names if _is_file(path / name)]
     if single and names != [SINGLE]:
         if there:
             raise CheckpointError(
-                f"{path} holds two models: {SINGLE}, and {INDEX} with {len(there)} of its {len(names)} shards "
+                f"{path} holds two models: {SINGLE}, and {WEIGHT_INDEX} with {len(there)} of its {len(names)} shards "
                 f"({there[0]}, ...): remove the one that is not meant, the index with its shards or the single file"
             )
         names, said = [SINGLE], {}
     elif index and len(there) < len(names):
         missing = [name for name in names if name not in there]
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(names)} shards that {INDEX} names: {', '.join(missing)}"
+            f"{path} lacks {len(missing)} of {len(names)} shards that {WEIGHT_INDEX} names: {', '.join(missing)}"
         )
     adapters = [name for name in (*_ADAPTERS, ADAPTER) if (path / name).exists()]
     if adapters and names:
@@ -88,19 +93,21 @@ def _decided(path: Path) -> tuple[list[str], Mapping[str, str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = read_json(path / INDEX, CheckpointError, keys_once=True)
+    index = read_json(path / WEIGHT_INDEX, CheckpointError, keys_once=True)
     said = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(said, dict) or not said or not all(isinstance(name, str) for name in said.values()):
-        raise CheckpointError(f"{path / INDEX} is not a safetensors index: it has no weight_map of tensors and files")
+        raise CheckpointError(
+            f"{path / WEIGHT_INDEX} is not a safetensors index: it has no weight_map of tensors and files"
+        )
     for name in said.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path / INDEX} names {name!r}: a shard is a .safetensors file in the model's own directory"
+                f"{path / WEIGHT_INDEX} names {name!r}: a shard is a .safetensors file in the model's own directory"
             )
     return said
 
 
-def _entry(file: Path) -> bool:
+def _is_file(file: Path) -> bool:
     """Whether a file is there.
 
     Raises: CheckpointError for what has its name and is no file, or is a link to one that is gone.
@@ -121,7 +128,7 @@ def _nothing(path: Path) -> str:
     others = sorted(path.glob("*.safetensors"))
     if others:
         return (
-            f"{path} has no weights that can be told: neither {SINGLE} nor {INDEX}, but {others[0].name}"
+            f"{path} has no weights that can be told: neither {SINGLE} nor {WEIGHT_INDEX}, but {others[0].name}"
             f"{' and others' if len(others) > 1 else ''}: shards need their index, and a model in another format must "
             "be converted to Hugging Face's"
         )
@@ -131,4 +138,54 @@ def _nothing(path: Path) -> str:
             f"{path} has only pickled weights ({pickles[0].name}), which can run code when loaded: "
             "convert them to safetensors with a tool you trust, then try again"
         )
-    return f"{path} has no weights: neither {SINGLE} nor {INDEX}"
+    return f"{path} has no weights: neither {SINGLE} nor {WEIGHT_INDEX}"
+
+
+GENERATION = "generation_config.json"
+
+
+# Files that travel with the weights: tokenizer, chat template, generation config, licence.
+CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template*", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+# Carried files of tables of tokens, in which no key is code; what loads the tokenizer checks them.
+LARGE_TABLES = ("tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json")
+
+
+def without_code(file: Path) -> Any:
+    """What a carried JSON file says without the keys that name code; None where the file stays as it is.
+
+    Raises: CheckpointError for a file that is named .json and is none, and for a generation_config.json without keys.
+    """
+    if file.suffix != ".json" or file.name in LARGE_TABLES:
+        return None
+    said = read_json(file, CheckpointError)
+    if file.name == GENERATION and not isinstance(said, dict):
+        raise CheckpointError(f"{file} must be a JSON object: transformers would not load the model; remove the file")
+    code = [key for key in CODE_KEYS if key in said] if isinstance(said, dict) else []
+    return {key: value for key, value in said.items() if key not in code} if code else None
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that make a model what it is: config, weights, and what is carried along. No README, no records."""
+    weights = weight_files(path)
+    index = [path / WEIGHT_INDEX] if [file.name for file in weights] != [SINGLE] else []
+    return [path / CONFIG, *weights, *index, *carried_files(path)]
+
+
+def carried_files(path: Path) -> list[Path]:
+    """The files of a directory that travel with its weights. Python files are none of them, whatever their names.
+
+    Raises: CheckpointError for a link whose file is gone: the model would go on without it.
+    """
+    named = (file for file in path.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in CARRIED))
+    found = sorted(file for file in named if file.suffix != ".py" and not file.is_dir())
+    for file in found:
+        if not file.exists():
+            raise CheckpointError(
+                f"{file} is a link to {file.readlink()}, which does not exist: download or copy the model again"
+            )
+    return found

@@ -103,11 +103,13 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal in dtype, shape and every value."""
     parts = runs(torch.arange(one.shape[0]), one.row_bytes) if one.shape and one.num_bytes else [(0, 1)]
     return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
-        torch.equal(read_rows(one, start, stop), read_rows(other, start, stop)) for start, stop in parts
+        torch.equal(read_tensor_rows(one, start, stop), read_tensor_rows(other, start, stop)) for start, stop in parts
     )
 
 
-def read_rows(stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
+def read_tensor_rows(
+    stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
+) -> Tensor:
     """Rows [start, stop) of a tensor, in its stored dtype; in `buffer` if they fit there.
 
     Raises: CheckpointError if they cannot be read or hold NaN or infinity.
@@ -143,7 +145,7 @@ def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
     gathered = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
     for start, stop in runs(rows, stored.row_bytes):
         first = int(rows[start])
-        gathered[start:stop] = read_rows(stored, first, int(rows[stop - 1]) + 1)[rows[start:stop] - first]
+        gathered[start:stop] = read_tensor_rows(stored, first, int(rows[stop - 1]) + 1)[rows[start:stop] - first]
     return gathered
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
-from minitron.data.corpus import TEACHER
+from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
-from minitron.model.checkpoint import resolve_model
+from minitron.model.checkpoint import ModelConfig, open_config
 from minitron.model.describe import describe, describe_shape, forward_flops
-from minitron.model.model_config import ModelConfig, open_config
+from minitron.model.hub import resolve_model
 from minitron.pipeline.run import resolve
 from minitron.recipe import Recipe
 

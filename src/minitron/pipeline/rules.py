@@ -8,13 +8,16 @@ from pathlib import Path
 
 from minitron.core.effects import Rule, changed_keys, require_effects
 from minitron.core.text import both, either
-from minitron.data.corpus import BUILTIN, TEACHER, DataConfig, is_hub_id, source_files
+from minitron.data.config import DataConfig
+from minitron.data.corpus import source_files
+from minitron.data.sources import BUILTIN, TEACHER, is_hub_id
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES, losses_that_read
 from minitron.model.architecture import PRUNABLE
 from minitron.pruning.depth import LAYER_CRITERIA, layer_criteria_that_read
 from minitron.pruning.importance import CRITERIA, criteria_that_take
-from minitron.pruning.repair.config import REPAIRS, Choice
+from minitron.pruning.repair import REPAIRS
+from minitron.pruning.steps import Choice
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 

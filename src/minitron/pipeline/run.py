@@ -7,21 +7,22 @@ from minitron.core import parallel
 from minitron.core.device import settle_precision
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
-from minitron.data.corpus import BUILTIN, TEACHER, local_path
+from minitron.data.sources import BUILTIN, TEACHER, local_path
 from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.evaluation.generate import prompt_of
 from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, resolve_model
-from minitron.model.model_config import ModelConfig
+from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from minitron.model.hub import resolve_model
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import Run, make_stages, plan_benchmarks
-from minitron.pruning.plan import given_layers, target_shape
-from minitron.pruning.repair.config import choice_left, replaces_channels
-from minitron.pruning.repair.config import resolve as resolve_repair
+from minitron.pruning.given import given_layers
+from minitron.pruning.repair import replaces_channels, resolve_repair
+from minitron.pruning.steps import choice_left
+from minitron.pruning.target import target_shape
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
 from minitron.report.page import write_report
@@ -60,13 +61,13 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
     if recipe.gguf.wanted:
         require_installed()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
-    tokenizer = load_tokenizer(teacher.path)
+    tokenizer = teacher.tokenizer
     recipe, shape = resolve(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as directory:
-        make_stages(Run(directory, recipe, teacher, tokenizer, shape, benchmarks))
+        make_stages(Run(directory, recipe, teacher, shape, benchmarks))
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:

@@ -5,20 +5,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import RunError
 from minitron.core.files import write_json
-from minitron.core.progress import Listener, layers_of
+from minitron.core.progress import Listener, layer_progress
 from minitron.core.typed_files import as_typed, read_typed
-from minitron.data.corpus import TEACHER, Corpus, draw_samples, open_corpus, require_undamaged, source_files
+from minitron.data.corpus import Corpus, draw_samples, open_corpus, require_undamaged, source_files
+from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import DEFAULT_TOP_K, LESSONS_INDEX, record_logits
@@ -34,23 +35,19 @@ from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_t
 from minitron.evaluation.tasks.rows import task_of
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
-from minitron.model.checkpoint import (
-    Checkpoint,
-    carried_files,
-    load_model,
-    load_tokenizer,
-    model_files,
-    open_checkpoint,
-)
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.describe import describe
 from minitron.model.naming import run_name
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.model.weight_files import carried_files, model_files
 from minitron.pipeline.directory import RunDirectory, read_record
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.depth import LAYER_CRITERIA
+from minitron.pruning.given import given_layers
 from minitron.pruning.importance import CRITERIA, Scores
-from minitron.pruning.plan import Plan, PruneConfig, given_layers
-from minitron.pruning.repair.config import needed_steps
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.shapes import layouts
@@ -76,7 +73,6 @@ class Run:
     directory: RunDirectory
     recipe: Recipe
     teacher: Checkpoint
-    tokenizer: Any
     shape: Shape
     benchmarks: TaskPlan | None = None
     origin: Checkpoint | None = None
@@ -142,7 +138,7 @@ def prepare_data(run: Run) -> None:
 
     def work(out: Path) -> StageResult:
         listener = directory.listener
-        return make_corpus(config, run.teacher, run.tokenizer, seed=seed, out=out, state=state, listener=listener)
+        return make_corpus(config, run.teacher, seed=seed, out=out, state=state, listener=listener)
 
     was_there = directory.layout.record("data").exists()
     made = directory.do("data", work, inputs=inputs, config=facts, state=state)
@@ -176,8 +172,8 @@ def collect_statistics(run: Run) -> None:
 
     def collect(scratch: Path | None = None) -> Statistics:
         samples = draw_samples(run.corpus, config.samples, seed)
-        pass_ = config.as_pass(scratch, layers_of(run.listener))
-        return calibrate(run.teacher, samples, pass_, second_moment=config.second_moment)
+        pass_ = config.as_pass(scratch, layer_progress(run.listener))
+        return measure_statistics(run.teacher, samples, pass_, second_moment=config.second_moment)
 
     def work(out: Path) -> StageResult:
         statistics = collect(out)
@@ -200,8 +196,8 @@ def _pruner(run: Run) -> Pruner:
     recipe = run.recipe
     assert recipe.repair.steps is not None, "resolve fills them in"
     samples = draw_samples(run.corpus, recipe.calibrate.samples, recipe.seed)
-    pass_ = recipe.calibrate.as_pass(progress=layers_of(run.listener))
-    scoring = Scoring(recipe.prune, samples, pass_, load_tokenizer(run.teacher.path))
+    pass_ = recipe.calibrate.as_pass(progress=layer_progress(run.listener))
+    scoring = Scoring(recipe.prune, samples, pass_, run.teacher.tokenizer)
     return Pruner(run.teacher, scoring, recipe.repair.steps, run.statistics)
 
 
@@ -217,7 +213,7 @@ def record_teacher(run: Run) -> None:
         facts = record_logits(
             run.teacher,
             Samples(torch.from_numpy(blocks), corpus.separator),
-            Pass(compute_dtype(config.precision, pick_device()), scratch=out, progress=layers_of(run.listener)),
+            Pass(compute_dtype(config.precision, pick_device()), scratch=out, progress=layer_progress(run.listener)),
             out,
             top_k=config.top_k or DEFAULT_TOP_K,
             temperature=config.temperature,
@@ -350,7 +346,7 @@ def make_plan(run: Run) -> None:
 
 def cut_teacher(run: Run) -> None:
     """The cut, with its repairs."""
-    needed, directory = needed_steps(run.pruner.repairs, run.plan), run.directory
+    needed, directory = needed_steps(run.pruner.repairs, run.plan.teacher, run.plan.student), run.directory
     digests: dict[str, str] = {}
 
     def work(out: Path) -> StageResult:
@@ -492,7 +488,7 @@ def _measure_quality(run: Run, out: Path) -> None:
             facts["kl_to_corrected"] = against(teacher=teachers[CORRECTED]).kl_to_teacher
         write_json(out / f"{name}.json", facts)
         for prompt, row in texts.items():
-            row[name] = generate(model, run.tokenizer, prompt, new_tokens=config.new_tokens)
+            row[name] = generate(model, run.teacher.tokenizer, prompt, new_tokens=config.new_tokens)
     write_json(out / run.directory.layout.generations.name, list(texts.values()))
 
 

@@ -1,1 +1,1 @@
-"""What to remove, and removing it."""
+"""Pruning: which units and layers to remove, and the cut that removes them."""

@@ -1,4 +1,4 @@
-"""Apply a Plan to a checkpoint, a run of rows at a time; neither the model nor its largest tensor is ever in memory."""
+"""Apply a plan to a checkpoint, some rows at a time: neither the model nor its largest tensor is ever in memory."""
 
 import math
 from collections.abc import Callable, Generator, Mapping
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from minitron.core.direct_io import ahead, buffers
 from minitron.core.errors import PlanError
+from minitron.core.reading import Json
 from minitron.model.architecture import Architecture, Axis, TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
-from minitron.model.hugging_face import transformers_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.hub import transformers_config
 from minitron.model.weights import runs
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.plan import Plan
 
-# Integers of an element's width.
+# The integer type of each width in bytes.
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -31,13 +33,13 @@ def cut(
     shard_bytes: int = SHARD_BYTES,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, str]:
-    """Write the pruned checkpoint into the existing directory `out`: kept rows and columns, unchanged bits.
+    """Write the pruned checkpoint into the existing directory `out`: the kept rows and columns, bit by bit.
 
-    Returns the sha256 of each file of weights by its name.
+    Returns the sha256 of each weight file by its name.
 
     Args:
-        changes: for some of the student's tensors, by name, a function from a run of kept rows to what is written
-            in their place, in the same dtype and shape.
+        changes: functions that change the kept rows of some of the student's tensors, by name, before they are written;
+            they keep dtype and shape.
 
     Raises: PlanError if the plan was made for another shape.
     """
@@ -60,13 +62,13 @@ def cut(
 
 
 def require_plan_for(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raises: PlanError if the plan was made for another shape, or makes one that the family cannot have."""
+    """Raises: PlanError if the plan was made for another shape, or if its student is no model of the family."""
     if plan.teacher != checkpoint.shape:
         raise PlanError(f"the plan is for a teacher of shape {plan.teacher}; {checkpoint.path} has {checkpoint.shape}")
     checkpoint.architecture.require_valid(plan.student)
 
 
-def student_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def student_config(checkpoint: Checkpoint, plan: Plan) -> Json:
     """The student's config.json."""
     config = dict(checkpoint.config)
     if len(plan.layers) < plan.teacher.layers:
@@ -75,9 +77,9 @@ def student_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def _derived_lists(checkpoint: Checkpoint) -> dict[str, list[Any]]:
-    """Lists with an entry per layer that config.json leaves out, as transformers derives them from a layer's number.
+    """The lists with an entry per layer that config.json leaves out, as transformers derives them from layer numbers.
 
-    The student's layers have other numbers, so its config must say what the teacher's could leave out.
+    The student's layers have other numbers, so its config must contain the lists that the teacher's could leave out.
     """
     missing = [key for key in checkpoint.architecture.per_layer_keys if checkpoint.config.get(key) is None]
     full = transformers_config(checkpoint.config).to_dict() if missing else {}
@@ -85,9 +87,9 @@ def _derived_lists(checkpoint: Checkpoint) -> dict[str, list[Any]]:
 
 
 def embedding_gain(checkpoint: Checkpoint, plan: Plan) -> float:
-    """By how much the embedding must grow to keep its scale where a model multiplies it by sqrt(hidden); else 1.
+    """The factor by which the embedding grows to keep its scale where a model multiplies it by sqrt(hidden); else 1.
 
-    Where the embedding also is the output projection, the final norm must take that back.
+    Where the embedding is also the output projection, the gains of the final norm are divided by it.
     """
     if not checkpoint.architecture.embedding_times_sqrt_hidden:
         return 1.0
@@ -108,12 +110,12 @@ def _embedding_changes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Callable
 
 
 def cut_tensor(tensor: Tensor, spec: TensorSpec, plan: Plan) -> Tensor:
-    """The part of one of the teacher's tensors that the student keeps; `spec` is the student's."""
+    """The part of a teacher's tensor that the student keeps, by the spec of the student's tensor."""
     return _take(tensor, [kept_rows(axis, plan, spec.layer) for axis in spec.axes])
 
 
 def kept_rows(axis: Axis, plan: Plan, layer: int | None) -> Int[Tensor, " kept"]:
-    """Indices along one axis of a teacher's tensor that stay, for the student's layer `layer`."""
+    """The indices that stay along one axis of a teacher's tensor, for the student's layer `layer`."""
     parts = []
     offset = 0
     for segment in axis:
@@ -132,7 +134,7 @@ def _kept_units(plan: Plan, unit: str, layer: int | None) -> tuple[int, ...]:
 
 
 def sources_of(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """The teacher's tensor behind each of the student's, in the order of the student's specs."""
+    """The names of the teacher's tensors from which the student's are cut, in the order of the student's specs."""
     by_layer: dict[int | None, list[str]] = {}
     for spec in checkpoint.specs():
         by_layer.setdefault(spec.layer, []).append(spec.name)
@@ -140,14 +142,14 @@ def sources_of(checkpoint: Checkpoint, plan: Plan) -> list[str]:
 
 
 def writing_order(architecture: Architecture, specs: list[TensorSpec]) -> list[TensorSpec]:
-    """The embedding, the layers, and last what comes after them: the order in which a pass can know them."""
+    """Sort tensors into the order in which a streamed pass can write them: the embedding, the layers, and the rest."""
 
-    def place(spec: TensorSpec) -> tuple[int, int]:
+    def rank(spec: TensorSpec) -> tuple[int, int]:
         if spec.layer is not None:
             return 1, spec.layer
         return (0, 0) if spec.name == architecture.embedding else (2, 0)
 
-    return sorted(specs, key=place)
+    return sorted(specs, key=rank)
 
 
 def _pieces(
@@ -157,7 +159,7 @@ def _pieces(
     sources: Mapping[str, str],
     changes: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> Generator[Tensor, None, None]:
-    """The student's tensors in order, each in runs of rows; the next runs are read while one is cut."""
+    """The student's tensors in order, some rows at a time; the next rows are read while these are cut."""
     with closing(ahead(_runs(checkpoint, plan, specs, sources))) as read:
         for name, rows, kept in read:
             piece = _take(rows, kept)
@@ -167,7 +169,7 @@ def _pieces(
 def _runs(
     checkpoint: Checkpoint, plan: Plan, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]
 ) -> Generator[tuple[str, Tensor, list[Tensor]], None, None]:
-    """(name, rows of the teacher's tensor, what to keep of them along each axis) of each of the student's tensors."""
+    """For each of the student's tensors, its name, rows of the teacher's tensor, and the kept indices on each axis."""
     room = buffers()
     for name, spec in specs.items():
         rows, *columns = (kept_rows(axis, plan, spec.layer) for axis in spec.axes)
@@ -178,8 +180,7 @@ def _runs(
 
 
 def _take(tensor: Tensor, kept: list[Tensor]) -> Tensor:
-    """The kept indices along each axis, in their order."""
-    # On integers of the same width, in numpy: for two-byte types torch's index_select has half the speed.
+    # In numpy, on integers of the same width: for two-byte types torch's index_select has half the speed.
     bits = tensor.view(_BITS[tensor.itemsize]).numpy()
     for axis, indices in enumerate(kept):
         if len(indices) < bits.shape[axis]:

@@ -1,8 +1,9 @@
-"""Which layers to drop: what the model loses without them, measured in one streamed pass.
+"""Which layers to drop: the loss of the model without some of them, measured in one streamed pass.
 
-A variant is the model without some of its layers. Variants run side by side. As long as two have dropped the same
-layers their states are the same, so those are computed and kept once: the pass is a tree that branches where variants
-part. The L models that lack one layer each take half the time of L passes, and the weights are read once.
+A variant is the model without some of its layers. All variants run in the same pass. As long as two variants have
+dropped the same layers their states are the same, and are computed and stored once: the pass is a tree that branches
+where variants begin to differ. So the L models without one layer each take half the time of L passes, and the weights
+are read once.
 
 To add a criterion: a function, a row of LAYER_CRITERIA, and a row of the tests.
 """
@@ -23,26 +24,26 @@ from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Batch, Samples
 from minitron.model.stream import Pass, Stream
 
-Variant = frozenset[int]  # the layers that it lacks
-# States of all variants in one pass. Where they are more, the samples are split, and the weights are read again.
-STATES_BYTES = 16 << 30
+Variant = frozenset[int]  # the dropped layers
+# The states of all variants in one pass. Where they take more, samples are split and the weights are read again.
+VARIANT_STATES_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Of the scored tokens of each sample: the sum of their log-likelihoods, in nats, and whether each was the
-    likeliest of the vocabulary."""
+    """For the scored tokens of each sample, the sum of log-likelihoods in nats, and whether each token was the most
+    likely one of the vocabulary."""
 
     nats: Float[Tensor, "variants samples"]
     greedy: Bool[Tensor, "variants samples"]
 
 
-# What variants lose against each other, whatever the unit: [variants].
+# The losses of variants, in any unit: [variants].
 Measure = Callable[[Sequence[Variant]], Tensor]
 
 
 def leave_one_out(measure: Measure, num_layers: int) -> Float[Tensor, " layers"]:
-    """How much worse the model is without each layer.
+    """How much the loss rises without each layer.
 
     Paper: P1, "Importance Analysis", for the LM loss; P2, "Layer Importance", for the accuracy in a task.
     """
@@ -51,12 +52,12 @@ def leave_one_out(measure: Measure, num_layers: int) -> Float[Tensor, " layers"]
 
 
 def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Float[Tensor, " layers"]:
-    """How much worse the model is without the best block of `num_dropped` neighbours that a layer is part of.
+    """How much the loss rises without the best block of `num_dropped` consecutive layers that contains a layer.
 
-    So the layers of the lowest score are the block that is missed least. The last layer is in no block and infinitely
-    important: P2 keeps it.
+    So the layers with the lowest score are the block that costs least. The last layer is in no block and has an
+    infinite score: P2 keeps it.
 
-    Raises: PlanError if no such block leaves a layer before the last one's.
+    Raises: PlanError if there is no such block.
     """
     starts = range(num_layers - num_dropped)
     if not 0 < num_dropped < num_layers:
@@ -73,14 +74,14 @@ def contiguous_blocks(measure: Measure, num_layers: int, num_dropped: int) -> Fl
 class LayerCriterion:
     """A row of LAYER_CRITERIA.
 
-    reads: what layers are scored on. `statistics`: those of the calibration hold the scores already; `text`: the LM
-        loss on calibration blocks; `questions`: the share of wrong answers to those of `prune.layer_task`.
-    score: how much worse the model is without each layer, from a Measure, the number of layers and, where `drops`
-        says so, the number of layers that are dropped; None where the statistics hold the scores.
-    drops: whether scores depend on how many layers are dropped.
-    title: the report's name of the criterion.
+    reads: the data for the scores. `statistics`: the statistics of the calibration contain the scores; `text`: the LM
+        loss on calibration blocks; `questions`: the share of wrong answers to the questions of `prune.layer_task`.
+    score: a function from a Measure, the number of layers and, with `drops`, the number of dropped layers to scores;
+        None where the statistics contain the scores.
+    title: the name of the criterion in the report.
     meaning: what a layer's bar in the report shows.
-    unit: that of the bar's length.
+    unit: the unit of the bar's length.
+    drops: whether scores depend on the number of dropped layers.
     """
 
     reads: Literal["statistics", "text", "questions"]
@@ -137,7 +138,7 @@ LayerCriterionName = Annotated[str, choice(LAYER_CRITERIA)]
 
 
 def layer_criteria_that_read(*kinds: Literal["statistics", "text", "questions"]) -> list[str]:
-    """The names of the layer criteria that read one of these."""
+    """The names of the layer criteria that read one of these kinds of data."""
     return [name for name, criterion in LAYER_CRITERIA.items() if criterion.reads in kinds]
 
 
@@ -180,16 +181,16 @@ def likelihoods(
     variants: Sequence[Variant],
     pass_: Pass,
 ) -> Likelihoods:
-    """What each variant gives the scored tokens, each after those before it, in one streamed pass.
+    """The likelihoods of the scored tokens under each variant, in one streamed pass.
 
     Args:
-        scored: not the first token of a sample, and no pad; pads stand on the right.
+        scored: True for the tokens to score: no first token of a sample and no pad. Pads are on the right.
     """
     assert not scored[:, 0].any()
     shape = checkpoint.shape
     most = max(len(_prefixes(variants, layer)) for layer in range(shape.layers + 1))
     of_sample = most * samples.block_tokens * shape.hidden * pass_.dtype.itemsize
-    parts = samples.tokens.split(max(pass_.batch_of(shape, samples), STATES_BYTES // of_sample))
+    parts = samples.tokens.split(max(pass_.batch_of(shape, samples), VARIANT_STATES_BYTES // of_sample))
     found, start = [], 0
     for number, part in enumerate(parts):
         stream = Stream(checkpoint, Samples(part, samples.separator), pass_, num_states=most)
@@ -206,12 +207,12 @@ def likelihoods(
 
 
 def _prefixes(variants: Sequence[Variant], layer: int) -> set[Variant]:
-    """What variants have dropped before a layer."""
+    """The sets of layers that variants have dropped before a layer."""
     return {frozenset(dropped for dropped in variant if dropped < layer) for variant in variants}
 
 
 def _after_layers(stream: Stream, variants: Sequence[Variant]) -> Iterator[dict[Variant, Tensor]]:
-    """After each layer: what variants have dropped so far -> the states of all that dropped just that."""
+    """After each layer, the states of variants by the layers that they have dropped so far."""
     stream.embed()
     branches: dict[Variant, Tensor] = {frozenset(): stream.states}
     for index, layer in stream.layers():
@@ -228,9 +229,9 @@ def _after_layers(stream: Stream, variants: Sequence[Variant]) -> Iterator[dict[
 
 
 def _of_samples(stream: Stream, branches: Sequence[Tensor], scored: Bool[Tensor, "samples tokens"]) -> Likelihoods:
-    """Likelihoods from the states after the last layer, which are used up."""
-    sample, place = scored[:, 1:].nonzero(as_tuple=True)
-    nats, greedy = score_tokens(stream, branches, Scored(sample, place, stream.tokens[:, 1:][scored[:, 1:]]))
+    """The likelihoods from the states after the last layer, which are overwritten."""
+    sample, position = scored[:, 1:].nonzero(as_tuple=True)
+    nats, greedy = score_tokens(stream, branches, Scored(sample, position, stream.tokens[:, 1:][scored[:, 1:]]))
     sums = torch.zeros(len(branches), len(scored), dtype=torch.float64).index_add_(1, sample, nats)
     missed = torch.zeros(len(branches), len(scored)).index_add_(1, sample, (~greedy).float())
     return Likelihoods(sums, missed == 0)

@@ -1,4 +1,4 @@
-"""Importance of every unit: pure functions Statistics -> Scores. A higher score is kept longer.
+"""The importance of every unit: pure functions from statistics to scores. Units with higher scores stay.
 
 To add a criterion: a function, a row of CRITERIA, and a row of the tests.
 """
@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.calibration.collect import PER_LAYER, SEQUENCE_AGGREGATES, Statistics
+from minitron.calibration.statistics import SEQUENCE_AGGREGATES, Statistics
 from minitron.core.config import choice
 from minitron.core.errors import PlanError
 from minitron.core.typed_files import read_typed
-from minitron.model.architecture import Shape
+from minitron.model.architecture import LAYER_DIMS, Shape
 from minitron.pruning import layouts
 
 Aggregate = Literal["mean", "l2", "variance"]
@@ -42,16 +42,16 @@ class Scores:
 
     @staticmethod
     def load(path: Path, shape: Shape) -> "Scores":
-        """The scores in a directory, of a teacher of this shape.
+        """Load the scores of a teacher of this shape.
 
-        Raises: PlanError if the file is none, or of another model.
+        Raises: PlanError if the file holds no scores, or scores of another model.
         """
         file, again = path / "scores.json", f"remove {path} and run the same command to score again"
         rows = read_typed(file, layouts.SCORES, PlanError, way_out=again)
-        for dim in ("layers", "hidden", *PER_LAYER):
+        for dim in ("layers", "hidden", *LAYER_DIMS):
             of_dim = getattr(rows, dim)
-            sizes = {len(row) for row in of_dim} if dim in PER_LAYER else {len(of_dim)}
-            if sizes != {getattr(shape, dim)} or (dim in PER_LAYER and len(of_dim) != shape.layers):
+            sizes = {len(row) for row in of_dim} if dim in LAYER_DIMS else {len(of_dim)}
+            if sizes != {getattr(shape, dim)} or (dim in LAYER_DIMS and len(of_dim) != shape.layers):
                 raise PlanError(f"{file}: {dim} has not a score for each of the model's units; {again}")
         return Scores(**{dim: torch.tensor(of_dim, dtype=torch.float64) for dim, of_dim in vars(rows).items()})
 
@@ -62,11 +62,11 @@ def activation_scores(
     sequence_aggregate: Aggregate = "mean",
     batch_aggregate: Aggregate = "l2",
 ) -> Scores:
-    """Scores from activation magnitude.
+    """Scores by the size of activations.
 
-    Channels: |a| reduced over the sequence, then over samples. ffn neurons are channels of the down projection's
-    input; a head is the L2 norm over its head_dim channels of the output projection's input; a kv head is the sum over
-    its query heads; a hidden channel is summed over the outputs of all norms before attention and MLP.
+    The size of a channel is |a| reduced over the sequence, then over samples. An ffn neuron is a channel of the down
+    projection's input. The score of a head is the L2 norm over its head_dim channels of the output projection's input;
+    of a kv head, the sum over its query heads; of a hidden channel, the sum over the norms before attention and MLP.
 
     Paper: P1, "Importance Analysis"; sequence mean with batch l2 is the best of its ablation.
     """
@@ -85,15 +85,15 @@ def activation_scores(
 
 
 def magnitude_scores(statistics: Statistics, shape: Shape) -> Scores:
-    """Scores from the L2 norm of the weights that go with a unit: a baseline that sees no text.
+    """Scores by the L2 norm of the weights of a unit: a baseline that sees no text.
 
-    An ffn neuron: its rows of gate and up, and its column of down. A head: its rows of the query projection and its
-    columns of the output projection; a kv head: its rows of key and value, and its query heads. A hidden channel: its
-    columns and rows of all the layers' matrices.
+    The weights of an ffn neuron are its rows of gate and up and its column of down; of a head, its rows of the query
+    projection and its columns of the output projection; of a kv head, its rows of key and value and its query heads; of
+    a hidden channel, its columns and rows in the matrices of all layers.
 
-    Raises: PlanError if the statistics are of a version that did not collect weights.
+    Raises: PlanError if the statistics are of an older version, which did not collect weights.
     """
-    missing = {"hidden", *PER_LAYER} - statistics.weight_squares.keys()
+    missing = {"hidden", *LAYER_DIMS} - statistics.weight_squares.keys()
     if missing:
         raise PlanError(
             f"prune.criterion 'magnitude' needs the norms of weights, and the statistics lack those of "
@@ -111,18 +111,18 @@ def magnitude_scores(statistics: Statistics, shape: Shape) -> Scores:
 
 
 def random_scores(statistics: Statistics, shape: Shape, seed: int = 0) -> Scores:
-    """Scores drawn from `seed`: the baseline that every other criterion must beat."""
+    """Random scores: the baseline that every other criterion must beat."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64)
 
-    per_layer = {dim: draw(shape.layers, getattr(shape, dim)) for dim in PER_LAYER}
+    per_layer = {dim: draw(shape.layers, getattr(shape, dim)) for dim in LAYER_DIMS}
     return Scores(layers=block_influence(statistics), hidden=draw(shape.hidden), **per_layer)
 
 
 def block_influence(statistics: Statistics) -> Float[Tensor, " layers"]:
-    """1 - mean cosine between a layer's input and its output. Whole layers have criteria of their own, see depth.py.
+    """1 - the mean cosine between a layer's input and its output; depth.py has other criteria for layers.
 
     Paper: P1, "Importance Analysis".
     """
@@ -130,8 +130,8 @@ def block_influence(statistics: Statistics) -> Float[Tensor, " layers"]:
 
 
 def even_scores(shape: Shape) -> Scores:
-    """Zeros, where nothing is left to choose."""
-    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in PER_LAYER}
+    """Zeros, for a cut that leaves nothing to choose."""
+    per_layer = {dim: torch.zeros(shape.layers, getattr(shape, dim), dtype=torch.float64) for dim in LAYER_DIMS}
     flat = {dim: torch.zeros(getattr(shape, dim), dtype=torch.float64) for dim in ("layers", "hidden")}
     return Scores(**flat, **per_layer)
 
@@ -140,9 +140,9 @@ def even_scores(shape: Shape) -> Scores:
 class Criterion:
     """A row of CRITERIA.
 
-    score: a function of the statistics and the teacher's shape.
-    title: what units are scored by, as the report says it.
-    options: keys of the recipe's section `prune` that `score` takes besides, by their names.
+    score: a function from statistics, the teacher's shape and `options` to scores.
+    title: the criterion in the words of the report, behind "by".
+    options: the keys of the section `prune` that `score` takes as keyword arguments.
     """
 
     score: Callable[..., Scores]
@@ -165,14 +165,14 @@ CriterionName = Annotated[str, choice(CRITERIA)]
 
 
 def criteria_that_take(option: str) -> list[str]:
-    """The names of the criteria that take a key of the recipe's section `prune`."""
+    """The names of the criteria that take a key of the section `prune`."""
     return [name for name, criterion in CRITERIA.items() if option in criterion.options]
 
 
 def aggregate(
     sums: Float[Tensor, "layers 3 2 channels"], samples: int, sequence: Aggregate, batch: Aggregate
 ) -> Float[Tensor, "layers channels"]:
-    """One number per channel: the sequence reduction's values, reduced over samples."""
+    """One number per channel: the values of the sequence reduction, reduced over samples."""
     total, squares = sums[:, SEQUENCE_AGGREGATES.index(sequence)].unbind(1)
     match batch:
         case "mean":

@@ -1,8 +1,8 @@
-"""What plan files and scores.json hold, checked when they are read."""
+"""The types of plan files and scores.json, checked when they are read."""
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from minitron.core.layouts import Layout, Number, Unbounded
+from minitron.core.layouts import Finite, Layout, Unbounded
 from minitron.core.typed_files import FileKind
 
 
@@ -16,8 +16,8 @@ class PlanSizes(Layout, extra="forbid"):
     vocab: int
 
 
-class Units(Layout):
-    """A plan file that lists the units of some dims only."""
+class ListedUnits(Layout):
+    """A plan file that lists the units of some dims only, which `load_given` reads."""
 
     layers: list[int] = Field(default=[])
     hidden: list[int] = Field(default=[])
@@ -27,7 +27,7 @@ class Units(Layout):
 
 
 class PlanFile(Layout):
-    """plan/plan.json and pruned/plan.json; whether it agrees with itself, `Plan.load` says."""
+    """plan/plan.json and pruned/plan.json; `Plan.load` checks that its lists fit its sizes."""
 
     teacher: PlanSizes
     student: PlanSizes
@@ -39,7 +39,7 @@ class PlanFile(Layout):
 
 
 class MadePlan(PlanFile):
-    """The same, and it agrees with itself."""
+    """A plan file whose lists fit its sizes."""
 
     @model_validator(mode="after")
     def of_its_sizes(self) -> "MadePlan":
@@ -61,13 +61,13 @@ class UnitScores(Layout):
     """scores/scores.json."""
 
     layers: list[Unbounded]
-    hidden: list[Number]
-    ffn: list[list[Number]]
-    heads: list[list[Number]]
-    kv_heads: list[list[Number]]
+    hidden: list[Finite]
+    ffn: list[list[Finite]]
+    heads: list[list[Finite]]
+    kv_heads: list[list[Finite]]
 
 
 PLAN = FileKind("a plan file", TypeAdapter(PlanFile))
 MADE_PLAN = FileKind("a plan file", TypeAdapter(MadePlan))
-UNITS = FileKind("a plan file", TypeAdapter(Units))
+LISTED_UNITS = FileKind("a plan file", TypeAdapter(ListedUnits))
 SCORES = FileKind("scores of units", TypeAdapter(UnitScores))

@@ -1,6 +1,6 @@
 """From statistics to a student: score, plan, cut and repair, at once or in several steps.
 
-The one path of the verb `prune`, of the stages of a run and of the candidates of a search.
+The verb `prune`, the stages of a run and the candidates of a search all take this path.
 """
 
 from collections.abc import Sequence
@@ -9,40 +9,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron.calibration.collect import Statistics, calibrate
+from minitron.calibration.collect import measure_statistics
+from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.evaluation.tasks.questions import read_questions
-from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.architecture import PRUNABLE, Architecture, Shape
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.depth import LAYER_CRITERIA, by_loss, by_task
+from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
 from minitron.pruning.importance import CRITERIA, Scores, even_scores
-from minitron.pruning.plan import (
-    Given,
-    Plan,
-    PruneConfig,
-    choose,
-    compose,
-    given_layers,
-    needs_scores,
-    step_shapes,
-    target_shape,
-)
-from minitron.pruning.repair.config import CutNeeds, Step, choice_left, needed_steps
+from minitron.pruning.plan import Plan, choose, compose, needs_scores
+from minitron.pruning.repair import REPAIRS, Step, cut_dims, needed_steps
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
-
-NOTHING = Given()
+from minitron.pruning.target import step_shapes, target_shape
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What units and layers are scored by, and on what.
+    """How units and layers are scored, and on which data.
 
-    samples: the calibration set; None where nothing but statistics is read (see `cut_needs`).
-    pass_: how the calibration set is streamed.
-    tokenizer: of the model, for questions that layers are scored by.
+    samples: the calibration samples; None where only statistics are read (see `cut_needs`).
+    pass_: the settings of passes over the calibration samples.
+    tokenizer: the model's tokenizer, for questions by which layers are scored; else None.
     """
 
     config: PruneConfig
@@ -56,52 +48,52 @@ class Scoring:
         return self.samples
 
     def at(self, scratch: Path) -> "Scoring":
-        """The same with its scratch files in another directory."""
+        """The same, with scratch files in another directory."""
         return replace(self, pass_=self.pass_.at(scratch))
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """Makes students of one teacher, as the sections `prune` and `repair` of a recipe ask for.
+    """Makes students of one teacher by the sections `prune` and `repair` of a recipe.
 
-    repairs: the repair steps, such as `resolve` gives; those that a cut does not need do nothing.
-    statistics: of the teacher; None where neither a choice nor a repair reads them.
+    repairs: the repair steps, as `resolve_repair` returns them; steps that a cut does not need do nothing.
+    statistics: the teacher's statistics; None where neither a choice nor a repair reads them.
     """
 
     teacher: Checkpoint
     scoring: Scoring
     repairs: Sequence[Step]
     statistics: Statistics | None
-    # By the number of layers that stay: scores depend on nothing else, and may take many passes.
+    # The scores by the number of layers that stay, on which alone they depend: they may take many passes.
     _scores: dict[int, Scores] = field(default_factory=dict)
 
     def at(self, scratch: Path) -> "Pruner":
-        """The same with its scratch files in another directory."""
+        """The same, with scratch files in another directory."""
         return replace(self, scoring=self.scoring.at(scratch))
 
     @cached_property
     def unit_scores(self) -> Scores:
-        """The scores by statistics alone."""
+        """The scores of units, with the scores of layers that the statistics contain."""
         assert self.statistics is not None, "cut_needs says that statistics are read"
         return score_units(self.statistics, self.teacher.shape, self.scoring.config)
 
     def score(self, first: Shape) -> Scores:
-        """The scores to cut the teacher to a shape by, the first on the way to the student's."""
+        """The scores for the first step of the cut, which leaves the shape `first`."""
         if first.layers not in self._scores:
             self._scores[first.layers] = score_layers(self.teacher, self.unit_scores, first, self.scoring)
         return self._scores[first.layers]
 
-    def shapes(self, student: Shape, given: Given = NOTHING) -> list[Shape]:
-        """The shape that each step of the cut leaves, the student's last."""
+    def shapes(self, student: Shape, given: Given = NOTHING_GIVEN) -> list[Shape]:
+        """The shape after each step of the cut; the last is the student's."""
         iterations = self.scoring.config.iterations
         return step_shapes(self.teacher.architecture, self.teacher.shape, student, iterations, given)
 
-    def plan(self, student: Shape, given: Given = NOTHING, scores: Scores | None = None) -> Plan:
-        """The plan of a student of that shape, in as many steps as the config says.
+    def plan(self, student: Shape, given: Given = NOTHING_GIVEN, scores: Scores | None = None) -> Plan:
+        """The plan of a student of that shape, made in as many steps as the config asks for.
 
         Args:
-            given: units that are listed.
-            scores: what `score` gave for the first step's shape.
+            given: the units that the user lists.
+            scores: the scores for the first step, if they are known.
         """
         teacher = self.teacher
         if scores is None and not needs_scores(teacher.shape, student, given):
@@ -112,7 +104,7 @@ class Pruner:
 
     def cut(self, plan: Plan, out: Path) -> Repaired:
         """Write the pruned checkpoint into the existing directory `out`, with the repairs that it needs."""
-        if not needed_steps(self.repairs, plan):
+        if not needed_steps(self.repairs, plan.teacher, plan.student):
             return Repaired(plan, cut(self.teacher, plan, out))
         assert self.statistics is not None
         evidence = Evidence(self.statistics, self.unit_scores, self.scoring.calibration)
@@ -123,8 +115,53 @@ class Pruner:
         return self.cut(self.plan(student), out)
 
 
-def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING) -> tuple[Shape, Given]:
-    """The student's shape, and the units that are listed: by a plan file, or layers by their numbers in the config."""
+@dataclass(frozen=True)
+class Choice:
+    """The choices that a cut leaves open, known before anything is scored.
+
+    by_criterion: the dims whose units `prune.criterion` chooses, or which a repair ranks by it.
+    layers: whether `prune.layer_criterion` chooses layers.
+    steps: the number of steps of the cut.
+    repairs: the repair steps that have a cut to repair.
+    """
+
+    by_criterion: frozenset[str]
+    layers: bool
+    steps: int
+    repairs: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class CutNeeds:
+    """The choices that a cut leaves open, and whether it reads statistics and text for them."""
+
+    choice: Choice
+    statistics: bool
+    text: bool
+
+
+def choice_left(
+    architecture: Architecture, config: PruneConfig, teacher: Shape, student: Shape, given: Given, steps: Sequence[Step]
+) -> Choice:
+    """
+    Args:
+        given: units that are listed, layers by number among them.
+        steps: repairs, such as `resolve_repair` gives.
+    """
+    repairs = needed_steps(steps, teacher, student)
+    open_dims = {dim for dim in cut_dims(teacher, student) if getattr(given, dim) is None}
+    chosen_by_repair = {dim for step in repairs for dim in REPAIRS[step].chooses}
+    ranked = {dim for step in repairs for dim in REPAIRS[step].ranks}
+    return Choice(
+        by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
+        layers="layers" in open_dims,
+        steps=len(step_shapes(architecture, teacher, student, config.iterations, given)) if open_dims else 1,
+        repairs=tuple(repairs),
+    )
+
+
+def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING_GIVEN) -> tuple[Shape, Given]:
+    """The student's shape, and the units that the user lists in a plan file, or layers by number in the config."""
     if isinstance(listed, Plan):
         return listed.student, Given(**{dim: getattr(listed, dim) for dim in PRUNABLE})
     shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, listed)
@@ -141,10 +178,10 @@ def cut_needs(
     *,
     with_statistics: bool,
 ) -> CutNeeds:
-    """What a cut reads, before anything is read.
+    """The data that a cut reads, known before anything is read.
 
     Args:
-        with_statistics: whether statistics of the teacher are there already.
+        with_statistics: whether the teacher's statistics exist already.
     """
     choice = choice_left(teacher.architecture, config, teacher.shape, student, given, repairs)
     passes = choice.steps > 1 or (choice.layers and LAYER_CRITERIA[config.layer_criterion].needs_a_pass)
@@ -157,19 +194,19 @@ def cut_needs(
 
 
 def score_units(statistics: Statistics, shape: Shape, config: PruneConfig) -> Scores:
-    """The scores of all units by `prune.criterion`, and those of layers that the statistics hold."""
+    """The scores of units by `prune.criterion`, with the scores of layers that the statistics contain."""
     criterion = CRITERIA[config.criterion]
     return criterion.score(statistics, shape, **{option: getattr(config, option) for option in criterion.options})
 
 
 def layers_need_a_pass(config: PruneConfig, teacher: Shape, student: Shape) -> bool:
-    """Whether layers are to be chosen by scores that the statistics do not hold."""
+    """Whether layers are chosen by scores for which the model must be read once more."""
     by_number = given_layers(config, teacher).layers is not None
     return LAYER_CRITERIA[config.layer_criterion].needs_a_pass and student.layers < teacher.layers and not by_number
 
 
 def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring: Scoring) -> Scores:
-    """`scores` with those of the layers by `prune.layer_criterion`, to cut the checkpoint to a student.
+    """Replace the scores of layers by scores of `prune.layer_criterion`, for a cut to a student.
 
     Raises: DataError for a task that cannot be read.
     """
@@ -189,9 +226,9 @@ def score_layers(checkpoint: Checkpoint, scores: Scores, student: Shape, scoring
 
 
 def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring: Scoring) -> Plan:
-    """`plan`, a first step, followed by one step to each of the shapes; still a plan of the checkpoint itself.
+    """Extend a plan, the first step of a cut, by a step to each of the shapes; it remains a plan of the checkpoint.
 
-    The model that each step left lies in the scratch directory while it is scored.
+    The model after each step lies in the scratch directory while it is scored.
 
     Paper: P1, "Single-shot vs Iterative Importance Estimation".
     """
@@ -201,7 +238,7 @@ def refine(checkpoint: Checkpoint, plan: Plan, shapes: Sequence[Shape], scoring:
             with scratch_errors(scratch):
                 cut(checkpoint, plan, path)
             left = open_checkpoint(path)
-            statistics = calibrate(left, scoring.calibration, scoring.pass_)
+            statistics = measure_statistics(left, scoring.calibration, scoring.pass_)
             scores = score_layers(left, score_units(statistics, left.shape, scoring.config), shape, scoring)
             plan = compose(plan, choose(scores, left.shape, shape))
     return plan

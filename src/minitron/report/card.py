@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from minitron.core.files import write_text
 from minitron.core.run_layout import RunLayout
 from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, shown, size
-from minitron.data.corpus import BUILTIN, TEACHER
+from minitron.data.sources import BUILTIN, TEACHER
 from minitron.report.published import DATASETS
 from minitron.report.records import (
     Benchmark,

@@ -21,7 +21,7 @@ from minitron.core.text import (
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CRITERIA
 from minitron.pruning.layouts import MadePlan, UnitScores
-from minitron.pruning.repair.config import REPAIRS, replaces_channels
+from minitron.pruning.repair import REPAIRS, replaces_channels
 from minitron.report import html, plots
 from minitron.report.records import RunRecords, layer_criterion, layers_by_number, repairs
 from minitron.report.tables import candidate_cells, candidate_columns

@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.run_layout import RunLayout
-from minitron.model.checkpoint import model_files
+from minitron.model.weight_files import model_files
 from minitron.report.records import RunRecords
 
 

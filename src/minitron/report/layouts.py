@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from minitron.core.config import choice
-from minitron.core.layouts import Amount, Count, Layout, Number, Positive
+from minitron.core.layouts import Amount, Count, Finite, Layout, Positive
 from minitron.core.typed_files import FileKind
 from minitron.distillation.losses import LossName
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CriterionName
-from minitron.pruning.repair.config import REPAIRS
+from minitron.pruning.repair import REPAIRS
 
 
 class TextRecipe(Layout):
@@ -31,7 +31,7 @@ class CutRecipe(Layout):
 
 
 class TrainingRecipe(Layout):
-    loss: LossName | dict[LossName, Number]
+    loss: LossName | dict[LossName, Finite]
     evaluate_blocks: Count
     temperature: Amount = 1.0
     top_k: Count | None = None

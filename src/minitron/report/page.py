@@ -25,7 +25,7 @@ from minitron.core.text import (
     size,
     with_range,
 )
-from minitron.data.corpus import TEACHER
+from minitron.data.sources import TEACHER
 from minitron.report import html, plots
 from minitron.report.choices import why
 from minitron.report.published import PUBLISHED

@@ -11,8 +11,8 @@ from minitron.calibration.layouts import STATISTICS_RESULT, Calibrated
 from minitron.core.errors import RunError
 from minitron.core.run_layout import MODELS, RECORD, STAGES, Record, RunLayout
 from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
-from minitron.data.corpus import TEACHER
 from minitron.data.layouts import DATA_RESULT, Text
+from minitron.data.sources import TEACHER
 from minitron.distillation.layouts import LOGGED, Logged, TrainedStage, TrainingFacts, training_result
 from minitron.distillation.losses import LOSSES
 from minitron.evaluation.layouts import (

@@ -20,7 +20,7 @@ from minitron.core.text import (
     shown,
     size,
 )
-from minitron.data.corpus import TEXT_SUFFIXES
+from minitron.data.sources import TEXT_SUFFIXES
 
 # Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")

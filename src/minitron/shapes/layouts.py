@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from minitron.core.layouts import Amount, Count, FileName, Layout, Number, Positive, Sizes, Unbounded
+from minitron.core.layouts import Amount, Count, FileName, Finite, Layout, Positive, Sizes, Unbounded
 from minitron.core.typed_files import FileKind
 
 
@@ -18,7 +18,7 @@ class CandidateRecord(Layout):
     decode_seconds: Amount
     prefill_seconds: Amount
     predicted: Unbounded
-    losses: dict[Annotated[str, Field(pattern=r"^[0-9]{1,12}$")], Number]
+    losses: dict[Annotated[str, Field(pattern=r"^[0-9]{1,12}$")], Finite]
 
 
 class Throughput(Layout):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics
 from minitron.model.architecture import Shape
 from minitron.pruning.importance import Scores
 from minitron.shapes.space import Candidate, Machine, SearchConfig

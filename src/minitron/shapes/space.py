@@ -26,9 +26,9 @@ from minitron.model.architecture import (
     count_terms,
     with_sizes,
 )
-from minitron.model.checkpoint import Checkpoint
-from minitron.model.model_config import ModelConfig
-from minitron.pruning.plan import PruneConfig, default_multiple, parse_target, require_task_fits
+from minitron.model.checkpoint import Checkpoint, ModelConfig
+from minitron.pruning.config import PruneConfig, require_task_fits
+from minitron.pruning.target import default_multiple, parse_target
 
 # Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
 # the layers (docs/log), and P2's depth-pruned model has half.

@@ -18,7 +18,7 @@ from minitron.distillation.schedule import ModelSize, Schedule, resolve
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill_until
 from minitron.model.architecture import Shape
-from minitron.pruning.repair.config import replaces_channels
+from minitron.pruning.repair import replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.steps import Pruner
 from minitron.shapes import layouts

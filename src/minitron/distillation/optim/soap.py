@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from minitron.core import parallel
+from minitron.core.numerics import matmul_precision
 from minitron.distillation.optim.low_precision import EPSILON
-from minitron.model.logits import matmul_precision
 
 # Steps from one change of the axes to the next, as in the paper.
 AXES_STEPS = 10
@@ -87,7 +87,7 @@ class Soap(torch.optim.Optimizer):
             if parameter.grad is not None
         ]
         # All gradients first and all changes last: between, no process waits for another.
-        changes = {p: parallel.at_holder(parallel.full(p.grad), self.holders[p]) for p, _ in turned}
+        changes = {p: parallel.at_owner(parallel.full(p.grad), self.holders[p]) for p, _ in turned}
         for large in (False, True):
             with matmul_precision(self.dtype if large else torch.float32):
                 for parameter, group in turned:
@@ -95,7 +95,7 @@ class Soap(torch.optim.Optimizer):
                         self._count(parameter)
                         self._to_change(changes[parameter], parameter, group)
         for parameter, group in turned:
-            change = parallel.from_holder(changes.pop(parameter), self.holders[parameter], parameter.device)
+            change = parallel.from_owner(changes.pop(parameter), self.holders[parameter], parameter.device)
             weight = parallel.local_shard(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(parallel.local_rows(change, parameter), alpha=-group["lr"])

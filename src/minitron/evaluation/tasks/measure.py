@@ -19,7 +19,9 @@ from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.rows import LocalTask, find_folders, read_task, task_of
 from minitron.evaluation.tasks.sandbox import require_sandbox
 from minitron.evaluation.tasks.suite import SUITES, Benchmark, TaskResult, chosen
-from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from minitron.model.tokenizer import load_tokenizer
+from minitron.model.weight_files import model_files
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
 KEY_FORMAT = 2  # another one makes all results be measured again

@@ -1,25 +1,28 @@
-"""Remove columns of a matrix and make up for them with the others: least squares and optimal brain surgeon.
+"""Remove columns of a matrix and change the others to make up for them: least squares and optimal brain surgeon.
 
-A matrix W [rows, columns] is applied to inputs z with second moment H = E[z z']. Taking columns D away and changing the
-others by the update of Hassibi and Stork (1993), with their H^-1, leaves the W' that minimises E|W z - W' z|^2 over all
-matrices without these columns: least squares. Choosing D one by one by what each costs is optimal brain surgeon.
+A matrix W [rows, columns] is applied to inputs z with second moment H = E[z z']. If columns D are removed and the
+others changed by the update of Hassibi and Stork (1993), which uses the inverse of H, the result is the W' that
+minimises E|W z - W' z|^2 over all matrices without these columns: least squares. If the columns are chosen one by one
+by their costs, it is optimal brain surgeon.
 
-Beyond the papers, which drop columns and leave the others as they are.
+This goes beyond the papers, which drop columns and leave the others as they are.
 """
 
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.core.errors import PlanError
+from minitron.pruning.given import Units
+from minitron.pruning.plan import Plan
 
-# Columns that are chosen between two updates of the whole inverse, and among how many of the cheapest: within them the
-# choice is exact, one by one; the others' costs are as of the last update.
+# BLOCK columns are chosen between two updates of the whole inverse, from CANDIDATES times as many of the cheapest ones.
+# Among these the choice is exact, one by one; the costs of the others are as of the last update.
 BLOCK, CANDIDATES = 64, 4
-# Added to the inputs' correlations, so that hardly determined directions do not get large weights.
-RIDGE = 1e-3
+# Added to the correlations of the inputs, so that directions that the inputs hardly determine get no large weights.
+CORRELATION_RIDGE = 1e-3
 
 
 def correlation_factor(
@@ -28,15 +31,15 @@ def correlation_factor(
     """The root mean squares of inputs, and the Cholesky factor of their correlations with a ridge.
 
     Args:
-        moment: E[z z'] up to a factor. It is used up: the factor lies in its memory, which in a large model is most of
-            what there is.
+        moment: E[z z'] up to a constant. It is overwritten by the factor, for in a large model it takes most of the
+            memory.
 
     Raises: PlanError if the moment is not finite.
     """
     scale = moment.diagonal().clamp_min(0).sqrt()
     if not scale.isfinite().all():
         raise PlanError("the second moment of a layer's activations is not finite: the model's weights are damaged")
-    # A column that is never active costs nothing, whatever its weights.
+    # To remove a column that is never active costs nothing, whatever its weights.
     scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.25)
     moment.div_(scale[:, None]).div_(scale)
     moment.diagonal().fill_(1 + ridge)
@@ -44,41 +47,41 @@ def correlation_factor(
 
 
 class Surgeon:
-    """A matrix some of whose columns are being removed; the others always hold the least-squares weights."""
+    """A matrix from which columns are removed; the columns that are left always hold the least-squares weights."""
 
     def __init__(self, weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"]):
         """
         Args:
-            moment: E[z z'] of the inputs up to a factor. It is used up: its memory serves for the inverse.
+            moment: E[z z'] of the inputs up to a constant. It is overwritten by the inverse.
 
         Raises: PlanError if the moment is not finite.
         """
-        self._scale, factor = correlation_factor(moment, RIDGE)
+        self._scale, factor = correlation_factor(moment, CORRELATION_RIDGE)
         self._weight = weight.to(moment) * self._scale
         self._inverse = torch.cholesky_inverse(factor, out=factor)
         self._alive = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
 
     def remove(self, columns: Tensor) -> None:
-        """Remove columns by their indices, all at once."""
+        """Remove columns all at once, by their indices."""
         columns = columns.to(self._alive.device)
         rows = torch.linalg.solve(self._inverse[columns][:, columns], self._inverse[columns])
         self._weight.addmm_(self._weight[:, columns], rows, alpha=-1)
         self._inverse.addmm_(self._inverse[:, columns], rows, alpha=-1)
         self._alive[columns] = False
-        # What is left of them is rounding: it must not come back.
+        # The rest is rounding errors, which must not come back.
         self._weight[:, columns] = 0
         self._inverse[columns] = 0
         self._inverse[:, columns] = 0
 
     def eliminate(self, count: int, block: int = BLOCK) -> None:
-        """Remove `count` columns, each time the one whose removal costs least."""
+        """Remove `count` columns, each time the column whose removal costs least."""
         while count > 0:
             chosen = self._cheapest(min(block, count))
             self.remove(chosen)
             count -= len(chosen)
 
     def keep_blocks(self, blocks: Iterable[int], count: int, size: int) -> tuple[int, ...]:
-        """Keep `count` of some blocks of `size` columns, such as heads; returns them in ascending order."""
+        """Keep `count` of some blocks of `size` columns each, such as heads; returns the kept blocks in order."""
         left = set(blocks)
         while len(left) > count:
             one = min(sorted(left), key=lambda block: self._cost(self._block(block, size)))
@@ -88,7 +91,7 @@ class Surgeon:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Indices of the columns that are left."""
+        """The indices of the columns that are left."""
         return tuple(self._alive.nonzero().flatten().tolist())
 
     @property
@@ -97,7 +100,7 @@ class Surgeon:
         return self._weight[:, self._alive] / self._scale[self._alive]
 
     def _cost(self, columns: Tensor) -> float:
-        """By how much removing these columns together raises E|W z - W' z|^2."""
+        """The rise of E|W z - W' z|^2 when these columns are removed together."""
         weight = self._weight[:, columns]
         return torch.linalg.solve(self._inverse[columns][:, columns], weight.T).mul(weight.T).sum().item()
 
@@ -105,7 +108,7 @@ class Surgeon:
         return torch.arange(block * size, (block + 1) * size, device=self._alive.device)
 
     def _cheapest(self, count: int) -> Tensor:
-        """The next `count` columns to remove, one by one among the candidates."""
+        """The next `count` columns to remove, chosen one by one among the candidates."""
         costs = self._weight.square().sum(0) / self._inverse.diagonal()
         costs[~self._alive] = torch.inf
         candidates = costs.topk(min(int(self._alive.sum()), CANDIDATES * count), largest=False).indices
@@ -124,3 +127,35 @@ class Surgeon:
             inverse[one, one] = 1  # gone: keeps the division above finite
             chosen.append(one)
         return candidates[chosen]
+
+
+def drop_planned_ffn(surgeon: Surgeon, plan: Plan, layer: int) -> dict[str, Units]:
+    surgeon.remove(_others(plan.ffn[layer], plan.teacher.ffn))
+    return {}
+
+
+def drop_ffn_one_by_one(surgeon: Surgeon, plan: Plan, layer: int) -> dict[str, Units]:
+    surgeon.eliminate(plan.teacher.ffn - plan.student.ffn)
+    return {"ffn": surgeon.kept}
+
+
+def drop_planned_heads(surgeon: Surgeon, plan: Plan, layer: int) -> dict[str, Units]:
+    dropped, size = _others(plan.heads[layer], plan.teacher.heads), plan.teacher.head_dim
+    surgeon.remove((dropped[:, None] * size + torch.arange(size)).flatten())
+    return {}
+
+
+def drop_heads_one_by_one(surgeon: Surgeon, plan: Plan, layer: int) -> dict[str, Units]:
+    """Drop key-value heads first, each with its query heads, and then query heads within each group that stays."""
+    teacher, student = plan.teacher, plan.student
+    kv_heads = surgeon.keep_blocks(range(teacher.kv_heads), student.kv_heads, teacher.group * teacher.head_dim)
+    groups = [range(kv * teacher.group, (kv + 1) * teacher.group) for kv in kv_heads]
+    heads = [surgeon.keep_blocks(group, student.group, teacher.head_dim) for group in groups]
+    return {"kv_heads": kv_heads, "heads": tuple(head for group in heads for head in group)}
+
+
+def _others(units: Units, total: int) -> Int[Tensor, " others"]:
+    """The indices below `total` that are not among the units."""
+    left = torch.ones(total, dtype=torch.bool)
+    left[list(units)] = False
+    return left.nonzero().flatten()

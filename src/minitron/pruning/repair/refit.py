@@ -1,10 +1,10 @@
-"""Refit a pruned model's matrices layer by layer, on the inputs that the model gives itself.
+"""Refit the matrices of a pruned model layer by layer, on the inputs that they have in the pruned model.
 
-What is fitted to the teacher's activations does not see the errors that the student's earlier layers make, nor layers
-that are gone. Here both models run side by side, one layer at a time. A matrix that reads the residual stream is fitted
-to what the teacher's gives; one that writes to it, to what brings the stream to where the teacher's is at that point,
-after the layers that were dropped there. Each is a ridge regression whose prior is the matrix as it was. Beyond the
-papers.
+Steps that are fitted to the teacher's activations see neither the errors of the student's earlier layers nor dropped
+layers. Here both models run side by side, one layer at a time. A matrix that reads the residual stream is fitted to the
+output of the teacher's matrix. A matrix that writes to the stream is fitted to the difference from the teacher's stream
+at that point, after the layers that were dropped there. Each fit is a ridge regression with the matrix itself as prior.
+This goes beyond the papers.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -17,23 +17,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitron.core.errors import PlanError
+from minitron.core.numerics import matmul_precision, normalized
 from minitron.model.architecture import Architecture, TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, write_checkpoint
-from minitron.model.logits import matmul_precision
-from minitron.model.norms import normalized
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import embedding_gain, kept_rows, writing_order
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair.columns import correlation_factor
 from minitron.pruning.repair.residual_basis import Residual, read_norm
 
-# Weight of the prior, times the mean square of each input: fewer tokens than this share of them are not believed.
-RIDGE = 0.01
+# The weight of the prior relative to the mean square of each input.
+PRIOR_WEIGHT = 0.01
 
 
-def require_refit(architecture: Architecture) -> None:
-    """Raises: PlanError for a family that normalises what its matrices write."""
+def require_refit(architecture: Architecture, tied: bool) -> None:
+    """Raises: PlanError for a family that normalises the outputs of its matrices."""
     if architecture.channel_norms:
         norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
         raise PlanError(
@@ -42,7 +42,7 @@ def require_refit(architecture: Architecture) -> None:
         )
 
 
-def refit(
+def refit_layers(
     teacher: Stream,
     student: Stream,
     plan: Plan,
@@ -52,17 +52,14 @@ def refit(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
-    """Write the refitted student into the existing directory `out`; returns the sha256 of its files of weights.
+    """Write the refitted student into the existing directory `out`; returns the sha256 of each weight file.
 
     Args:
         teacher, student: streams of the same tokens in the same batches, before `embed`.
-        plan: how the student was cut.
-        residual: what the student's residual stream holds of the teacher's.
+        plan: the plan by which the student was cut.
+        residual: the student's residual stream.
         progress: called with (student's layers done, layers).
-
-    Raises: PlanError for a family that cannot be refitted.
     """
-    require_refit(teacher.checkpoint.architecture)
     work = _Refit(teacher, student, plan, residual, progress)
     checkpoint = student.checkpoint
     with closing(work.pieces()) as pieces:
@@ -79,14 +76,14 @@ def refit(
 
 
 def row_runs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """A tensor's rows, in the parts that are best read in one go each."""
+    """The rows of a tensor in parts [start, stop), each of which is read at once."""
     stored = checkpoint.stored[spec.name]
     return runs(torch.arange(stored.shape[0]), stored.row_bytes)
 
 
 @dataclass
 class _Regression:
-    """Sums for one matrix W -> W + D: the D that takes most of the errors away, given the inputs."""
+    """The sums of a ridge regression of errors on inputs, whose solution is added to a matrix."""
 
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of z z' [columns, columns]
     errors: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of e z' [rows, columns]
@@ -101,7 +98,7 @@ class _Regression:
             self.errors.addmm_(errors.T, inputs)
 
     def change(self) -> Float[Tensor, "rows columns"]:
-        scale, factor = correlation_factor(self.inputs, RIDGE)
+        scale, factor = correlation_factor(self.inputs, PRIOR_WEIGHT)
         return torch.cholesky_solve((self.errors / scale).T, factor).T / scale
 
 
@@ -124,7 +121,7 @@ class _Refit:
             for norm, reader in self.architecture.norms.items()
             if "{layer}" in norm
         )
-        # The end of the network is fitted when all layers are.
+        # The output projection is fitted after all layers.
         self.specs = writing_order(self.architecture, list(self.checkpoint.specs()))
         self.added_times = self.checkpoint.config.get(self.architecture.residual_multiplier, 1.0)
 
@@ -152,7 +149,7 @@ class _Refit:
         return rows.float() + change[start : start + len(rows)]
 
     def _layers(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Each of the student's layers, and what is added to its matrices."""
+        """The number of each of the student's layers, and the changes of its matrices by name."""
         self.teacher.embed()
         self.student.embed()
         ends = [*self.plan.layers[1:], self.plan.teacher.layers]
@@ -161,15 +158,15 @@ class _Refit:
             for index, of_teacher in layers:
                 if index == self.plan.layers[number]:
                     changes = self._before_the_end(number, layer, index, of_teacher)
-                _keep_states(self.teacher, index, of_teacher)
+                self.teacher.advance(index, of_teacher)
                 if index + 1 == ends[number]:
                     break
             changes |= self._fit(number, layer, [self._writer("mlp_out")], self._errors_at_the_end(number, layer))
-            _keep_states(self.student, number, layer)
+            self.student.advance(number, layer)
             yield number, changes
 
     def _before_the_end(self, number: int, layer: nn.Module, index: int, of_teacher: nn.Module) -> dict[str, Tensor]:
-        """Fit all but what the MLP writes, each with those before it fitted already."""
+        """Fit all matrices but the down projection, each after the matrices before it."""
         changes: dict[str, Tensor] = {}
         for reader in (self.attention[1], self.mlp[1]):
             names = [
@@ -187,7 +184,7 @@ class _Refit:
     def _fit(
         self, number: int, layer: nn.Module, names: list[str], errors: Iterator[dict[str, tuple[Tensor, Tensor]]]
     ) -> dict[str, Tensor]:
-        """Fit some matrices to errors, batch by batch (inputs, errors) by name; returns what was added, on the CPU."""
+        """Fit matrices to batches of (inputs, errors) by name; returns the changes by name, on the CPU."""
         sums = {name: _Regression() for name in names}
         for batch in errors:
             for name, (inputs, error) in batch.items():
@@ -210,7 +207,9 @@ class _Refit:
         }
         with _tapped(layer, names) as ours, _tapped(of_teacher, names) as theirs:
             for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
-                yield {name: (ours[name].given, theirs[name].made[..., kept[name]] - ours[name].made) for name in names}
+                yield {
+                    name: (ours[name].input, theirs[name].output[..., kept[name]] - ours[name].output) for name in names
+                }
 
     def _errors_after_attention(
         self, number: int, layer: nn.Module, index: int, of_teacher: nn.Module
@@ -218,20 +217,20 @@ class _Refit:
         writer, norm = self._writer("attention_out"), self.mlp[0]
         with _tapped(layer, [writer, norm]) as ours, _tapped(of_teacher, [norm]) as theirs:
             for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
-                yield {writer: (ours[writer].given, self._gap(theirs[norm].given, ours[norm].given))}
+                yield {writer: (ours[writer].input, self._gap(theirs[norm].input, ours[norm].input))}
 
     def _errors_at_the_end(self, number: int, layer: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         writer = self._writer("mlp_out")
         with _tapped(layer, [writer]) as ours:
             goals = self.teacher.batches()
             for (_, goal), (_, _, after) in zip(goals, self.student.peek(number, layer), strict=True):
-                yield {writer: (ours[writer].given, self._gap(goal, after))}
+                yield {writer: (ours[writer].input, self._gap(goal, after))}
 
     def _fit_the_end(self) -> dict[str, Tensor]:
-        """Fit what the output projection makes of the last norm's output, or where it is tied, the norm's gains."""
+        """Fit the output projection, or where it is tied, the gains of the final norm."""
         name, sums = self.architecture.final_norm, _Regression()
         with self.student.final_norm() as ours:
-            # What the student's norm would give if it held what the teacher's stream has.
+            # The output that the student's norm has on the teacher's stream.
             norm = self.residual.norm(read_norm(self.teacher.checkpoint, name), 1.0, tied=self.tied)
             gain = norm.gain.to(self.student.device)
             if self.tied:
@@ -243,13 +242,13 @@ class _Refit:
                 sums.add(made, gain * self.held.embed(unit) + bias - made.float())
         if not self.tied:
             return {self.architecture.head: sums.change().cpu()}
-        energy = (1 + RIDGE) * sums.inputs.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+        energy = (1 + PRIOR_WEIGHT) * sums.inputs.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
         shares = sums.errors.diagonal() / energy
         stored = self.checkpoint.read(f"{name}.weight").float()
         return {f"{name}.weight": (stored + self.architecture.norm_gain_offset) * shares.cpu()}
 
     def _gap(self, goal: Tensor, states: Tensor) -> Tensor:
-        """What is missing in the student's stream to hold what the teacher's has."""
+        """The difference between the teacher's stream, in the student's channels or directions, and the student's."""
         return (self.held.embed(goal.flatten(0, 1).float()).view(states.shape) - states.float()) / self.added_times
 
     def _writer(self, site: str) -> str:
@@ -258,26 +257,21 @@ class _Refit:
 
 @dataclass
 class _Tap:
-    given: Tensor = field(default_factory=lambda: torch.empty(0))
-    made: Tensor = field(default_factory=lambda: torch.empty(0))
+    input: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @contextmanager
 def _tapped(layer: nn.Module, names: list[str]) -> Iterator[dict[str, _Tap]]:
-    """What some modules were last given, and made of it."""
+    """Record the latest input and output of some modules of a layer, by name."""
     taps = {name: _Tap() for name in names}
 
-    def note(tap: _Tap, given: Tensor, made: Tensor) -> None:
-        tap.given, tap.made = given, made
+    def note(tap: _Tap, input: Tensor, output: Tensor) -> None:
+        tap.input, tap.output = input, output
 
     with ExitStack() as stack:
         for name, tap in taps.items():
             module = layer.get_submodule(name)
-            handle = module.register_forward_hook(lambda _, args, made, tap=tap: note(tap, args[0], made))
+            handle = module.register_forward_hook(lambda _, args, output, tap=tap: note(tap, args[0], output))
             stack.callback(handle.remove)
         yield taps
-
-
-def _keep_states(stream: Stream, index: int, layer: nn.Module) -> None:
-    for _ in stream.run(index, layer):
-        pass

@@ -1,8 +1,8 @@
-"""What the student's residual stream is made of: some of the teacher's channels, or a basis of combinations of them.
+"""The student's residual stream: some of the teacher's channels, or directions that combine all of them.
 
-Matrices that write to the stream write what the student holds of it, and those that read from it take what is held for
-the whole. A basis is folded into the weights, with the norms' gains, so the result is a plain checkpoint of the same
-family. One basis for the whole network needs no adapters. Beyond the papers, which keep channels.
+Matrices that write to the teacher's stream are changed to write the student's, and matrices that read it to read the
+student's. A basis is folded into the weights together with the gains of the norms, so the student is a plain checkpoint
+of the same family. One basis for the whole network needs no adapters. This goes beyond the papers, which keep channels.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitron.calibration.collect import Statistics
+from minitron.calibration.statistics import Statistics, require_second_moment
 from minitron.core.errors import PlanError
+from minitron.core.numerics import normalized
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.norms import normalized
+from minitron.pruning.plan import Plan
 
 READ_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the residual stream: its gain (what is stored plus the family's offset), and its bias if it has one."""
+    """A norm of the residual stream: its gain (the stored weight plus the family's offset), and its bias, if any."""
 
     gain: Float[Tensor, " hidden"]
     bias: Float[Tensor, " hidden"] | None = None
@@ -47,13 +48,13 @@ class Channels:
         return matrix[:, self.kept]
 
     def norm(self, norm: Norm, scale: float, *, tied: bool = False) -> Norm:
-        """The student's norm, whose output is `scale` times that of an unscaled one."""
+        """The student's norm, with its output multiplied by `scale`."""
         return Norm(scale * norm.gain[self.kept], None if norm.bias is None else norm.bias[self.kept])
 
 
 @dataclass(frozen=True)
 class Basis:
-    """The student's stream is y = x @ directions, and directions @ y stands for the teacher's x."""
+    """The student's stream is y = x @ directions, and y @ directions.T approximates the teacher's x."""
 
     directions: Float[Tensor, "hidden kept"]  # orthonormal columns
 
@@ -72,20 +73,20 @@ class Basis:
         folded = matrix @ (norm.gain[:, None] * self.directions / _rms(norm.gain))
         if norm.bias is None:
             return folded
-        # The stream has no part along (1, 1, ...), so there the matrix can hold what it makes of the norm's bias, and
-        # read it from a bias of ones.
+        # The stream has no part along (1, 1, ...): along it the matrix holds its product with the norm's bias, and the
+        # student's norm has a bias of ones.
         return folded + (matrix @ norm.bias)[:, None] / self.directions.shape[1]
 
     def norm(self, norm: Norm, scale: float, *, tied: bool = False) -> Norm:
-        """The student's norm: one gain for all directions, as the rest is folded into the matrices after it.
+        """The student's norm, with one gain for all directions: the rest is folded into the matrices after it.
 
         Args:
-            tied: what follows is the embedding, which cannot hold gains: each direction has its own.
+            tied: whether the norm stands before the embedding, which cannot hold gains; then each direction has a gain.
         """
         if tied:
             gains = (norm.gain[:, None] * self.directions.square()).sum(0)
         else:
-            # Folding leaves the gains' overall size in the norm, and so the matrices' as it was.
+            # The overall size of the gains stays in the norm, so that the matrices keep their size.
             gains = _rms(norm.gain).expand(self.directions.shape[1])
         gains = gains * scale
         return Norm(gains, None if norm.bias is None else torch.ones_like(gains))
@@ -97,16 +98,16 @@ Residual = Channels | Basis
 def residual_basis(
     moment: Float[Tensor, "hidden hidden"], hidden: int, *, centred: bool = False, tied: Norm | None = None
 ) -> Basis:
-    """The basis of `hidden` directions that holds most of the normalised stream's energy: leading eigenvectors.
+    """The `hidden` directions that hold most of the normalised stream's energy: the leading eigenvectors.
 
     Args:
-        moment: E[u u'] of the stream u at its reads, each normalised.
-        centred: for LayerNorm. The mean is taken off the stream before, and one direction is left unused, so that the
-            student's norm finds no mean to subtract.
-        tied: the final norm, where the embedding E is also the output projection. Then what the student makes of its
-            stream is y diag(g') (E V)' = x V diag(g') V' E' with its own gains g'. The directions V are turned among
-            themselves until V' diag(g) V is diagonal with the teacher's gains g: with g' its diagonal, V diag(g') V' is
-            diag(g) as far as the directions reach.
+        moment: E[u u'] of the normalised stream u, over all modules that read it.
+        centred: whether the norms are LayerNorms. The mean is subtracted first, and one direction is left unused, so
+            that the student's norm finds no mean to subtract.
+        tied: the final norm, where the embedding E is also the output projection. The student's logits are then
+            y diag(g') (E V)' = x V diag(g') V' E' with its gains g'. The directions V are rotated among themselves
+            until V' diag(g) V is diagonal for the teacher's gains g. If g' is this diagonal, V diag(g') V' equals
+            diag(g) on the space of the directions.
     """
     moment = moment.double()
     if centred:
@@ -121,12 +122,28 @@ def residual_basis(
     return Basis(directions.float())
 
 
-def reading_moment(checkpoint: Checkpoint, statistics: Statistics) -> Float[Tensor, "hidden hidden"]:
-    """How strongly the layers' matrices read which directions of the stream, float64.
+def leading_directions(checkpoint: Checkpoint, plan: Plan, statistics: Statistics) -> Basis:
+    """The residual basis of a student.
 
-    With it as R and C the covariance of the normalised stream, the trace of R Q C Q is the share of the variance that
-    the matrices' outputs owe to the directions that Q projects on, a mean over matrices: Matrices W after norms of
-    gain g add g W' W g / trace(W g C g W'). Of each, READ_ROWS rows stand for all.
+    Raises: PlanError if the statistics hold no second moment.
+    """
+    architecture, tied = checkpoint.architecture, checkpoint.architecture.tied(checkpoint.config)
+    require_second_moment(statistics)
+    assert statistics.second_moment is not None
+    return residual_basis(
+        statistics.second_moment,
+        plan.student.hidden,
+        centred=architecture.centred_norms,
+        tied=read_norm(checkpoint, architecture.final_norm) if tied else None,
+    )
+
+
+def reading_moment(checkpoint: Checkpoint, statistics: Statistics) -> Float[Tensor, "hidden hidden"]:
+    """How strongly the layers' matrices read each direction of the stream, float64.
+
+    Let R be this matrix, C the covariance of the normalised stream, and Q a projection. The trace of R Q C Q is the
+    share of the variance of the matrices' outputs that comes from the directions of Q, as a mean over matrices: each
+    matrix W after a norm of gain g adds g W' W g / trace(W g C g W'). READ_ROWS rows of a matrix stand for all.
 
     Raises: PlanError if the statistics hold no second moment.
     """
@@ -143,7 +160,7 @@ def reading_moment(checkpoint: Checkpoint, statistics: Statistics) -> Float[Tens
 
 
 def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:
-    """Why a model cannot have a residual basis: what no model of its family with a turned stream could express."""
+    """The reason why a model of this family cannot express a rotated stream; None if it can."""
     if tied and architecture.centred_norms:
         return "with tied embeddings there is no matrix after the last norm that could hold the norm's bias"
     if architecture.channel_norms:
@@ -152,7 +169,7 @@ def basis_obstacle(architecture: Architecture, *, tied: bool) -> str | None:
     return None
 
 
-def require_basis(architecture: Architecture, *, tied: bool) -> None:
+def require_basis(architecture: Architecture, tied: bool) -> None:
     """Raises: PlanError if a model cannot have a residual basis."""
     obstacle = basis_obstacle(architecture, tied=tied)
     if obstacle:
@@ -163,7 +180,7 @@ def require_basis(architecture: Architecture, *, tied: bool) -> None:
 
 
 def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, " tokens"]:
-    """For each token, the factor that a norm of the student needs to give what it holds of the normalised state."""
+    """The factor of each token for the student's norm, so that it gives its part of the teacher's normalised state."""
     return residual.embed(normalized(states, centred=centred)).square().mean(-1).sqrt()
 
 

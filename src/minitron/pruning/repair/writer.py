@@ -1,28 +1,29 @@
-"""Cut a checkpoint and repair it on the way: closed-form compensation, one layer in memory at a time, no training.
+"""Cut a checkpoint and repair it on the way, one layer in memory at a time, without training.
 
-One streamed pass over the teacher, with the plan known, collects what each layer's repair is fitted to, and writes the
-student's layer. A matrix of products of a layer's neurons is hundreds of megabytes in a large model, so there is one at
-a time, and none is stored.
+One streamed pass over the teacher measures the activations of each layer, carries out the steps of REPAIRS on it and
+writes the student's layer. The second moment of a layer's neurons takes hundreds of megabytes in a large model, so only
+the moments of one layer are in memory, and none are stored.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitron.calibration.collect import Statistics, require_second_moment
+from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory
+from minitron.core.numerics import matmul_precision
 from minitron.model.architecture import TensorSpec
-from minitron.model.checkpoint import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
-from minitron.model.logits import matmul_precision
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
+from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import (
     cut,
     embedding_gain,
@@ -33,35 +34,28 @@ from minitron.pruning.cut import (
     writing_order,
 )
 from minitron.pruning.importance import Scores
-from minitron.pruning.plan import Plan, Units
+from minitron.pruning.plan import Plan
+from minitron.pruning.repair import REPAIRS, Repair, Step, needed_steps, require_enough_tokens
 from minitron.pruning.repair.columns import Surgeon
-from minitron.pruning.repair.config import REPAIRS, Step, needed_steps, replaces_channels, require_enough_tokens
-from minitron.pruning.repair.refit import refit, row_runs
+from minitron.pruning.repair.refit import row_runs
 from minitron.pruning.repair.residual_basis import (
     Channels,
     Residual,
     read_norm,
-    require_basis,
-    residual_basis,
-    scale_of,
 )
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repaired cut made."""
+    """A student as it was written: its plan, with the units that repairs chose, and the sha256 of each weight file."""
 
-    plan: Plan  # with the units that the repair chose
-    digests: dict[str, str]  # sha256 of each file of weights
+    plan: Plan
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a repair is fitted to.
-
-    statistics, scores: those that the plan was made from.
-    samples: calibration samples, whose activations are read.
-    """
+    """The data that repairs are fitted to: statistics and scores of the teacher, and the calibration samples."""
 
     statistics: Statistics
     scores: Scores
@@ -80,126 +74,102 @@ def repaired_cut(
 ) -> Repaired:
     """Write the pruned checkpoint into the existing directory `out`, with the repairs that `steps` names.
 
-    Steps that repair what the plan does not cut do nothing.
+    Steps whose dims the plan does not cut do nothing.
 
     Args:
-        steps: such as `resolve` gives.
+        steps: the repair steps, as `resolve_repair` returns them.
 
     Raises: PlanError if the family, the statistics or the number of tokens does not allow a step.
 
-    Paper: beyond P1 and P2, but for residual heads (P1, "Obtaining a Pruned Model").
+    Paper: beyond P1 and P2, except for residual heads (P1, "Obtaining a Pruned Model").
     """
     require_plan_for(checkpoint, plan)
-    needed = needed_steps(steps, plan)
-    if not needed:
-        return Repaired(plan, cut(checkpoint, plan, out, shard_bytes=shard_bytes))
-    require_enough_tokens(needed, plan, evidence.samples.tokens.numel())
-    residual, scores, progress = (
-        _residual(checkpoint, plan, needed, evidence.statistics),
-        evidence.scores,
-        pass_.progress,
-    )
+    needed = needed_steps(steps, plan.teacher, plan.student)
+    require_enough_tokens(needed, plan.teacher, evidence.samples.tokens.numel())
+    rows = [row for step, row in REPAIRS.items() if step in needed]
     pass_ = replace(pass_, batch=pass_.batch_of(checkpoint.shape, evidence.samples))  # the same for both models
+    residual: Residual = Channels(torch.tensor(plan.hidden))
+    for row in rows:
+        row.require(checkpoint.architecture, checkpoint.architecture.tied(checkpoint.config))
+        if row.residual is not None:
+            residual = row.residual(checkpoint, plan, evidence.statistics)
 
     def stream(model: Checkpoint) -> Stream:
         return Stream(model, evidence.samples, pass_)
 
-    if "refit" not in needed:
-        return _cut(stream(checkpoint), plan, out, needed, residual, scores, shard_bytes, progress)
-    with scratch_directory(pass_.scratch or out.parent, prefix="minitron-unfitted-") as path:
-        steps = [step for step in needed if step != "refit"]
-        made = _cut(stream(checkpoint), plan, path, steps, residual, scores, shard_bytes, progress)
-        unfitted = stream(open_checkpoint(path))
-        options: dict[str, Any] = {"shard_bytes": shard_bytes, "progress": progress}
-        digests = refit(stream(checkpoint), unfitted, made.plan, residual, out, **options)
-    return Repaired(made.plan, digests)
-
-
-def _cut(
-    stream: Stream,
-    plan: Plan,
-    out: Path,
-    steps: Sequence[Step],
-    residual: Residual,
-    scores: Scores,
-    shard_bytes: int,
-    progress: Callable[[int, int], None],
-) -> Repaired:
-    """One streamed pass over the teacher, or a plain cut where there are no steps."""
-    checkpoint = stream.checkpoint
-    if not steps:
-        return Repaired(plan, cut(checkpoint, plan, out, shard_bytes=shard_bytes))
-    work = _Repair(stream, plan, frozenset(steps), residual, scores, progress)
-    with closing(work.pieces()) as pieces:
-        digests = write_checkpoint(
-            out,
-            config=work.config,
-            tensors={spec.name: (work.stored_dtype(spec), spec.shape(plan.student)) for spec in work.specs},
-            pieces=pieces,
-            carry_from=checkpoint.path,
-            shard_bytes=shard_bytes,
-        )
-    return Repaired(work.plan, digests)
-
-
-def _residual(checkpoint: Checkpoint, plan: Plan, steps: Sequence[Step], statistics: Statistics) -> Residual:
-    if not replaces_channels(steps):
-        return Channels(torch.tensor(plan.hidden))
-    architecture, tied = checkpoint.architecture, checkpoint.architecture.tied(checkpoint.config)
-    require_basis(architecture, tied=tied)
-    require_second_moment(statistics)
-    assert statistics.second_moment is not None
-    return residual_basis(
-        statistics.second_moment,
-        plan.student.hidden,
-        centred=architecture.centred_norms,
-        tied=read_norm(checkpoint, architecture.final_norm) if tied else None,
-    )
+    first_rows = [row for row in rows if row.second_pass is None]
+    second_passes = [row.second_pass for row in rows if row.second_pass is not None]
+    with ExitStack() as stack:
+        scratch = partial(scratch_directory, pass_.scratch or out.parent, prefix="minitron-unfitted-")
+        outputs = [*(stack.enter_context(scratch()) for _ in second_passes), out]
+        if first_rows:
+            work = _Repair(stream(checkpoint), plan, first_rows, residual, evidence.scores, pass_.progress)
+            digests, plan = work.write(outputs[0], shard_bytes), work.plan
+        else:
+            digests = cut(checkpoint, plan, outputs[0], shard_bytes=shard_bytes)
+        for second_pass, (before, after) in zip(second_passes, pairwise(outputs), strict=True):
+            student = stream(open_checkpoint(before))
+            digests = second_pass(
+                stream(checkpoint), student, plan, residual, after, shard_bytes=shard_bytes, progress=pass_.progress
+            )
+    return Repaired(plan, digests)
 
 
 @dataclass
 class _Seen:
-    """What was seen of a layer: what its repair is fitted to."""
+    """The measurements of one layer, to which its repairs are fitted."""
 
     products: dict[str, Float[Tensor, "columns columns"]] = field(default_factory=dict)  # site -> sum over tokens
     scales: dict[str, list[float]] = field(default_factory=dict)  # norm -> `scale_of`, a mean for each sample
 
     def scale(self, norm: str) -> float:
-        """Mean over tokens; 1 where none was looked for."""
+        """The mean over tokens; 1 where no step scales norms."""
         return sum(self.scales[norm]) / len(self.scales[norm]) if norm in self.scales else 1.0
 
 
 class _Repair:
-    """The student's tensors, layer by layer."""
+    """The streamed pass: it measures the teacher's layers and makes the student's tensors, layer by layer."""
 
     def __init__(
         self,
         stream: Stream,
         plan: Plan,
-        steps: frozenset[Step],
+        rows: Sequence[Repair],
         residual: Residual,
         scores: Scores,
         progress: Callable[[int, int], None],
     ):
-        self.stream, self.plan, self.steps, self.residual, self.scores = stream, plan, steps, residual, scores
+        self.stream, self.plan, self.residual, self.scores = stream, plan, residual, scores
         self.progress = progress
         self.checkpoint, self.architecture = stream.checkpoint, stream.checkpoint.architecture
         self.config = student_config(self.checkpoint, plan)
         specs = list(self.architecture.specs(self.config, plan.student.layers))
-        # The student's tensor -> the teacher's behind it.
+        # The student's tensor -> the teacher's tensor that it is cut from.
         self.sources = dict(zip((spec.name for spec in specs), sources_of(self.checkpoint, plan), strict=True))
         self.specs = writing_order(self.architecture, specs)
         self.norms = {norm.format(layer=layer) for norm in self.architecture.norms for layer in plan.layers}
-        of_steps = [repair.site for step, repair in REPAIRS.items() if step in steps]
-        self.sites = [site for site in dict.fromkeys(of_steps) if site is not None]
-        self.scaled = any(REPAIRS[step].scales for step in steps)
+        self.removals = {row.site: row.remove for row in rows if row.remove is not None}
+        self.changes = [(row.site, row.change) for row in rows if row.change is not None]
+        self.norm_scale = next((row.norm_scale for row in rows if row.norm_scale is not None), None)
         self.held = residual.to(stream.device)
+
+    def write(self, out: Path, shard_bytes: int) -> dict[str, str]:
+        """Write the student into the existing directory `out`; returns the sha256 of each weight file."""
+        with closing(self.pieces()) as pieces:
+            return write_checkpoint(
+                out,
+                config=self.config,
+                tensors={spec.name: (self.stored_dtype(spec), spec.shape(self.plan.student)) for spec in self.specs},
+                pieces=pieces,
+                carry_from=self.checkpoint.path,
+                shard_bytes=shard_bytes,
+            )
 
     def stored_dtype(self, spec: TensorSpec) -> torch.dtype:
         return self.checkpoint.stored[self.sources[spec.name]].dtype
 
     def pieces(self) -> Generator[Tensor, None, None]:
-        """The tensors of `specs` in order, in the dtypes that they are stored in, whole or in runs of rows."""
+        """The tensors of `specs` in order and in their stored dtypes, whole or some rows at a time."""
         embedding, *after = (spec for spec in self.specs if spec.layer is None)
         yield from self._outside([embedding], _Seen())
         for index, seen in self._seen_in_layers():
@@ -210,7 +180,7 @@ class _Repair:
         yield from self._outside(after, self._seen_at_the_end())
 
     def _seen_in_layers(self) -> Iterator[tuple[int, _Seen]]:
-        if not self.sites and not self.scaled:
+        if not self.removals and self.norm_scale is None:
             yield from ((index, _Seen()) for index in self.plan.layers)
             return
         self.stream.embed()
@@ -219,8 +189,7 @@ class _Repair:
             with ExitStack() as stack:
                 if index in self.plan.layers:
                     self._watch(stack, index, layer, seen)
-                for _ in self.stream.run(index, layer):
-                    pass
+                self.stream.advance(index, layer)
             yield index, seen
 
     def _watch(self, stack: ExitStack, index: int, layer: nn.Module, seen: _Seen) -> None:
@@ -229,23 +198,26 @@ class _Repair:
             if "{layer}" in name:
                 module = layer.get_submodule(name.removeprefix(prefix))
                 self._watch_norm(stack, name.format(layer=index), module, seen)
-        for site in self.sites:
+        for site in self.removals:
             module = layer.get_submodule(self.architecture.sites[site].removeprefix(prefix))
             add = partial(_add_products, seen, site)
             stack.callback(module.register_forward_pre_hook(lambda _, args, add=add: add(args[0])).remove)
 
     def _watch_norm(self, stack: ExitStack, name: str, module: nn.Module, seen: _Seen) -> None:
+        norm_scale = self.norm_scale
+        if norm_scale is None:
+            return
+
         def add(states: Float[Tensor, "samples tokens hidden"]) -> None:
             for sample in states:
-                scales = scale_of(self.held, sample, centred=self.architecture.centred_norms)
+                scales = norm_scale(self.held, sample, centred=self.architecture.centred_norms)
                 seen.scales.setdefault(name, []).append(scales.double().mean().item())
 
-        if self.scaled:
-            stack.callback(module.register_forward_pre_hook(lambda _, args: add(args[0])).remove)
+        stack.callback(module.register_forward_pre_hook(lambda _, args: add(args[0])).remove)
 
     def _seen_at_the_end(self) -> _Seen:
         seen = _Seen()
-        if self.scaled:
+        if self.norm_scale is not None:
             with self.stream.final_norm() as norm, ExitStack() as stack:
                 self._watch_norm(stack, self.architecture.final_norm, norm, seen)
                 for _, states in self.stream.batches():
@@ -253,63 +225,42 @@ class _Repair:
         return seen
 
     def _layer(self, number: int, specs: list[TensorSpec], seen: _Seen) -> Iterator[Tensor]:
-        mended = {}
-        for site, mend in (("mlp_out", self._mend_mlp), ("attention_out", self._mend_attention)):
-            if site in seen.products:
-                name = f"{self.architecture.sites[site]}.weight"
-                writer = self.checkpoint.read(name.format(layer=self.plan.layers[number])).float()
-                surgeon = Surgeon(self.residual.write(writer), seen.products.pop(site))
-                mend(number, surgeon)
-                mended[name.format(layer=number)] = surgeon.weight.cpu()
+        by_name, fitted = {spec.name: spec for spec in specs}, dict[str, Tensor]()
+        for site, remove in self.removals.items():
+            name = f"{self.architecture.sites[site]}.weight".format(layer=number)
+            surgeon = Surgeon(self.residual.write(self._teacher_tensor(by_name[name])), seen.products.pop(site))
+            self.plan = self.plan.with_units(number, remove(surgeon, self.plan, number))
+            fitted[name] = surgeon.weight.cpu()
         for spec in specs:
-            tensor = mended[spec.name] if spec.name in mended else self._tensor(spec, seen)
+            tensor = fitted[spec.name] if spec.name in fitted else self._tensor(spec, seen)
             yield tensor.to(self.stored_dtype(spec))
 
-    def _mend_mlp(self, number: int, surgeon: Surgeon) -> None:
-        if "ffn_obs" in self.steps:
-            surgeon.eliminate(self.plan.teacher.ffn - self.plan.student.ffn)
-            self._replace_units("ffn", number, surgeon.kept)
-        else:
-            surgeon.remove(_others(self.plan.ffn[number], self.plan.teacher.ffn))
-
-    def _mend_attention(self, number: int, surgeon: Surgeon) -> None:
-        teacher, student = self.plan.teacher, self.plan.student
-        if "heads_obs" in self.steps:
-            kv_heads = surgeon.keep_blocks(range(teacher.kv_heads), student.kv_heads, teacher.group * teacher.head_dim)
-            groups = [range(kv * teacher.group, (kv + 1) * teacher.group) for kv in kv_heads]
-            heads = [surgeon.keep_blocks(group, student.group, teacher.head_dim) for group in groups]
-            self._replace_units("kv_heads", number, kv_heads)
-            self._replace_units("heads", number, tuple(head for group in heads for head in group))
-        else:
-            dropped = _others(self.plan.heads[number], teacher.heads)
-            surgeon.remove((dropped[:, None] * teacher.head_dim + torch.arange(teacher.head_dim)).flatten())
-
-    def _replace_units(self, dim: Literal["ffn", "heads", "kv_heads"], number: int, units: Units) -> None:
-        of_layers: list[Units] = list(getattr(self.plan, dim))
-        of_layers[number] = units
-        changes: dict[str, Any] = {dim: tuple(of_layers)}
-        self.plan = replace(self.plan, **changes)
-
     def _outside(self, specs: list[TensorSpec], seen: _Seen) -> Iterator[Tensor]:
-        """The tensors outside of the layers; those with a row for each token in runs of rows."""
+        """The tensors outside the layers; tensors with a row for each token come some rows at a time."""
         for spec in specs:
             whole = [(0, self.checkpoint.stored[spec.name].shape[0])]
             for start, stop in row_runs(self.checkpoint, spec) if len(spec.axes) == 2 else whole:
                 rows = self.checkpoint.read_rows(spec.name, start, stop)
                 yield self._turned(spec, rows.float(), seen).to(rows.dtype)
 
-    def _tensor(self, spec: TensorSpec, seen: _Seen) -> Tensor:
-        """One of the student's tensors inside a layer."""
+    def _teacher_tensor(self, spec: TensorSpec) -> Tensor:
+        """The teacher's tensor for one of the student's inside a layer, with the changes of the steps."""
+        assert spec.layer is not None
         tensor = self.checkpoint.read(self.sources[spec.name]).float()
-        if "residual_heads" in self.steps:
-            tensor = self._with_residual_heads(spec, tensor)
+        for site, change in self.changes:
+            if spec.name.startswith(self.architecture.sites[site].format(layer=spec.layer) + "."):
+                tensor = change(tensor, self.plan, spec.layer, self.scores)
+        return tensor
+
+    def _tensor(self, spec: TensorSpec, seen: _Seen) -> Tensor:
+        tensor = self._teacher_tensor(spec)
         for axis, segments in enumerate(spec.axes):
             if segments[0].unit != "hidden":
                 tensor = tensor.index_select(axis, kept_rows(segments, self.plan, spec.layer))
         return self._turned(spec, tensor, seen)
 
     def _turned(self, spec: TensorSpec, tensor: Tensor, seen: _Seen) -> Tensor:
-        """A tensor with its hidden axis, if it has one, in the student's stream."""
+        """A tensor with its hidden axis, if there is one, changed to the student's residual stream."""
         module, _, kind = self.sources[spec.name].rpartition(".")
         if spec.name == self.architecture.embedding:
             return self.residual.embed(tensor) * embedding_gain(self.checkpoint, self.plan)
@@ -331,24 +282,6 @@ class _Repair:
             return norm.bias
         return norm.gain - self.architecture.norm_gain_offset
 
-    def _with_residual_heads(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
-        """Query heads that stay, plus what sets them apart from those that go: the last kept in rank with the first
-        dropped, and so on outwards (P1). Queries only: a key-value head has no other to take over from."""
-        reader = self.architecture.sites["attention_in"].format(layer=spec.layer)
-        if not spec.name.startswith(reader + "."):
-            return tensor
-        assert spec.layer is not None
-        teacher, kept = self.plan.teacher, set(self.plan.heads[spec.layer])
-        rank = self.scores.heads[self.plan.layers[spec.layer]].argsort(descending=True, stable=True).tolist()
-        heads = tensor[: teacher.heads * teacher.head_dim].unflatten(0, (teacher.heads, teacher.head_dim))
-        changed = heads.clone()
-        for kv in self.plan.kv_heads[spec.layer]:
-            group = [head for head in rank if head // teacher.group == kv]
-            stay, go = ([head for head in group if (head in kept) == stays] for stays in (True, False))
-            for one, other in zip(reversed(stay), go, strict=False):
-                changed[one] += heads[one] - heads[other]
-        return torch.cat([changed.flatten(0, 1), tensor[teacher.heads * teacher.head_dim :]])
-
 
 def _add_products(seen: _Seen, site: str, inputs: Float[Tensor, "samples tokens columns"]) -> None:
     rows = inputs.flatten(0, 1).float()
@@ -356,10 +289,3 @@ def _add_products(seen: _Seen, site: str, inputs: Float[Tensor, "samples tokens 
         seen.products[site] = rows.new_zeros(rows.shape[1], rows.shape[1])
     with matmul_precision(inputs.dtype):
         seen.products[site].addmm_(rows.T, rows)
-
-
-def _others(units: Units, total: int) -> Int[Tensor, " others"]:
-    """The indices below `total` that are not among the units."""
-    left = torch.ones(total, dtype=torch.bool)
-    left[list(units)] = False
-    return left.nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from minitron.core.errors import CheckpointError
 from minitron.model.config_json import CODE_KEYS, DTYPE_KEYS
 from minitron.model.families import family_of
+from minitron.model.weight_files import CARRIED
 
 CPU = torch.device("cpu")
 
@@ -92,3 +94,31 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def resolve_model(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+    """The local directory of a model: a directory as it is, a hub id downloaded to the hub's cache.
+
+    Args:
+        config_only: download nothing but config.json.
+
+    Raises: CheckpointError if there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; give the model's directory or a hub id")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"model directory {model} does not exist")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "README.md", *CARRIED]
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{model!r} is neither a local directory nor a hub model that can be read: {reason}"
+        ) from None

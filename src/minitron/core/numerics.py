@@ -1,0 +1,34 @@
+"""Arithmetic that several rooms share: the precision of matrix products, and states normalised as by a norm."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def normalized(states: Float[Tensor, "*tokens hidden"], *, centred: bool) -> Float[Tensor, "*tokens hidden"]:
+    """States of mean square 1, in float32; of mean 0 too where the norm takes the mean off (LayerNorm)."""
+    states = states.float()
+    if centred:
+        states = states - states.mean(-1, keepdim=True)
+    return states * states.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+
+
+@contextmanager
+def matmul_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, float32 matrix products may round their *inputs* to `dtype`; sums and results stay float32.
+
+    Logits rounded to bfloat16 spoil the KL gradient just where a good student lives: its relative error grows from 1%
+    at KL 3 to 40% at KL 0.001. With float32 results it stays at 0.2% everywhere, at bfloat16's speed.
+    """
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend, fast in zip(backends, ("bf16", "tf32"), strict=True):
+        backend.fp32_precision = fast if dtype == torch.bfloat16 else "ieee"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

@@ -1,0 +1,201 @@
+"""The student's shape, from the sizes that the user gives or by the default rule for a target such as 50% or 4.5B."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from minitron.core.errors import PlanError, did_you_mean
+from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
+from minitron.pruning.config import PruneConfig, require_task_fits
+from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
+
+
+def require_cuttable(teacher: Shape, student: Shape) -> None:
+    """Check that pruning can make the one shape from the other.
+
+    Raises: PlanError that names the first size that it cannot reach.
+    """
+    for dim in PRUNABLE:
+        wanted, have = getattr(student, dim), getattr(teacher, dim)
+        if wanted > have:
+            raise PlanError(
+                f"target {dim}={wanted} is larger than the teacher's {dim}={have}; "
+                f"pruning only removes units: lower {dim} in prune.shape"
+            )
+        if wanted <= 0:
+            raise PlanError(f"target {dim}={wanted} leaves nothing: every size must be positive")
+    for dim in ("head_dim", "vocab"):
+        if getattr(student, dim) != getattr(teacher, dim):
+            raise PlanError(f"{dim} cannot change: the teacher has {getattr(teacher, dim)}, keep it")
+    if student.heads % student.kv_heads or student.group > teacher.group:
+        raise PlanError(
+            f"heads={student.heads} with kv_heads={student.kv_heads} cannot be cut from heads={teacher.heads} with "
+            f"kv_heads={teacher.kv_heads}: each kept group keeps the same number of its {teacher.group} query heads"
+        )
+
+
+def parse_target(text: str) -> tuple[Literal["total", "non_embedding"], float]:
+    """Parse a target: `50%` is a share of the non-embedding parameters; `4.5B`, `300M` and `12_000` are total counts.
+
+    Raises: PlanError if the text is neither.
+    """
+    match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*)\s*([%KMBkmb]?)", text.strip())
+    if not match:
+        raise PlanError(f"target {text!r} is neither a percentage such as 50% nor a count such as 4.5B or 300M")
+    value, unit = float(match[1]), match[2].upper()
+    if unit == "%":
+        if not 0 < value <= 100:
+            raise PlanError(f"target {text!r} must be more than 0% and at most 100%")
+        return "non_embedding", value / 100
+    return "total", value * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
+
+
+def target_shape(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    teacher: Shape,
+    prune: PruneConfig,
+    given: Given = NOTHING_GIVEN,
+) -> Shape:
+    """The student's shape: the sizes of the recipe and of `given`, or by the default rule for a parameter target.
+
+    The rule cuts width first and keeps head_dim. Among hidden sizes of at least half the teacher's and ffn sizes of at
+    least a quarter, in their multiples and within the target, it takes the pair that shrinks both by nearly the same
+    ratio and misses the target by little. Only if no pair fits, it halves the query heads of each group, then the kv
+    heads, and then drops layers, a quarter at a time.
+
+    Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
+    """
+    require_task_fits(prune)
+    explicit = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
+    if (prune.target is not None) == explicit:
+        raise PlanError(
+            "give either prune.target (such as 50%), or prune.shape and prune.drop_layers (or keep_layers, or a plan "
+            "that lists units), and not both"
+        )
+    if prune.target is None:
+        return _given_shape(architecture, teacher, prune, given)
+    kind, value = parse_target(prune.target)
+    have = getattr(architecture.count(teacher, config), kind)
+    limit = value * have if kind == "non_embedding" else value
+    if limit > have:
+        raise PlanError(f"target {prune.target} is larger than the model, which has {have:,} {kind} parameters")
+    smallest, terms = have, architecture.parameter_terms(config)
+    for candidates in _candidates(architecture, teacher, prune):
+        counted = [(shape, count_terms(terms, vars(shape), kind=kind)) for shape in candidates]
+        smallest = min([smallest, *(count for _, count in counted)])
+        fitting = [(_unevenness(teacher, s) + 2 * math.log(limit / c), s) for s, c in counted if c <= limit]
+        if fitting:
+            return min(fitting, key=lambda pair: pair[0])[1]
+    raise PlanError(
+        f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
+        f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
+    )
+
+
+def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given) -> Shape:
+    sizes = dict(prune.shape or {})
+    unknown = [dim for dim in sizes if dim not in PRUNABLE]
+    if unknown:
+        raise PlanError(f"prune.shape has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
+    by_number = given_layers(prune, teacher)
+    if by_number.layers is not None and given.layers is not None:
+        raise PlanError("layers are given twice, as numbers and in the plan file: give one")
+    for units, name in (
+        (by_number, f"prune.{'keep' if prune.keep_layers else 'drop'}_layers"),
+        (given, "the plan file"),
+    ):
+        for dim, size in units.sizes.items():
+            if sizes.setdefault(dim, size) != size:
+                raise PlanError(f"{name} keeps {size} {dim}, but prune.shape wants {dim}={sizes[dim]}: give one")
+    if given.kv_heads is not None and "heads" not in sizes:
+        sizes["heads"] = sizes["kv_heads"] * teacher.group
+    student = with_sizes(teacher, **sizes)
+    require_cuttable(teacher, student)
+    architecture.require_valid(student)
+    return student
+
+
+def step_shapes(
+    architecture: Architecture, teacher: Shape, student: Shape, steps: int, given: Given = NOTHING_GIVEN
+) -> list[Shape]:
+    """The shapes from the teacher to the student, the student's last, in steps of equal size where the family has them.
+
+    Layers that are given by number are dropped in the first step. Where the family has no model in between, attention
+    and hidden are cut in a later step.
+
+    Raises: PlanError if units other than layers are given, and there are several steps.
+    """
+    if steps > 1 and given.sizes.keys() > {"layers"}:
+        raise PlanError("units that a plan file lists are cut at once: give no iterations with them")
+    shapes: list[Shape] = []
+    start = teacher if given.layers is None else with_sizes(teacher, layers=student.layers)
+    for step in range(1, steps):
+        before, share = shapes[-1] if shapes else teacher, step / steps
+
+        def between(one: int, other: int, share: float = share) -> int:
+            return round(one + share * (other - one))
+
+        kv_heads = between(teacher.kv_heads, student.kv_heads)
+        heads = kv_heads * between(teacher.group, student.group)
+        multiple = heads if architecture.hidden_multiple_of_heads else 1
+        hidden = -(-between(teacher.hidden, student.hidden) // multiple) * multiple
+        if architecture.heads_fill_hidden:
+            hidden = heads * teacher.head_dim
+        ffn = between(teacher.ffn, student.ffn)
+        shape = with_sizes(before, layers=between(start.layers, student.layers), ffn=ffn)
+        narrower = with_sizes(shape, kv_heads=kv_heads, heads=heads, hidden=hidden)
+        if _lies_between(architecture, before, narrower, student):
+            shape = narrower
+        if shape not in (before, student):
+            shapes.append(shape)
+    return [*shapes, student]
+
+
+def _lies_between(architecture: Architecture, larger: Shape, shape: Shape, smaller: Shape) -> bool:
+    try:
+        architecture.require_valid(shape)
+        require_cuttable(larger, shape)
+        require_cuttable(shape, smaller)
+    except PlanError:
+        return False
+    return True
+
+
+def default_multiple(size: int) -> int:
+    """The step in which a size shrinks: 256 on large models, for kernels and GGUF's blocks of 256, down to 16 on tiny
+    ones."""
+    return next((step for least, step in ((2048, 256), (1024, 128), (512, 64), (256, 32)) if size >= least), 16)
+
+
+def _candidates(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Iterator[list[Shape]]:
+    """Sets of shapes that the rule chooses from, the mildest cuts first."""
+    hidden_multiple = prune.hidden_multiple or default_multiple(teacher.hidden)
+    ffn_multiple = prune.ffn_multiple or default_multiple(teacher.ffn)
+    for base, least_hidden in _unnarrowed(architecture, teacher):
+        hidden_sizes = _sizes(teacher.hidden, hidden_multiple, least_hidden)
+        narrowed = [shape for hidden in hidden_sizes if (shape := architecture.with_hidden(base, hidden))]
+        yield [with_sizes(shape, ffn=ffn) for shape in narrowed for ffn in _sizes(teacher.ffn, ffn_multiple, 0.25)]
+
+
+def _unnarrowed(architecture: Architecture, teacher: Shape) -> Iterator[tuple[Shape, float]]:
+    """Shapes before hidden and ffn are cut, each with the smallest share of the hidden size that may be left."""
+    yield teacher, 0.5
+    narrow = teacher
+    if not architecture.heads_fill_hidden:  # else heads go with hidden
+        halved = with_sizes(teacher, heads=teacher.kv_heads * max(1, teacher.group // 2))
+        yield halved, 0.5
+        fewer_kv = max(1, teacher.kv_heads // 2)
+        narrow = with_sizes(halved, kv_heads=fewer_kv, heads=fewer_kv * halved.group)
+    yield narrow, 0.375
+    for quarters in (3, 2, 1):
+        yield with_sizes(narrow, layers=max(1, teacher.layers * quarters // 4)), 0.25
+
+
+def _sizes(size: int, step: int, least: float) -> list[int]:
+    return sorted({size, *(n for n in range(step, size, step) if n >= least * size)})
+
+
+def _unevenness(teacher: Shape, student: Shape) -> float:
+    return abs(math.log(student.hidden / teacher.hidden) - math.log(student.ffn / teacher.ffn))
