@@ -15,7 +15,7 @@ from lib.measure import header, publish, table
 
 from minitron.calibration.collect import CalibrateConfig, Statistics, calibrate
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
-from minitron.evaluation.quality import Evaluation, evaluate
+from minitron.evaluation.quality import Evaluation, measure_quality
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pruning.cut import cut
@@ -114,7 +114,7 @@ def after_cut(
     scores = score_units(statistics_, checkpoint.shape, config)
     with tempfile.TemporaryDirectory() as path:
         cut(checkpoint, choose(scores, checkpoint.shape, shape), Path(path))
-        return evaluate(load_model(Path(path)), corpus.heldout.head(blocks), teacher=teacher)
+        return measure_quality(load_model(Path(path)), corpus.heldout.head(blocks), teacher=teacher)
 
 
 def spread(values: list[float]) -> str:

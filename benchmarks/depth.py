@@ -19,7 +19,7 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, resolve
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.model.samples import Samples
@@ -148,7 +148,7 @@ def measured(
         for directory in (pruned, student, state):
             directory.mkdir()
         cut(checkpoint, plan, pruned)
-        before = evaluate(load_model(pruned), heldout, teacher=teacher)
+        before = measure_quality(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
         if distill:
             config = resolve(
@@ -160,7 +160,7 @@ def measured(
                 train_tokens=corpus.train_tokens,
             )
             train.distill(pruned, checkpoint.path, corpus, config, seed=0, work=state, out=student)
-            after = evaluate(load_model(student), heldout, teacher=teacher)
+            after = measure_quality(load_model(student), heldout, teacher=teacher)
             values += [after.lm_loss, after.kl_to_teacher]
     return [f"{value or 0.0:.3f}" for value in values] + [""] * (4 - len(values))
 

@@ -26,7 +26,7 @@ from minitron.cli.process import keep_freed_memory
 from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pipeline.student_shape import judging_blocks
@@ -203,7 +203,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
 
 def quality_of(bench: Bench, path: Path) -> dict[str, Any]:
     teacher = load_model(bench.teacher.path)
-    return evaluate(load_model(path), bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=teacher).to_dict()
+    return measure_quality(load_model(path), bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=teacher).to_dict()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from minitron.evaluation.tasks.definitions import FILES, SUBJECTS, version
 from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
 from minitron.evaluation.tasks.models import InMemory, Streamed
 from minitron.evaluation.tasks.rows import LocalTask
-from minitron.evaluation.tasks.suite import Benchmark
+from minitron.evaluation.tasks.suite import BenchmarkTask
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.report.tables import score
 
@@ -77,7 +77,7 @@ chance in all but the two stories tasks; the student is a plain cut of it, witho
     publish(text, args.out)
 
 
-def compared(path: Path, benchmark: Benchmark, local: LocalTask, args: argparse.Namespace) -> list[str]:
+def compared(path: Path, benchmark: BenchmarkTask, local: LocalTask, args: argparse.Namespace) -> list[str]:
     """A row of the table; raises where items are not the same."""
     task = harness.load_task(benchmark, local)
     limit = args.generated if task.generates else args.limit
@@ -107,7 +107,7 @@ def compared(path: Path, benchmark: Benchmark, local: LocalTask, args: argparse.
 
 
 def by_hand(
-    path: Path, benchmark: Benchmark, local: LocalTask, limit: int, *, generates: bool, longest: int
+    path: Path, benchmark: BenchmarkTask, local: LocalTask, limit: int, *, generates: bool, longest: int
 ) -> Samples:
     """Items of the harness called directly, by the names that ours have."""
     with tempfile.TemporaryDirectory() as directory:
@@ -137,7 +137,7 @@ def by_hand(
 
 
 def _definition(
-    benchmark: Benchmark, local: LocalTask, subject: str, files: dict[str, str], work: Path, longest: int
+    benchmark: BenchmarkTask, local: LocalTask, subject: str, files: dict[str, str], work: Path, longest: int
 ) -> list[str]:
     task = benchmark.task
     if local.kind is not None:

@@ -36,7 +36,7 @@ from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_t
 from minitron.evaluation.tasks.suite import kept
 from minitron.gguf import quantize as ladder
 from minitron.gguf.config import QuantizeConfig
-from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, require_possible
+from minitron.gguf.quantize import QUANTIZE_TOKENS, QuantizeText, plan_files, require_possible
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.config_json import read_config
@@ -63,7 +63,7 @@ from minitron.pruning.steps import Pruner, Scoring, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
-measure_speed = engines.measure_models
+measure_speed = engines.measure_speed
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def evaluate(
         require_same_tokenizer(reference, checkpoint)
         guide = load_model(reference.path).to(pick_device())
     with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
-        measured = quality.evaluate(
+        measured = quality.measure_quality(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
             teacher=guide,
@@ -385,7 +385,9 @@ def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: fl
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
-    return generation.generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    return generation.generate_text(
+        loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed
+    )
 
 
 def quantize(
@@ -416,11 +418,11 @@ def quantize(
             corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
             tokens = draw_samples(corpus, config.samples, 0).tokens
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-            text = Text(tokens, heldout, data_config.source)
+            text = QuantizeText(tokens, heldout, data_config.source)
             keep_sampled(corpus.path, partial)
         name = model_name(model)
         listener.stage("quantize", "running")
-        table = ladder.quantize(
+        table = ladder.write_ladder(
             checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
         )
     listener.stage("quantize", "done")

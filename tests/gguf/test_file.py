@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron.core.errors import CheckpointError, GgufError
 from minitron.gguf import model_config
-from minitron.gguf.file import describe, file_bytes, plain_types, write_gguf
+from minitron.gguf.file import describe_gguf, file_bytes, plain_types, write_gguf
 from minitron.gguf.llama_cpp import Runtime
 from minitron.gguf.reader import is_gguf, read_gguf, require_language_model
-from minitron.gguf.tokenizer import RULES, file_tokenizer
+from minitron.gguf.tokenizer import SPLITTING_RULES, file_tokenizer
 from minitron.gguf.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 def float32_file(path: Path) -> tuple[Path, tuple[str, ...]]:
     """A checkpoint's GGUF file, and the notes on it."""
-    model, file = describe(open_checkpoint(path)), path / "model.gguf"
+    model, file = describe_gguf(open_checkpoint(path)), path / "model.gguf"
     types = plain_types(model, BlockType.F32)
     write_gguf(model, file, types, keys={"general.file_type": 0})
     assert file.stat().st_size == file_bytes(model, types, {"general.file_type": 0})
@@ -154,7 +154,7 @@ def test_what_llama_cpp_would_refuse_or_run_wrongly_is_refused_first(
     variant: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(GgufError, match=words):
-        describe(open_checkpoint(tiny.checkpoint(variant, tmp_path, **changes)))
+        describe_gguf(open_checkpoint(tiny.checkpoint(variant, tmp_path, **changes)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,7 +185,7 @@ def test_every_family_has_one_activation(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "dtype"), [(BlockType.F16, torch.float16), (BlockType.BF16, torch.bfloat16)])
 def test_sixteen_bits_are_torchs(kind: BlockType, dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny.checkpoint("llama-tied", tmp_path)
-    model = describe(open_checkpoint(path))
+    model = describe_gguf(open_checkpoint(path))
     write_gguf(model, path / "16.gguf", plain_types(model, kind), keys={})
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path / "16.gguf").tensors}
     for tensor in model.tensors:
@@ -202,14 +202,14 @@ def test_weights_beyond_sixteen_bits_are_refused_and_nothing_is_left(tmp_path: P
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
     model.save_pretrained(path)
-    described = describe(open_checkpoint(path))
+    described = describe_gguf(open_checkpoint(path))
     with pytest.raises(GgufError, match=r"blk.1.ffn_up.weight has weights beyond 65,504"):
         write_gguf(described, path / "16.gguf", plain_types(described, BlockType.F16), keys={})
     assert not list(path.glob("*gguf*"))
 
 
 def test_rows_come_in_runs_that_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = describe(open_checkpoint(tiny.checkpoint("llama", tmp_path)))
+    model = describe_gguf(open_checkpoint(tiny.checkpoint("llama", tmp_path)))
     whole = {tensor.name: torch.cat(list(model.runs(tensor))) for tensor in model.tensors}
     monkeypatch.setattr("minitron.gguf.file.CHUNK_BYTES", 1000)
     for tensor in model.tensors:
@@ -232,7 +232,7 @@ def trained(core: Tokenizer, path: Path, special: list[str]) -> PreTrainedTokeni
     return fast
 
 
-@pytest.mark.parametrize(("rule", "pre"), RULES.items(), ids=RULES.values())
+@pytest.mark.parametrize(("rule", "pre"), SPLITTING_RULES.items(), ids=SPLITTING_RULES.values())
 def test_llama_cpp_splits_text_as_the_tokenizer_does(
     rule: tuple[tuple[str, ...], bool], pre: str, tmp_path: Path
 ) -> None:
@@ -258,7 +258,7 @@ def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
     stored["model"]["merges"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(GgufError, match=r"tokenizer.json: llama.cpp loads no tokenizer that .* merges none of them"):
-        describe(open_checkpoint(tmp_path))
+        describe_gguf(open_checkpoint(tmp_path))
 
 
 def test_digits_and_byte_level_splits_are_told_by_their_own_names(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(puts_space: 
     with pytest.raises(
         GgufError, match=r"--pre gpt-2 names a rule that splits text, and .*tokenizer.json is a Sentence"
     ):
-        describe(open_checkpoint(tmp_path), pre="gpt-2")
+        describe_gguf(open_checkpoint(tmp_path), pre="gpt-2")
 
 
 def test_a_start_token_and_a_chat_template_are_carried(tmp_path: Path) -> None:
@@ -315,12 +315,12 @@ def test_an_unknown_splitting_rule_and_too_many_tokens_are_refused(tmp_path: Pat
     with pytest.raises(
         GgufError, match=r"splits text by a rule .*: \\w\+\. If llama.cpp has it, give its name with --pre"
     ):
-        describe(open_checkpoint(path))
-    assert describe(open_checkpoint(path), pre="gpt-2").keys["tokenizer.ggml.pre"] == "gpt-2"
+        describe_gguf(open_checkpoint(path))
+    assert describe_gguf(open_checkpoint(path), pre="gpt-2").keys["tokenizer.ggml.pre"] == "gpt-2"
     small = tiny.checkpoint("llama", tmp_path / "small", vocab_size=280)
     tiny.tokenizer(small)
     with pytest.raises(CheckpointError, match=r"tokenizer has 300 tokens but the model's vocabulary only 280"):
-        describe(open_checkpoint(small))
+        describe_gguf(open_checkpoint(small))
 
 
 def test_what_llama_cpp_cannot_load_is_said_in_its_own_words(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ RULES: Rules = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate
+    from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate_text
 
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument("--prompt", type=parse.words, required=True, metavar="TEXT", help="the text to continue")
@@ -26,8 +26,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"default {USUAL_NEW_TOKENS}, or as many as the model's context has room for",
     )
-    options.add_parameter(parser, generate, "--temperature", type=float, metavar="T", help="0 is greedy")
-    options.add_parameter(parser, generate, "--seed", type=parse.seed, metavar="N", help="of the draw")
+    options.add_parameter(parser, generate_text, "--temperature", type=float, metavar="T", help="0 is greedy")
+    options.add_parameter(parser, generate_text, "--seed", type=parse.seed, metavar="N", help="of the draw")
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

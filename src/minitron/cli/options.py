@@ -186,10 +186,10 @@ def is_gguf(model: str) -> bool:
 
     Raises: GgufError if it is one and the packages for it are not there.
     """
-    from minitron.gguf.config import require_installed
+    from minitron.gguf.config import require_gguf
     from minitron.gguf.reader import is_gguf
 
     if not is_gguf(model):
         return False
-    require_installed()
+    require_gguf()
     return True

@@ -128,14 +128,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.gguf.config import require_installed
+    from minitron.gguf.config import require_gguf
 
     config = args.asked.gguf
     if not config.wanted:
         args.parser.error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
         args.parser.error("the following arguments are required: --out")
-    require_installed()
+    require_gguf()
     from minitron import api
 
     with_text = _reads_text(args)

@@ -22,7 +22,7 @@ RULES: Rules = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.core.device import Precision
-    from minitron.evaluation.engines import DEFAULT_CONTEXTS, Engine, measure_models
+    from minitron.evaluation.engines import DEFAULT_CONTEXTS, Engine, measure_speed
 
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=get_args(Engine), help="default llama.cpp for GGUF, else transformers")
     options.add_parameter(
         parser,
-        measure_models,
+        measure_speed,
         "--batch",
         parameter="batches",
         type=parse.counts,
@@ -45,26 +45,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens read; default those of {','.join(map(str, DEFAULT_CONTEXTS))} that fit",
     )
     options.add_parameter(
-        parser, measure_models, "--new-tokens", type=parse.count, metavar="N", help="tokens decoded after them"
+        parser, measure_speed, "--new-tokens", type=parse.count, metavar="N", help="tokens decoded after them"
     )
     options.add_parameter(
         parser,
-        measure_models,
+        measure_speed,
         "--rounds",
         type=parse.count,
         metavar="N",
         help="each visits every model; one more warms up",
     )
     options.add_parameter(
-        parser, measure_models, "--dtype", choices=get_args(Precision), help="of the weights; auto: as stored"
+        parser, measure_speed, "--dtype", choices=get_args(Precision), help="of the weights; auto: as stored"
     )
     parser.add_argument("--threads", type=parse.count, metavar="N", help="of the CPU; default as many as torch takes")
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.evaluation.engines import measure_models
+    from minitron.evaluation.engines import measure_speed
 
-    facts = measure_models(
+    facts = measure_speed(
         args.model,
         args.teacher,
         engine=args.engine,

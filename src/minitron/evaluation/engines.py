@@ -26,12 +26,12 @@ from minitron.evaluation.speed import (
     Load,
     Timer,
     Timing,
-    measure_speed,
+    measure_in_turn,
     transformers_timer,
     with_cuda_memory,
     with_resident_memory,
 )
-from minitron.gguf.config import require_installed
+from minitron.gguf.config import require_gguf
 from minitron.gguf.reader import is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
@@ -56,7 +56,7 @@ class Subject:
     gpu_share: float
 
 
-def measure_models(
+def measure_speed(
     model: str,
     teacher: str | None,
     *,
@@ -106,7 +106,7 @@ def measure_models(
         for name, fact in facts.items():
             subject = Subject(fact["path"], engine, own_dtype, threads, room, max(batches), share)
             timers[name] = partial(_ask, stack.enter_context(Child()), subject)
-        rows = measure_speed(
+        rows = measure_in_turn(
             timers, loads, rounds=rounds, progress=lambda done, total: listener.progress(done, total, "measurements")
         )
     listener.stage("speed", "done")
@@ -134,7 +134,7 @@ def _describe(source: str, engine: Engine) -> dict[str, Any]:
             f"`minitron quantize {source} --types BF16 --no-verify --out gguf` makes one of it"
         )
     if in_file:
-        require_installed()
+        require_gguf()
         from minitron.gguf.reader import inspect_gguf
 
         path = Path(source)

@@ -19,7 +19,7 @@ LEAST_TEMPERATURE = 1e-3  # below it, logits divided by it overflow
 
 
 @torch.no_grad()
-def generate(
+def generate_text(
     model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> str:
     """The continuation of a prompt, without the prompt; it ends where the model's context does.

@@ -36,8 +36,8 @@ from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoin
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
 
-SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
-Result = TypeVar("Result")
+TOKENIZED_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
+Returned = TypeVar("Returned")
 
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
@@ -207,12 +207,12 @@ def _tokenizer(model: GgufFile, guide: Path | None) -> Any:
 def _sample(model: GgufFile, guide: Path | None, rows: Tensor) -> tuple[list[str], list[list[int]]]:
     """Some of the text that is measured on, and its tokens."""
     tokenizer = _tokenizer(model, guide)
-    decoded = [tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows[:SAMPLE_BLOCKS]]
+    decoded = [tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows[:TOKENIZED_BLOCKS]]
     texts = [readable(tokenizer, text) for text in decoded]
     return texts, [text_ids(tokenizer, text) for text in texts]
 
 
-def _in_child(file: Path, function: Callable[..., Result], *arguments: object) -> Result:
+def _in_child(file: Path, function: Callable[..., Returned], *arguments: object) -> Returned:
     """What a function that runs a file returns; llama.cpp may end the process that it runs in."""
     with Child() as child:
         try:

@@ -72,7 +72,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
+def measure_quality(
     model: Any,
     blocks: Blocks,
     *,

@@ -67,7 +67,7 @@ class Speed:
     peak_memory_bytes: int | None = None
 
 
-def measure_speed(
+def measure_in_turn(
     models: Mapping[str, Timer],
     loads: Iterable[Load],
     *,

@@ -10,7 +10,7 @@ from minitron.core.config import Section
 from minitron.core.errors import GgufError, did_you_mean
 
 # Name of a file's type -> the type of most of its matrices. By rising loss, as it usually is.
-LADDER: dict[str, str] = {
+GGUF_TYPES: dict[str, str] = {
     "F32": "F32",
     "BF16": "BF16",
     "F16": "F16",
@@ -47,7 +47,7 @@ UNINFORMED = ("F32", "BF16", "F16", "Q8_0")
 QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
 
 
-def require_installed() -> None:
+def require_gguf() -> None:
     """Raises: GgufError if the packages of the gguf extra are not there."""
     if find_spec("gguf") is None:
         raise GgufError("GGUF files need other packages: pip install 'minitron[gguf]'")
@@ -58,16 +58,16 @@ def require_file_type(name: str) -> str:
 
     Raises: GgufError for one that is not on it.
     """
-    found = {known.lower(): known for known in LADDER}.get(name.lower())
+    found = {known.lower(): known for known in GGUF_TYPES}.get(name.lower())
     if found is None:
-        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), LADDER)}")
+        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), GGUF_TYPES)}")
     return found
 
 
 def require_tensor_type(name: str) -> str:
     """Raises: GgufError for a type that no tensor can have."""
-    if name.upper() not in LADDER.values():
-        raise GgufError(f"unknown tensor type {name!r}{did_you_mean(name.upper(), set(LADDER.values()))}")
+    if name.upper() not in GGUF_TYPES.values():
+        raise GgufError(f"unknown tensor type {name!r}{did_you_mean(name.upper(), set(GGUF_TYPES.values()))}")
     return name.upper()
 
 

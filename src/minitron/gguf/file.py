@@ -119,7 +119,7 @@ class GgufModel:
 Encode = Callable[[GgufTensor, Float[Tensor, "rows columns"]], UInt8[Tensor, " bytes"]]
 
 
-def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
+def describe_gguf(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
     """What a GGUF file of a checkpoint says and holds, but for the types of its tensors. No weights are read.
 
     Args:

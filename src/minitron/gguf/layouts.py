@@ -31,4 +31,4 @@ class Ladder(Layout):
     files: list[QuantizedFile]
 
 
-LADDER = FileKind("a table of GGUF files", TypeAdapter(Ladder))
+QUANTIZATION = FileKind("a table of GGUF files", TypeAdapter(Ladder))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.text import size
-from minitron.gguf.config import LADDER
+from minitron.gguf.config import GGUF_TYPES
 from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.gguf.llama_cpp import llama_cpp
@@ -52,7 +52,7 @@ CHOICES = (
     BlockType.Q8_0,
     BlockType.F16,
 )
-ROWS = 256  # of each matrix, that its errors are measured on
+ERROR_ROWS = 256  # of each matrix, that its errors are measured on
 SAMPLE_BLOCKS = 8  # of text, that the effect of errors is measured on
 
 
@@ -106,7 +106,7 @@ def measure_damage(
         for number, tensor in enumerate(matrices):
             weights = importance.of(tensor.name)
             weights = torch.ones(tensor.shape[1]) if weights is None else weights
-            every = max(1, tensor.shape[0] // ROWS)
+            every = max(1, tensor.shape[0] // ERROR_ROWS)
             whole = torch.cat(list(model.runs(tensor)))
             rows = whole[::every].contiguous()
             total = (rows.square() @ weights).sum()
@@ -224,7 +224,7 @@ def _label(types: Mapping[str, BlockType], matrices: Mapping[str, GgufTensor]) -
     for name, tensor in matrices.items():
         weights[types[name]] = weights.get(types[name], 0) + tensor.shape[0] * tensor.shape[1]
     most = max(weights, key=lambda kind: weights[kind])
-    return next((name for name, kind in LADDER.items() if kind == most.name), "Q4_K_M")
+    return next((name for name, kind in GGUF_TYPES.items() if kind == most.name), "Q4_K_M")
 
 
 @contextmanager

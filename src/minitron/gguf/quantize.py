@@ -20,9 +20,9 @@ from minitron.calibration.collect import calibrate
 from minitron.core.errors import GgufError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
-from minitron.gguf.config import LADDER, UNINFORMED, QuantizeConfig
+from minitron.gguf.config import GGUF_TYPES, UNINFORMED, QuantizeConfig
 from minitron.gguf.config import QUANTIZE_TOKENS as QUANTIZE_TOKENS
-from minitron.gguf.file import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
+from minitron.gguf.file import GgufModel, bits_per_weight, describe_gguf, file_bytes, weights_bytes
 from minitron.gguf.imatrix import (
     ImportanceMatrix,
     importance_of,
@@ -50,7 +50,7 @@ IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
 
 
 @dataclass(frozen=True)
-class Text:
+class QuantizeText:
     """Text for calibration and for measuring, as blocks of token ids, and where it is from."""
 
     calibration: Int[Tensor, "samples tokens"]
@@ -111,7 +111,7 @@ def require_possible(
     Raises: GgufError for what can be known before any text is read.
     """
     overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
-    model = describe(checkpoint, name=name, pre=config.pre)
+    model = describe_gguf(checkpoint, name=name, pre=config.pre)
     fixed = fixed_types(model, overrides)
     if config.pre is not None:
         require_known_rule(model)
@@ -138,12 +138,12 @@ def require_possible(
     return model, overrides
 
 
-def quantize(
+def write_ladder(
     checkpoint: Checkpoint,
     config: QuantizeConfig,
     out: Path,
     *,
-    text: Text | None,
+    text: QuantizeText | None,
     importance_file: Path | None = None,
     name: str | None = None,
     listener: Listener = SILENT,
@@ -198,7 +198,7 @@ class _Work:
         config: QuantizeConfig,
         out: Path,
         importance: ImportanceMatrix | None,
-        text: Text | None,
+        text: QuantizeText | None,
         listener: Listener,
     ):
         self.model, self.config, self.out, self.importance, self.text = model, config, out, importance, text
@@ -243,14 +243,14 @@ class _Work:
             return self._damage
         assert self.text is not None and self.importance is not None
         near = min(
-            (kind for kind in LADDER if kind not in UNINFORMED),
+            (kind for kind in GGUF_TYPES if kind not in UNINFORMED),
             key=lambda kind: abs(weights_bytes(self.model, mixture(self.model, kind, informed=True).types) - most),
         )
         self._damage = measure_damage(
             self.model,
             self.importance,
             self.text.calibration[:SAMPLE_BLOCKS],
-            near=BlockType[LADDER[near]],
+            near=BlockType[GGUF_TYPES[near]],
             threads=self.threads,
             progress=lambda done, total: self.listener.progress(done, total, "matrices tried"),
         )
@@ -341,7 +341,7 @@ def _require_importance_fits(
         require_importance(model, mixture(model, kind, informed=True, overrides=overrides), importance)
 
 
-def _say_what_is_short(config: QuantizeConfig, text: Text, listener: Listener) -> None:
+def _say_what_is_short(config: QuantizeConfig, text: QuantizeText, listener: Listener) -> None:
     given = {"samples": (config.samples, len(text.calibration)), "blocks": (config.blocks, len(text.heldout))}
     for name, (asked, there) in given.items():
         if there < asked and name in config.model_fields_set:
@@ -360,7 +360,7 @@ def _threads(config: QuantizeConfig, listener: Listener) -> int:
 
 
 def _importance(
-    checkpoint: Checkpoint, text: Text | None, file: Path | None, out: Path, listener: Listener
+    checkpoint: Checkpoint, text: QuantizeText | None, file: Path | None, out: Path, listener: Listener
 ) -> ImportanceMatrix | None:
     """The importance matrix, which is in `out` after it."""
     if file is not None:

@@ -31,7 +31,7 @@ _GPT4O = (
     rf"{_OTHER}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_OTHER}{_UPPER}+{_LOWER}*{_ENGLISH}?|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
 )
 # What splits the text, one after the other, and whether whole words are looked up before they are merged -> the name.
-RULES: dict[tuple[tuple[str, ...], bool], str] = {
+SPLITTING_RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((r"\p{N}", _GPT2), False): "starcoder",
     ((_LLAMA3,), True): "llama-bpe",
@@ -120,7 +120,7 @@ def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
 
     texts, kinds = said.get("tokenizer.ggml.tokens"), said.get("tokenizer.ggml.token_type")
     kind, name = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.pre", "default")
-    rule = next((rule for rule, pre in RULES.items() if pre == _ALIASES.get(name, name)), None)
+    rule = next((rule for rule, pre in SPLITTING_RULES.items() if pre == _ALIASES.get(name, name)), None)
     if not texts or not kinds or kind not in ("llama", "gpt2") or (kind == "gpt2" and rule is None):
         raise GgufError(
             f"{file} has a tokenizer of kind {kind!r} with the splitting rule {name!r}, which is not known here: give "
@@ -238,9 +238,9 @@ def _rule_of(file: Path, stored: Mapping[str, Any]) -> str:
     # Another way with whole words is another set of tokens only where merges do not lead to all of them; whether the
     # two are the same here is what the proof after writing shows.
     for key in ((tuple(splits), whole_words), (tuple(splits), not whole_words)):
-        if key in RULES:
-            return RULES[key]
-    known = ", ".join(RULES.values())
+        if key in SPLITTING_RULES:
+            return SPLITTING_RULES[key]
+    known = ", ".join(SPLITTING_RULES.values())
     raise GgufError(
         f"{file} splits text by a rule that is none of those known by name in llama.cpp ({known}): "
         f"{' then '.join(splits) or 'none at all'}. If llama.cpp has it, give its name with --pre; with a wrong one "

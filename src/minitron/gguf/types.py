@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.files import scratch_directory, scratch_errors
-from minitron.gguf.config import LADDER
+from minitron.gguf.config import GGUF_TYPES
 from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, require_importance_fits
 from minitron.gguf.llama_cpp import llama_cpp
-from minitron.gguf.tokenizer import RULES
+from minitron.gguf.tokenizer import SPLITTING_RULES
 
 _SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}
 # Types too coarse for the layers' matrices without an importance matrix, by llama.cpp's tool.
@@ -96,7 +96,7 @@ def mixture(
         informed: by an importance matrix.
         overrides: regular expression found in a tensor's name -> its type, instead of the rules'.
     """
-    base, shape = BlockType[LADDER[file_type]], model.checkpoint.shape
+    base, shape = BlockType[GGUF_TYPES[file_type]], model.checkpoint.shape
     place = _Place(file_type, shape.layers, shape.group, informed)
     tied = all(tensor.name != "output.weight" for tensor in model.tensors)
     # Matrices of values are small where many query heads share one, and llama.cpp calls such models of 80 layers 70B.
@@ -159,7 +159,7 @@ def require_known_rule(model: GgufModel) -> None:
     if "pre-tokenizer" in said:
         raise GgufError(
             f"--pre {model.keys['tokenizer.ggml.pre']}: llama.cpp has no splitting rule of that name; minitron knows "
-            f"{', '.join(RULES.values())}, and llama.cpp's llama-vocab.cpp has all"
+            f"{', '.join(SPLITTING_RULES.values())}, and llama.cpp's llama-vocab.cpp has all"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitron.core.errors import CheckpointError, GgufError
 from minitron.core.worker import Child, ChildEnded
-from minitron.gguf.file import describe
+from minitron.gguf.file import describe_gguf
 from minitron.gguf.llama_cpp import Runtime
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
@@ -33,7 +33,7 @@ HARD_TEXT = (
     "Café naïve Straße Łódź — “quoted” … Привет, мир! 漢字かな交じり文 한국어 العربية 🙂👍🏽 \u00a0x   y\n"
 )
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 24
-ROWS = 32  # of each matrix that are read back
+ROWS_READ_BACK = 32  # of each matrix that are read back
 # KL in nats a token up to which a file is the model's own, by its type. Of the families' tiny random models, whose
 # logits feel rounding more than trained ones', the worst are 3e-6, 2e-5, 8e-4 and 9e-3.
 MOST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 1e-2}
@@ -232,7 +232,7 @@ def _has_tokens(tokenizer: Any, letter: str) -> bool:
 
 def _read_back(file: Path, path: Path) -> float:
     """The largest error of a matrix that is read back from the file, from some rows each."""
-    model = describe(open_checkpoint(path))
+    model = describe_gguf(open_checkpoint(path))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     worst = 0.0
     for tensor in model.tensors:
@@ -242,7 +242,7 @@ def _read_back(file: Path, path: Path) -> float:
         if not tensor.is_matrix:
             continue
         unit = model.checkpoint.shape.head_dim if model.in_heads(tensor) else 1
-        count = min(tensor.shape[0], -(-ROWS // unit) * unit)
+        count = min(tensor.shape[0], -(-ROWS_READ_BACK // unit) * unit)
         wanted = model.rows(tensor, 0, count)
         got = torch.from_numpy(gguf.quants.dequantize(np.array(found.data[:count]), BlockType(found.tensor_type)))
         difference = (got - wanted).square().mean() / wanted.square().mean()

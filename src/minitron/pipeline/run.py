@@ -13,7 +13,7 @@ from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import prompt_of
-from minitron.gguf.config import require_installed
+from minitron.gguf.config import require_gguf
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -73,7 +73,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
     if recipe.gguf.wanted:
-        require_installed()
+        require_gguf()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)

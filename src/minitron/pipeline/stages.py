@@ -33,11 +33,10 @@ from minitron.distillation.recording import DEFAULT_TOP_K, record_logits
 from minitron.distillation.recording import INDEX as LESSONS_INDEX
 from minitron.distillation.state import forget_states
 from minitron.distillation.train import CORRECTED
-from minitron.evaluation.generate import generate
-from minitron.evaluation.quality import EvaluateConfig, evaluate
-from minitron.evaluation.speed import RATIO, Load, measure_speed, transformers_timer
-from minitron.evaluation.tasks.measure import Plan as TaskPlan
-from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.generate import generate_text
+from minitron.evaluation.quality import EvaluateConfig, measure_quality
+from minitron.evaluation.speed import RATIO, Load, measure_in_turn, transformers_timer
+from minitron.evaluation.tasks.measure import TaskOptions, TaskPlan, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.rows import task_of
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
@@ -377,7 +376,7 @@ def evaluate_models(
         for name, path in models.items():
             model = guides[name] if name in guides else load_model(path).to(device)
             against = partial(
-                evaluate,
+                measure_quality,
                 model,
                 corpus.heldout.head(config.blocks),
                 batch=config.batch,
@@ -389,12 +388,12 @@ def evaluate_models(
                 facts["kl_to_corrected"] = against(teacher=guides[CORRECTED]).kl_to_teacher
             write_json(out / f"{name}.json", facts)
             for prompt, row in texts.items():
-                row[name] = generate(model, tokenizer, prompt, new_tokens=config.new_tokens)
+                row[name] = generate_text(model, tokenizer, prompt, new_tokens=config.new_tokens)
         write_json(out / "generations.json", list(texts.values()))
         if config.speed:
             pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
             load = Load(1, min(256, corpus.block_tokens), SPEED_TOKENS)
-            (row,) = measure_speed({name: transformers_timer(model) for name, model in pair.items()}, [load])
+            (row,) = measure_in_turn({name: transformers_timer(model) for name, model in pair.items()}, [load])
             write_json(out / "speed.json", {name: row[name] for name in (*pair, RATIO)})
             del pair
         if benchmarks is not None:
@@ -422,7 +421,7 @@ def evaluate_models(
 
 def quantize_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
     """GGUF files of the student."""
-    from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, quantize
+    from minitron.gguf.quantize import QUANTIZE_TOKENS, QuantizeText, write_ladder
 
     config, seed = recipe.gguf, recipe.seed
     name = run_name(recipe.model, recipe.prune.target)
@@ -431,8 +430,8 @@ def quantize_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus
         tokens = draw_samples(corpus, config.samples, seed).tokens
         heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
         source = recipe.data.source
-        text = Text(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
-        return quantize(open_checkpoint(student), config, out, text=text, name=name, listener=stages.listener)
+        text = QuantizeText(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
+        return write_ladder(open_checkpoint(student), config, out, text=text, name=name, listener=stages.listener)
 
     inputs = {"student": stages.digest(model_files(student)), "data": corpus.digest}
     stages.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})

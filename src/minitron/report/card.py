@@ -14,7 +14,7 @@ from minitron.core.text import MISSING, count, duration, nats, percent, share, s
 from minitron.data.corpus import BUILTIN, TEACHER
 from minitron.report.published import DATASETS
 from minitron.report.records import (
-    Benchmark,
+    BenchmarkRow,
     RunRecords,
     benchmarks,
     correction,
@@ -30,6 +30,7 @@ from minitron.report.records import (
 from minitron.report.tables import (
     BENCHMARK_NOTE,
     RESULT_COLUMNS,
+    SHAPE_DIMS,
     environments,
     hub_id,
     result_cells,
@@ -50,7 +51,6 @@ METRICS: dict[MetricKey, tuple[str, str]] = {
 KNOWN_TEXT = {BUILTIN: "the source text of Python's standard library", TEACHER: "text sampled from the parent itself"}
 KNOWN_DATASETS = {BUILTIN: "Python standard library", TEACHER: "Text sampled from the parent, held-out part"}
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # carried along from the parent
-SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 
 
 def write_card(records: RunRecords) -> Path:
@@ -82,13 +82,13 @@ def metadata(records: RunRecords) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", "pruning", "distillation", records.evaluations["student"].family],
-        model_name=model_name(records),
+        model_name=card_model_name(records),
         eval_results=_eval_results(records),
         **parent_licence(records),
     )
 
 
-def model_name(records: RunRecords) -> str:
+def card_model_name(records: RunRecords) -> str:
     teacher = source_name(records.recipe.model).rpartition("/")[2]
     return f"{teacher}-minitron-{short_count(records.evaluations['student'].parameters.total)}"
 
@@ -132,7 +132,7 @@ def _eval_results(records: RunRecords) -> list[EvalResult]:
     ] + [_task_result(row) for row in benchmarks(records) if not row.chosen_by]
 
 
-def _task_result(row: Benchmark) -> EvalResult:
+def _task_result(row: BenchmarkRow) -> EvalResult:
     student = row.student
     return EvalResult(
         task_type="text-generation",
@@ -151,7 +151,7 @@ def _task_result(row: Benchmark) -> EvalResult:
 def _text(records: RunRecords) -> str:
     rows = {row["model"]: row for row in result_table(records)}
     student, teacher = rows["student"], rows["teacher"]
-    return f"""# {model_name(records)}
+    return f"""# {card_model_name(records)}
 
 A smaller {_parent(records)}: {count(student["total"])} parameters instead of {count(teacher["total"])}, with
 {share(student["non_embedding_share"])} of the non-embedding parameters. Its least important units were removed, and the

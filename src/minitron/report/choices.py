@@ -31,14 +31,20 @@ SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 OPEN_LAYERS = 16  # most rows of a table that is open at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
-UNITS = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
+UNIT_NAMES = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
 
 
 def why(records: RunRecords) -> str:
-    return html.section("Why this student", shape(records), search(records), units(records), repair(records))
+    return html.section(
+        "Why this student",
+        shape_sentence(records),
+        describe_search(records),
+        describe_units(records),
+        describe_repair(records),
+    )
 
 
-def shape(records: RunRecords) -> str:
+def shape_sentence(records: RunRecords) -> str:
     """By which rule the shape came, in one sentence."""
     prune, changes = records.recipe.prune, _changes(records)
     if records.search is not None:
@@ -77,7 +83,7 @@ def _verdict(found: Sequence[Candidate]) -> str:
     return f"its loss {when} is {nats(best.losses[str(step)])} nats per token{against}"
 
 
-def search(records: RunRecords) -> str:
+def describe_search(records: RunRecords) -> str:
     if records.search is None:
         return ""
     facts, found = records.search, records.search.candidates
@@ -126,14 +132,14 @@ def _search_figures(found: Sequence[Candidate]) -> list[str]:
     return figures
 
 
-def units(records: RunRecords) -> str:
+def describe_units(records: RunRecords) -> str:
     """Which layers, channels, neurons and heads stay, by which scores."""
     scores, plan, cut = records.scores, records.plan, records.cut
     if scores is None or plan is None or cut is None:
         return ""
     before, after = vars(cut.teacher), vars(cut.student)
-    choices = {dim: layer_choices(dim, scores, plan, cut) for dim in UNITS}
-    kept = {dim: {one.layer: one.kept for one in choices[dim]} for dim in UNITS}
+    choices = {dim: layer_choices(dim, scores, plan, cut) for dim in UNIT_NAMES}
+    kept = {dim: {one.layer: one.kept for one in choices[dim]} for dim in UNIT_NAMES}
     group = before["heads"] // before["kv_heads"]
     figures = [
         _layer_figure(records, scores, cut),
@@ -157,7 +163,7 @@ def units(records: RunRecords) -> str:
         drawn = plots.head_scores(scores.kv_heads, kept["kv_heads"], 0, "kv head")
         outcome = _outcome("kv_heads", before, after, choices["kv_heads"])
         figures.append(html.figure(drawn, "KV heads", f"Opacity is the score. {outcome}"))
-    fewer = {dim: choices[dim] for dim in UNITS if after[dim] < before[dim]}
+    fewer = {dim: choices[dim] for dim in UNIT_NAMES if after[dim] < before[dim]}
     return html.subsection("Layers and units", _legend(records), html.figures(figures), _by_layer(fewer))
 
 
@@ -283,7 +289,7 @@ def _by_layer(choices: Mapping[str, Sequence[LayerChoice]]) -> str:
         return ""
     columns: dict[html.Heading, list[str]] = {}
     for dim, of_dim in choices.items():
-        name = UNITS[dim][0].upper() + UNITS[dim][1:]
+        name = UNIT_NAMES[dim][0].upper() + UNIT_NAMES[dim][1:]
         columns[name, "share of the scores kept"] = [shown(one.mass, percent) for one in of_dim]
         if any(one.otherwise for one in of_dim):
             columns[name, "chosen otherwise"] = [_otherwise(one) for one in of_dim]
@@ -299,7 +305,7 @@ def _otherwise(one: LayerChoice) -> str:
     return f"{count(one.otherwise)} of {count(len(one.kept))}" if one.otherwise else MISSING
 
 
-def repair(records: RunRecords) -> str:
+def describe_repair(records: RunRecords) -> str:
     steps = repairs(records)
     if steps is None:
         return ""

@@ -34,9 +34,7 @@ from minitron.report.records import (
     result_table,
     stage_flops,
 )
-from minitron.report.tables import source_name
-
-SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
+from minitron.report.tables import SHAPE_DIMS, source_name
 
 
 def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
@@ -54,11 +52,11 @@ def render_comparison(runs: Sequence[RunRecords]) -> str:
     students = {
         name: row for name, records in named.items() for row in result_table(records) if row["model"] == "student"
     }
-    sections = (results(named, students), curves(named), shapes(named), recipes(named))
+    sections = (results_section(named, students), curves_section(named), shapes_section(named), recipes_section(named))
     title = f"{len(named)} runs compared"
     header = f"""<header>
 <h1>{escape(title)}</h1>
-<p class="lead">{escape(headline(students))}</p>
+<p class="lead">{escape(comparison_headline(students))}</p>
 <p class="run">{escape(", ".join(named))}</p>
 </header>"""
     return html.document(title, header, "\n".join(part for part in sections if part))
@@ -79,7 +77,7 @@ def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
     return dict(zip(names, runs, strict=True))
 
 
-def headline(students: Mapping[str, ResultRow]) -> str:
+def comparison_headline(students: Mapping[str, ResultRow]) -> str:
     known = {
         name: kl
         for name, row in students.items()
@@ -95,7 +93,7 @@ def headline(students: Mapping[str, ResultRow]) -> str:
     )
 
 
-def results(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
+def results_section(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
     quality: list[html.Heading] = [
         "Student of",
         ("Parameters", "total"),
@@ -199,7 +197,7 @@ def cautions(named: Mapping[str, RunRecords]) -> list[str]:
     return notes
 
 
-def curves(named: Mapping[str, RunRecords]) -> str:
+def curves_section(named: Mapping[str, RunRecords]) -> str:
     """The distillations over each other, by tokens: held-out points, and the smoothed loss of the batches."""
     heldout = {
         name: [(row.tokens, row.heldout_loss) for row in records.metrics if row.heldout_loss is not None]
@@ -233,7 +231,7 @@ def curves(named: Mapping[str, RunRecords]) -> str:
     return html.section("Distillation", html.note(note), html.figures(figures))
 
 
-def shapes(named: Mapping[str, RunRecords]) -> str:
+def shapes_section(named: Mapping[str, RunRecords]) -> str:
     rows = [_shape_row(name, records.evaluations["student"]) for name, records in named.items()]
     teachers = {}
     for records in named.values():
@@ -247,7 +245,7 @@ def _shape_row(name: str, row: Evaluated) -> list[str]:
     return [name, *(count(getattr(row.shape, dim)) for dim in SHAPE_DIMS), count(row.kv_cache_bytes_per_token)]
 
 
-def recipes(named: Mapping[str, RunRecords]) -> str:
+def recipes_section(named: Mapping[str, RunRecords]) -> str:
     """The recipe's keys in which the runs differ."""
     flat = {name: _flat(public_recipe(records)) for name, records in named.items()}
     keys = dict.fromkeys(key for recipe in flat.values() for key in recipe)

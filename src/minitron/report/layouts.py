@@ -67,25 +67,25 @@ class RunRecipe(Layout):
     gguf: FilesRecipe | None = None
 
 
-class Scored(Layout):
+class ScoresResult(Layout):
     """The result of the stage scores, which names a criterion of layers only where they took a pass of their own."""
 
     layers: Annotated[str, choice(LAYER_CRITERIA)] = "block_influence"
 
 
-class Planned(Layout):
+class PlanResult(Layout):
     """The result of the stage plan."""
 
     plan: str
 
 
-class Repaired(Layout):
+class PrunedResult(Layout):
     """The result of the stage pruned. Older versions did not say which steps ran."""
 
     repairs: list[Annotated[str, choice(REPAIRS)]] | None = None
 
 
 RUN_RECIPE = FileKind("a run's recipe", TypeAdapter(RunRecipe))
-SCORES_RESULT = FileKind("that of the stage scores", TypeAdapter(Scored))
-PLAN_RESULT = FileKind("that of the stage plan", TypeAdapter(Planned))
-PRUNED_RESULT = FileKind("that of the stage pruned", TypeAdapter(Repaired))
+SCORES_RESULT = FileKind("that of the stage scores", TypeAdapter(ScoresResult))
+PLAN_RESULT = FileKind("that of the stage plan", TypeAdapter(PlanResult))
+PRUNED_RESULT = FileKind("that of the stage pruned", TypeAdapter(PrunedResult))

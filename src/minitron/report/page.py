@@ -39,7 +39,15 @@ from minitron.report.records import (
     sampling,
     stage_flops,
 )
-from minitron.report.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
+from minitron.report.tables import (
+    BENCHMARK_NOTE,
+    RESULT_COLUMNS,
+    SHAPE_DIMS,
+    environments,
+    result_cells,
+    score,
+    source_name,
+)
 
 
 def write_report(records: RunRecords, out: Path | None = None) -> Path:
@@ -193,14 +201,13 @@ def shapes(records: RunRecords) -> str:
     teacher, student = (records.evaluations[name] for name in ("teacher", "student"))
     sizes = [vars(row.shape) | {"kv_cache": row.kv_cache_bytes_per_token} for row in (teacher, student)]
     parts = [vars(row.parameters) for row in (teacher, student)]
-    shape_head = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
     part_head = ("embedding", "attention", "mlp", "norm")
     return html.section(
         "Shape",
         html.table(
             "Shape before and after",
-            ["Model", *shape_head, ("KV cache", "bytes per token")],
-            _before_and_after((*shape_head, "kv_cache"), *sizes),
+            ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")],
+            _before_and_after((*SHAPE_DIMS, "kv_cache"), *sizes),
         ),
         html.table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
         html.note(f"Weights and KV cache in {student.dtype}, the dtype of the checkpoint."),

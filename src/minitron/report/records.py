@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import yaml
 
 from minitron.calibration.layouts import STATISTICS_RESULT, Calibrated
 from minitron.core.errors import RunError
 from minitron.core.run_layout import MODELS, RECORD, STAGES, Record, RunLayout
-from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
+from minitron.core.typed_files import FileKind, Value, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.corpus import TEACHER
 from minitron.data.layouts import DATA_RESULT, Text
 from minitron.distillation.layouts import LOGGED, Logged, Trained, Training, training_result
@@ -26,7 +26,7 @@ from minitron.evaluation.layouts import (
     Speeds,
     Tasks,
 )
-from minitron.gguf.layouts import LADDER, Ladder
+from minitron.gguf.layouts import QUANTIZATION, Ladder
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
 from minitron.pruning.layouts import MADE_PLAN, SCORES, MadePlan, UnitScores
@@ -35,32 +35,31 @@ from minitron.report.layouts import (
     PRUNED_RESULT,
     RUN_RECIPE,
     SCORES_RESULT,
-    Planned,
-    Repaired,
+    PlanResult,
+    PrunedResult,
     RunRecipe,
-    Scored,
+    ScoresResult,
     TrainingRecipe,
 )
 from minitron.report.tables import source_name
 from minitron.shapes.layouts import SEARCH, SEARCH_RESULT, Search, Searched
 
-Value = TypeVar("Value")
-PER_LAYER = ("ffn", "heads", "kv_heads")
+DIMS_PER_LAYER = ("ffn", "heads", "kv_heads")
 WAY_OUT = "put the file back, or remove its directory and run the same command that made it again"
 
 
 @dataclass(frozen=True)
-class Results:
+class StageResults:
     """What the records of a run's stages say of their results. A stage that the run does not have is None."""
 
     data: Text
     statistics: Calibrated
-    plan: Planned
+    plan: PlanResult
     student: Training
     corrected: Training | None = None
     search: Searched | None = None
-    scores: Scored | None = None
-    pruned: Repaired | None = None
+    scores: ScoresResult | None = None
+    pruned: PrunedResult | None = None
     scratch: Training | None = None
 
     @property
@@ -84,7 +83,7 @@ class RunRecords:
     recipe: RunRecipe
     whole_recipe: Mapping[str, Any]
     stages: Mapping[str, Record]
-    results: Results
+    results: StageResults
     evaluations: Mapping[str, Evaluated]
     generations: list[Continued] = field(default_factory=list)
     speed: Speeds | None = None
@@ -126,7 +125,7 @@ def read_run(path: Path) -> RunRecords:
         recipe=recipe,
         whole_recipe=whole_recipe,
         stages=stages,
-        results=Results(**results),
+        results=StageResults(**results),
         evaluations=evaluations,
         generations=_optional(run.generations, GENERATIONS) or [],
         speed=_optional(run.speed, SPEEDS),
@@ -135,7 +134,7 @@ def read_run(path: Path) -> RunRecords:
         plan=plan,
         cut=_optional(run.cut, MADE_PLAN) or plan,
         search=_optional(run.candidates, SEARCH),
-        ladder=_optional(run.ladder, LADDER),
+        ladder=_optional(run.ladder, QUANTIZATION),
         tasks=_optional(run.tasks, TASKS),
     )
     _require_of_one_run(run, records)
@@ -172,9 +171,9 @@ def _require_of_one_run(run: RunLayout, records: RunRecords) -> None:
         raise RunError(f"{run.cut} keeps other layers than plan/plan.json; {WAY_OUT}")
     if records.scores:
         of_dims = vars(records.scores)
-        sizes = {dim: [len(row) for row in of_dims[dim]] for dim in PER_LAYER}
+        sizes = {dim: [len(row) for row in of_dims[dim]] for dim in DIMS_PER_LAYER}
         sizes |= {dim: [len(of_dims[dim])] for dim in ("layers", "hidden")}
-        wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in PER_LAYER else 1) for dim in sizes}
+        wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in DIMS_PER_LAYER else 1) for dim in sizes}
         if bad := [dim for dim in sizes if sizes[dim] != wanted[dim]]:
             raise RunError(f"{run.scores}: {bad[0]} has not a score for each of the teacher's units; {WAY_OUT}")
     if records.tasks:
@@ -223,7 +222,7 @@ def result_table(records: RunRecords) -> list[ResultRow]:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkRow:
     """A task that teacher and student were measured on.
 
     kept: the student's share of the teacher's value; None where there is none, or an older version did not write it.
@@ -237,14 +236,14 @@ class Benchmark:
     chosen_by: bool
 
 
-def benchmarks(records: RunRecords) -> list[Benchmark]:
+def benchmarks(records: RunRecords) -> list[BenchmarkRow]:
     """One for each task, in the order they were measured."""
     if records.tasks is None:
         return []
     teacher, student = (records.tasks.tasks[name] for name in ("teacher", "student"))
     by_number = layers_by_number(records)  # then no task had a say
     return [
-        Benchmark(
+        BenchmarkRow(
             task=task,
             teacher=teacher[task],
             student=asked,
@@ -286,7 +285,7 @@ def public_recipe(records: RunRecords) -> dict[str, Any]:
 
 def layer_criterion(records: RunRecords) -> str:
     """By what the layers in scores.json are scored."""
-    return (records.results.scores or Scored()).layers
+    return (records.results.scores or ScoresResult()).layers
 
 
 def layers_by_number(records: RunRecords) -> bool:

@@ -25,7 +25,7 @@ from minitron.data.corpus import TEXT_SUFFIXES
 # Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
 
-
+SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
 
 

@@ -74,7 +74,7 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_DUMPABLE = 38, 
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
+def run_confined() -> None:
     job: dict[str, Any] = json.load(sys.stdin.buffer)
     end_with_parent(job["parent"])
     report = os.dup(1)
@@ -190,4 +190,4 @@ def _call(number: int, *arguments: Any, what: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_confined()

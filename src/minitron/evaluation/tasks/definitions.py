@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import TaskError, did_you_mean
-from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, LocalTask, Row
-from minitron.evaluation.tasks.suite import SUITE, Benchmark
+from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, JsonRow, LocalTask
+from minitron.evaluation.tasks.suite import SUITE, BenchmarkTask
 
 # Where the harness keeps the tasks that are known here; others are found by looking through its files.
 FILES = {
@@ -32,7 +32,7 @@ SUBJECTS = "mmlu/default/mmlu_{subject}.yaml"
 # Folders of tasks whose programs run through the metric code_eval, and of those that run them by themselves.
 RUN_BY_CODE_EVAL = ("humaneval", "humaneval_infilling", "mbpp")
 RUN_BY_THEMSELVES = ("cruxeval", "longproc")
-NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
+NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
 TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 # The harness has no XL-Sum. Of its test set every fifth article, 20%, as the papers take.
@@ -51,7 +51,7 @@ XLSUM: dict[str, Any] = {
     "metadata": {"version": 1.0},
 }
 # Rows of local folders whose name is no task of the harness.
-GENERAL: dict[str, dict[str, Any]] = {
+GENERAL_TASKS: dict[str, dict[str, Any]] = {
     CHOICE: {
         "output_type": "multiple_choice",
         "doc_to_text": "{{ctx}}",
@@ -81,7 +81,7 @@ def version() -> str:
     return of("lm_eval")
 
 
-def require_known(benchmark: Benchmark, local: LocalTask | None, *, allow_code: bool) -> None:
+def require_known(benchmark: BenchmarkTask, local: LocalTask | None, *, allow_code: bool) -> None:
     """Raises: TaskError for a task that is not there, or that runs generated code without leave."""
     name = benchmark.task
     if local is not None and local.kind is not None:
@@ -106,7 +106,7 @@ def runs_code(name: str) -> bool:
     return name != XLSUM["task"] and _file_of(name).relative_to(_root()).parts[0] in RUN_BY_CODE_EVAL
 
 
-def definition(benchmark: Benchmark, local: LocalTask | None) -> tuple[Any, str | None]:
+def definition(benchmark: BenchmarkTask, local: LocalTask | None) -> tuple[Any, str | None]:
     """What the harness is to load, and the folder of its files that holds what belongs to it."""
     name = benchmark.task
     if local is None:
@@ -119,7 +119,7 @@ def definition(benchmark: Benchmark, local: LocalTask | None) -> tuple[Any, str 
             _plain(_file_of("mmlu")), [_subject(benchmark, local, name) for name in sorted(local.parts)]
         ), None
     if local.kind is not None:
-        stock = GENERAL[local.kind] | {"task": name}
+        stock = GENERAL_TASKS[local.kind] | {"task": name}
     elif name == XLSUM["task"]:
         stock = XLSUM | _rouge()
     else:
@@ -139,7 +139,7 @@ def _group(stock: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> An
     return group
 
 
-def _subject(benchmark: Benchmark, local: LocalTask, subject: str) -> dict[str, Any]:
+def _subject(benchmark: BenchmarkTask, local: LocalTask, subject: str) -> dict[str, Any]:
     file = _root() / SUBJECTS.format(subject=subject)
     if not file.is_file():
         known = [one.stem.removeprefix("mmlu_") for one in (_root() / "mmlu" / "default").glob("mmlu_*.yaml")]
@@ -151,10 +151,10 @@ def _subject(benchmark: Benchmark, local: LocalTask, subject: str) -> dict[str, 
 
 def _on_rows(
     stock: Mapping[str, Any],
-    benchmark: Benchmark,
+    benchmark: BenchmarkTask,
     folder: Path,
-    rows: Sequence[Row],
-    fewshot: Sequence[Row],
+    rows: Sequence[JsonRow],
+    fewshot: Sequence[JsonRow],
     subject: str = "",
 ) -> dict[str, Any]:
     """The harness's definition of a task with its rows replaced."""
@@ -180,7 +180,7 @@ def _on_rows(
     return {key: value for key, value in stock.items() if key not in ("tag", "group")} | changes
 
 
-def _dataset(splits: Mapping[str, Sequence[Row]]) -> Callable[..., Any]:
+def _dataset(splits: Mapping[str, Sequence[JsonRow]]) -> Callable[..., Any]:
     """A function that gives the harness its dataset: in memory, with every key of any row in each."""
 
     def make(**_: Any) -> Any:
@@ -210,7 +210,7 @@ def _rouge() -> dict[str, Any]:
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
-    def process(doc: Row, results: Sequence[str]) -> dict[str, float]:
+    def process(doc: JsonRow, results: Sequence[str]) -> dict[str, float]:
         return {"rougeL": scorer.score(doc["summary"].strip(), results[0].strip())["rougeL"].fmeasure}
 
     metric = {"metric": "rougeL", "aggregation": "mean", "higher_is_better": True}
@@ -247,7 +247,7 @@ def _all_files() -> dict[str, Path]:
     for file in sorted(_root().rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
         listed = [name for block in TAGS.findall(text) for name in re.findall(r"-[ \t]*(\S+)", block)]
-        for name in [*NAME.findall(text), *listed]:
+        for name in [*NAMED.findall(text), *listed]:
             found.setdefault(name, file)
     return found
 

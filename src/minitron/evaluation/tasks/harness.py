@@ -18,7 +18,7 @@ from minitron.core.errors import TaskError
 from minitron.evaluation.tasks.definitions import RUN_BY_CODE_EVAL, definition
 from minitron.evaluation.tasks.rows import LocalTask
 from minitron.evaluation.tasks.sandbox import code_eval
-from minitron.evaluation.tasks.suite import PREFERRED, Benchmark, TaskResult
+from minitron.evaluation.tasks.suite import PREFERRED, BenchmarkTask, TaskResult
 
 INSTALL = "pip install 'minitron[eval]'"
 FEWSHOT_SEED = 1234  # the harness's own
@@ -33,7 +33,7 @@ class Task:
     loaded: what the harness's own evaluate takes.
     """
 
-    benchmark: Benchmark
+    benchmark: BenchmarkTask
     loaded: Any
 
     @property
@@ -45,7 +45,7 @@ class Task:
         return any(member.OUTPUT_TYPE == "generate_until" for member in self.members)
 
 
-def require_installed() -> None:
+def require_harness() -> None:
     """Raises: TaskError if the harness is not there."""
     from importlib.util import find_spec
 
@@ -54,7 +54,7 @@ def require_installed() -> None:
         raise TaskError(f"benchmarks need {' and '.join(missing)}, which is not installed: {INSTALL}")
 
 
-def load_task(benchmark: Benchmark, local: LocalTask | None) -> Task:
+def load_task(benchmark: BenchmarkTask, local: LocalTask | None) -> Task:
     """The task with its rows, from the hub where there are no local ones.
 
     Raises: TaskError if they cannot be had, or are too few for the shots.
@@ -147,7 +147,7 @@ def _result(task: Task, raw: Mapping[str, Any]) -> TaskResult:
     )
 
 
-def _main(values: Mapping[str, float], benchmark: Benchmark) -> str:
+def _main(values: Mapping[str, float], benchmark: BenchmarkTask) -> str:
     wanted = [benchmark.metric] if benchmark.metric else [*PREFERRED]
     ways = [benchmark.filter] if benchmark.filter else []
     for metric in wanted:

@@ -18,7 +18,7 @@ from minitron.core.paths import expanded
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.rows import LocalTask, find_folders, read_task, task_of
 from minitron.evaluation.tasks.sandbox import require_sandbox
-from minitron.evaluation.tasks.suite import SUITES, Benchmark, TaskResult, chosen
+from minitron.evaluation.tasks.suite import SUITES, BenchmarkTask, TaskResult, chosen
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
@@ -28,7 +28,7 @@ SHARE_FOR_WEIGHTS = 0.8
 
 Progress = Callable[[int, int, str], None]
 Warn = Callable[[str], None]
-Results = dict[str, dict[str, TaskResult]]  # model -> task -> what it reached
+TaskResults = dict[str, dict[str, TaskResult]]  # model -> task -> what it reached
 
 
 def _silent(*_: object) -> None:
@@ -56,10 +56,10 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """Benchmarks that can be measured, each with its local rows where there are some."""
 
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[BenchmarkTask, ...]
     local: Mapping[str, LocalTask]
     options: TaskOptions
 
@@ -72,7 +72,7 @@ class Plan:
 
 def plan_tasks(
     tasks: Sequence[str], directory: Path | None = None, options: TaskOptions | None = None, *, warn: Warn = _silent
-) -> Plan:
+) -> TaskPlan:
     """What `measure_tasks` does; all that can be wrong with tasks and files is found here, before a model is loaded.
 
     Args:
@@ -81,7 +81,7 @@ def plan_tasks(
 
     Raises: TaskError.
     """
-    harness.require_installed()
+    harness.require_harness()
     options = options or TaskOptions()
     folders = find_folders(directory) if directory is not None else {}
     tasks = [task_of(name) if task_of(name) in folders else name for name in tasks]
@@ -100,21 +100,21 @@ def plan_tasks(
         definitions.require_known(one, local.get(one.task), allow_code=options.allow_code)
     if any(_runs_code(one, local.get(one.task)) for one in benchmarks):
         require_sandbox()
-    return Plan(tuple(benchmarks), local, options)
+    return TaskPlan(tuple(benchmarks), local, options)
 
 
-def _runs_code(benchmark: Benchmark, local: LocalTask | None) -> bool:
+def _runs_code(benchmark: BenchmarkTask, local: LocalTask | None) -> bool:
     return (local is None or local.kind is None) and definitions.runs_code(benchmark.task)
 
 
 def measure_tasks(
     models: Mapping[str, Path],
-    plan: Plan,
+    plan: TaskPlan,
     *,
     cache: Path | None = None,
     progress: Progress = _silent,
     warn: Warn = _silent,
-) -> Results:
+) -> TaskResults:
     """Results of each model in each task, in the order of both.
 
     Args:
@@ -130,7 +130,7 @@ def measure_tasks(
         for name, checkpoint in opened.items():
             _require_chat_template(name, checkpoint)
     ready: dict[str, harness.Task] = {}
-    results: Results = {}
+    results: TaskResults = {}
     for name, checkpoint in opened.items():
         keys = {one.task: _key(one, plan, checkpoint, cache) for one in plan.benchmarks} if cache else {}
         known = {task: _known(cache, key) for task, key in keys.items()} if cache else {}
@@ -220,7 +220,7 @@ def _without(warn: Warn, reason: str) -> None:
     warn(f"results are not kept: {reason}; set {CACHE} to a directory that can be written, or give --no-cache")
 
 
-def _key(benchmark: Benchmark, plan: Plan, checkpoint: Checkpoint, cache: Path) -> dict[str, Any]:
+def _key(benchmark: BenchmarkTask, plan: TaskPlan, checkpoint: Checkpoint, cache: Path) -> dict[str, Any]:
     """All that a result depends on. The harness's version stands for the task's, and for that of its dataset."""
     local = plan.local.get(benchmark.task)
     return {

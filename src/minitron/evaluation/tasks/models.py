@@ -39,7 +39,7 @@ ALL_AT_ONCE = 1 << 40  # rows: windows of a text are put into batches here
 BATCHES_AT_ONCE = 8  # handed to the harness's class, between two looks at memory
 # Streamed rows are padded to the longest of a pass, and each pass reads the model once.
 LONGEST_OF_SHORTEST = 1.3
-STATES_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
+PASS_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
 
 
 class _Model(HFLM):
@@ -286,7 +286,7 @@ class Streamed(_Model):
         of_token = self.checkpoint.shape.hidden * self.checkpoint.dtype.itemsize
         for row in rows:
             fits = bool(passes) and len(row) <= LONGEST_OF_SHORTEST * len(passes[-1][0]) + 8
-            if fits and (len(passes[-1]) + 1) * len(row) * of_token <= STATES_BYTES:
+            if fits and (len(passes[-1]) + 1) * len(row) * of_token <= PASS_BYTES:
                 passes[-1].append(row)
             else:
                 passes.append([row])

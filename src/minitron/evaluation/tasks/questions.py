@@ -25,7 +25,7 @@ from minitron.core.reading import json_name, read_rows, read_text, require_texts
 from minitron.model.tokens import first_token, put_around, text_ids
 
 # Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
-Result = tuple[float, bool]
+RequestResult = tuple[float, bool]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Question:
     """Requests, each a context and its continuation, and how right the results of all of them are, from 0 to 1."""
 
     requests: tuple[tuple[str, str], ...]
-    grade: Callable[[Sequence[Result]], float]
+    grade: Callable[[Sequence[RequestResult]], float]
 
 
 def read_questions(source: str, limit: int | None = None) -> list[Question]:
@@ -53,13 +53,13 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
+def multiple_choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
     """A question that is right when the likeliest continuation per character is; harness tasks call it acc_norm.
 
     Where all continuations are one text, as in Winogrande, that is plain accuracy.
     """
 
-    def grade(results: Sequence[Result]) -> float:
+    def grade(results: Sequence[RequestResult]) -> float:
         per_char = [nats / len(text) for (nats, _), (_, text) in zip(results, pairs, strict=True)]
         return float(per_char.index(max(per_char)) == right)
 
@@ -127,7 +127,7 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
         raise DataError(f"{where}: {', '.join(fields)} do not make a question: {error!r}") from None
     if not fits:
         raise DataError(f"{where}: the answer is number {right} of {len(pairs)}, or one of them is empty")
-    return choice(pairs, right)
+    return multiple_choice(pairs, right)
 
 
 def _endings(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
@@ -232,7 +232,7 @@ def _name_in(file: Path) -> str:
 
 
 def _harness_question(task: Any, requests: Sequence[Any]) -> Question:
-    def grade(results: Sequence[Result]) -> float:
+    def grade(results: Sequence[RequestResult]) -> float:
         measured = task.process_results(requests[0].doc, list(results))
         return float(measured["acc_norm"] if "acc_norm" in measured else measured["acc"])
 

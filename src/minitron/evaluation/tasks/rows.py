@@ -20,18 +20,18 @@ from typing import Any
 from minitron.core.errors import TaskError, did_you_mean
 from minitron.core.reading import find_files, read_rows, require_file, require_texts
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 FEWSHOT = "fewshot"
 SUFFIXES = (".jsonl",)
 CHOICE, LAST_WORD = "choice", "last word"  # what a folder of any name may hold
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """What a field must be: in words, and as a test of its value beside the others of its row."""
 
     words: str
-    fits: Callable[[Any, Row], bool]
+    fits: Callable[[Any, JsonRow], bool]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LocalTask:
     folder: Path
     task: str
     kind: str | None
-    parts: Mapping[str, list[Row]]
-    fewshot: Mapping[str, list[Row]]
+    parts: Mapping[str, list[JsonRow]]
+    fewshot: Mapping[str, list[JsonRow]]
     digest: str
     left_out: str | None = None
 
@@ -63,7 +63,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) and text for text in value)
 
 
-def _has_answers(value: Any, row: Row) -> bool:
+def _has_answers(value: Any, row: JsonRow) -> bool:
     return (
         isinstance(value, dict)
         and _are_texts(value.get("text"))
@@ -72,7 +72,7 @@ def _has_answers(value: Any, row: Row) -> bool:
     )
 
 
-def _has_truths(value: Any, row: Row) -> bool:
+def _has_truths(value: Any, row: JsonRow) -> bool:
     if not isinstance(value, dict) or not _are_texts(value.get("choices")):
         return False
     labels = value.get("labels")
@@ -81,37 +81,41 @@ def _has_truths(value: Any, row: Row) -> bool:
     return all(isinstance(label, int) for label in labels) and {*labels} == {0, 1}
 
 
-def _choices_of(row: Row, key: str) -> int:
+def _choices_of(row: JsonRow, key: str) -> int:
     return len(row[key]) if _are_texts(row.get(key)) else 0
 
 
-TEXT = Kind("text that is not empty", lambda value, row: isinstance(value, str) and value.strip() != "")
-ANY_TEXT = Kind("text", lambda value, row: isinstance(value, str))
-TEXTS = Kind("a list of texts", lambda value, row: _are_texts(value))
-BLANK = Kind("text with the blank _ in it", lambda value, row: isinstance(value, str) and "_" in value)
-OPTION = Kind('"1" or "2"', lambda value, row: value in ("1", "2"))
-LABEL_OF_ENDINGS = Kind(
+TEXT = ValueKind("text that is not empty", lambda value, row: isinstance(value, str) and value.strip() != "")
+ANY_TEXT = ValueKind("text", lambda value, row: isinstance(value, str))
+TEXTS = ValueKind("a list of texts", lambda value, row: _are_texts(value))
+BLANK = ValueKind("text with the blank _ in it", lambda value, row: isinstance(value, str) and "_" in value)
+OPTION = ValueKind('"1" or "2"', lambda value, row: value in ("1", "2"))
+LABEL_OF_ENDINGS = ValueKind(
     "the number of the right one of the endings, from 0",
     lambda value, row: _is_index(value, _choices_of(row, "endings")),
 )
-LABEL_OF_TWO = Kind("0 or 1", lambda value, row: _is_index(value, 2) and not isinstance(value, str))
-ANSWER_OF_FOUR = Kind(
+LABEL_OF_TWO = ValueKind("0 or 1", lambda value, row: _is_index(value, 2) and not isinstance(value, str))
+ANSWER_OF_FOUR = ValueKind(
     "the number of the right choice, from 0 to 3", lambda value, row: _is_index(value, 4) and not isinstance(value, str)
 )
-FOUR_TEXTS = Kind("a list of four texts", lambda value, row: _are_texts(value) and len(value) == 4)
-ANSWERS = Kind('{"text": [...], "label": [...]}, as many labels as texts', _has_answers)
-ANSWER_KEY = Kind(
+FOUR_TEXTS = ValueKind("a list of four texts", lambda value, row: _are_texts(value) and len(value) == 4)
+ANSWERS = ValueKind('{"text": [...], "label": [...]}, as many labels as texts', _has_answers)
+ANSWER_KEY = ValueKind(
     "one of the labels of the choices",
     lambda value, row: _has_answers(row.get("choices"), row) and value in row["choices"]["label"],
 )
-TRUTHS = Kind('{"choices": [...], "labels": [...]}, with a label 1 or 0 for each choice and both of them', _has_truths)
-THREE_TESTS = Kind("a list of at least three texts", lambda value, row: _are_texts(value) and len(value) >= 3)
-FINAL_ANSWER = Kind("text with the answer behind ####", lambda value, row: isinstance(value, str) and "#### " in value)
-WORDS = Kind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
+TRUTHS = ValueKind(
+    '{"choices": [...], "labels": [...]}, with a label 1 or 0 for each choice and both of them', _has_truths
+)
+THREE_TESTS = ValueKind("a list of at least three texts", lambda value, row: _are_texts(value) and len(value) >= 3)
+FINAL_ANSWER = ValueKind(
+    "text with the answer behind ####", lambda value, row: isinstance(value, str) and "#### " in value
+)
+WORDS = ValueKind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
 
 _ARC = {"question": TEXT, "choices": ANSWERS, "answerKey": ANSWER_KEY}
 # Task of the harness -> what its prompt reads of a row.
-LAYOUTS: dict[str, dict[str, Kind]] = {
+LAYOUTS: dict[str, dict[str, ValueKind]] = {
     "winogrande": {"sentence": BLANK, "option1": TEXT, "option2": TEXT, "answer": OPTION},
     "arc_challenge": _ARC,
     "arc_easy": _ARC,
@@ -131,7 +135,7 @@ LAYOUTS: dict[str, dict[str, Kind]] = {
     "piqa": {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": LABEL_OF_TWO},
     "lambada_openai": {"text": WORDS},
 }
-GENERAL: dict[str, dict[str, Kind]] = {
+GENERAL_ROWS: dict[str, dict[str, ValueKind]] = {
     CHOICE: {"ctx": TEXT, "endings": TEXTS, "label": LABEL_OF_ENDINGS},
     LAST_WORD: {"ctx": TEXT, "target": TEXT},
 }
@@ -174,7 +178,7 @@ def read_task(folder: Path) -> LocalTask:
     """
     task = task_of(folder.name)
     found = find_files(folder, SUFFIXES, TaskError)
-    sides: dict[bool, dict[str, list[Row]]] = {True: {}, False: {}}
+    sides: dict[bool, dict[str, list[JsonRow]]] = {True: {}, False: {}}
     digest, layout, kind = hashlib.sha256(), LAYOUTS.get(task), None
     for file in found.files:
         is_fewshot = FEWSHOT in file.relative_to(folder).with_suffix("").parts
@@ -183,7 +187,7 @@ def read_task(folder: Path) -> LocalTask:
         rows = _rows(file)
         if layout is None:
             kind = _kind_of(file, next(iter(rows.values())), task)
-            layout = GENERAL[kind]
+            layout = GENERAL_ROWS[kind]
         for number, row in rows.items():
             _check(file, number, row, layout)
             subject = str(row.get("subject", file.stem)) if task == "mmlu" else ""
@@ -198,7 +202,7 @@ def _bytes(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def _rows(file: Path) -> dict[int, Row]:
+def _rows(file: Path) -> dict[int, JsonRow]:
     """Line -> row."""
     rows = dict(read_rows(file, TaskError))
     for number, row in rows.items():
@@ -208,12 +212,12 @@ def _rows(file: Path) -> dict[int, Row]:
     return rows
 
 
-def _kind_of(file: Path, row: Row, task: str) -> str:
+def _kind_of(file: Path, row: JsonRow, task: str) -> str:
     """What a folder holds whose name tells nothing."""
-    for kind, layout in GENERAL.items():
+    for kind, layout in GENERAL_ROWS.items():
         if row.keys() >= layout.keys():
             return kind
-    general = " or ".join(", ".join(layout) for layout in GENERAL.values())
+    general = " or ".join(", ".join(layout) for layout in GENERAL_ROWS.values())
     known = did_you_mean(task, [*LAYOUTS, *ALIASES])
     raise TaskError(
         f"{file.parent.name} is no task whose rows are known{known}. A folder of another name needs rows with the keys "
@@ -221,7 +225,7 @@ def _kind_of(file: Path, row: Row, task: str) -> str:
     )
 
 
-def _check(file: Path, number: int, row: Row, layout: Mapping[str, Kind]) -> None:
+def _check(file: Path, number: int, row: JsonRow, layout: Mapping[str, ValueKind]) -> None:
     for key, kind in layout.items():
         if key not in row:
             raise TaskError(

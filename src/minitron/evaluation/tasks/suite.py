@@ -7,11 +7,11 @@ from typing import Any
 from minitron.core.errors import TaskError
 
 # pass@1 at temperature 0.2 and top-p 0.95, as the papers measure it; the harness's own tasks are greedy.
-SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
+SAMPLED_CODE = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkTask:
     """A task of the harness and how it is measured.
 
     shots: examples in the prompt; None for as many as the task says.
@@ -28,18 +28,18 @@ class Benchmark:
 
 
 # Paper: P1, "Evaluation Tasks" (section 4), and P2, "Evaluation"; the order is that of its tables.
-SUITE: dict[str, Benchmark] = {
+SUITE: dict[str, BenchmarkTask] = {
     one.task: one
     for one in (
-        Benchmark("winogrande", "Winogrande", 5, "acc"),
-        Benchmark("arc_challenge", "ARC-Challenge", 25, "acc_norm"),
-        Benchmark("mmlu", "MMLU", 5, "acc"),
-        Benchmark("hellaswag", "HellaSwag", 10, "acc_norm"),
-        Benchmark("gsm8k", "GSM8K", 5, "exact_match", "strict-match"),
-        Benchmark("truthfulqa_mc2", "TruthfulQA mc2", 0, "acc"),
-        Benchmark("xlsum_english", "XL-Sum English", 3, "rougeL"),
-        Benchmark("mbpp", "MBPP", 0, "pass_at_1", generation=SAMPLED),
-        Benchmark("humaneval", "HumanEval", 0, "pass@1", generation=SAMPLED),
+        BenchmarkTask("winogrande", "Winogrande", 5, "acc"),
+        BenchmarkTask("arc_challenge", "ARC-Challenge", 25, "acc_norm"),
+        BenchmarkTask("mmlu", "MMLU", 5, "acc"),
+        BenchmarkTask("hellaswag", "HellaSwag", 10, "acc_norm"),
+        BenchmarkTask("gsm8k", "GSM8K", 5, "exact_match", "strict-match"),
+        BenchmarkTask("truthfulqa_mc2", "TruthfulQA mc2", 0, "acc"),
+        BenchmarkTask("xlsum_english", "XL-Sum English", 3, "rougeL"),
+        BenchmarkTask("mbpp", "MBPP", 0, "pass_at_1", generation=SAMPLED_CODE),
+        BenchmarkTask("humaneval", "HumanEval", 0, "pass@1", generation=SAMPLED_CODE),
     )
 }
 # Names that stand for several tasks.
@@ -77,7 +77,7 @@ class TaskResult:
         return cls(task=task, **raw)
 
 
-def chosen(tasks: Sequence[str], shots: int | None = None) -> list[Benchmark]:
+def chosen(tasks: Sequence[str], shots: int | None = None) -> list[BenchmarkTask]:
     """The benchmarks of these names; a suite's name stands for all of its tasks, which are as the papers measure them.
 
     Args:
@@ -89,7 +89,7 @@ def chosen(tasks: Sequence[str], shots: int | None = None) -> list[Benchmark]:
     twice = next((name for name in tasks if tasks.count(name) > 1), None)
     if twice is not None:
         raise TaskError(f"task {twice!r} is given twice")
-    found = [SUITE.get(name, Benchmark(name, name)) for name in tasks]
+    found = [SUITE.get(name, BenchmarkTask(name, name)) for name in tasks]
     return found if shots is None else [replace(one, shots=shots) for one in found]
 
 
