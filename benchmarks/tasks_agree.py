@@ -81,10 +81,9 @@ def compared(path: Path, benchmark: BenchmarkTask, local: LocalTask, args: argpa
     """A row of the table; raises where items are not the same."""
     task = harness.load_task(benchmark, local)
     limit = args.generated if task.generates else args.limit
-    quiet: dict[str, Any] = {"progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
-        ours = InMemory(load_model(path), load_tokenizer(path), batch=1 if task.generates else None, **quiet)
-        layers = Streamed(open_checkpoint(path), load_tokenizer(path), batch=None, **quiet)
+        ours = InMemory(load_model(path), load_tokenizer(path), batch=1 if task.generates else None)
+        layers = Streamed(open_checkpoint(path), load_tokenizer(path))
     started = time.perf_counter()
     result, samples = harness.run_task(task, ours, limit=limit, samples=True)
     own_seconds = time.perf_counter() - started
@@ -102,7 +101,7 @@ def compared(path: Path, benchmark: BenchmarkTask, local: LocalTask, args: argpa
         gap = f"{max(_gap(*pair) for pair in pairs):.1e}"
         streamed_gap = f"{max(_gap(*pair) for n in samples for pair in zip(samples[n], streamed[n], strict=True)):.1e}"
     assert same == len(pairs), (benchmark.task, same, len(pairs))
-    cells = [benchmark.task, str(result.shots), str(result.n), score(result.to_dict()), f"{same} of {len(pairs)}"]
+    cells = [benchmark.task, str(result.shots), str(result.n), score(result), f"{same} of {len(pairs)}"]
     return [*cells, gap, streamed_gap, f"{own_seconds:.1f}", streamed_seconds, f"{direct_seconds:.1f}"]
 
 

@@ -8,19 +8,28 @@ from typing import Annotated, Any
 import pytest
 import small
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from minitron.core.config import Row, Section, choice, choices_of
+from minitron.core.files import write_json
+from minitron.core.layouts import FileName, Layout
+from minitron.core.typed_files import FileKind
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES, Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
+from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.run import run
 from minitron.pruning.depth import LAYER_CRITERIA, Measure, leave_one_out
 from minitron.pruning.importance import CRITERIA
 from minitron.pruning.plan import PruneConfig
 from minitron.pruning.repair.config import BEST, REPAIRS, Repair, RepairConfig
 from minitron.recipe import Recipe, build_recipe
+from minitron.report import html
+from minitron.report.exporters import EXPORTERS, Export, Exporter
+from minitron.report.hub import planned_uploads
+from minitron.report.records import read_run
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "distill.loss": LOSSES,
@@ -161,6 +170,43 @@ def test_a_repair_that_is_added_works_to_report_and_card(
     report, card = published(raw, tmp_path / "out", repair={"steps": ["nothing"]})
     assert "<dt>nothing</dt><dd>Nothing was done to the kept FFN neurons.</dd>" in report
     assert "Repaired at the cut by `nothing`." in card
+
+
+class Names(Layout):
+    tensors: int
+    files: list[FileName]
+
+
+def test_an_exporter_that_is_added_works_to_report_card_and_push(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(export: Export, out: Path) -> dict[str, object]:
+        names = [spec.name for spec in export.student.specs()]
+        (out / "names.txt").write_text("\n".join(names))
+        table: dict[str, object] = {"tensors": len(names), "files": ["names.txt"]}
+        write_json(out / "table.json", table)
+        return table
+
+    row = Exporter(
+        title="Names of tensors",
+        write=write,
+        table="table.json",
+        kind=FileKind("a table of names", TypeAdapter(Names)),
+        report=lambda found: [html.note(f"{found.tensors} names were written.")],
+        card=lambda found, prompt: f"{found.files[0]} has {found.tensors} names.",
+        files=lambda found, directory: [directory / file for file in found.files],
+    )
+    monkeypatch.setitem(EXPORTERS, "names", row)
+    out = tmp_path / "out"
+    report, card = published(raw, out)
+    count = len(list(open_checkpoint(out / "student").specs()))
+    assert f'<h2>Names of tensors</h2>\n<p class="note">{count} names were written.</p>' in report
+    assert f"\n## Names of tensors\n\nnames.txt has {count} names.\n\n## How it was made" in card
+    assert len((out / "names" / "names.txt").read_text().splitlines()) == count
+    assert out / "names" / "names.txt" in [upload.file for upload in planned_uploads(read_run(out))]
+    before = (out / "names" / "record.json").read_bytes()
+    assert run(build_recipe(raw), out).stages["names"].result["tensors"] == count
+    assert (out / "names" / "record.json").read_bytes() == before
 
 
 def test_a_section_that_is_made_before_a_row_is_added_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

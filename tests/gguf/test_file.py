@@ -21,10 +21,11 @@ from minitron.gguf.file import describe_gguf, file_bytes, plain_types, write_ggu
 from minitron.gguf.llama_cpp import Runtime
 from minitron.gguf.reader import is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import SPLITTING_RULES, file_tokenizer
-from minitron.gguf.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
+from minitron.gguf.verify import HARD_TEXT, llama_cpp_logits, logits_of
 from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.hugging_face import transformers_config
+from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import prompt_ids
 
@@ -407,26 +408,27 @@ def test_documents_kept_apart_are_read_anew_as_transformers_reads_them(leads: bo
     file, _ = float32_file(path)
     tokens = tiny.tokens(1, 60).clamp(min=4)
     tokens[0, ::7] = 3
-    batch, model, seen, other = Batch(tokens, Separator(3, leads)), tiny.model(path), Comparison(), Comparison()
+    batch, model, seen, other = Batch(tokens, Separator(3, leads)), tiny.model(path), QualitySums(), QualitySums()
     with Runtime(file, context=60, threads=1, exact=True) as runtime:
         found = llama_cpp_logits(runtime, batch)
-        seen.add(found, logits_of(model, batch), batch)
-        other.add(llama_cpp_logits(runtime, Batch(tokens)), None, Batch(tokens))
+        seen.add_logits(found, logits_of(model, batch), batch)
+        other.add_logits(llama_cpp_logits(runtime, Batch(tokens)), None, Batch(tokens))
     documents = len(tokens[0, ::7]) + (not leads)
     assert seen.tokens == batch.num_predicted == 60 - documents and seen.kl < 1e-6
-    assert abs(seen.nats - seen.nats_of_other) < 1e-4 < abs(seen.nats - other.nats)
+    assert abs(seen.nats - seen.reference_nats) < 1e-4 < abs(seen.nats - other.nats)
     alone = cross_entropy(tiny.logits(model, tokens[:, :7])[0, :-1], tokens[0, 1:7]) if leads else None
     assert leads is False or abs(float(cross_entropy(found[:6], tokens[0, 1:7]) - alone)) < 1e-4
 
 
 def test_rows_of_padding_are_left_out_of_the_comparison_and_not_of_the_loss() -> None:
     tokens, found = torch.tensor([[1, 2, 3]]), torch.randn(3, 8)
-    seen, alone = Comparison(), Comparison()
-    seen.add(found, found[:, :6], Batch(tokens))
-    alone.add(found, None, Batch(tokens))
+    seen, alone = QualitySums(), QualitySums()
+    seen.add_logits(found, found[:, :6], Batch(tokens))
+    alone.add_logits(found, None, Batch(tokens))
     assert seen.kl == pytest.approx(0, abs=1e-7) and seen.top1 == 1 and seen.nats == alone.nats
-    assert (seen + alone).tokens == 4 and (seen + alone).nats == pytest.approx(seen.nats)
-    assert perplexity(1e4) == float("inf") and perplexity(1.0) == pytest.approx(2.718281828)
+    alone += seen
+    assert alone.tokens == 4 and alone.nats == pytest.approx(seen.nats)
+    assert perplexity_of(1e4) == float("inf") and perplexity_of(1.0) == pytest.approx(2.718281828)
 
 
 def test_a_prompt_is_the_tokenizers_with_one_start_token_and_what_spells_a_special_token_is_text(

@@ -19,7 +19,7 @@ from minitron.gguf.layouts import QUANTIZATION
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.layouts import PlanSizes, UnitScores
 from minitron.pruning.repair.config import REPAIRS
-from minitron.report.choices import describe_search, shape_sentence, describe_units, kept_mass, layer_choices, why
+from minitron.report.choices import describe_search, describe_units, kept_mass, layer_choices, shape_sentence, why
 from minitron.report.layouts import CutRecipe, PrunedResult, ScoresResult
 from minitron.report.page import headline, render, write_report
 from minitron.report.plots import pareto_front
@@ -165,7 +165,7 @@ def test_gguf_files_are_shown_by_what_they_cost(run: Path) -> None:
         row | {"name": "4.5bpw", "measured": measured | {"kl": 0.01}, "kl_of_other": None},
     ]
     ladder = as_typed({"notes": ["it is <small>"], "files": files}, QUANTIZATION, "quantization.json", RunError)
-    page = render(dataclasses.replace(read_run(run), ladder=ladder))
+    page = render(dataclasses.replace(read_run(run), exports={"gguf": ladder}))
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", unescape(page))]
     assert ["Q4_K_M", "2.50 MB", "4.85", "yes", "44.00", "0.01230", "95.1%", "0.02000"] in rows
     assert ["4.5bpw", "2.50 MB", "4.85", "yes", "44.00", "0.01000", "95.1%", MISSING] in rows

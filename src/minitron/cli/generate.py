@@ -1,7 +1,6 @@
 """`minitron generate` continues a prompt."""
 
 import argparse
-from pathlib import Path
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console
@@ -33,11 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
-    how = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
-    if options.is_gguf(args.model):
-        from minitron.evaluation.gguf_files import generate_gguf
-
-        text = generate_gguf(Path(args.model), args.prompt, **how)
-    else:
-        text = api.generate(args.model, args.prompt, **how)
+    text = api.generate(
+        args.model, args.prompt, new_tokens=args.new_tokens, temperature=args.temperature, seed=args.seed
+    )
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)

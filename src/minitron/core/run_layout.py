@@ -29,8 +29,7 @@ class RunLayout:
     out: Path
 
     def stage(self, name: str) -> Path:
-        """The directory of a stage, which is there when the stage is done."""
-        assert name in STAGES
+        """The directory of a stage or of an exporter, which is there when it is done."""
         return self.out / name
 
     def record(self, name: str) -> Path:
@@ -108,15 +107,6 @@ class RunLayout:
     @property
     def statistics(self) -> Path:
         return self.out / "statistics" / "statistics.safetensors"
-
-    @property
-    def ladder(self) -> Path:
-        """The table of GGUF files."""
-        return self.out / "gguf" / "quantization.json"
-
-    @property
-    def imatrix(self) -> Path:
-        return self.out / "gguf" / "imatrix.gguf"
 
 
 def _with_minitron(versions: dict[str, str]) -> dict[str, str]:

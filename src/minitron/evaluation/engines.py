@@ -4,9 +4,9 @@ Each model lives in a process of its own: its memory can be told apart, and llam
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from minitron.evaluation.speed import (
     STUDENT,
     TEACHER,
     Load,
+    SpeedRow,
     Timer,
     Timing,
     measure_in_turn,
@@ -31,8 +32,7 @@ from minitron.evaluation.speed import (
     with_cuda_memory,
     with_resident_memory,
 )
-from minitron.gguf.config import require_gguf
-from minitron.gguf.reader import is_gguf
+from minitron.gguf.reader import inspect_gguf, is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint, resolve_model
 from minitron.model.describe import describe
 from minitron.model.hugging_face import new_model
@@ -44,86 +44,135 @@ VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's own def
 
 
 @dataclass(frozen=True)
+class SpeedOptions:
+    """How speed is measured: over which grid of loads, in which engine.
+
+    engine: None for llama.cpp with GGUF files and transformers with others.
+    contexts: None for the contexts of DEFAULT_CONTEXTS that the models have, or else the longest that they have.
+    dtype: of the weights; `auto` as they are stored.
+    threads: of a CPU; None for as many as torch uses here.
+    """
+
+    engine: Engine | None = None
+    batches: Sequence[int] = (1, 8)
+    contexts: Sequence[int] | None = None
+    new_tokens: int = 32
+    rounds: int = DEFAULT_ROUNDS
+    dtype: Precision = "auto"
+    threads: int | None = None
+
+    def require_possible(self, engine: Engine) -> None:
+        """Raises: MinitronError for options that the engine or this machine does not have."""
+        if engine == "vllm" and find_spec("vllm") is None:
+            raise MinitronError(
+                "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine "
+                "whose GPU it supports, or take --engine transformers"
+            )
+        if engine == "llama.cpp" and self.dtype != "auto":
+            raise MinitronError(f"--dtype {self.dtype}: the types in a GGUF file are its own; leave --dtype out")
+        if self.threads is not None and self.threads > (os.cpu_count() or 1):
+            raise MinitronError(
+                f"--threads {self.threads}: this machine has {os.cpu_count()} cores; give at most as many"
+            )
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """A model whose speed was measured.
+
+    stored: the types of its weights.
+    context: the longest that the model has; None where its files do not say.
+    """
+
+    path: str
+    parameters: int
+    weight_bytes: int
+    stored: str
+    context: int | None
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """The speed and memory of one model or of a teacher and a student, and how they were measured.
+
+    load_average: of the machine, before and after.
+    models: `model`, or `teacher` and `student`.
+    rows: one for each load, from the smallest up.
+    """
+
+    engine: Engine
+    device: str
+    threads: int
+    rounds: int
+    new_tokens: int
+    load_average: tuple[float, float]
+    models: Mapping[str, SpeedModel]
+    rows: tuple[SpeedRow, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The result as the command prints it."""
+        models = {name: asdict(model) for name, model in self.models.items()}
+        return vars(self) | {"models": models, "rows": [row.to_dict() for row in self.rows]}
+
+
+@dataclass(frozen=True)
 class Subject:
-    """A model to be measured: what it is, and how its process loads it."""
+    """A model to be measured, and how its process loads it.
+
+    dtype: None for the dtype that is stored.
+    context_tokens, batch: of the largest load, new tokens included.
+    """
 
     path: Path
     engine: Engine
-    dtype: torch.dtype | None  # None: as stored
+    dtype: torch.dtype | None
     threads: int
-    context_tokens: int  # of the largest load, new tokens included
-    batch: int  # of the largest load
+    context_tokens: int
+    batch: int
     gpu_share: float
 
 
 def measure_speed(
-    model: str,
-    teacher: str | None,
-    *,
-    engine: Engine | None = None,
-    batches: Sequence[int] = (1, 8),
-    contexts: Sequence[int] | None = None,
-    new_tokens: int = 32,
-    rounds: int = DEFAULT_ROUNDS,
-    dtype: Precision = "auto",
-    threads: int | None = None,
-    listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Speed and memory of a model over a grid of batch and context, and of a teacher in turn with it.
+    model: str, teacher: str | None = None, options: SpeedOptions | None = None, *, listener: Listener = SILENT
+) -> SpeedResult:
+    """Measure speed and memory of a model over a grid of batch and context, and of a teacher in turn with it.
 
-    Args:
-        engine: None for llama.cpp with GGUF files and transformers with others.
-        contexts: None for those of DEFAULT_CONTEXTS that the models have, or else the longest that they have.
-        dtype: of the weights; `auto` as they are stored.
-        threads: of a CPU; None for as many as torch uses here.
-
-    Returns engine, device, threads, rounds, the load average before and after, what each model is, and rows as
-    `measure_speed` gives them.
+    Raises: MinitronError for models or options that the engine does not run, and for a process that ended.
     """
+    options = options or SpeedOptions()
     named = {MODEL: model} if teacher is None else {TEACHER: teacher, STUDENT: model}
-    engine = engine or ("llama.cpp" if is_gguf(model) else "transformers")
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise MinitronError(
-            "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine whose "
-            "GPU it supports, or take --engine transformers"
-        )
-    if engine == "llama.cpp" and dtype != "auto":
-        raise MinitronError(f"--dtype {dtype}: the types in a GGUF file are its own; leave --dtype out")
-    if threads is not None and threads > (os.cpu_count() or 1):
-        raise MinitronError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most as many")
-    facts = {name: _describe(source, engine) for name, source in named.items()}
-    limit = min((fact["context"] for fact in facts.values() if fact["context"]), default=None)
-    contexts = _contexts(contexts, limit, new_tokens)
-    loads = [Load(batch, context, new_tokens) for batch in batches for context in contexts]
-    threads = threads or torch.get_num_threads()
-    own_dtype = None if dtype == "auto" else getattr(torch, dtype)
-    room = max(contexts) + new_tokens + 1
-    share = VLLM_SHARE / len(named)
-    load_average = [os.getloadavg()[0]]
+    engine = options.engine or ("llama.cpp" if is_gguf(model) else "transformers")
+    options.require_possible(engine)
+    models = {name: _described(source, engine) for name, source in named.items()}
+    limit = min((one.context for one in models.values() if one.context), default=None)
+    contexts = _contexts(options.contexts, limit, options.new_tokens)
+    loads = [Load(batch, context, options.new_tokens) for batch in options.batches for context in contexts]
+    threads = options.threads or torch.get_num_threads()
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    room, share = max(contexts) + options.new_tokens + 1, VLLM_SHARE / len(named)
+    load_before = os.getloadavg()[0]
     listener.stage("speed", "running")
     with ExitStack() as stack:
         timers: dict[str, Timer] = {}
-        for name, fact in facts.items():
-            subject = Subject(fact["path"], engine, own_dtype, threads, room, max(batches), share)
+        for name, one in models.items():
+            subject = Subject(Path(one.path), engine, dtype, threads, room, max(options.batches), share)
             timers[name] = partial(_ask, stack.enter_context(Child()), subject)
-        rows = measure_in_turn(
-            timers, loads, rounds=rounds, progress=lambda done, total: listener.progress(done, total, "measurements")
-        )
+        progress = partial(listener.progress, note="measurements")
+        rows = measure_in_turn(timers, loads, rounds=options.rounds, progress=progress)
     listener.stage("speed", "done")
-    return {
-        "engine": engine,
-        "device": hardware()["device"],
-        "threads": threads,
-        "rounds": rounds,
-        "new_tokens": new_tokens,
-        "load_average": [*load_average, os.getloadavg()[0]],
-        "models": {name: fact | {"path": str(fact["path"])} for name, fact in facts.items()},
-        "rows": rows,
-    }
+    return SpeedResult(
+        engine=engine,
+        device=hardware()["device"],
+        threads=threads,
+        rounds=options.rounds,
+        new_tokens=options.new_tokens,
+        load_average=(load_before, os.getloadavg()[0]),
+        models=models,
+        rows=tuple(rows),
+    )
 
 
-def _describe(source: str, engine: Engine) -> dict[str, Any]:
-    """Path, parameters, bytes, and the longest context that the model has, or None."""
+def _described(source: str, engine: Engine) -> SpeedModel:
     in_file = is_gguf(source)
     if in_file != (engine == "llama.cpp"):
         raise MinitronError(
@@ -134,27 +183,24 @@ def _describe(source: str, engine: Engine) -> dict[str, Any]:
             f"`minitron quantize {source} --types BF16 --no-verify --out gguf` makes one of it"
         )
     if in_file:
-        require_gguf()
-        from minitron.gguf.reader import inspect_gguf
-
-        path = Path(source)
-        said = inspect_gguf(path)
-        kinds = ", ".join(said["types"])
-        total, size, context = said["parameters"]["total"], said["bytes"], said["shape"]["context"]
-        return {"path": path, "parameters": total, "weight_bytes": size, "stored": kinds, "context": context}
+        facts = inspect_gguf(Path(source))
+        return SpeedModel(str(Path(source)), facts.weights, facts.bytes, ", ".join(facts.types), facts.context)
     checkpoint = open_checkpoint(resolve_model(source))
     said = describe(checkpoint)
-    return {
-        "path": checkpoint.path,
-        "parameters": said["parameters"]["total"],
-        "weight_bytes": said["weight_bytes"],
-        "stored": said["dtype"],
-        "context": checkpoint.config.get("max_position_embeddings"),
-    }
+    return SpeedModel(
+        str(checkpoint.path),
+        said["parameters"]["total"],
+        said["weight_bytes"],
+        said["dtype"],
+        checkpoint.config.get("max_position_embeddings"),
+    )
 
 
 def _contexts(asked: Sequence[int] | None, limit: int | None, new_tokens: int) -> Sequence[int]:
-    """Raises: MinitronError for one that is longer than the models' own."""
+    """The contexts to measure.
+
+    Raises: MinitronError for a context that is longer than that of the models.
+    """
     room = None if limit is None else limit - new_tokens - 1
     if room is not None and room < 1:
         raise MinitronError(f"--new-tokens {new_tokens} is too many for a context of {limit:,} tokens: ask for fewer")

@@ -41,27 +41,33 @@ class Continued(BaseModel):
         return self.__pydantic_extra__
 
 
+Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class Speed(Layout):
+    """Medians over rounds, in tokens per second of all sequences together.
+
+    prefill_range, decode_range: the slowest and the fastest round.
+    peak_memory_bytes: None where it cannot be measured.
+    """
+
     prefill: Rate
-    prefill_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    prefill_range: Ends
     decode: Rate
-    decode_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    decode_range: Ends
     prompt_tokens: Count
     new_tokens: Count
-
-    @property
-    def of_prefill(self) -> tuple[float, list[float]]:
-        """The median, and the slowest and the fastest."""
-        return self.prefill, self.prefill_range
-
-    @property
-    def of_decode(self) -> tuple[float, list[float]]:
-        return self.decode, self.decode_range
+    batch: Count = 1
+    peak_memory_bytes: Count | None = None
 
 
 class Ratios(Layout):
+    """The student's speed over the teacher's: the median and the range of the ratios of the rounds."""
+
     prefill: float = math.nan
+    prefill_range: Ends = Field(default=[math.nan, math.nan])
     decode: float = math.nan
+    decode_range: Ends = Field(default=[math.nan, math.nan])
 
 
 class Speeds(Layout):

@@ -22,7 +22,8 @@ from minitron.core.device import one_core_each
 from minitron.core.direct_io import CHUNK_BYTES, ahead, write_file
 from minitron.core.errors import GgufError
 from minitron.core.files import atomic_file
-from minitron.gguf.model_config import Keys, query_factor, require_runnable, rope, table_of, windows
+from minitron.gguf.model_config import query_factor, require_runnable, rope, table_of, windows
+from minitron.gguf.reader import Keys
 from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint

@@ -27,8 +27,9 @@ from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, tensor_bytes, weigh
 from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.gguf.llama_cpp import llama_cpp
 from minitron.gguf.types import NEED_IMPORTANCE, Mixture
-from minitron.gguf.verify import divergence, logits_of
+from minitron.gguf.verify import logits_of
 from minitron.model.checkpoint import load_model
+from minitron.model.quality_sums import divergence
 from minitron.model.samples import Batch
 
 # What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.

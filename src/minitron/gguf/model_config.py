@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.core.errors import GgufError
+from minitron.gguf.reader import Keys
 from minitron.model.architecture import Gguf
 from minitron.model.checkpoint import Checkpoint
 
-Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
 # Keys that change nothing of the logits: numbers of tokens, training, and how transformers is to run the model.
 WITHOUT_EFFECT = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout", "resid_pdrop"),
@@ -159,8 +159,8 @@ def _require_computed(checkpoint: Checkpoint, config: Any) -> None:
             raise _refused(checkpoint, key, value, f"{usual.get(key)!r} as far as is known here")
 
 
-def _read(config: Any) -> dict[str, Any]:
-    """What transformers reads of a config: the fields of its class, and a few keys that it asks any config for."""
+def _read(config: Any) -> Mapping[str, Any]:
+    """The values that transformers reads: the fields of the config's class, and a few keys of any config."""
     names = {field.name for field in fields(type(config))} | set(READ_ANYWAY)
     return {name: value for name, value in vars(config).items() if name in names}
 

@@ -4,12 +4,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as BlockType
@@ -21,7 +20,6 @@ from minitron.core.errors import GgufError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
 from minitron.gguf.config import GGUF_TYPES, UNINFORMED, QuantizeConfig
-from minitron.gguf.config import QUANTIZE_TOKENS as QUANTIZE_TOKENS
 from minitron.gguf.file import GgufModel, bits_per_weight, describe_gguf, file_bytes, weights_bytes
 from minitron.gguf.imatrix import (
     ImportanceMatrix,
@@ -51,7 +49,7 @@ IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
 
 @dataclass(frozen=True)
 class QuantizeText:
-    """Text for calibration and for measuring, as blocks of token ids, and where it is from."""
+    """Text for calibration and for measuring, as blocks of token ids, and the name of its source."""
 
     calibration: Int[Tensor, "samples tokens"]
     heldout: Int[Tensor, "blocks tokens"]
@@ -59,12 +57,15 @@ class QuantizeText:
 
 
 @dataclass(frozen=True)
-class File:
-    """One row of the table.
+class WrittenFile:
+    """A GGUF file that was written, a row of the table.
 
-    informed: by the importance matrix. fallbacks: how many matrices do not have the type they were to have, since their
-    columns make no whole blocks of it. measured: None where it was not verified. kl_of_other: where the same type was
-    tried with and without the importance matrix, the KL of the file that was not kept.
+    informed: whether an importance matrix chose its roundings.
+    fallbacks: the number of matrices that have another type than the rules give, because their columns make no whole
+        blocks of that type.
+    digest: the file's sha256.
+    measured: None where the file was not verified.
+    kl_of_other: where the type was tried with and without the importance matrix, the KL of the file that was not kept.
     """
 
     name: str
@@ -77,12 +78,40 @@ class File:
     measured: Measured | None
     kl_of_other: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """The GGUF files of a model, the table that quantization.json stores.
+
+    notes: where llama.cpp does otherwise than transformers.
+    """
+
+    model: str
+    notes: tuple[str, ...]
+    files: tuple[WrittenFile, ...]
+
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize` would write, by size; mixtures of one's own are chosen later, and left out.
+@dataclass(frozen=True)
+class PlannedFile:
+    """A GGUF file that would be written.
+
+    fallbacks: matrix -> the type that the rules give, whose blocks do not fit its columns, and the type instead.
+    """
+
+    name: str
+    bytes: int
+    bits_per_weight: float
+    fallbacks: Mapping[str, tuple[str, str]]
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[PlannedFile]:
+    """Plan the files of the config's types; mixtures of minitron's own are chosen later, and left out.
 
     Args:
         informed: whether there will be an importance matrix.
@@ -91,10 +120,9 @@ def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool
     rows = []
     for name in config.types:
         mixed = mixture(model, name, informed=informed, overrides=overrides)
-        count = quantized_bytes(model, mixed, None)
-        fallbacks = {tensor: [was.name, mixed.types[tensor].name] for tensor, was in mixed.fallbacks.items()}
+        fallbacks = {tensor: (was.name, mixed.types[tensor].name) for tensor, was in mixed.fallbacks.items()}
         bits = bits_per_weight(model, mixed.types)
-        rows.append({"name": name, "bytes": count, "bits_per_weight": bits, "fallbacks": fallbacks})
+        rows.append(PlannedFile(name, quantized_bytes(model, mixed, None), bits, fallbacks))
     return rows
 
 
@@ -147,7 +175,7 @@ def write_ladder(
     importance_file: Path | None = None,
     name: str | None = None,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
+) -> QuantizedModel:
     """Write the files of the config into the existing directory `out`, with their table; returns the table.
 
     Args:
@@ -183,8 +211,8 @@ def write_ladder(
         rows = [made[kind] for kind in config.types]
         for label, most in work.budgets():
             rows.append(work.own(label, most))
-    table = {"model": model.keys["general.name"], "notes": list(model.notes), "files": [row.to_dict() for row in rows]}
-    (out / TABLE).write_text(json.dumps(table, indent=2))
+    table = QuantizedModel(model.keys["general.name"], model.notes, tuple(rows))
+    (out / TABLE).write_text(json.dumps(table.to_dict(), indent=2))
     return table
 
 
@@ -218,7 +246,7 @@ class _Work:
         by_size = [(_size_label(most), int(most) - beside - 1024) for most in self.config.sizes]
         return by_bits + by_size
 
-    def rung(self, kind: str) -> File:
+    def rung(self, kind: str) -> WrittenFile:
         """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
 
         def mixed(informed: bool) -> Mixture:
@@ -256,11 +284,11 @@ class _Work:
         )
         return self._damage
 
-    def own(self, label: str, most: int) -> File:
+    def own(self, label: str, most: int) -> WrittenFile:
         mixed = best_mixture(self.model, self.damage(most), most, self.fixed)
         return self._write(label, label, mixed, informed=True)
 
-    def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
+    def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> WrittenFile:
         if self.prove is not None and (kind not in MOST_KL or self.overrides):
             self._require_proven(("Q8_0", "BF16"))
         file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
@@ -270,7 +298,7 @@ class _Work:
             file.unlink(missing_ok=True)
             raise
 
-    def _made(self, file: Path, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
+    def _made(self, file: Path, kind: str, label: str, mixed: Mixture, *, informed: bool) -> WrittenFile:
         digest = write_quantized(
             self.model,
             mixed,
@@ -285,7 +313,7 @@ class _Work:
             self._hold(kind, measured)
         bits = bits_per_weight(self.model, mixed.types)
         fallbacks = len(mixed.fallbacks)
-        return File(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
+        return WrittenFile(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
 
     def _hold(self, kind: str, measured: Measured) -> None:
         """Raises: GgufError for a plain file that is not the model; Q8_0 may lose more than usual, if BF16 does not."""

@@ -1,14 +1,16 @@
 """A GGUF file as it lies there: what it says and holds, and one line about a file that is no language model."""
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType as BlockType
-
 from minitron.core.errors import GgufError
+from minitron.gguf.config import require_gguf
 
+# The keys of a GGUF file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these.
+Keys = dict[str, Any]
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
 # general.type of files that are no model -> what they are.
@@ -43,7 +45,7 @@ class GgufFile:
     """
 
     path: Path
-    said: dict[str, Any]
+    said: Keys
     tensors: list[Any]
 
     @property
@@ -77,6 +79,7 @@ def read_gguf(file: Path) -> GgufFile:
 
     Raises: GgufError if it is none, is damaged, or is of something else.
     """
+    require_gguf()
     import gguf
 
     _require_readable(file)
@@ -145,17 +148,48 @@ def _begins(file: Path, count: int) -> bytes:
         raise GgufError(f"cannot read {file}: {problem.strerror}") from None
 
 
-def inspect_gguf(file: Path) -> dict[str, Any]:
-    """What a GGUF file says and holds.
+@dataclass(frozen=True)
+class GgufFacts:
+    """What a GGUF file states and holds.
 
-    Raises: GgufError if it is none.
+    shape: dim -> its size, or a size for each layer; None where the file does not say.
+    types: type of tensors -> the number of their weights, most weights first.
+    keys: every key but the long lists of the tokenizer.
+    """
+
+    family: str
+    shape: Mapping[str, int | list[int] | None]
+    bytes: int
+    bits_per_weight: float
+    types: Mapping[str, int]
+    keys: Keys
+
+    @property
+    def weights(self) -> int:
+        return sum(self.types.values())
+
+    @property
+    def context(self) -> int | None:
+        context = self.shape["context"]
+        assert not isinstance(context, list)
+        return context
+
+    def to_dict(self) -> dict[str, object]:
+        """The facts as `minitron inspect --json` prints them."""
+        known: dict[str, object] = {"family": self.family, "shape": self.shape, "parameters": {"total": self.weights}}
+        return known | vars(self)
+
+
+def inspect_gguf(file: Path) -> GgufFacts:
+    """Read the facts of a GGUF file, without its weights.
+
+    Raises: GgufError for a file that is no model in GGUF format.
     """
     model = read_gguf(file)
     types: dict[str, int] = {}
     for tensor in model.tensors:
-        kind = BlockType(tensor.tensor_type).name
+        kind = tensor.tensor_type.name
         types[kind] = types.get(kind, 0) + int(tensor.n_elements)
-    weights = sum(types.values())
     names = {
         "layers": "block_count",
         "hidden": "embedding_length",
@@ -167,12 +201,11 @@ def inspect_gguf(file: Path) -> dict[str, Any]:
         "context": "context_length",
     }
     long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    return {
-        "family": model.family,
-        "shape": {dim: model.of_family(key) for dim, key in names.items()},
-        "parameters": {"total": weights},
-        "bytes": file.stat().st_size,
-        "bits_per_weight": 8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / weights,
-        "types": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "keys": {name: value for name, value in model.said.items() if name not in long},
-    }
+    return GgufFacts(
+        family=model.family,
+        shape={dim: model.of_family(key) for dim, key in names.items()},
+        bytes=file.stat().st_size,
+        bits_per_weight=8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / sum(types.values()),
+        types=dict(sorted(types.items(), key=lambda item: -item[1])),
+        keys={name: value for name, value in model.said.items() if name not in long},
+    )

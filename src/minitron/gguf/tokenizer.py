@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron.core.errors import GgufError
 from minitron.core.reading import read_json
+from minitron.gguf.reader import Keys
 from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import put_around
 
@@ -52,7 +53,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llam
 _SPACE = "\u2581"  # SentencePiece's
 
 
-def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, Any]:
+def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> Keys:
     """Keys of a GGUF file for a model directory's tokenizer.
 
     A model without one gets a file that runs on token ids alone.
@@ -90,7 +91,7 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
     texts = [tokens.get(index, f"[PAD{index}]") for index in range(rows)]
     kinds = [_kind(index, text, added, tokens, model.get("unk_token")) for index, text in enumerate(texts)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    keys: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
+    keys: Keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
         _require_no_rule(pre, f"{file} is a SentencePiece tokenizer, which merges text whole")
         keys |= {
@@ -254,14 +255,12 @@ def _parts(section: Mapping[str, Any] | None, name: str) -> list[Mapping[str, An
     return section[name] if section["type"] == "Sequence" else [section]
 
 
-def _special(path: Path) -> dict[str, Any]:
+def _special(path: Path) -> Keys:
     """Ids of the tokens with a role, whether text starts and ends with them, and the chat template."""
     tokenizer = load_tokenizer(path)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # llama.cpp's spelling
     ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
-    keys: dict[str, Any] = {
-        f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None
-    }
+    keys: Keys = {f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None}
     keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and ids["bos"] in put_around(tokenizer)[0]
     keys["tokenizer.ggml.add_eos_token"] = False  # llama.cpp would put it behind every prompt
     template = getattr(tokenizer, "chat_template", None)

@@ -19,9 +19,10 @@ from torch import Tensor
 from minitron.core.errors import GgufError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.gguf.config import GGUF_TYPES
-from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, Keys, file_bytes, tensor_bytes, write_gguf
+from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, file_bytes, tensor_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, require_importance_fits
 from minitron.gguf.llama_cpp import llama_cpp
+from minitron.gguf.reader import Keys
 from minitron.gguf.tokenizer import SPLITTING_RULES
 
 _SMALLEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"}

@@ -24,6 +24,7 @@ from minitron.gguf.file import describe_gguf
 from minitron.gguf.llama_cpp import Runtime
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.logits import logit_transform
+from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch
 from minitron.model.tokens import prompt_ids, text_ids
 
@@ -63,66 +64,6 @@ class Measured:
     text: str
 
 
-class Comparison:
-    """Sums over predicted tokens of what one model finds, held against another."""
-
-    def __init__(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of the other, KL, agreeing tokens
-        self.tokens = 0
-
-    def add(self, found: Float[Tensor, "tokens vocab"], wanted: Float[Tensor, "tokens rows"] | None, of: Batch) -> None:
-        """The logits of both behind each token of one block; None where there is no other model.
-
-        Vocabularies that differ by rows of padding are compared on the rows that both have.
-        """
-        targets = of.targets[:, None]
-        self.tokens += len(targets)
-        found = of.predicting(found[None])
-        self._sums[0] -= found.log_softmax(-1).gather(1, targets).sum().double()
-        if wanted is None:
-            return
-        both = min(found.shape[1], wanted.shape[1])
-        wanted = of.predicting(wanted[None])
-        self._sums[1] -= wanted.log_softmax(-1).gather(1, targets).sum().double()
-        p, q = wanted[:, :both].log_softmax(-1), found[:, :both].log_softmax(-1)
-        self._sums[2] += divergence(p, q).sum().double()
-        self._sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
-
-    def __add__(self, other: "Comparison") -> "Comparison":
-        both = Comparison()
-        both._sums, both.tokens = self._sums + other._sums, self.tokens + other.tokens
-        return both
-
-    @property
-    def nats(self) -> float:
-        return self._mean(0)
-
-    @property
-    def nats_of_other(self) -> float:
-        return self._mean(1)
-
-    @property
-    def kl(self) -> float:
-        return self._mean(2)
-
-    @property
-    def top1(self) -> float:
-        return self._mean(3)
-
-    def _mean(self, index: int) -> float:
-        return (self._sums[index] / self.tokens).item()
-
-
-def divergence(p: Float[Tensor, "tokens vocab"], q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """KL(p || q) of each token, in nats, of log probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def perplexity(nats: float) -> float:
-    """Infinite where it is beyond what a float holds."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
 class Prover:
     """A process that measures files of one model, one after the other."""
 
@@ -159,15 +100,15 @@ def process_ended(file: Path, ended: ChildEnded) -> GgufError:
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:
     reference, tokenizer = _reference(model)
     error = _read_back(file, model)
-    seen = Comparison()
+    seen = QualitySums()
     with Runtime(file, context=blocks.shape[1], threads=threads) as runtime:
         alike = None if tokenizer is None else _tokenizes_alike(runtime, tokenizer, blocks, file)
         for block in torch.from_numpy(blocks).long():
             batch = Batch(block[None])
-            seen.add(llama_cpp_logits(runtime, batch), logits_of(reference, batch), batch)
+            seen.add_logits(llama_cpp_logits(runtime, batch), logits_of(reference, batch), batch)
         prompt = blocks[0, :PROMPT_TOKENS].tolist()
         made = runtime.generate(prompt, min(GENERATED_TOKENS, blocks.shape[1] - PROMPT_TOKENS))
-    if not math.isfinite(seen.nats_of_other):
+    if not math.isfinite(seen.reference_nats):
         raise CheckpointError(f"{model}: the model's loss on held-out text is not finite: its weights are damaged")
     if not math.isfinite(seen.nats + seen.kl):
         raise GgufError(
@@ -175,7 +116,7 @@ def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measu
             "weights or activations, as F16 is for some; write BF16 or Q8_0"
         )
     text = " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
-    ours, reference_perplexity = perplexity(seen.nats), perplexity(seen.nats_of_other)
+    ours, reference_perplexity = perplexity_of(seen.nats), perplexity_of(seen.reference_nats)
     return Measured(ours, seen.kl, seen.top1, reference_perplexity, seen.tokens, error, alike, text)
 
 

@@ -13,7 +13,6 @@ from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.distillation.train import CORRECTED
 from minitron.evaluation.generate import prompt_of
-from minitron.gguf.config import require_gguf
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import (
     Checkpoint,
@@ -29,13 +28,13 @@ from minitron.pipeline.stages import (
     correct_teacher,
     distill_student,
     evaluate_models,
+    export_student,
     found_shape,
     make_plan,
     plan_benchmarks,
     prepare_data,
     prune,
     pruner_of,
-    quantize_student,
     record_teacher,
     resolve_correction,
     resolve_distill,
@@ -46,6 +45,7 @@ from minitron.pruning.plan import given_layers, target_shape
 from minitron.pruning.repair.config import choice_left, replaces_channels
 from minitron.pruning.repair.config import resolve as resolve_repair
 from minitron.recipe import Recipe
+from minitron.report.exporters import EXPORTERS
 from minitron.report.records import RunRecords
 from minitron.shapes.space import needs_machine
 
@@ -72,8 +72,9 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_installed(recipe.distill.log_to)
-    if recipe.gguf.wanted:
-        require_gguf()
+    for exporter in EXPORTERS.values():
+        if exporter.wanted(recipe):
+            exporter.require()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = load_tokenizer(teacher.path)
     recipe, shape = resolve(recipe, teacher)
@@ -107,8 +108,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> RunRecords:
         if recipe.scratch_baseline:
             models["scratch"] = distill_student(stages, "scratch", recipe.distill, recipe.seed, pruned, None, corpus)
         evaluate_models(stages, recipe, models, corpus, tokenizer, benchmarks)
-        if recipe.gguf.wanted:
-            quantize_student(stages, recipe, student, corpus)
+        export_student(stages, recipe, student, corpus)
     return write_report_and_card(out)
 
 

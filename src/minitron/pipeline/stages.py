@@ -61,6 +61,7 @@ from minitron.pruning.repair.config import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
+from minitron.report.exporters import EXPORTERS, Export
 from minitron.report.page import write_report
 from minitron.report.records import RunRecords, read_run
 
@@ -347,7 +348,7 @@ def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | No
         return None
     directory = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
     options = TaskOptions(limit=config.limit, allow_code=config.allow_code)
-    return plan_tasks(config.tasks, directory, options, warn=listener.warn)
+    return plan_tasks(config.tasks, directory, options, listener=listener)
 
 
 def chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
@@ -393,8 +394,9 @@ def evaluate_models(
         if config.speed:
             pair = {"teacher": guides["teacher"], "student": load_model(models["student"]).to(device)}
             load = Load(1, min(256, corpus.block_tokens), SPEED_TOKENS)
-            (row,) = measure_in_turn({name: transformers_timer(model) for name, model in pair.items()}, [load])
-            write_json(out / "speed.json", {name: row[name] for name in (*pair, RATIO)})
+            (measured,) = measure_in_turn({name: transformers_timer(model) for name, model in pair.items()}, [load])
+            facts = measured.to_dict()
+            write_json(out / "speed.json", {name: facts[name] for name in (*pair, RATIO)})
             del pair
         if benchmarks is not None:
             del model
@@ -402,8 +404,7 @@ def evaluate_models(
             results = measure_tasks(
                 {name: models[name] for name in ("teacher", "student")},
                 benchmarks,
-                progress=stages.listener.progress,
-                warn=stages.listener.warn,
+                listener=stages.listener,
             )
             of_models = {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()}
             facts = {
@@ -419,22 +420,25 @@ def evaluate_models(
     stages.do("evaluations", work, inputs=inputs, config={"evaluate": config.for_record})
 
 
-def quantize_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
-    """GGUF files of the student."""
-    from minitron.gguf.quantize import QUANTIZE_TOKENS, QuantizeText, write_ladder
+def export_student(stages: RunDirectory, recipe: Recipe, student: Path, corpus: Corpus) -> None:
+    """Write the student in every format that the recipe asks for, a stage each."""
+    for name, exporter in EXPORTERS.items():
+        if exporter.wanted(recipe):
+            _export(stages, name, recipe, student, corpus)
 
-    config, seed = recipe.gguf, recipe.seed
-    name = run_name(recipe.model, recipe.prune.target)
+
+def _export(stages: RunDirectory, name: str, recipe: Recipe, student: Path, corpus: Corpus) -> None:
+    exporter, seed = EXPORTERS[name], recipe.seed
+    config = exporter.config(recipe)
 
     def work(out: Path) -> dict[str, Any]:
-        tokens = draw_samples(corpus, config.samples, seed).tokens
-        heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-        source = recipe.data.source
-        text = QuantizeText(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
-        return write_ladder(open_checkpoint(student), config, out, text=text, name=name, listener=stages.listener)
+        model_name = run_name(recipe.model, recipe.prune.target)
+        checkpoint, source = open_checkpoint(student), recipe.data.source
+        export = Export(checkpoint, model_name, config, corpus, source, seed, stages.listener)
+        return dict(exporter.write(export, out))
 
     inputs = {"student": stages.digest(model_files(student)), "data": corpus.digest}
-    stages.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
+    stages.do(name, work, inputs=inputs, config=({} if config is None else {name: config}) | {"seed": seed})
 
 
 def write_report_and_card(out: Path) -> RunRecords:

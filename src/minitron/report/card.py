@@ -1,7 +1,7 @@
 """The student's README.md: a Hugging Face model card, made from the records of a run."""
 
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 
 from minitron.core.files import write_text
 from minitron.core.run_layout import RunLayout
-from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, shown, size
+from minitron.core.text import count, duration, nats, share, short_count, shown
 from minitron.data.corpus import BUILTIN, TEACHER
 from minitron.report.published import DATASETS
 from minitron.report.records import (
@@ -18,6 +18,7 @@ from minitron.report.records import (
     RunRecords,
     benchmarks,
     correction,
+    exported,
     heldout_source,
     layer_criterion,
     layers_by_number,
@@ -32,7 +33,9 @@ from minitron.report.tables import (
     RESULT_COLUMNS,
     SHAPE_DIMS,
     environments,
+    fenced,
     hub_id,
+    markdown_table,
     result_cells,
     score,
     source_name,
@@ -93,7 +96,7 @@ def card_model_name(records: RunRecords) -> str:
     return f"{teacher}-minitron-{short_count(records.evaluations['student'].parameters.total)}"
 
 
-def parent_card(records: RunRecords) -> dict[str, Any]:
+def parent_card(records: RunRecords) -> Mapping[str, Any]:
     """The metadata of the parent's own card: of a local directory, or of a hub model that was downloaded."""
     model, revision = records.recipe.model, records.recipe.revision
     readme = Path(model).expanduser() / "README.md"
@@ -108,7 +111,7 @@ def parent_card(records: RunRecords) -> dict[str, Any]:
         return {}
 
 
-def parent_licence(records: RunRecords) -> dict[str, Any]:
+def parent_licence(records: RunRecords) -> Mapping[str, Any]:
     """license, license_name and license_link, as far as the parent's own card states them."""
     stated = parent_card(records)
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
@@ -183,14 +186,14 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_spec
 ```
 
 With vLLM (not tested by this run): `vllm serve PATH`.
-{_gguf(records)}
+{_exports(records)}
 ## How it was made
 
 {_method(records)}
 
 <details><summary>The recipe, complete (of local paths, the last part)</summary>
 
-{_fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
+{fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
 
 </details>
 
@@ -208,30 +211,10 @@ With vLLM (not tested by this run): `vllm serve PATH`.
 """
 
 
-def _gguf(records: RunRecords) -> str:
-    """The GGUF files and how they are run; nothing where there are none."""
-    if records.ladder is None or not records.ladder.files:
-        return ""
-    files = records.ladder.files
-    rows = []
-    for row in files:
-        seen = row.measured
-        cells = [row.file, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
-        rows.append([*cells, *([f"{seen.kl:.5f}", percent(seen.top1)] if seen else [MISSING] * 2)])
-    tested = "Each was run in llama.cpp and held against this model." if files[0].measured else "None was tested."
-    notes = "".join(f"\n\nNote: {note}." for note in records.ladder.notes)
-    table = _table(["file", "size", "bits/weight", "importance matrix", "KL to this model", "top-1 agreement"], rows)
-    return f"""
-## GGUF files
-
-{tested}{notes}
-
-{table}
-
-With llama.cpp: `llama-cli -m {files[0].file} -p {_prompt(records)!r}`. With Ollama:
-
-{_fenced(f"FROM ./{files[0].file}", "Modelfile")}
-"""
+def _exports(records: RunRecords) -> str:
+    """The student in other formats, and how to run it there."""
+    texts = {row.title: row.card(records.exports[name], _prompt(records)) for name, row in exported(records)}
+    return "".join(f"\n## {title}\n\n{text}\n" for title, text in texts.items() if text)
 
 
 def _parent(records: RunRecords) -> str:
@@ -241,7 +224,7 @@ def _parent(records: RunRecords) -> str:
 
 def _results(records: RunRecords) -> str:
     head = ["model", *(f"{column.heading} ({column.unit})" for column in RESULT_COLUMNS)]
-    return _table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
+    return markdown_table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
 
 
 def _others(records: RunRecords) -> str:
@@ -261,9 +244,9 @@ def _benchmarks(records: RunRecords) -> str:
     cells = []
     for row in rows:
         student = row.student
-        numbers = [str(student.shots), count(student.n), score(vars(row.teacher)), score(vars(student))]
+        numbers = [str(student.shots), count(student.n), score(row.teacher), score(student)]
         cells.append([student.title, student.metric, *numbers])
-    return f"\n{_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
+    return f"\n{markdown_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
 
 
 def _shape(records: RunRecords) -> str:
@@ -272,7 +255,7 @@ def _shape(records: RunRecords) -> str:
         row = records.evaluations[name]
         dims = [count(getattr(row.shape, dim)) for dim in SHAPE_DIMS]
         rows.append([name, *dims, count(row.kv_cache_bytes_per_token)])
-    return _table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
+    return markdown_table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
 
 
 def _method(records: RunRecords) -> str:
@@ -336,14 +319,3 @@ def _provenance(records: RunRecords) -> str:
     inputs = records.stages["student"].inputs
     facts |= {f"sha256 of the {name}": f"`{digest}`" for name, digest in inputs.items()}
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}{fence}"

@@ -53,6 +53,10 @@ class FilesRecipe(Layout):
     bits_per_weight: list[Amount] = Field(default=[])
     sizes: list[Amount] = Field(default=[])
 
+    @property
+    def wanted(self) -> bool:
+        return bool(self.types or self.bits_per_weight or self.sizes)
+
 
 class RunRecipe(Layout):
     """recipe.yaml of a run, as far as its report and card read it."""

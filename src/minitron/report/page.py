@@ -16,7 +16,6 @@ from minitron.core.text import (
     flops,
     nats,
     percent,
-    perplexity,
     rate,
     ratio,
     share,
@@ -33,6 +32,7 @@ from minitron.report.records import (
     RunRecords,
     benchmarks,
     correction,
+    exported,
     heldout_source,
     loss_name,
     result_table,
@@ -62,7 +62,7 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
 
 
 def render(records: RunRecords) -> str:
-    sections = (results, measured_tasks, shapes, why, speeds, quantized, training, texts, provenance)
+    sections = (results, measured_tasks, shapes, why, speeds, exports, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
     return html.document(_title(records), _header(records), body)
 
@@ -169,8 +169,8 @@ def measured_tasks(records: RunRecords) -> str:
             row.student.metric,
             str(row.student.shots),
             count(row.student.n),
-            score(vars(row.teacher)),
-            score(vars(row.student)),
+            score(row.teacher),
+            score(row.student),
             shown(row.kept, percent),
         ]
         for row in rows
@@ -230,8 +230,8 @@ def speeds(records: RunRecords) -> str:
     weights = {name: records.evaluations[name].weight_bytes for name in ("teacher", "student")}
     rows = []
     for name, speed in (("teacher", teacher), ("student", student)):
-        prefill, decode = (with_range(*of_kind, rate) for of_kind in (speed.of_prefill, speed.of_decode))
-        rows.append([name, size(weights[name]), prefill, decode])
+        prefill = with_range(speed.prefill, speed.prefill_range, rate)
+        rows.append([name, size(weights[name]), prefill, with_range(speed.decode, speed.decode_range, rate)])
     shares = [shown(value, ratio) for value in (ratios.prefill, ratios.decode)]
     rows.append(["student / teacher", ratio(weights["student"] / weights["teacher"]), *shares])
     ranges = {
@@ -251,46 +251,10 @@ def speeds(records: RunRecords) -> str:
     return html.section("Size and speed", html.table("Size and speed", head, rows), html.note(note))
 
 
-def quantized(records: RunRecords) -> str:
-    """The ladder of GGUF files."""
-    if records.ladder is None or not records.ladder.files:
-        return ""
-    files = records.ladder.files
-    rows, points = [], {}
-    for row in files:
-        seen = row.measured
-        cells = [row.name, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
-        measured = [MISSING] * 4
-        if seen:
-            other = MISSING if row.kl_of_other is None else f"{row.kl_of_other:.5f}"
-            measured = [perplexity(seen.perplexity), f"{seen.kl:.5f}", percent(seen.top1), other]
-            points[row.name] = (row.bytes, seen.kl)
-        rows.append([*cells, *measured])
-    head: list[html.Heading] = [
-        "Type",
-        "File",
-        ("Bits", "per weight"),
-        ("Importance", "matrix"),
-        ("Perplexity", "in llama.cpp"),
-        ("KL to student", "nats/token"),
-        ("Top-1", "agreement"),
-        ("KL of the other", "nats/token"),
-    ]
-    parts = [html.table("GGUF files", head, rows)]
-    first = next((row.measured for row in files if row.measured), None)
-    if first:
-        note = (
-            f"Each file was run in llama.cpp over {count(first.tokens)} tokens of held-out text, against the "
-            f"student as it is, whose perplexity on them is {perplexity(first.reference_perplexity)}. A type that "
-            "can do without an importance matrix was written with and without one, and the better file kept; the last "
-            "column is the other. A name with bpw is a mixture of minitron's own."
-        )
-        parts.append(html.note(note))
-    parts += [html.note(note) for note in records.ladder.notes]
-    if len(points) > 1:
-        figure = html.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
-        parts.append(html.figures([figure]))
-    return html.section("GGUF files", *parts)
+def exports(records: RunRecords) -> str:
+    """The student in other formats, a section each."""
+    parts = {row.title: row.report(records.exports[name]) for name, row in exported(records)}
+    return "\n".join(html.section(title, *some) for title, some in parts.items() if some)
 
 
 def training(records: RunRecords) -> str:

@@ -134,7 +134,7 @@ def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callab
     return drawn[0]
 
 
-def ladder(points: Mapping[str, tuple[Number, Number]]) -> str:
+def file_sizes(points: Mapping[str, tuple[Number, Number]]) -> str:
     """Files by size and KL, each with its name; KL on a logarithmic scale."""
     label = "Scatter plot of KL against file size: " + ", ".join(f"{name} {kl:.5f}" for name, (_, kl) in points.items())
     with _canvas(2.8, label) as (figure, drawn):

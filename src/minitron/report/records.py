@@ -26,10 +26,10 @@ from minitron.evaluation.layouts import (
     Speeds,
     Tasks,
 )
-from minitron.gguf.layouts import QUANTIZATION, Ladder
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
 from minitron.pruning.layouts import MADE_PLAN, SCORES, MadePlan, UnitScores
+from minitron.report.exporters import EXPORTERS, Exporter
 from minitron.report.layouts import (
     PLAN_RESULT,
     PRUNED_RESULT,
@@ -77,6 +77,7 @@ class RunRecords:
     stages: stage -> its record, in the order of the run.
     evaluations: model -> what it is and its measured quality.
     cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
+    exports: exporter -> the table of the files that it wrote.
     """
 
     path: Path
@@ -92,8 +93,8 @@ class RunRecords:
     plan: MadePlan | None = None
     cut: MadePlan | None = None
     search: Search | None = None
-    ladder: Ladder | None = None
     tasks: Tasks | None = None
+    exports: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(path: Path) -> RunRecords:
@@ -111,7 +112,9 @@ def read_run(path: Path) -> RunRecords:
         )
     whole_recipe = read_yaml(run.recipe, yaml.SafeLoader, RunError)
     recipe = as_typed(whole_recipe, RUN_RECIPE, str(run.recipe), RunError)
-    stages = {name: record for name in STAGES if (record := _optional(run.record(name), RECORD))}
+    stages = {
+        name: record for name in dict.fromkeys((*STAGES, *EXPORTERS)) if (record := _optional(run.record(name), RECORD))
+    }
     results = {
         name: as_typed(stages[name].result, kind, f"{run.record(name)}: the result", RunError)
         for name, kind in _RESULTS.items()
@@ -134,8 +137,12 @@ def read_run(path: Path) -> RunRecords:
         plan=plan,
         cut=_optional(run.cut, MADE_PLAN) or plan,
         search=_optional(run.candidates, SEARCH),
-        ladder=_optional(run.ladder, QUANTIZATION),
         tasks=_optional(run.tasks, TASKS),
+        exports={
+            name: found
+            for name, row in EXPORTERS.items()
+            if (found := _optional(run.stage(name) / row.table, row.kind)) is not None
+        },
     )
     _require_of_one_run(run, records)
     return records
@@ -254,6 +261,11 @@ def benchmarks(records: RunRecords) -> list[BenchmarkRow]:
     ]
 
 
+def exported(records: RunRecords) -> list[tuple[str, Exporter]]:
+    """The exporters that wrote files in the run, in the order of the table."""
+    return [(name, row) for name, row in EXPORTERS.items() if name in records.exports]
+
+
 def stage_flops(records: RunRecords) -> dict[str, int]:
     """Floating-point operations of calibration and trainings, counted as `minitron run --dry-run` does: a training step
     takes three forward passes, and the teacher's one where it is there. What other stages take is not counted."""
@@ -271,7 +283,7 @@ def stage_flops(records: RunRecords) -> dict[str, int]:
     return {"statistics": records.results.statistics.tokens * teacher} | trained
 
 
-def public_recipe(records: RunRecords) -> dict[str, Any]:
+def public_recipe(records: RunRecords) -> Mapping[str, Any]:
     """The recipe as it may be published, with the last part of local paths only."""
     recipe = records.whole_recipe
     data = dict(recipe["data"])

@@ -21,6 +21,8 @@ from minitron.core.text import (
     size,
 )
 from minitron.data.corpus import TEXT_SUFFIXES
+from minitron.evaluation.layouts import Asked
+from minitron.evaluation.tasks.suite import TaskResult
 
 # Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
@@ -29,11 +31,14 @@ SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab
 BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
 
 
-def score(row: Mapping[str, Any]) -> str:
-    """A benchmark's value with its standard error, from the keys of TaskResult."""
-    scale = 100 if row["metric"].startswith(_SHARES) else 1
-    value = shown(row["value"], lambda number: f"{scale * number:,.1f}")
-    return value if row["stderr"] is None else f"{value} ± {shown(row['stderr'], lambda n: f'{scale * n:,.1f}')}"
+def score(result: Asked | TaskResult) -> str:
+    """Write a benchmark's value with its standard error."""
+    scale = 100 if result.metric.startswith(_SHARES) else 1
+
+    def scaled(number: Number | None) -> str:
+        return shown(number, lambda known: f"{scale * known:,.1f}")
+
+    return scaled(result.value) if result.stderr is None else f"{scaled(result.value)} ± {scaled(result.stderr)}"
 
 
 @dataclass(frozen=True)
@@ -112,3 +117,14 @@ def environments(stages: Mapping[str, Record]) -> dict[str, str]:
         of = "" if len(groups) == 1 else f" ({', '.join(names)})"
         facts[f"Hardware{of}"], facts[f"Software{of}"] = json.loads(key)
     return facts
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """Fence a code block with more backticks than any run of them in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}{fence}"

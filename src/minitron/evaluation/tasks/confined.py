@@ -75,7 +75,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def run_confined() -> None:
-    job: dict[str, Any] = json.load(sys.stdin.buffer)
+    job = json.load(sys.stdin.buffer)
     end_with_parent(job["parent"])
     report = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)

@@ -14,6 +14,8 @@ from minitron.core.errors import TaskError, did_you_mean
 from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, JsonRow, LocalTask
 from minitron.evaluation.tasks.suite import SUITE, BenchmarkTask
 
+# The keys of a task's definition, as the harness reads them.
+TaskConfig = dict[str, Any]
 # Where the harness keeps the tasks that are known here; others are found by looking through its files.
 FILES = {
     "winogrande": "winogrande/default.yaml",
@@ -36,7 +38,7 @@ NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']
 TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 # The harness has no XL-Sum. Of its test set every fifth article, 20%, as the papers take.
-XLSUM: dict[str, Any] = {
+XLSUM: TaskConfig = {
     "task": "xlsum_english",
     "dataset_path": "csebuetnlp/xlsum",
     "dataset_name": "english",
@@ -51,7 +53,7 @@ XLSUM: dict[str, Any] = {
     "metadata": {"version": 1.0},
 }
 # Rows of local folders whose name is no task of the harness.
-GENERAL_TASKS: dict[str, dict[str, Any]] = {
+GENERAL_TASKS: dict[str, TaskConfig] = {
     CHOICE: {
         "output_type": "multiple_choice",
         "doc_to_text": "{{ctx}}",
@@ -139,7 +141,7 @@ def _group(stock: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> An
     return group
 
 
-def _subject(benchmark: BenchmarkTask, local: LocalTask, subject: str) -> dict[str, Any]:
+def _subject(benchmark: BenchmarkTask, local: LocalTask, subject: str) -> TaskConfig:
     file = _root() / SUBJECTS.format(subject=subject)
     if not file.is_file():
         known = [one.stem.removeprefix("mmlu_") for one in (_root() / "mmlu" / "default").glob("mmlu_*.yaml")]
@@ -156,7 +158,7 @@ def _on_rows(
     rows: Sequence[JsonRow],
     fewshot: Sequence[JsonRow],
     subject: str = "",
-) -> dict[str, Any]:
+) -> TaskConfig:
     """The harness's definition of a task with its rows replaced."""
     of_task = (stock.get("fewshot_config") or {}).get("samples")  # the task brings its own examples
     shots = benchmark.shots if benchmark.shots is not None else stock.get("num_fewshot") or 0
@@ -167,7 +169,7 @@ def _on_rows(
         where = f"{folder}{f', subject {subject}' if subject else ''}"
         kind = "few-shot" if fewshot else "test"
         raise TaskError(f"{where}: {shots} shots need {least} {kind} rows, and there are {len(pool)}; use --shots")
-    changes: dict[str, Any] = {
+    changes: TaskConfig = {
         "dataset_path": "local",
         "dataset_name": None,
         "dataset_kwargs": None,
@@ -204,7 +206,7 @@ def _every_fifth(docs: Any) -> Any:
     return docs.select(range(0, len(docs), 5))
 
 
-def _rouge() -> dict[str, Any]:
+def _rouge() -> TaskConfig:
     """ROUGE-L of a summary as the metric of XL-Sum: the F-measure, with stemming, as the rouge_score package has it."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -252,14 +254,14 @@ def _all_files() -> dict[str, Path]:
     return found
 
 
-def _plain(file: Path) -> dict[str, Any]:
+def _plain(file: Path) -> TaskConfig:
     """A definition with the names of its functions, none of which is imported."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(file, resolve_func=False)
 
 
-def _loaded_yaml(file: Path) -> dict[str, Any]:
+def _loaded_yaml(file: Path) -> TaskConfig:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(file)

@@ -16,7 +16,7 @@ import torch
 
 from minitron.core.errors import TaskError
 from minitron.evaluation.tasks.definitions import RUN_BY_CODE_EVAL, definition
-from minitron.evaluation.tasks.rows import LocalTask
+from minitron.evaluation.tasks.rows import JsonRow, LocalTask
 from minitron.evaluation.tasks.sandbox import code_eval
 from minitron.evaluation.tasks.suite import PREFERRED, BenchmarkTask, TaskResult
 
@@ -90,7 +90,7 @@ def load_task(benchmark: BenchmarkTask, local: LocalTask | None) -> Task:
 
 def run_task(
     task: Task, model: Any, *, limit: int | None = None, chat: bool = False, samples: bool = False
-) -> tuple[TaskResult, dict[str, list[dict[str, Any]]]]:
+) -> tuple[TaskResult, dict[str, list[JsonRow]]]:
     """The result of one model, and with `samples` every item of every member of the task.
 
     Args:

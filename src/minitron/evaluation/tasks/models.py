@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitron.core.device import free_bytes
 from minitron.core.errors import TaskError
+from minitron.core.progress import SILENT, Listener
 from minitron.evaluation.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
@@ -24,8 +25,6 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream, skeleton
 from minitron.model.tokens import chat_ids, prompt_ids, quoted, require_within, text_ids
 
-Progress = Callable[[int, int], None]
-Warn = Callable[[str], None]
 # A request as the harness hands it on: its two texts, and the tokens of each.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -50,8 +49,8 @@ class _Model(HFLM):
     has neither can still be asked everything else.
     """
 
-    progress: Progress
-    warn: Warn
+    listener: Listener
+    note = ""  # what progress is of
     chat = False  # whether contexts are written by the chat template
 
     def __init__(self, tokenizer: Any, **options: Any):
@@ -144,9 +143,9 @@ class _Model(HFLM):
 class InMemory(_Model):
     """A loaded model. Batches begin at what memory is estimated to take, and are halved where that was too much."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None, progress: Progress, warn: Warn):
+    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None = None, listener: Listener = SILENT):
         super().__init__(tokenizer, pretrained=model, batch_size=batch or 1, softmax_dtype="float32")
-        self.progress, self.warn, self._given = progress, warn, batch
+        self.listener, self._given = listener, batch
         self._most = MOST_ROWS
 
     def _loglikelihood_tokens(
@@ -204,7 +203,7 @@ class InMemory(_Model):
             for index, result in zip(part, found, strict=True):
                 results[index] = result
             start += len(part)
-            self.progress(start, len(order))
+            self.listener.progress(start, len(order), self.note)
         return results
 
     def _rows(self, num_tokens: int) -> int:
@@ -228,7 +227,7 @@ class InMemory(_Model):
         if wanted < self.max_length:
             return request
         most = self.max_length // 2
-        self.warn(
+        self.listener.warn(
             f"task {request.task_name} wants up to {wanted} new tokens, and the model's context has {self.max_length}: "
             f"at most {most} are generated"
         )
@@ -245,15 +244,14 @@ class Streamed(_Model):
         checkpoint: Checkpoint,
         tokenizer: Any,
         *,
-        batch: int | None,
-        progress: Progress,
-        warn: Warn,
+        batch: int | None = None,
+        listener: Listener = SILENT,
         scratch: Path | None = None,
     ):
         # The harness reads the config of what it is given, and no more.
         empty = skeleton(checkpoint, checkpoint.dtype)
         super().__init__(tokenizer, pretrained=empty, batch_size=ALL_AT_ONCE)
-        self.checkpoint, self.progress, self.warn = checkpoint, progress, warn
+        self.checkpoint, self.listener = checkpoint, listener
         self._rows_of_batch, self._scratch = batch, scratch
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -301,7 +299,9 @@ class Streamed(_Model):
             tokens[index, : len(row)] = torch.tensor(row)
         pass_ = Pass(self.checkpoint.dtype, self._rows_of_batch, scratch=self._scratch)
         stream = Stream(self.checkpoint, Samples(tokens), pass_)
-        stream.run_to_end(lambda done, total: self.progress(number * total + done, num_passes * total))
+        stream.run_to_end(
+            lambda done, total: self.listener.progress(number * total + done, num_passes * total, self.note)
+        )
         places = [(row, len(rows[row]) - len(ids) + i, token) for ids, row in asked for i, token in enumerate(ids)]
         nats, greedy = score_tokens(stream, [stream.states], Scored(*torch.tensor(places).T.contiguous()))
         return _of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])

@@ -50,10 +50,12 @@ PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1")
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one model reached in one task.
+    """The result of one model in one task.
 
-    stderr: of the value over items, by the harness; None where it has none.
-    n: items. shots: examples in the prompt. version: the task's, by the harness.
+    stderr: of the value over items, by the harness; None where the harness has none.
+    n: the number of items.
+    shots: examples in the prompt.
+    version: of the task, by the harness.
     others: further metrics of the task, as metric or metric,filter.
     """
 
@@ -69,12 +71,8 @@ class TaskResult:
     filter: str | None
     others: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self).items() if name != "task"}
-
-    @classmethod
-    def from_dict(cls, task: str, raw: Mapping[str, Any]) -> "TaskResult":
-        return cls(task=task, **raw)
 
 
 def chosen(tasks: Sequence[str], shots: int | None = None) -> list[BenchmarkTask]:
@@ -96,3 +94,29 @@ def chosen(tasks: Sequence[str], shots: int | None = None) -> list[BenchmarkTask
 def kept(student: TaskResult, teacher: TaskResult) -> float | None:
     """The student's share of the teacher's value; None where a smaller value is better or the teacher has none."""
     return student.value / teacher.value if teacher.higher_is_better and teacher.value > 0 else None
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The results of one model in benchmarks, and of its teacher on the same items where there is one.
+
+    tasks: task -> the model's result.
+    teacher_tasks: task -> the teacher's result.
+    """
+
+    tasks: Mapping[str, TaskResult]
+    teacher_tasks: Mapping[str, TaskResult] | None = None
+
+    @property
+    def kept(self) -> dict[str, float | None]:
+        """Task -> the model's share of the teacher's value."""
+        teacher = self.teacher_tasks or {}
+        return {name: kept(result, teacher[name]) for name, result in self.tasks.items() if name in teacher}
+
+    def to_dict(self) -> dict[str, object]:
+        """The results as the command prints them; without a teacher, of the model alone."""
+        facts: dict[str, object] = {"tasks": {name: result.to_dict() for name, result in self.tasks.items()}}
+        if self.teacher_tasks is None:
+            return facts
+        teacher = {name: result.to_dict() for name, result in self.teacher_tasks.items()}
+        return facts | {"teacher_tasks": teacher, "kept": self.kept}
