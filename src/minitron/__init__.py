@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from minitron.evaluation.engines import SpeedResult as SpeedResult
     from minitron.evaluation.layouts import Ratios as Ratios
     from minitron.evaluation.layouts import Speed as Speed
+    from minitron.evaluation.layouts import TaskResult as TaskResult
     from minitron.evaluation.quality import EvaluateConfig as EvaluateConfig
     from minitron.evaluation.quality import Evaluation as Evaluation
     from minitron.evaluation.speed import Load as Load
     from minitron.evaluation.speed import SpeedRow as SpeedRow
     from minitron.evaluation.tasks.measure import TaskOptions as TaskOptions
     from minitron.evaluation.tasks.suite import BenchmarkResult as BenchmarkResult
-    from minitron.evaluation.tasks.suite import TaskResult as TaskResult
     from minitron.gguf.config import QuantizeConfig as QuantizeConfig
+    from minitron.gguf.layouts import Measured as Measured
+    from minitron.gguf.layouts import QuantizedModel as QuantizedModel
+    from minitron.gguf.layouts import WrittenFile as WrittenFile
     from minitron.gguf.quantize import PlannedFile as PlannedFile
-    from minitron.gguf.quantize import QuantizedModel as QuantizedModel
-    from minitron.gguf.quantize import WrittenFile as WrittenFile
-    from minitron.gguf.verify import Measured as Measured
     from minitron.model.architecture import Architecture as Architecture
     from minitron.model.architecture import Shape as Shape
     from minitron.model.checkpoint import Checkpoint as Checkpoint
@@ -68,14 +68,14 @@ _PUBLIC = {
     "minitron.data.corpus": "DataConfig",
     "minitron.distillation.config": "DistillConfig",
     "minitron.evaluation.engines": "SpeedModel SpeedOptions SpeedResult",
-    "minitron.evaluation.layouts": "Ratios Speed",
+    "minitron.evaluation.layouts": "Ratios Speed TaskResult",
     "minitron.evaluation.quality": "EvaluateConfig Evaluation",
     "minitron.evaluation.speed": "Load SpeedRow",
     "minitron.evaluation.tasks.measure": "TaskOptions",
-    "minitron.evaluation.tasks.suite": "BenchmarkResult TaskResult",
+    "minitron.evaluation.tasks.suite": "BenchmarkResult",
     "minitron.gguf.config": "QuantizeConfig",
-    "minitron.gguf.quantize": "PlannedFile QuantizedModel WrittenFile",
-    "minitron.gguf.verify": "Measured",
+    "minitron.gguf.layouts": "Measured QuantizedModel WrittenFile",
+    "minitron.gguf.quantize": "PlannedFile",
     "minitron.model.architecture": "Architecture Shape",
     "minitron.model.checkpoint": "Checkpoint open_checkpoint",
     "minitron.model.families": "FAMILIES",

@@ -35,6 +35,7 @@ from minitron.evaluation.quality import EvaluateConfig, Evaluation, measure_qual
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import BenchmarkResult
 from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig, require_gguf
+from minitron.gguf.layouts import QuantizedModel
 from minitron.gguf.reader import is_gguf
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, resolve_model
@@ -63,7 +64,7 @@ from minitron.recipe import Recipe
 from minitron.shapes.space import SearchConfig
 
 if TYPE_CHECKING:
-    from minitron.gguf.quantize import PlannedFile, QuantizedModel
+    from minitron.gguf.quantize import PlannedFile
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -410,7 +411,7 @@ def quantize(
     importance_file: Path | None,
     out: Path,
     listener: Listener = SILENT,
-) -> "QuantizedModel":
+) -> QuantizedModel:
     """Write GGUF files of one model, with their table, and its importance matrix where there is one.
 
     Args:

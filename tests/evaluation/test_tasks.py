@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 from minitron.core.errors import CheckpointError, TaskError
 from minitron.core.progress import Silent
+from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
-from minitron.evaluation.tasks.suite import SUITE, TaskResult, chosen, kept
+from minitron.evaluation.tasks.suite import SUITE, chosen, kept
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 
 pytest.importorskip("lm_eval")
@@ -419,10 +420,10 @@ def test_every_file_of_the_harness_that_is_known_here_is_there() -> None:
 def test_kept_quality_is_the_share_of_the_teachers_value() -> None:
     base: dict[str, Any] = {"title": "t", "metric": "acc", "stderr": None, "n": 1, "shots": 0, "version": "1"}
     base |= {"filter": None, "others": {}}
-    one, two, none = (TaskResult("t", value=value, higher_is_better=True, **base) for value in (0.3, 0.6, 0.0))
+    one, two, none = (TaskResult(value=value, higher_is_better=True, **base) for value in (0.3, 0.6, 0.0))
     assert kept(one, two) == pytest.approx(0.5) and kept(one, none) is None
-    assert kept(one, TaskResult("t", value=0.6, higher_is_better=False, **base)) is None
-    assert TaskResult(task="t", **json.loads(json.dumps(one.to_dict()))) == one
+    assert kept(one, TaskResult(value=0.6, higher_is_better=False, **base)) is None
+    assert TaskResult(**json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_names_of_several_tasks_are_known_too() -> None:

@@ -22,6 +22,7 @@ from minitron.core.progress import SILENT, Listener
 from minitron.gguf.config import GGUF_TYPES, QuantizeConfig, require_file_type
 from minitron.gguf.file import GgufModel, describe_gguf, weights_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.gguf.layouts import Measured
 from minitron.gguf.llama_cpp import Runtime, llama_cpp
 from minitron.gguf.mixtures import Damage, best_mixture, measure_damage, smallest_mixture
 from minitron.gguf.quantize import IMPORTANCE, TABLE, QuantizeText, _Work, require_possible, write_ladder
@@ -34,7 +35,6 @@ from minitron.gguf.types import (
     require_importance,
     write_quantized,
 )
-from minitron.gguf.verify import Measured
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -237,7 +237,7 @@ def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.fixture(scope="module")
 def damage(wide: GgufModel, importance: ImportanceMatrix) -> Damage:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.gguf.mixtures.ROWS", 32)
+        patch.setattr("minitron.gguf.mixtures.ERROR_ROWS", 32)
         return measure_damage(wide, importance, TEXT, near=BlockType.Q4_0, threads=2)
 
 
@@ -291,7 +291,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory, wide: GgufModel) -> Path:
     text = QuantizeText(tiny.tokens(8, 32), tiny.tokens(3, 32, seed=2), "random tokens")
     config = QuantizeConfig(types=["F32", "Q4_K_M", "IQ2_XS"], bits_per_weight=[5.0], blocks=2, threads=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.gguf.mixtures.ROWS", 8)
+        patch.setattr("minitron.gguf.mixtures.ERROR_ROWS", 8)
         write_ladder(wide.checkpoint, config, out, text=text, name="tiny")
     return out
 
@@ -347,7 +347,7 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(wide: GgufModel,
 
 
 def measured(kl: float) -> Measured:
-    return Measured(1.0, kl, 1.0, 1.0, 1, 0.0, None, "")
+    return Measured(perplexity=1.0, kl=kl, top1=1.0, reference_perplexity=1.0, tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -381,12 +381,12 @@ def test_what_a_file_loses_is_believed_only_of_a_conversion_that_a_plain_file_pr
     work = _Work(wide, {}, QuantizeConfig(types=types, threads=1), tmp_path, None, None, SILENT)
     work.prove = prove
     if words is None:
-        assert [work.rung(kind).measured.kl for kind in sorted(types, key=["F16", "Q8_0", "Q4_0"].index)]
+        assert [work.llama_type(kind).measured.kl for kind in sorted(types, key=["F16", "Q8_0", "Q4_0"].index)]
         assert {file.stem.rpartition("-")[2] for file in tmp_path.iterdir()} == set(types)
     else:
         with pytest.raises(GgufError, match=words):
             for kind in sorted(types, key=["F32", "F16", "Q8_0", "Q4_0"].index):
-                work.rung(kind)
+                work.llama_type(kind)
         assert not [*tmp_path.iterdir()]
     assert set(proven) == kls.keys()
 

@@ -17,7 +17,6 @@ from minitron.calibration.collect import Statistics
 from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.corpus import DataConfig, draw_samples, open_corpus
-from minitron.evaluation.layouts import Asked
 from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.file import describe_gguf
@@ -461,7 +460,7 @@ def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> N
         {"teacher": Path(raw["model"]), "student": tmp_path / "out" / "student"},
         plan_tasks([], rows, TaskOptions(limit=4)),
     )
-    assert tasks == {name: {task: Asked(**one.to_dict()) for task, one in of.items()} for name, of in expected.items()}
+    assert tasks == expected
     assert records.tasks.chosen_by == ["stories"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "stories (used to choose)" in page and "Only the first 4 items" in page

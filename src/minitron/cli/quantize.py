@@ -9,7 +9,8 @@ from minitron.cli.rules import ROWS, Rules
 from minitron.core.effects import Rule
 
 if TYPE_CHECKING:
-    from minitron.gguf.quantize import PlannedFile, QuantizedModel
+    from minitron.gguf.layouts import QuantizedModel
+    from minitron.gguf.quantize import PlannedFile
 
 HELP = "write GGUF files for llama.cpp, run them, and print what each costs"
 EXAMPLE = "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf"

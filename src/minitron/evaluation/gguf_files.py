@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
 
 TOKENIZED_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
-Returned = TypeVar("Returned")
 
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
@@ -45,7 +44,11 @@ def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperatur
     require_unicode(prompt)
     model = read_gguf(file)
     require_language_model(model)
-    return _in_child(file, _continued, file, prompt, new_tokens, temperature, seed, model.context)
+    with Child() as child:
+        try:
+            return child.call(_continued, file, prompt, new_tokens, temperature, seed, model.context)
+        except ChildEnded as ended:
+            raise process_ended(file, ended) from None
 
 
 def _continued(
@@ -197,15 +200,6 @@ def _sample(model: GgufFile, reference: Path | None, rows: Tensor) -> tuple[list
     decoded = [tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows[:TOKENIZED_BLOCKS]]
     texts = [readable(tokenizer, text) for text in decoded]
     return texts, [text_ids(tokenizer, text) for text in texts]
-
-
-def _in_child(file: Path, function: Callable[..., Returned], *arguments: object) -> Returned:
-    """Call a function that runs a file in a process of its own, which llama.cpp may end."""
-    with Child() as child:
-        try:
-            return child.call(function, *arguments)
-        except ChildEnded as ended:
-            raise process_ended(file, ended) from None
 
 
 def _threads() -> int:

@@ -86,8 +86,15 @@ class Speeds(Layout):
         return self
 
 
-class Asked(Layout):
-    """What a benchmark's task says."""
+class TaskResult(Layout):
+    """The result of one model in one task.
+
+    stderr: of the value over items, by the harness; None where the harness has none.
+    n: the number of items.
+    shots: examples in the prompt.
+    version: of the task, by the harness.
+    others: further metrics of the task, as metric or metric,filter.
+    """
 
     title: str
     metric: str
@@ -95,12 +102,19 @@ class Asked(Layout):
     stderr: float | None
     n: Count
     shots: Count
+    version: str = ""
+    higher_is_better: bool = True
+    filter: str | None = None
+    others: dict[str, float] = Field(default={})
+
+    def to_dict(self) -> dict[str, object]:
+        return self.model_dump()
 
 
 class Tasks(Layout):
     """evaluations/tasks.json."""
 
-    tasks: dict[str, dict[str, Asked]]
+    tasks: dict[str, dict[str, TaskResult]]
     kept: dict[str, float | None] = Field(default={})
     chosen_by: list[str]
 

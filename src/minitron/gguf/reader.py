@@ -1,4 +1,4 @@
-"""A GGUF file as it lies there: what it says and holds, and one line about a file that is no language model."""
+"""A GGUF file of any model: its keys and tensors, and an error in one line for a file that is no language model."""
 
 import struct
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from minitron.gguf.config import require_gguf
 Keys = dict[str, Any]
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
-# general.type of files that are no model -> what they are.
+# general.type of a file that is no model -> the words for it in an error.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter, which llama.cpp adds to a model's own file; merge it into the checkpoint instead",
     "mmproj": "the image or sound encoder of a model; give the file of the language model",
     "imatrix": "an importance matrix, which `minitron quantize --imatrix` takes",
     "vocab": "a tokenizer without weights",
 }
-# Keys that are read here -> what they can be; some families say a size for each layer.
+# Keys that are read here -> the types of their values; some families state a size for each layer.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "split.count": int,
     "split.no": int,
@@ -41,7 +41,8 @@ _ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5en
 class GgufFile:
     """A readable GGUF file of a model.
 
-    said: key -> value. tensors: as the gguf package reads them.
+    said: key -> value.
+    tensors: as the gguf package reads them.
     """
 
     path: Path
@@ -53,12 +54,12 @@ class GgufFile:
         return self.said["general.architecture"]
 
     def of_family(self, key: str) -> Any:
-        """The value of a key that stands behind the family's name, or None."""
+        """The value of a key that follows the family's name, or None."""
         return self.said.get(f"{self.family}.{key}")
 
     @property
     def vocab(self) -> int:
-        """Tokens that the model has logits for."""
+        """The number of tokens that the model has logits for."""
         return self.of_family("vocab_size") or len(self.said.get("tokenizer.ggml.tokens", ()))
 
     @property
@@ -67,7 +68,7 @@ class GgufFile:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether MODEL is a GGUF file and no directory: by its name, or by how it begins."""
+    """Whether MODEL is a GGUF file and no directory, by its name or its first bytes."""
     path = Path(model)
     if path.is_dir():
         return False
@@ -75,9 +76,9 @@ def is_gguf(model: str) -> bool:
 
 
 def read_gguf(file: Path) -> GgufFile:
-    """What a GGUF file of a model says and holds.
+    """Read the keys and the list of tensors of a model's GGUF file.
 
-    Raises: GgufError if it is none, is damaged, or is of something else.
+    Raises: GgufError for a file that is not GGUF, is damaged, or is no model.
     """
     require_gguf()
     import gguf
@@ -108,7 +109,7 @@ def read_gguf(file: Path) -> GgufFile:
 
 
 def require_language_model(model: GgufFile) -> None:
-    """Raises: GgufError for a model that does not say which token is next, or whose file has no tokenizer."""
+    """Raises: GgufError for a model that does not predict the next token, or a file without a tokenizer."""
     if model.family in _ENCODERS or model.of_family("attention.causal") is False:
         raise GgufError(f"{model.path} is a {model.family} model, which reads text and does not continue it")
     if model.said.get("tokenizer.ggml.model", "no_vocab") in ("no_vocab", "none"):
@@ -135,7 +136,7 @@ def _require_readable(file: Path) -> None:
             f"{file} is a GGUF file of version {version}, and llama.cpp reads {' and '.join(map(str, VERSIONS))}: "
             "write it again from its checkpoint"
         )
-    # The least that each takes: a name's length, and some numbers.
+    # Each key and tensor takes at least a name's length and some numbers.
     if 24 * tensors + 12 * keys > file.stat().st_size:
         raise GgufError(f"{file} is damaged or cut short: it says {keys:,} keys and {tensors:,} tensors")
 
@@ -150,9 +151,9 @@ def _begins(file: Path, count: int) -> bytes:
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What a GGUF file states and holds.
+    """The keys and sizes of a GGUF file.
 
-    shape: dim -> its size, or a size for each layer; None where the file does not say.
+    shape: dim -> its size, or a size for each layer; None where the file does not state it.
     types: type of tensors -> the number of their weights, most weights first.
     keys: every key but the long lists of the tokenizer.
     """

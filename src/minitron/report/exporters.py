@@ -14,7 +14,7 @@ from minitron.core.text import MISSING, count, percent, perplexity, size
 from minitron.core.typed_files import FileKind
 from minitron.data.corpus import Corpus, draw_samples
 from minitron.gguf.config import QUANTIZE_TOKENS, require_gguf
-from minitron.gguf.layouts import QUANTIZATION, Ladder, QuantizedFile
+from minitron.gguf.layouts import QUANTIZATION, QuantizedModel, WrittenFile
 from minitron.model.checkpoint import Checkpoint
 from minitron.report import html, plots
 from minitron.report.tables import fenced, markdown_table
@@ -82,7 +82,7 @@ def _write_gguf(export: Export, out: Path) -> Mapping[str, object]:
     return write_ladder(export.student, config, out, text=text, name=export.name, listener=export.listener).to_dict()
 
 
-def _gguf_cells(file: QuantizedFile) -> list[str]:
+def _gguf_cells(file: WrittenFile) -> list[str]:
     return [size(file.bytes), f"{file.bits_per_weight:.2f}", "yes" if file.informed else "no"]
 
 
@@ -98,18 +98,18 @@ GGUF_HEAD: list[html.Heading] = [
 ]
 
 
-def _gguf_report(ladder: Ladder) -> list[str]:
-    if not ladder.files:
+def _gguf_report(model: QuantizedModel) -> list[str]:
+    if not model.files:
         return []
     rows = []
-    for file in ladder.files:
+    for file in model.files:
         measured = [MISSING] * 4
         if seen := file.measured:
             other = MISSING if file.kl_of_other is None else f"{file.kl_of_other:.5f}"
             measured = [perplexity(seen.perplexity), f"{seen.kl:.5f}", percent(seen.top1), other]
         rows.append([file.name, *_gguf_cells(file), *measured])
     parts = [html.table("GGUF files", GGUF_HEAD, rows)]
-    if first := next((file.measured for file in ladder.files if file.measured), None):
+    if first := next((file.measured for file in model.files if file.measured), None):
         note = (
             f"Each file was run in llama.cpp over {count(first.tokens)} tokens of held-out text, against the "
             f"student as it is, whose perplexity on them is {perplexity(first.reference_perplexity)}. A type that "
@@ -117,8 +117,8 @@ def _gguf_report(ladder: Ladder) -> list[str]:
             "column is the other. A name with bpw is a mixture of minitron's own."
         )
         parts.append(html.note(note))
-    parts += [html.note(note) for note in ladder.notes]
-    points = {file.name: (file.bytes, file.measured.kl) for file in ladder.files if file.measured}
+    parts += [html.note(note) for note in model.notes]
+    points = {file.name: (file.bytes, file.measured.kl) for file in model.files if file.measured}
     if len(points) > 1:
         drawn = plots.file_sizes(points)
         parts.append(
@@ -127,15 +127,15 @@ def _gguf_report(ladder: Ladder) -> list[str]:
     return parts
 
 
-def _gguf_card(ladder: Ladder, prompt: str) -> str:
-    if not ladder.files:
+def _gguf_card(model: QuantizedModel, prompt: str) -> str:
+    if not model.files:
         return ""
-    first, rows = ladder.files[0], []
-    for file in ladder.files:
+    first, rows = model.files[0], []
+    for file in model.files:
         measured = [f"{file.measured.kl:.5f}", percent(file.measured.top1)] if file.measured else [MISSING] * 2
         rows.append([file.file, *_gguf_cells(file), *measured])
     tested = "Each was run in llama.cpp and compared with this model." if first.measured else "None was tested."
-    notes = "".join(f"\n\nNote: {note}." for note in ladder.notes)
+    notes = "".join(f"\n\nNote: {note}." for note in model.notes)
     head = ["file", "size", "bits/weight", "importance matrix", "KL to this model", "top-1 agreement"]
     return f"""{tested}{notes}
 
@@ -146,9 +146,9 @@ With llama.cpp: `llama-cli -m {first.file} -p {prompt!r}`. With Ollama:
 {fenced(f"FROM ./{first.file}", "Modelfile")}"""
 
 
-def _gguf_files(ladder: Ladder, directory: Path) -> list[Path]:
+def _gguf_files(model: QuantizedModel, directory: Path) -> list[Path]:
     importance = directory / "imatrix.gguf"
-    files = [directory / file.file for file in ladder.files]
+    files = [directory / file.file for file in model.files]
     return [*files, importance] if files and importance.is_file() else files
 
 

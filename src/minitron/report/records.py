@@ -20,10 +20,10 @@ from minitron.evaluation.layouts import (
     GENERATIONS,
     SPEEDS,
     TASKS,
-    Asked,
     Continued,
     Evaluated,
     Speeds,
+    TaskResult,
     Tasks,
 )
 from minitron.model.architecture import Parameters, Shape
@@ -237,8 +237,8 @@ class BenchmarkRow:
     """
 
     task: str
-    teacher: Asked
-    student: Asked
+    teacher: TaskResult
+    student: TaskResult
     kept: float | None
     chosen_by: bool
 

@@ -21,8 +21,7 @@ from minitron.core.text import (
     size,
 )
 from minitron.data.corpus import TEXT_SUFFIXES
-from minitron.evaluation.layouts import Asked
-from minitron.evaluation.tasks.suite import TaskResult
+from minitron.evaluation.layouts import TaskResult
 
 # Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
@@ -31,7 +30,7 @@ SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab
 BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
 
 
-def score(result: Asked | TaskResult) -> str:
+def score(result: TaskResult) -> str:
     """Write a benchmark's value with its standard error."""
     scale = 100 if result.metric.startswith(_SHARES) else 1
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from minitron.core.errors import TaskError
+from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks.definitions import RUN_BY_CODE_EVAL, definition
 from minitron.evaluation.tasks.rows import JsonRow, LocalTask
 from minitron.evaluation.tasks.sandbox import code_eval
-from minitron.evaluation.tasks.suite import PREFERRED, BenchmarkTask, TaskResult
+from minitron.evaluation.tasks.suite import PREFERRED, BenchmarkTask
 
 INSTALL = "pip install 'minitron[eval]'"
 FEWSHOT_SEED = 1234  # the harness's own
@@ -133,7 +134,6 @@ def _result(task: Task, raw: Mapping[str, Any]) -> TaskResult:
     stderr = found.get(f"{metric}_stderr,{how}")
     higher = [raw["higher_is_better"].get(of, {}).get(metric) for of in (key, *raw["results"])]
     return TaskResult(
-        task=name,
         title=task.benchmark.title,
         metric=metric,
         value=values[main],

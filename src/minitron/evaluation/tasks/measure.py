@@ -16,10 +16,11 @@ from minitron.core.errors import RunError, TaskError
 from minitron.core.files import digest_files, read_digests, readable_os_errors, write_json
 from minitron.core.paths import expanded
 from minitron.core.progress import SILENT, Listener
+from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.rows import LocalTask, find_folders, read_task, task_of
 from minitron.evaluation.tasks.sandbox import require_sandbox
-from minitron.evaluation.tasks.suite import SUITES, BenchmarkTask, TaskResult, chosen
+from minitron.evaluation.tasks.suite import SUITES, BenchmarkTask, chosen
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
 
 CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
@@ -260,7 +261,7 @@ def _known(cache: Path, key: Key) -> TaskResult | None:
         raw = json.loads(_file_of(cache, key).read_text(encoding="utf-8"))
         if raw["key"] != key or raw["sha256"] != _seal(raw["result"]):
             return None
-        return TaskResult(task=raw["key"]["benchmark"]["task"], **raw["result"])
+        return TaskResult(**raw["result"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -6,29 +6,29 @@
       mmlu/dev/anatomy.jsonl, mmlu/fewshot/anatomy.jsonl   MMLU: a file per subject, or a key `subject`
       my_choices/rows.jsonl                   any name: ctx, endings, label, or ctx, target
 
-Rows are read and checked here, so that nothing is asked of a network or written to a cache. A layout says what the
-harness's own prompt of the task reads.
+Rows are read and checked here, without a network or a cache. A layout lists the fields that the harness's prompt of the
+task reads.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import TaskError, did_you_mean
-from minitron.core.reading import find_files, read_rows, require_file, require_texts
+from minitron.core.reading import Kind, find_files, read_rows, require_file, require_texts
 
 JsonRow = dict[str, Any]
 FEWSHOT = "fewshot"
 SUFFIXES = (".jsonl",)
-CHOICE, LAST_WORD = "choice", "last word"  # what a folder of any name may hold
+CHOICE, LAST_WORD = "choice", "last word"  # the kinds of rows that a folder of any name may hold
 
 
 @dataclass(frozen=True)
 class ValueKind:
-    """What a field must be: in words, and as a test of its value beside the others of its row."""
+    """What the value of a field must be: in words, and as a test that sees the whole row."""
 
     words: str
     fits: Callable[[Any, JsonRow], bool]
@@ -36,12 +36,12 @@ class ValueKind:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A folder, read and checked.
+    """The rows of a folder, read and checked.
 
-    task: the harness's name of it, or the folder's own where its rows are of a general kind.
-    parts: subject -> rows of the test set, of tasks that have subjects; else one part named "".
-    fewshot: likewise; empty where the folder has none.
-    left_out: what of the folder is not read, in one sentence.
+    task: the harness's name of the task, or the folder's name where its rows are of a general kind.
+    parts: subject -> rows of the test set; a task without subjects has one part named "".
+    fewshot: subject -> rows of the few-shot set; empty where the folder has none.
+    left_out: one sentence on files of the folder that are not read.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class LocalTask:
 
 
 def _is_index(value: Any, most: int) -> bool:
-    """Of an answer, from 0; some datasets write it as text."""
+    """Whether the value is the number of an answer, from 0; some datasets write it as text."""
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= len(str(most)) else value
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < most
 
@@ -114,7 +114,7 @@ FINAL_ANSWER = ValueKind(
 WORDS = ValueKind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
 
 _ARC = {"question": TEXT, "choices": ANSWERS, "answerKey": ANSWER_KEY}
-# Task of the harness -> what its prompt reads of a row.
+# Task of the harness -> the fields of a row that its prompt reads.
 LAYOUTS: dict[str, dict[str, ValueKind]] = {
     "winogrande": {"sentence": BLANK, "option1": TEXT, "option2": TEXT, "answer": OPTION},
     "arc_challenge": _ARC,
@@ -154,7 +154,7 @@ def task_of(folder: str) -> str:
 
 
 def find_folders(directory: Path) -> dict[str, Path]:
-    """Task -> its folder, of all folders that hold rows.
+    """Find the folders that hold rows: task -> its folder.
 
     Raises: TaskError if the directory has none, or two for one task.
     """
@@ -172,48 +172,47 @@ def find_folders(directory: Path) -> dict[str, Path]:
 
 
 def read_task(folder: Path) -> LocalTask:
-    """The rows of a folder.
+    """Read the rows of a folder.
 
-    Raises: TaskError naming file, line, key and what is expected there.
+    Raises: TaskError naming file, line, key and the value that is expected there.
     """
     task = task_of(folder.name)
     found = find_files(folder, SUFFIXES, TaskError)
-    sides: dict[bool, dict[str, list[JsonRow]]] = {True: {}, False: {}}
+    parts: dict[str, list[JsonRow]] = {}
+    fewshot: dict[str, list[JsonRow]] = {}
     digest, layout, kind = hashlib.sha256(), LAYOUTS.get(task), None
     for file in found.files:
         is_fewshot = FEWSHOT in file.relative_to(folder).with_suffix("").parts
-        data = _bytes(file)
+        require_file(file, TaskError)
+        data, rows = file.read_bytes(), list(placed_rows(file, TaskError))
         digest.update(f"{is_fewshot} {file.stem} {len(data)}\n".encode() + data)
-        rows = _rows(file)
+        if not rows:
+            raise TaskError(f"{file} has no rows")
         if layout is None:
-            kind = _kind_of(file, next(iter(rows.values())), task)
+            kind = _kind_of(file, rows[0][1], task)
             layout = GENERAL_ROWS[kind]
-        for number, row in rows.items():
-            _check(file, number, row, layout)
+        for place, row in rows:
+            _check(place, row, layout)
             subject = str(row.get("subject", file.stem)) if task == "mmlu" else ""
-            sides[is_fewshot].setdefault(subject, []).append(row)
-    if not sides[False]:
+            (fewshot if is_fewshot else parts).setdefault(subject, []).append(row)
+    if not parts:
         raise TaskError(f"{folder} has a few-shot set and no test set: add a .jsonl file of another name")
-    return LocalTask(folder, task, kind, sides[False], sides[True], digest.hexdigest(), found.left_out)
+    return LocalTask(folder, task, kind, parts, fewshot, digest.hexdigest(), found.left_out)
 
 
-def _bytes(file: Path) -> bytes:
-    require_file(file, TaskError)
-    return file.read_bytes()
+def placed_rows(file: Path, error: Kind) -> Iterator[tuple[str, JsonRow]]:
+    """Read the rows of a .jsonl file, each with its file and line.
 
-
-def _rows(file: Path) -> dict[int, JsonRow]:
-    """Line -> row."""
-    rows = dict(read_rows(file, TaskError))
-    for number, row in rows.items():
-        require_texts(row, f"{file}, line {number}", TaskError)
-    if not rows:
-        raise TaskError(f"{file} has no rows")
-    return rows
+    Raises: `error` for a line that is no JSON object, or has text that is not Unicode.
+    """
+    for number, row in read_rows(file, error):
+        place = f"{file}, line {number}"
+        require_texts(row, place, error)
+        yield place, row
 
 
 def _kind_of(file: Path, row: JsonRow, task: str) -> str:
-    """What a folder holds whose name tells nothing."""
+    """The general kind of the rows in a folder whose name is no task."""
     for kind, layout in GENERAL_ROWS.items():
         if row.keys() >= layout.keys():
             return kind
@@ -225,14 +224,13 @@ def _kind_of(file: Path, row: JsonRow, task: str) -> str:
     )
 
 
-def _check(file: Path, number: int, row: JsonRow, layout: Mapping[str, ValueKind]) -> None:
+def _check(place: str, row: JsonRow, layout: Mapping[str, ValueKind]) -> None:
     for key, kind in layout.items():
         if key not in row:
             raise TaskError(
-                f"{file}, line {number}: key {key!r} is missing; {kind.words} is expected there "
-                f"(a row needs {', '.join(layout)})"
+                f"{place}: key {key!r} is missing; {kind.words} is expected there (a row needs {', '.join(layout)})"
             )
         if not kind.fits(row[key], row):
             shown = json.dumps(row[key], ensure_ascii=False)
             shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-            raise TaskError(f"{file}, line {number}: key {key!r} is {shown}; {kind.words} is expected there")
+            raise TaskError(f"{place}: key {key!r} is {shown}; {kind.words} is expected there")

@@ -1,10 +1,11 @@
 """The benchmarks of the Minitron papers, with their shots, and what a measured task says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minitron.core.errors import TaskError
+from minitron.evaluation.layouts import TaskResult
 
 # pass@1 at temperature 0.2 and top-p 0.95, as the papers measure it; the harness's own tasks are greedy.
 SAMPLED_CODE = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
@@ -46,33 +47,6 @@ SUITE: dict[str, BenchmarkTask] = {
 SUITES = {"minitron": SUITE}
 # The result of a task that is not in the suite: the first of these that it has, else its first metric.
 PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """The result of one model in one task.
-
-    stderr: of the value over items, by the harness; None where the harness has none.
-    n: the number of items.
-    shots: examples in the prompt.
-    version: of the task, by the harness.
-    others: further metrics of the task, as metric or metric,filter.
-    """
-
-    task: str
-    title: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    shots: int
-    version: str
-    higher_is_better: bool
-    filter: str | None
-    others: dict[str, float]
-
-    def to_dict(self) -> dict[str, object]:
-        return {name: value for name, value in asdict(self).items() if name != "task"}
 
 
 def chosen(tasks: Sequence[str], shots: int | None = None) -> list[BenchmarkTask]:
