@@ -91,13 +91,7 @@ def _add_benchmarks(group: options.Container) -> None:
         says=lambda name: {"evaluate.tasks": [name]},
         help="the nine benchmarks of the papers, with their shots",
     )
-    options.add_key(
-        group,
-        "evaluate.tasks",
-        "--tasks",
-        type=parse.names,
-        metavar="T1,T2",
-    )
+    options.add_key(group, "evaluate.tasks", "--tasks", type=parse.names, metavar="T1,T2")
     options.add_key(group, "evaluate.tasks_dir", "--tasks-dir", type=parse.named, metavar="DIR")
     options.add_key(group, "evaluate.limit", "--limit", type=parse.count, metavar="N")
     group.add_argument(
@@ -132,13 +126,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if _measures_text(args):
         data = options.data_config(args, console)
         measured = api.evaluate(
-            args.model,
-            args.teacher,
-            data,
-            blocks=asked.blocks,
-            batch=asked.batch,
-            whole=args.whole,
-            listener=console,
+            args.model, args.teacher, data, blocks=asked.blocks, batch=asked.batch, whole=args.whole, listener=console
         ).to_dict()
         facts, lines = {**measured, **facts}, [*_quality_lines(measured), *lines]
     console.result(facts, "\n".join(lines))

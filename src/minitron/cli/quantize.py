@@ -36,12 +36,7 @@ RULES: Rules = (
         lambda args: False,
         "where a model is calibrated, trained or evaluated, and llama.cpp's tools see documents together",
     ),
-    Rule(
-        ("data.*", "gguf.samples"),
-        _reads_text,
-        "where text is read",
-        "give --calibration, or leave out --no-verify",
-    ),
+    Rule(("data.*", "gguf.samples"), _reads_text, "where text is read", "give --calibration, or leave out --no-verify"),
     ROWS,
     Rule(
         ("gguf.blocks",),
@@ -86,10 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens in a block; default the context, at most {QUANTIZE_TOKENS}",
     )
     parser.add_argument(
-        "--imatrix",
-        type=parse.path,
-        metavar="FILE",
-        help="an importance matrix to use, of minitron's or llama.cpp's",
+        "--imatrix", type=parse.path, metavar="FILE", help="an importance matrix to use, of minitron's or llama.cpp's"
     )
     options.add_key(parser, "gguf.pre", "--pre", metavar="NAME")
     options.add_key(parser, "gguf.samples", "--samples", type=parse.count, metavar="N")

@@ -1,6 +1,6 @@
-"""The verb `speed`: teacher and student in turn, in transformers, in llama.cpp or in vLLM.
+"""The verb `measure_speed`: teacher and student in turn, in transformers, in llama.cpp or in vLLM.
 
-Each model lives in a process of its own: its memory can be told apart, and llama.cpp can end its process.
+Each model lives in a process of its own, so that its memory can be measured, and llama.cpp can end its process.
 """
 
 import os
@@ -39,16 +39,16 @@ from minitron.model.hugging_face import new_model
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)
-MODEL = "model"  # where there is no teacher
-VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's own default for one
+MODEL = "model"  # the name of a model without a teacher
+VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's default for one model
 
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """How speed is measured: over which grid of loads, in which engine.
+    """The grid of loads and the engine for measuring speed.
 
     engine: None for llama.cpp with GGUF files and transformers with others.
-    contexts: None for the contexts of DEFAULT_CONTEXTS that the models have, or else the longest that they have.
+    contexts: None for the contexts of DEFAULT_CONTEXTS that the models have, or else their longest.
     dtype: of the weights; `auto` as they are stored.
     threads: of a CPU; None for as many as torch uses here.
     """
@@ -197,10 +197,7 @@ def _described(source: str, engine: Engine) -> SpeedModel:
 
 
 def _contexts(asked: Sequence[int] | None, limit: int | None, new_tokens: int) -> Sequence[int]:
-    """The contexts to measure.
-
-    Raises: MinitronError for a context that is longer than that of the models.
-    """
+    """Raises: MinitronError for a context that is longer than that of the models."""
     room = None if limit is None else limit - new_tokens - 1
     if room is not None and room < 1:
         raise MinitronError(f"--new-tokens {new_tokens} is too many for a context of {limit:,} tokens: ask for fewer")
@@ -226,7 +223,7 @@ def _ask(child: Child, subject: Subject, load: Load) -> Timing:
 
 
 def _answer(subject: Subject, load: Load) -> Timing:
-    """In the process of the model, which stays loaded from one load to the next."""
+    """Time a load in the model's process, where the model stays loaded from one load to the next."""
     try:
         timing = _loaded(subject)(load)
     except torch.OutOfMemoryError:
@@ -246,7 +243,7 @@ def _loaded(subject: Subject) -> Timer:
 
 def _in_transformers(subject: Subject) -> Timer:
     checkpoint = open_checkpoint(subject.path)
-    with torch.device("meta"):  # the code's own memory, which is more than a small model's, is not the model's
+    with torch.device("meta"):  # the memory of code, which is more than that of a small model, is taken before
         new_model(checkpoint.config, checkpoint.dtype)
     device, before = pick_device(), _resident_memory()
     timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
@@ -254,7 +251,7 @@ def _in_transformers(subject: Subject) -> Timer:
 
 
 def _in_llama_cpp(subject: Subject) -> Timer:
-    """Memory is the host's: a library that computes on a GPU keeps its own there."""
+    """Time llama.cpp; the memory is the host's, because a library that computes on a GPU keeps its memory there."""
     from minitron.gguf.llama_cpp import Runtime, llama_cpp
 
     llama_cpp()
@@ -286,7 +283,7 @@ def _time_llama_cpp(runtime: Any, load: Load) -> Timing:
 
 
 def _in_vllm(subject: Subject) -> Timer:
-    """Decoding is told by the difference of two calls. No memory: vLLM takes all that it may, whatever it needs."""
+    """Time vLLM, decoding by the difference of two calls, and no memory: vLLM takes all that it may."""
     from time import perf_counter
 
     from vllm import LLM, SamplingParams

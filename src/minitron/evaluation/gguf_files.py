@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp: it continues a prompt, and is measured on held-out text."""
+"""A GGUF file continues a prompt in llama.cpp, and is measured there on held-out text."""
 
 import math
 import os
@@ -23,19 +23,13 @@ from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import file_tokenizer
-from minitron.gguf.verify import (
-    first_difference,
-    llama_cpp_logits,
-    logits_of,
-    process_ended,
-    readable,
-)
+from minitron.gguf.verify import first_difference, llama_cpp_logits, logits_of, process_ended, readable
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint, resolve_model
 from minitron.model.quality_sums import QualitySums
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
 
-TOKENIZED_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
+TOKENIZED_BLOCKS = 8  # blocks of text to tokenize in llama.cpp too
 
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
@@ -63,7 +57,7 @@ def _continued(
         new_tokens = num_new_tokens(len(tokens), new_tokens, context)
         runtime.make_room(len(tokens) + new_tokens)
         made = runtime.generate(tokens, new_tokens, temperature=temperature, seed=seed)
-        # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
+        # Some tokenizers drop the space before the first word of a text, so the whole is decoded and cut.
         return runtime.text(tokens + made)[len(runtime.text(tokens)) :]
 
 
@@ -126,7 +120,7 @@ def _loaded(pair: _Pair) -> tuple[Runtime, Callable[[Batch], Tensor] | None]:
 
 
 def _require_same_tokens(pair: _Pair, texts: list[str], wanted: list[list[int]]) -> None:
-    """Raises: GgufError if llama.cpp makes other tokens of a text than the tokens that the model is measured on."""
+    """Raises: GgufError if llama.cpp makes other tokens of the text that the model is measured on."""
     runtime, _ = _loaded(pair)
     for text, ids in zip(texts, wanted, strict=True):
         found = runtime.tokenize(text, special=False)

@@ -1,4 +1,4 @@
-"""What the files of evaluations hold, checked when they are read."""
+"""The contents of the files of evaluations, checked when they are read."""
 
 import math
 from typing import Annotated
@@ -28,7 +28,7 @@ class Evaluated(Layout):
 
 
 class Continued(BaseModel):
-    """A row of evaluations/generations.json: a prompt, and what each model makes of it."""
+    """A row of evaluations/generations.json: a prompt and each model's continuation."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, str]
@@ -71,7 +71,7 @@ class Ratios(Layout):
 
 
 class Speeds(Layout):
-    """evaluations/speed.json. Older versions did not write the ratios of the rounds; theirs are of the medians."""
+    """evaluations/speed.json. Older versions did not write the ratios of the rounds; ratios of the medians stand in."""
 
     teacher: Speed
     student: Speed

@@ -53,7 +53,7 @@ METRICS: dict[MetricKey, tuple[str, str]] = {
 # Text that is neither a file nor a dataset.
 KNOWN_TEXT = {BUILTIN: "the source text of Python's standard library", TEACHER: "text sampled from the parent itself"}
 KNOWN_DATASETS = {BUILTIN: "Python standard library", TEACHER: "Text sampled from the parent, held-out part"}
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # carried along from the parent
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # files copied from the parent
 
 
 def write_card(records: RunRecords) -> Path:
@@ -71,11 +71,11 @@ def make_card(records: RunRecords) -> ModelCard:
 
 
 def metadata(records: RunRecords) -> ModelCardData:
-    """What the hub reads.
+    """The metadata that the hub reads.
 
-    Of the relations that the hub knows (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's
-    weights, trained further. The tags say what else it is. Left out, the hub guesses, and takes a repository with GGUF
-    files for a quantization. base_model must be a hub id, so a local teacher is named in the text only.
+    Of the hub's relations (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's weights, trained
+    further. The tags tell the rest. Without a relation, the hub takes a repository with GGUF files for a quantization.
+    base_model must be a hub id, so a local teacher is named in the text only.
     """
     data_id, parent = hub_id(records.recipe.data.source), hub_id(records.recipe.model)
     return ModelCardData(
@@ -97,7 +97,7 @@ def card_model_name(records: RunRecords) -> str:
 
 
 def parent_card(records: RunRecords) -> Mapping[str, Any]:
-    """The metadata of the parent's own card: of a local directory, or of a hub model that was downloaded."""
+    """The metadata of the parent's card, from a local directory or the cache of a hub model."""
     model, revision = records.recipe.model, records.recipe.revision
     readme = Path(model).expanduser() / "README.md"
     if not readme.is_file():
@@ -107,12 +107,12 @@ def parent_card(records: RunRecords) -> Mapping[str, Any]:
         readme = Path(known)
     try:
         return metadata_load(readme) or {}
-    except (yaml.YAMLError, ValueError):  # not a card: then it states nothing that the hub could read either
+    except (yaml.YAMLError, ValueError):  # the hub cannot read such a card either
         return {}
 
 
 def parent_licence(records: RunRecords) -> Mapping[str, Any]:
-    """license, license_name and license_link, as far as the parent's own card states them."""
+    """license, license_name and license_link, as far as the parent's card states them."""
     stated = parent_card(records)
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
 
@@ -140,7 +140,7 @@ def _task_result(row: BenchmarkRow) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=DATASETS.get(row.task, row.task),  # of its own: equal types are merged
+        dataset_type=DATASETS.get(row.task, row.task),  # one for each task: equal types are merged
         dataset_name=student.title,
         metric_type=student.metric,
         metric_name=f"{student.metric} ({student.shots}-shot)",
@@ -175,17 +175,7 @@ Means over {count(records.evaluations["student"].tokens)} predicted tokens of he
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this directory, or the hub id that it has been uploaded to
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-inputs = tokenizer({_prompt(records)!r}, return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))
-```
-
-With vLLM (not tested by this run): `vllm serve PATH`.
+{USE.format(prompt=_prompt(records))}
 {_exports(records)}
 ## How it was made
 
@@ -199,16 +189,34 @@ With vLLM (not tested by this run): `vllm serve PATH`.
 
 ## Limits
 
-- Measured on held-out text of {_measured_on(records)} only. What the parent could do beyond such text, in other
-  languages or in long contexts was not measured and may be lost.
-- Not instruction tuned or aligned beyond its parent; pruning may have weakened what the parent had of either.
-- Expect the parent's biases and gaps.
-- {_licence_text(records)}
+{_limits(records)}
 
 ## Provenance
 
 {_provenance(records)}
 """
+
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or the hub id that it has been uploaded to
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))
+```
+
+With vLLM (not tested by this run): `vllm serve PATH`."""
+
+
+def _limits(records: RunRecords) -> str:
+    text = _measured_on(records)
+    return f"""- Measured on held-out text of {text} only. What the parent could do beyond such text, in other
+  languages or in long contexts was not measured and may be lost.
+- Not instruction tuned or aligned beyond its parent; pruning may have weakened what the parent had of either.
+- Expect the parent's biases and gaps.
+- {_licence_text(records)}"""
 
 
 def _exports(records: RunRecords) -> str:
@@ -270,7 +278,7 @@ def _method(records: RunRecords) -> str:
 
 
 def _choices(records: RunRecords) -> str:
-    """What else than the scores had a say in the cut."""
+    """The sentences on layers that were given by number, and on repairs."""
     steps, cut = repairs(records), records.cut
     by_number = layers_by_number(records) and cut is not None
     text = f" The layers were given by number: {', '.join(map(str, cut.layers))} stay." if cut and by_number else ""
@@ -295,7 +303,7 @@ def _sampling(records: RunRecords) -> str:
 
 
 def _licence_text(records: RunRecords) -> str:
-    """The parent's licence, the models that it goes back to in turn, and the files with the terms."""
+    """The parent's licence, the models that the parent was made from, and the files with the terms."""
     stated, before = parent_licence(records), parent_card(records).get("base_model")
     text = "Licence: the parent's applies; this card does not state it because the run did not know it."
     if stated:
@@ -314,7 +322,7 @@ def _prompt(records: RunRecords) -> str:
 
 
 def _provenance(records: RunRecords) -> str:
-    """Seed, machine, software, and what went into the student."""
+    """Seed, machine, software, and the digests of the student's inputs."""
     facts = {"Seed": str(records.recipe.seed)} | environments(records.stages)
     inputs = records.stages["student"].inputs
     facts |= {f"sha256 of the {name}": f"`{digest}`" for name, digest in inputs.items()}

@@ -1,4 +1,4 @@
-"""The report's section on why the student is as it is: its shape, its layers, its units, and what repaired the cut."""
+"""The report's section on why the student is as it is: its shape, its layers, its units, and the repair of the cut."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from minitron.shapes.layouts import Candidate
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
-OPEN_LAYERS = 16  # most rows of a table that is open at first
+OPEN_LAYERS = 16  # a table of more rows is closed at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
 UNIT_NAMES = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
 
@@ -45,7 +45,7 @@ def why(records: RunRecords) -> str:
 
 
 def shape_sentence(records: RunRecords) -> str:
-    """By which rule the shape came, in one sentence."""
+    """The rule that gave the shape, in one sentence."""
     prune, changes = records.recipe.prune, _changes(records)
     if records.search is not None:
         found = records.search.candidates
@@ -71,7 +71,7 @@ def _changes(records: RunRecords) -> str:
 
 
 def _verdict(found: Sequence[Candidate]) -> str:
-    """What the best candidate was judged by, against the next that was judged alike."""
+    """The measure of the best candidate, compared with the next candidate of the same measure."""
     best, *others = found
     if not best.losses:
         return f"its predicted damage, {nats(best.predicted)}, is the lowest"
@@ -105,7 +105,7 @@ def describe_search(records: RunRecords) -> str:
 
 
 def _search_figures(found: Sequence[Candidate]) -> list[str]:
-    """Costs against a loss that is comparable: at the first rung, else after the cut, else the prediction."""
+    """Figures of costs against the first loss that is comparable: after steps, after the cut, or predicted."""
     steps = sorted({int(step) for one in found for step in one.losses})
     step = next((str(step) for step in steps if step > 0), "0" if steps else None)
     y = "predicted damage" if step is None else "nats per token"
@@ -127,13 +127,13 @@ def _search_figures(found: Sequence[Candidate]) -> list[str]:
     ]
     if len(steps) > 1:
         curves = [{int(at): loss for at, loss in one.losses.items()} for one in here]
-        caption = "Each rung keeps the best quarter; step 0 is right after the cut"
-        figures.append(html.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
+        caption = "Each round keeps the best quarter; step 0 is right after the cut"
+        figures.append(html.figure(plots.elimination_curves(curves, y), "Successive elimination", caption))
     return figures
 
 
 def describe_units(records: RunRecords) -> str:
-    """Which layers, channels, neurons and heads stay, by which scores."""
+    """The layers, channels, neurons and heads that stay, and the scores that chose them."""
     scores, plan, cut = records.scores, records.plan, records.cut
     if scores is None or plan is None or cut is None:
         return ""
@@ -214,11 +214,11 @@ def _hidden_figure(records: RunRecords, of_units: UnitScores, cut: MadePlan) -> 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Which units of one dim a layer keeps.
+    """The units of one dim that a layer keeps.
 
-    mass: their share of the layer's scores; nan if those are all zero.
-    planned_mass: the same of the units that the scores chose.
-    otherwise: how many units the repair put in the place of those.
+    mass: their share of the layer's scores; nan if all scores are zero.
+    planned_mass: the share of the units that the scores chose.
+    otherwise: the number of units that the repair chose instead.
     """
 
     layer: int
@@ -229,7 +229,7 @@ class LayerChoice:
 
 
 def layer_choices(dim: str, scores: UnitScores, plan: MadePlan, cut: MadePlan) -> list[LayerChoice]:
-    """One for each layer that stays.
+    """A choice for each layer that stays.
 
     Args:
         plan, cut: before and after the repair.
@@ -254,7 +254,7 @@ def kept_mass(scores: Sequence[Number], kept: Iterable[int]) -> float:
 
 
 def _outcome(dim: str, before: Mapping[str, int], after: Mapping[str, int], choices: Sequence[LayerChoice]) -> str:
-    """How many stay, how much of the scores that is, and how the repair chose otherwise; shares are means of layers."""
+    """The number of kept units, their share of the scores, and the choices of the repair, as means over layers."""
     text = _kept(after[dim], before[dim])
     if after[dim] == before[dim]:
         return f"{text} in the layers that stay." if after["layers"] < before["layers"] else f"{text}."

@@ -261,7 +261,7 @@ def _shape_row(name: str, row: Evaluated) -> list[str]:
 
 
 def recipes_section(named: Mapping[str, RunRecords]) -> str:
-    """The recipe's keys in which the runs differ."""
+    """The keys in which the runs' recipes differ."""
     flat = {name: _flat(public_recipe(records)) for name, records in named.items()}
     keys = dict.fromkeys(key for recipe in flat.values() for key in recipe)
     rows = [

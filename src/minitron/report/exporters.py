@@ -1,4 +1,4 @@
-"""The formats that a run writes its student in besides the checkpoint, a row each: what it does, and its words."""
+"""The formats in which a run writes its student besides the checkpoint, a row each: what is done, and its words."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Export:
     """A student to be written in another format.
 
     name: of the model, for the names of its files.
-    config: the exporter's section of the recipe; None where it has no section.
-    source: where the text of the corpus is from.
+    config: the exporter's section of the recipe; None without a section.
+    source: of the text of the corpus.
     """
 
     student: Checkpoint

@@ -16,7 +16,7 @@ from minitron.report.records import RunRecords, exported
 
 @dataclass(frozen=True)
 class Upload:
-    """A file and its place in the repository, whose root is the model's directory."""
+    """A file and its path in the repository, whose root is the model's directory."""
 
     file: Path
     destination: str
@@ -48,7 +48,7 @@ def planned_uploads(records: RunRecords) -> list[Upload]:
 
 
 def require_repo_id(repo: str) -> None:
-    """Raises: MinitronError."""
+    """Raises: MinitronError for a name that the hub does not allow."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""What the report and the card read of recipe.yaml and of the stages' results, checked when they are read."""
+"""The parts of recipe.yaml and of stages' results that report and card read, checked when they are read."""
 
 from typing import Annotated, Literal
 
@@ -59,7 +59,7 @@ class FilesRecipe(Layout):
 
 
 class RunRecipe(Layout):
-    """recipe.yaml of a run, as far as its report and card read it."""
+    """The keys of a run's recipe.yaml that its report and card read."""
 
     model: str
     revision: str | None
@@ -72,7 +72,7 @@ class RunRecipe(Layout):
 
 
 class ScoresResult(Layout):
-    """The result of the stage scores, which names a criterion of layers only where they took a pass of their own."""
+    """The result of the stage scores, which names a criterion of layers only if it took a pass of its own."""
 
     layers: Annotated[str, choice(LAYER_CRITERIA)] = "block_influence"
 

@@ -51,7 +51,7 @@ from minitron.report.tables import (
 
 
 def write_report(records: RunRecords, out: Path | None = None) -> Path:
-    """Write report.html, into the run directory unless told otherwise; the same records give the same bytes.
+    """Write report.html, by default into the run directory; the same records give the same bytes.
 
     Raises: RunError if the file cannot be written.
     """
@@ -150,7 +150,7 @@ def results(records: RunRecords) -> str:
 
 
 def measured_tasks(records: RunRecords) -> str:
-    """Benchmarks of teacher and student, beside what the papers report."""
+    """The benchmarks of teacher and student, beside the values of the papers."""
     rows = benchmarks(records)
     if not rows:
         return ""
@@ -339,7 +339,7 @@ def provenance(records: RunRecords) -> str:
 
 
 def _cost(records: RunRecords, operations: int) -> str:
-    """Tokens, operations, hours, and energy where every stage knows its own."""
+    """Tokens, operations, hours, and energy if it is known for every stage."""
     seconds = sum(stage.seconds for stage in records.stages.values())
     trained = sum(training.tokens for training in records.results.trainings.values())
     joules = [stage.energy_joules for stage in records.stages.values()]

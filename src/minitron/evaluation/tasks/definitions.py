@@ -1,7 +1,7 @@
-"""Which task of lm-evaluation-harness a name is, and its definition with local rows where there are some.
+"""The definition of a task of lm-evaluation-harness by its name, with local rows where there are some.
 
-The harness's own definitions are taken as they are; only where rows come from is replaced. Ours are those of XL-Sum,
-which the harness lacks, and of folders of a general kind.
+The harness's definitions stay as they are but for the source of rows. Only XL-Sum, which the harness lacks, and folders
+of a general kind are defined here.
 """
 
 import re
@@ -16,7 +16,7 @@ from minitron.evaluation.tasks.suite import SUITE, BenchmarkTask
 
 # The keys of a task's definition, as the harness reads them.
 TaskConfig = dict[str, Any]
-# Where the harness keeps the tasks that are known here; others are found by looking through its files.
+# The harness's files of common tasks; other tasks are found by searching its files.
 FILES = {
     "winogrande": "winogrande/default.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -31,13 +31,13 @@ FILES = {
     "lambada_openai": "lambada/lambada_openai.yaml",
 }
 SUBJECTS = "mmlu/default/mmlu_{subject}.yaml"
-# Folders of tasks whose programs run through the metric code_eval, and of those that run them by themselves.
+# Folders of tasks that run programs through the metric code_eval, and of tasks that run them by themselves.
 RUN_BY_CODE_EVAL = ("humaneval", "humaneval_infilling", "mbpp")
 RUN_BY_THEMSELVES = ("cruxeval", "longproc")
 NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
 TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
-# The harness has no XL-Sum. Of its test set every fifth article, 20%, as the papers take.
+# The harness has no XL-Sum. Every fifth article of its test set is measured, 20%, as in the papers.
 XLSUM: TaskConfig = {
     "task": "xlsum_english",
     "dataset_path": "csebuetnlp/xlsum",
@@ -84,7 +84,7 @@ def version() -> str:
 
 
 def require_known(benchmark: BenchmarkTask, local: LocalTask | None, *, allow_code: bool) -> None:
-    """Raises: TaskError for a task that is not there, or that runs generated code without leave."""
+    """Raises: TaskError for an unknown task, or a task that runs generated code without permission."""
     name = benchmark.task
     if local is not None and local.kind is not None:
         return
@@ -109,7 +109,7 @@ def runs_code(name: str) -> bool:
 
 
 def definition(benchmark: BenchmarkTask, local: LocalTask | None) -> tuple[Any, str | None]:
-    """What the harness is to load, and the folder of its files that holds what belongs to it."""
+    """The task as the harness loads it, and the folder of the harness's files that belong to it."""
     name = benchmark.task
     if local is None:
         if name == XLSUM["task"]:
@@ -130,7 +130,7 @@ def definition(benchmark: BenchmarkTask, local: LocalTask | None) -> tuple[Any, 
 
 
 def _group(stock: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> Any:
-    """A group of the harness with other members, of which it averages the same metrics."""
+    """Make a group of the harness with other members, whose metrics it averages alike."""
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.config.group import GroupConfig
@@ -159,7 +159,7 @@ def _on_rows(
     fewshot: Sequence[JsonRow],
     subject: str = "",
 ) -> TaskConfig:
-    """The harness's definition of a task with its rows replaced."""
+    """Replace the rows of the harness's definition of a task."""
     of_task = (stock.get("fewshot_config") or {}).get("samples")  # the task brings its own examples
     shots = benchmark.shots if benchmark.shots is not None else stock.get("num_fewshot") or 0
     pool = [] if of_task else fewshot or rows
@@ -183,7 +183,7 @@ def _on_rows(
 
 
 def _dataset(splits: Mapping[str, Sequence[JsonRow]]) -> Callable[..., Any]:
-    """A function that gives the harness its dataset: in memory, with every key of any row in each."""
+    """Make a function that gives the harness its dataset in memory, with the keys of all rows in each row."""
 
     def make(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
@@ -207,7 +207,7 @@ def _every_fifth(docs: Any) -> Any:
 
 
 def _rouge() -> TaskConfig:
-    """ROUGE-L of a summary as the metric of XL-Sum: the F-measure, with stemming, as the rouge_score package has it."""
+    """The metric of XL-Sum: ROUGE-L of a summary, the F-measure with stemming, by the rouge_score package."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -229,7 +229,7 @@ def _root() -> Path:
 
 
 def _file_of(name: str) -> Path:
-    """The harness's file that defines a task or a group.
+    """Find the harness's file that defines a task or a group.
 
     Raises: TaskError, with the nearest name.
     """
@@ -244,7 +244,7 @@ def _file_of(name: str) -> Path:
 
 @cache
 def _all_files() -> dict[str, Path]:
-    """Name of each task, group and tag -> the file that names it first. Faster than the harness's own index."""
+    """Map each task, group and tag to the first file that names it, faster than the harness's index."""
     found: dict[str, Path] = {}
     for file in sorted(_root().rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
@@ -255,7 +255,7 @@ def _all_files() -> dict[str, Path]:
 
 
 def _plain(file: Path) -> TaskConfig:
-    """A definition with the names of its functions, none of which is imported."""
+    """Load a definition with the names of its functions, without importing them."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(file, resolve_func=False)

@@ -1,5 +1,6 @@
-"""Benchmarks of models on disk: what is asked is checked first, what is known is not measured again, and models are
-measured one after the other on the same items with the same prompts.
+"""Benchmarks of models on disk.
+
+Tasks and rows are checked first, kept results are not measured again, and all models get the same items and prompts.
 """
 
 import hashlib
@@ -23,9 +24,9 @@ from minitron.evaluation.tasks.sandbox import require_sandbox
 from minitron.evaluation.tasks.suite import SUITES, BenchmarkTask, chosen
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, model_files, open_checkpoint
 
-CACHE = "MINITRON_CACHE"  # environment: where results are kept, instead of the user's cache directory
-KEY_FORMAT = 2  # another one makes all results be measured again
-# A model is streamed where its weights are more than this share of free memory: activations need some too.
+CACHE = "MINITRON_CACHE"  # environment variable: a directory for results, instead of the user's cache directory
+KEY_FORMAT = 2  # another number makes all results be measured again
+# A model is streamed if its weights take more than this share of free memory; activations need some too.
 SHARE_FOR_WEIGHTS = 0.8
 
 Key = Mapping[str, object]  # what a kept result depends on
@@ -37,11 +38,11 @@ class TaskOptions:
     """How benchmarks are measured.
 
     limit: items of each task (of each subject of MMLU); None for all.
-    shots: examples in the prompt, instead of each task's own number.
+    shots: examples in the prompt, instead of each task's number.
     allow_code: whether code that the model writes may run, in the sandbox.
     chat: whether prompts go through the model's chat template.
-    streamed: one layer in memory at a time; None where the model does not fit.
-    batch: rows per forward call; None for what memory takes.
+    streamed: whether one layer is in memory at a time; None where the model does not fit.
+    batch: rows per forward call; None for as many as memory allows.
     """
 
     limit: int | None = None
@@ -54,7 +55,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Benchmarks that can be measured, each with its local rows where there are some."""
+    """Benchmarks that can be measured, with their local rows."""
 
     benchmarks: tuple[BenchmarkTask, ...]
     local: Mapping[str, LocalTask]
@@ -62,7 +63,7 @@ class TaskPlan:
 
     @property
     def digest(self) -> str:
-        """Of the local rows."""
+        """The digest of the local rows."""
         parts = [f"{name} {task.digest}\n" for name, task in sorted(self.local.items())]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -78,7 +79,7 @@ def plan_tasks(
 
     Args:
         tasks: names of tasks and suites; none for all that the directory holds.
-        directory: local rows, one folder per task. Of a suite, tasks without a folder are then left out.
+        directory: local rows, one folder per task. Tasks of a suite without a folder are left out.
 
     Raises: TaskError.
     """
@@ -109,11 +110,7 @@ def _runs_code(benchmark: BenchmarkTask, local: LocalTask | None) -> bool:
 
 
 def measure_tasks(
-    models: Mapping[str, Path],
-    plan: TaskPlan,
-    *,
-    cache: Path | None = None,
-    listener: Listener = SILENT,
+    models: Mapping[str, Path], plan: TaskPlan, *, cache: Path | None = None, listener: Listener = SILENT
 ) -> TaskResults:
     """Measure each model in each task, and return the results in the order of both.
 
@@ -187,7 +184,7 @@ def _open_model(
 
 
 def cache_directory() -> Path:
-    """Where the command line keeps results.
+    """The directory in which the command line keeps results.
 
     Raises: MinitronError for a MINITRON_CACHE that is no path.
     """
@@ -197,7 +194,7 @@ def cache_directory() -> Path:
 
 
 def _usable(cache: Path, listener: Listener) -> Path | None:
-    """The cache, where it can be written."""
+    """The cache if it can be written, else None after a warning."""
     if cache.parts[0].startswith("~"):
         _without(listener, "the home directory is not known")
         return None
@@ -235,7 +232,7 @@ def _key(benchmark: BenchmarkTask, plan: TaskPlan, checkpoint: Checkpoint, cache
 
 
 def _model_digest(checkpoint: Checkpoint, cache: Path) -> str:
-    """Of its files, each read only if it has changed since it was last digested."""
+    """Digest the model's files, each of which is read only if it has changed since the last time."""
     file = cache / "digests.json"
     known = read_digests(file)
     before = dict(known)
@@ -251,12 +248,12 @@ def _file_of(cache: Path, key: Key) -> Path:
 
 
 def _seal(result: Any) -> str:
-    """So that a number which a bad disk or an editor changed is not taken for a result."""
+    """Digest a result, so that a number changed by a bad disk or an editor is not taken for it."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def _known(cache: Path, key: Key) -> TaskResult | None:
-    """A file that is damaged, or of another key, is as none: the result is measured again and the file replaced."""
+    """The kept result; None where the file is missing, damaged or of another key, and will be replaced."""
     try:
         raw = json.loads(_file_of(cache, key).read_text(encoding="utf-8"))
         if raw["key"] != key or raw["sha256"] != _seal(raw["result"]):
@@ -267,7 +264,7 @@ def _known(cache: Path, key: Key) -> TaskResult | None:
 
 
 def _keep(cache: Path, key: Key, result: TaskResult, listener: Listener) -> bool:
-    """Whether the cache took it: a disk that is full now need not end the measuring."""
+    """Keep a result, and return whether that worked: a full disk need not end the measuring."""
     row = result.to_dict()
     try:
         write_json(_file_of(cache, key), {"key": dict(key), "result": row, "sha256": _seal(row)})

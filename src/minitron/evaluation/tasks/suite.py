@@ -1,4 +1,4 @@
-"""The benchmarks of the Minitron papers, with their shots, and what a measured task says."""
+"""The benchmarks of the Minitron papers, with their shots, and the results of a model and its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +15,9 @@ SAMPLED_CODE = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
 class BenchmarkTask:
     """A task of the harness and how it is measured.
 
-    shots: examples in the prompt; None for as many as the task says.
-    metric: which of its metrics is the result, and `filter` which way of reading an answer; None for the first known.
+    shots: examples in the prompt; None for the task's number.
+    metric: the metric that is the result; None for the first known.
+    filter: the way of reading an answer; None for the first.
     generation: options of generated answers, on top of the task's.
     """
 
@@ -45,15 +46,15 @@ SUITE: dict[str, BenchmarkTask] = {
 }
 # Names that stand for several tasks.
 SUITES = {"minitron": SUITE}
-# The result of a task that is not in the suite: the first of these that it has, else its first metric.
+# The metrics that are the result of a task outside the suite, in this order; else its first metric is.
 PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1")
 
 
 def chosen(tasks: Sequence[str], shots: int | None = None) -> list[BenchmarkTask]:
-    """The benchmarks of these names; a suite's name stands for all of its tasks, which are as the papers measure them.
+    """The benchmarks of these names; the name of a suite stands for all of its tasks, measured as in the papers.
 
     Args:
-        shots: instead of theirs.
+        shots: instead of each task's number.
 
     Raises: TaskError for a name that is given twice.
     """
