@@ -13,14 +13,12 @@ from pathlib import Path
 
 from lib.measure import header, publish, table
 
-from minitron.calibration.collect import measure_statistics
-from minitron.calibration.statistics import CalibrateConfig, Statistics
-from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, draw_samples, prepare
-from minitron.evaluation.quality import Evaluation, evaluate
+from minitron.calibration.collect import Statistics, measure_statistics
+from minitron.calibration.statistics import CalibrateConfig
+from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.evaluation.quality import Evaluation, measure_quality
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
-from minitron.model.tokenizer import load_tokenizer
+from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import choose
@@ -119,7 +117,7 @@ def after_cut(
     scores = score_units(statistics_, checkpoint.shape, config)
     with tempfile.TemporaryDirectory() as path:
         cut(checkpoint, choose(scores, checkpoint.shape, shape), Path(path))
-        return evaluate(load_model(Path(path)), corpus.heldout.head(blocks), teacher=teacher)
+        return measure_quality(load_model(Path(path)), corpus.heldout.head(blocks), teacher=teacher)
 
 
 def spread(values: list[float]) -> str:

@@ -22,7 +22,7 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, Schedule, resolve
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.tasks.questions import read_questions
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
@@ -155,7 +155,7 @@ def measured(
         for directory in (pruned, student, state):
             directory.mkdir()
         cut(checkpoint, plan, pruned)
-        before = evaluate(load_model(pruned), heldout, teacher=teacher)
+        before = measure_quality(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
         if distilled:
             weights_rms = checkpoint.weights_rms()
@@ -168,7 +168,7 @@ def measured(
             )
             schedule = Schedule.of_student(config, corpus.block_tokens, 0)
             distill(Training(pruned, TeacherSource(checkpoint.path), corpus, schedule, state), student)
-            after = evaluate(load_model(student), heldout, teacher=teacher)
+            after = measure_quality(load_model(student), heldout, teacher=teacher)
             values += [after.lm_loss, after.kl_to_teacher]
     return [f"{value or 0.0:.3f}" for value in values] + [""] * (4 - len(values))
 

@@ -28,8 +28,8 @@ from lib.measure import header, publish, table
 
 from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import GgufError
-from minitron.gguf.config import LADDER
-from minitron.gguf.file import GgufModel, describe, plain_types, write_gguf
+from minitron.gguf.config import GGUF_TYPES
+from minitron.gguf.file import GgufModel, describe_gguf, plain_types, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
 from minitron.gguf.types import file_keys, mixture, write_quantized
 from minitron.model.checkpoint import open_checkpoint
@@ -41,7 +41,7 @@ from minitron.recipe import DEMO_TEACHER
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 import golden_models
 
-TYPES = [name for name in LADDER if name != "F32"]  # which is what both start from
+TYPES = [name for name in GGUF_TYPES if name != "F32"]  # which is what both start from
 CHUNK, CHUNKS = 512, 20  # of text, for the importance matrix
 
 
@@ -119,7 +119,7 @@ def compared(
 
 def importance_compared(work: Path, tools: Path, text: Path | None) -> str:
     checkpoint = open_checkpoint(DEMO_TEACHER)
-    model, plain = describe(checkpoint), work / "demo.gguf"
+    model, plain = describe_gguf(checkpoint), work / "demo.gguf"
     write_gguf(model, plain, plain_types(model, BlockType.F32), keys=file_keys("F32", None, ""))
     source, theirs = work / "text.txt", work / "theirs.gguf"
     source.write_text(text.read_text() if text else _text())

@@ -23,7 +23,7 @@ from full_size import CASES, copy_seconds, drop_caches, sync, write_model
 from lib.measure import PeakMemory, header, in_fresh_process, publish, table
 
 from minitron.cli.process import keep_freed_memory
-from minitron.gguf.file import describe
+from minitron.gguf.file import describe_gguf
 from minitron.gguf.types import mixture, write_quantized
 from minitron.model.checkpoint import open_checkpoint
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 def write(model: str, file: str, kind: str, threads: int) -> dict[str, Any]:
     keep_freed_memory()  # as every command does
-    described = describe(open_checkpoint(Path(model)))
+    described = describe_gguf(open_checkpoint(Path(model)))
     start = time.monotonic()
     with PeakMemory() as memory:
         write_quantized(described, mixture(described, kind, informed=False), Path(file), threads=threads)

@@ -15,9 +15,9 @@ from pathlib import Path
 from lib.measure import header, publish, table
 
 from minitron import api
-from minitron.data.config import DataConfig
-from minitron.gguf.config import LADDER, QuantizeConfig
-from minitron.gguf.file import bits_per_weight, describe
+from minitron.data.corpus import DataConfig
+from minitron.gguf.config import GGUF_TYPES, QuantizeConfig
+from minitron.gguf.file import bits_per_weight, describe_gguf
 from minitron.gguf.quantize import TABLE
 from minitron.gguf.types import mixture
 from minitron.model.checkpoint import open_checkpoint
@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("--name", default="the demo teacher")
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--heldout")
-    parser.add_argument("--types", default=",".join(name for name in LADDER if name not in ("F32", "BF16", "F16")))
+    parser.add_argument("--types", default=",".join(name for name in GGUF_TYPES if name not in ("F32", "BF16", "F16")))
     parser.add_argument("--against", default=AGAINST)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=64)
     parser.add_argument("--threads", type=int, help="default all cores")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, against = describe(open_checkpoint(args.model)), args.against.split(",")
+    model, against = describe_gguf(open_checkpoint(args.model)), args.against.split(",")
     bits = {kind: bits_per_weight(model, mixture(model, kind, informed=True).types) for kind in against}
     # The label of a mixture is its bits, so those of the types are said to a hundredth, rounded down.
     floors = {kind: int(100 * value) / 100 for kind, value in bits.items()}

@@ -29,7 +29,7 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill, distill_until
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pruning.config import PruneConfig
@@ -210,7 +210,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
 
 def quality_of(bench: Bench, path: Path) -> dict[str, Any]:
     teacher = load_model(bench.teacher.path)
-    return evaluate(load_model(path), bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=teacher).to_dict()
+    return measure_quality(load_model(path), bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=teacher).to_dict()
 
 
 @dataclass(frozen=True)

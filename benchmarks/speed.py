@@ -19,7 +19,7 @@ from lib.measure import header, publish, table
 
 from minitron import api
 from minitron.core.text import rate, short_count, shown, size, with_range
-from minitron.evaluation.engines import measure_models
+from minitron.evaluation.engines import SpeedOptions, measure_speed
 from minitron.gguf.config import QuantizeConfig
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.cut import cut
@@ -104,7 +104,7 @@ def gguf(model: Path, kind: str, work: Path, name: str | None = None) -> Path:
 
 
 def section(title: str, pair: tuple[Path, Path], published: float | None, options: dict[str, Any]) -> str:
-    facts = measure_models(str(pair[1]), str(pair[0]), **options)
+    facts = measure_speed(str(pair[1]), str(pair[0]), SpeedOptions(**options)).to_dict()
     rows = []
     for row in facts["rows"]:
         for name in ("teacher", "student", "ratio"):

@@ -28,9 +28,8 @@ from minitron.evaluation.tasks.definitions import FILES, SUBJECTS, version
 from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
 from minitron.evaluation.tasks.models import InMemory, Streamed
 from minitron.evaluation.tasks.rows import LocalTask
-from minitron.evaluation.tasks.suite import Benchmark
-from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.tokenizer import load_tokenizer
+from minitron.evaluation.tasks.suite import BenchmarkTask
+from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.report.tables import score
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"
@@ -78,14 +77,13 @@ chance in all but the two stories tasks; the student is a plain cut of it, witho
     publish(text, args.out)
 
 
-def compared(path: Path, benchmark: Benchmark, local: LocalTask, args: argparse.Namespace) -> list[str]:
+def compared(path: Path, benchmark: BenchmarkTask, local: LocalTask, args: argparse.Namespace) -> list[str]:
     """A row of the table; raises where items are not the same."""
     task = harness.load_task(benchmark, local)
     limit = args.generated if task.generates else args.limit
-    quiet: dict[str, Any] = {"progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
-        ours = InMemory(load_model(path), load_tokenizer(path), batch=1 if task.generates else None, **quiet)
-        layers = Streamed(open_checkpoint(path), load_tokenizer(path), batch=None, **quiet)
+        ours = InMemory(load_model(path), load_tokenizer(path), batch=1 if task.generates else None)
+        layers = Streamed(open_checkpoint(path), load_tokenizer(path))
     started = time.perf_counter()
     result, samples = harness.run_task(task, ours, limit=limit, samples=True)
     own_seconds = time.perf_counter() - started
@@ -103,12 +101,12 @@ def compared(path: Path, benchmark: Benchmark, local: LocalTask, args: argparse.
         gap = f"{max(_gap(*pair) for pair in pairs):.1e}"
         streamed_gap = f"{max(_gap(*pair) for n in samples for pair in zip(samples[n], streamed[n], strict=True)):.1e}"
     assert same == len(pairs), (benchmark.task, same, len(pairs))
-    cells = [benchmark.task, str(result.shots), str(result.n), score(result.to_dict()), f"{same} of {len(pairs)}"]
+    cells = [benchmark.task, str(result.shots), str(result.n), score(result), f"{same} of {len(pairs)}"]
     return [*cells, gap, streamed_gap, f"{own_seconds:.1f}", streamed_seconds, f"{direct_seconds:.1f}"]
 
 
 def by_hand(
-    path: Path, benchmark: Benchmark, local: LocalTask, limit: int, *, generates: bool, longest: int
+    path: Path, benchmark: BenchmarkTask, local: LocalTask, limit: int, *, generates: bool, longest: int
 ) -> Samples:
     """Items of the harness called directly, by the names that ours have."""
     with tempfile.TemporaryDirectory() as directory:
@@ -138,7 +136,7 @@ def by_hand(
 
 
 def _definition(
-    benchmark: Benchmark, local: LocalTask, subject: str, files: dict[str, str], work: Path, longest: int
+    benchmark: BenchmarkTask, local: LocalTask, subject: str, files: dict[str, str], work: Path, longest: int
 ) -> list[str]:
     task = benchmark.task
     if local.kind is not None:

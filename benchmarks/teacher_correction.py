@@ -38,7 +38,7 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, Schedule, resolve
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import CORRECTED, Training, distill
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.model.checkpoint import load_model
 from minitron.pruning.repair import BEST
 
@@ -114,7 +114,7 @@ def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float)
 def kl(bench: Bench, student: Path, teacher: Path) -> float:
     device = pick_device()
     models = [load_model(path, torch.float32).to(device) for path in (student, teacher)]
-    found = evaluate(models[0], bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=models[1]).kl_to_teacher
+    found = measure_quality(models[0], bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=models[1]).kl_to_teacher
     assert found is not None
     return found
 

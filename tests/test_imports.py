@@ -38,7 +38,19 @@ STAGES = {
         *("verify", "mixtures", "quantize"),
     ),
     "data": ("layouts", "sources", "config", "overlap", "corpus", "sampling", "supply"),
-    "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
+    "report": (
+        "published",
+        "html",
+        "tables",
+        "layouts",
+        "plots",
+        "exporters",
+        "records",
+        "choices",
+        "page",
+        "comparison",
+        "card",
+    ),
     "cli": (
         *(
             "parse",

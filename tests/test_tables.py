@@ -10,15 +10,20 @@ import pytest
 import small
 import tiny
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from minitron.core.config import Section, WordedRow, choice, choices_of
+from minitron.core.files import write_json
+from minitron.core.layouts import FileName, Layout
 from minitron.core.run_layout import STAGES
+from minitron.core.typed_files import FileKind
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES
 from minitron.distillation.objective import Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
+from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.run import run
 from minitron.pipeline.stages import PIPELINE, Run, Stage
 from minitron.pruning.config import PruneConfig
@@ -27,6 +32,10 @@ from minitron.pruning.importance import CRITERIA, Scores
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair import BEST, REPAIRS, Repair, RepairConfig
 from minitron.recipe import Recipe, build_recipe
+from minitron.report import html
+from minitron.report.exporters import EXPORTERS, Export, Exporter
+from minitron.report.hub import planned_uploads
+from minitron.report.records import read_run
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "distill.loss": LOSSES,
@@ -197,6 +206,43 @@ def test_a_stage_that_is_added_works_to_report_and_card(
 
 def test_the_stages_of_a_run_are_those_that_the_layout_describes() -> None:
     assert list(PIPELINE) == list(STAGES)
+
+
+class Names(Layout):
+    tensors: int
+    files: list[FileName]
+
+
+def test_an_exporter_that_is_added_works_to_report_card_and_push(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(export: Export, out: Path) -> dict[str, object]:
+        names = [spec.name for spec in export.student.specs()]
+        (out / "names.txt").write_text("\n".join(names))
+        table: dict[str, object] = {"tensors": len(names), "files": ["names.txt"]}
+        write_json(out / "table.json", table)
+        return table
+
+    row = Exporter(
+        title="Names of tensors",
+        write=write,
+        table="table.json",
+        kind=FileKind("a table of names", TypeAdapter(Names)),
+        report=lambda found: [html.note(f"{found.tensors} names were written.")],
+        card=lambda found, prompt: f"{found.files[0]} has {found.tensors} names.",
+        files=lambda found, directory: [directory / file for file in found.files],
+    )
+    monkeypatch.setitem(EXPORTERS, "names", row)
+    out = tmp_path / "out"
+    report, card = published(raw, out)
+    count = len(list(open_checkpoint(out / "student").specs()))
+    assert f'<h2>Names of tensors</h2>\n<p class="note">{count} names were written.</p>' in report
+    assert f"\n## Names of tensors\n\nnames.txt has {count} names.\n\n## How it was made" in card
+    assert len((out / "names" / "names.txt").read_text().splitlines()) == count
+    assert out / "names" / "names.txt" in [upload.file for upload in planned_uploads(read_run(out))]
+    before = (out / "names" / "record.json").read_bytes()
+    assert run(build_recipe(raw), out).stages["names"].result["tensors"] == count
+    assert (out / "names" / "record.json").read_bytes() == before
 
 
 def test_a_section_that_is_made_before_a_row_is_added_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from minitron.distillation.recording import record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resolve
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, blocks_read, distill
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
@@ -251,7 +251,7 @@ class Bench:
         if not hasattr(self, "_model"):
             self._model = load_model(self.teacher.path, torch.float32).to(device)
         model = load_model(path, torch.float32).to(device)
-        quality = evaluate(model, self.corpus.heldout.head(HELDOUT_BLOCKS), teacher=self._model)
+        quality = measure_quality(model, self.corpus.heldout.head(HELDOUT_BLOCKS), teacher=self._model)
         assert quality.kl_to_teacher is not None
         return {"loss": quality.lm_loss, "kl": quality.kl_to_teacher}
 

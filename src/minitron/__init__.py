@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from minitron.api import generate as generate
     from minitron.api import inspect as inspect
     from minitron.api import measure_speed as measure_speed
+    from minitron.api import plan_quantized as plan_quantized
     from minitron.api import prune as prune
     from minitron.api import quantize as quantize
     from minitron.api import run as run
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
     from minitron.core.progress import Listener as Listener
     from minitron.data.config import DataConfig as DataConfig
     from minitron.distillation.config import DistillConfig as DistillConfig
+    from minitron.evaluation.engines import SpeedModel as SpeedModel
+    from minitron.evaluation.engines import SpeedOptions as SpeedOptions
+    from minitron.evaluation.engines import SpeedResult as SpeedResult
+    from minitron.evaluation.layouts import Ratios as Ratios
+    from minitron.evaluation.layouts import Speed as Speed
+    from minitron.evaluation.layouts import TaskResult as TaskResult
     from minitron.evaluation.quality import EvaluateConfig as EvaluateConfig
     from minitron.evaluation.quality import Evaluation as Evaluation
+    from minitron.evaluation.speed import Load as Load
+    from minitron.evaluation.speed import SpeedRow as SpeedRow
     from minitron.evaluation.tasks.measure import TaskOptions as TaskOptions
+    from minitron.evaluation.tasks.suite import BenchmarkResult as BenchmarkResult
     from minitron.gguf.config import QuantizeConfig as QuantizeConfig
+    from minitron.gguf.layouts import Measured as Measured
+    from minitron.gguf.layouts import QuantizedModel as QuantizedModel
+    from minitron.gguf.layouts import WrittenFile as WrittenFile
+    from minitron.gguf.quantize import PlannedFile as PlannedFile
     from minitron.model.architecture import Architecture as Architecture
     from minitron.model.architecture import Shape as Shape
     from minitron.model.checkpoint import Checkpoint as Checkpoint
@@ -46,15 +60,22 @@ if TYPE_CHECKING:
 
 # Module -> the names that `minitron` has of it. Imported when used, so that `minitron --help` does not wait for torch.
 _PUBLIC = {
-    "minitron.api": "benchmark calibrate distill evaluate generate inspect measure_speed prune quantize run search",
+    "minitron.api": "benchmark calibrate distill evaluate generate inspect "
+    "measure_speed plan_quantized prune quantize run search",
     "minitron.calibration.statistics": "CalibrateConfig Statistics",
     "minitron.core.errors": "MinitronError",
     "minitron.core.progress": "Listener",
     "minitron.data.config": "DataConfig",
     "minitron.distillation.config": "DistillConfig",
+    "minitron.evaluation.engines": "SpeedModel SpeedOptions SpeedResult",
+    "minitron.evaluation.layouts": "Ratios Speed TaskResult",
     "minitron.evaluation.quality": "EvaluateConfig Evaluation",
+    "minitron.evaluation.speed": "Load SpeedRow",
     "minitron.evaluation.tasks.measure": "TaskOptions",
+    "minitron.evaluation.tasks.suite": "BenchmarkResult",
     "minitron.gguf.config": "QuantizeConfig",
+    "minitron.gguf.layouts": "Measured QuantizedModel WrittenFile",
+    "minitron.gguf.quantize": "PlannedFile",
     "minitron.model.architecture": "Architecture Shape",
     "minitron.model.checkpoint": "Checkpoint open_checkpoint",
     "minitron.model.families": "FAMILIES",

@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +14,7 @@ from minitron.calibration import collect
 from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.core import parallel
 from minitron.core.device import pick_device
-from minitron.core.errors import DataError, PlanError
+from minitron.core.errors import DataError, MinitronError, PlanError
 from minitron.core.files import (
     atomic_directory,
     beside,
@@ -30,15 +31,14 @@ from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable
 from minitron.distillation.teachers import TeacherSource, require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED, Trained
-from minitron.evaluation import engines, quality
-from minitron.evaluation import generate as generation
-from minitron.evaluation.generate import num_new_tokens, prompt_of, require_temperature
-from minitron.evaluation.quality import EvaluateConfig
+from minitron.evaluation.engines import measure_speed as measure_speed
+from minitron.evaluation.generate import generate_text, num_new_tokens, prompt_of, require_temperature
+from minitron.evaluation.quality import EvaluateConfig, Evaluation, measure_quality
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
-from minitron.evaluation.tasks.suite import kept
-from minitron.gguf import quantize as ladder
-from minitron.gguf.config import QuantizeConfig
-from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, plan_files, require_possible
+from minitron.evaluation.tasks.suite import BenchmarkResult
+from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig, require_gguf
+from minitron.gguf.layouts import QuantizedModel
+from minitron.gguf.reader import is_gguf
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_config
 from minitron.model.config_json import read_config
@@ -47,6 +47,7 @@ from minitron.model.draft import Draft, draft_table
 from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
 from minitron.model.samples import Samples
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.rules import require_distill_effects
@@ -61,7 +62,8 @@ from minitron.shapes.rank import Ranking
 from minitron.shapes.space import SearchConfig, feasible_for, machine_for
 from minitron.shapes.trial import Trials, rank_shapes
 
-measure_speed = engines.measure_models
+if TYPE_CHECKING:
+    from minitron.gguf.quantize import PlannedFile
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -366,29 +368,36 @@ def evaluate(
     batch: int = EvaluateConfig().batch,
     whole: bool = False,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Measure one model on the part of the data that a run holds out, or with `whole` on all of it."""
+) -> Evaluation:
+    """Measure one model on the part of the data that a run holds out, or with `whole` on all of it.
+
+    A GGUF file is measured in llama.cpp, block by block.
+    """
+    if is_gguf(model):
+        require_gguf()
+        from minitron.evaluation.gguf_files import evaluate_gguf
+
+        return evaluate_gguf(Path(model), teacher, data_config, blocks=blocks, whole=whole, listener=listener)
     if data_config.source == TEACHER:
         raise DataError(
             "text is sampled from the teacher to prune or distil it, and not to evaluate: "
             f"give text, such as data/{SAMPLED} of a run that sampled some"
         )
     checkpoint = open_checkpoint(resolve_model(model))
-    guide = None
+    loaded_teacher = None
     if teacher is not None:
         reference = open_checkpoint(resolve_model(teacher))
         require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
-        guide = load_model(reference.path).to(pick_device())
+        loaded_teacher = load_model(reference.path).to(pick_device())
     with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
-        measured = quality.evaluate(
+        return measure_quality(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
-            teacher=guide,
+            teacher=loaded_teacher,
             batch=batch,
-            progress=lambda done, total: listener.progress(done, total, "blocks"),
+            progress=partial(listener.progress, note="blocks"),
         )
-    return measured.to_dict()
 
 
 def benchmark(
@@ -400,36 +409,43 @@ def benchmark(
     *,
     cache: Path | None,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Measure one model in benchmarks, and its teacher on the same items.
 
-    Keys: tasks, of the model, and with a teacher also teacher_tasks, and kept: the model's value over the teacher's.
+    Raises: MinitronError for a GGUF file; TaskError for a task that cannot be measured.
     """
-    plan = plan_tasks(tasks, directory, options, warn=listener.warn)
+    for named in (model, teacher):
+        if named is not None and is_gguf(named):
+            raise MinitronError(
+                f"{named}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
+                "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
+            )
+    plan = plan_tasks(tasks, directory, options, listener=listener)
     paths = {"model": resolve_model(model)} | ({"teacher": resolve_model(teacher)} if teacher else {})
     listener.stage("benchmarks", "running")
-    results = measure_tasks(paths, plan, cache=cache, progress=listener.progress, warn=listener.warn)
+    results = measure_tasks(paths, plan, cache=cache, listener=listener)
     listener.stage("benchmarks", "done")
-    facts: dict[str, Any] = {"tasks": {name: one.to_dict() for name, one in results["model"].items()}}
-    if teacher:
-        facts["teacher_tasks"] = {name: one.to_dict() for name, one in results["teacher"].items()}
-        facts["kept"] = {name: kept(one, results["teacher"][name]) for name, one in results["model"].items()}
-    return facts
+    return BenchmarkResult(results["model"], results.get("teacher"))
 
 
 def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
-    """The continuation of a prompt by a model on disk.
+    """Continue a prompt with a model on disk; a GGUF file runs in llama.cpp.
 
     Args:
         new_tokens: None for USUAL_NEW_TOKENS, or as many as the model's context has room for.
     """
+    if is_gguf(model):
+        require_gguf()
+        from minitron.evaluation.gguf_files import generate_gguf
+
+        return generate_gguf(Path(model), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
     require_temperature(temperature)
     checkpoint = open_checkpoint(resolve_model(model))
-    tokenizer, context = checkpoint.tokenizer, checkpoint.config.get("max_position_embeddings")
+    tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
     loaded = load_model(checkpoint.path).to(pick_device())
-    return generation.generate(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    return generate_text(loaded, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
 
 def quantize(
@@ -440,12 +456,15 @@ def quantize(
     importance_file: Path | None,
     out: Path,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
+) -> QuantizedModel:
     """Write GGUF files of one model, with their table, and its importance matrix where there is one.
 
     Args:
         data_config: None for no calibration.
     """
+    require_gguf()
+    from minitron.gguf.quantize import QuantizeText, require_possible, write_ladder
+
     prove_directory(out, inputs=[model])
     checkpoint = open_checkpoint(resolve_model(model))
     informed = data_config is not None or importance_file is not None
@@ -460,11 +479,11 @@ def quantize(
             corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
             tokens = draw_samples(corpus, config.samples, 0).tokens
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-            text = Text(tokens, heldout, data_config.source)
+            text = QuantizeText(tokens, heldout, data_config.source)
             keep_sampled(corpus.path, partial)
         name = model_name(model)
         listener.stage("quantize", "running")
-        table = ladder.quantize(
+        table = write_ladder(
             checkpoint, config, partial, text=text, importance_file=importance_file, name=name, listener=listener
         )
     listener.stage("quantize", "done")
@@ -473,11 +492,16 @@ def quantize(
 
 def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
     """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
+    from minitron.gguf.quantize import plan_files
+
     mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]
-    files = [row["bytes"] for row in plan_files(checkpoint, config, informed=informed)]
+    files = [file.bytes for file in plan_files(checkpoint, config, informed=informed)]
     return round(sum(files) + sum(config.sizes) + sum(mixtures))
 
 
-def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize` would write; no weights are read."""
+def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> "list[PlannedFile]":
+    """Plan the files that `quantize` would write, without reading weights."""
+    require_gguf()
+    from minitron.gguf.quantize import plan_files
+
     return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)

@@ -19,7 +19,7 @@ from minitron.data.corpus import Corpus, batch_rows, open_corpus
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import Schedule, num_steps, of_correction, of_scratch
 from minitron.distillation.train import CORRECTED, distill
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.run import run
 from minitron.pruning.cut import cut
@@ -365,12 +365,12 @@ def test_a_corrected_run_is_measured_against_the_teacher_as_it_was_given(before:
     losses = {}
     for name, guide in (("teacher", None), (CORRECTED, original), ("student", original)):
         path = before.parent / "teacher" if name == "teacher" else before / name
-        expected = evaluate(tiny.model(path), heldout, teacher=guide).to_dict()
+        expected = measure_quality(tiny.model(path), heldout, teacher=guide).to_dict()
         measured = json.loads((before / "evaluations" / f"{name}.json").read_text())
         assert {key: measured[key] for key in expected} == pytest.approx(expected)
         losses[name] = measured["lm_loss"]
     corrected = tiny.model(before / CORRECTED)
-    again = evaluate(tiny.model(before / "student"), heldout, teacher=corrected).kl_to_teacher
+    again = measure_quality(tiny.model(before / "student"), heldout, teacher=corrected).kl_to_teacher
     assert measured["kl_to_corrected"] == pytest.approx(again)
     assert "the KL divergence to the corrected one on held-out text is" in (before / "report.html").read_text()
     assert losses[CORRECTED] < losses["teacher"]

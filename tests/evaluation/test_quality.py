@@ -16,7 +16,7 @@ import torch
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data.corpus import Blocks, Corpus
 from minitron.evaluation import quality
-from minitron.evaluation.quality import Evaluation, evaluate
+from minitron.evaluation.quality import Evaluation, measure_quality
 from minitron.model.samples import Batch, Separator
 
 VARIANTS = ["llama", "llama-tied", "mistral-window", "gemma2", "granite"]  # the last two transform their logits
@@ -64,7 +64,7 @@ def test_every_number_is_that_of_a_naive_loop(pair: tuple[Any, Any, Corpus]) -> 
     model, teacher, corpus = pair
     blocks = corpus.heldout.head(12)
     expected = by_loop(model, teacher, blocks)
-    assert evaluate(model, blocks, teacher=teacher).to_dict() == pytest.approx(expected.to_dict(), rel=1e-5)
+    assert measure_quality(model, blocks, teacher=teacher).to_dict() == pytest.approx(expected.to_dict(), rel=1e-5)
     assert expected.kl_to_teacher > 0.01 and 0.1 < expected.top1_agreement < 1
 
 
@@ -74,7 +74,7 @@ def test_bits_per_byte_are_of_the_text_behind_the_tokens(pair: tuple[Any, Any, C
     predicted = corpus.heldout.select(slice(None))[:, 1:]
     # The text is ASCII, so every token decodes by itself.
     text_bytes = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in predicted)
-    found = evaluate(model, corpus.heldout)
+    found = measure_quality(model, corpus.heldout)
     assert found.tokens == predicted.size
     assert found.bits_per_byte == pytest.approx(found.lm_loss * predicted.size / (math.log(2) * text_bytes), rel=1e-12)
 
@@ -85,22 +85,22 @@ def test_batches_and_chunks_do_not_matter(
 ) -> None:
     model, teacher, corpus = pair
     blocks = corpus.heldout.head(10)
-    expected = evaluate(model, blocks, teacher=teacher).to_dict()
+    expected = measure_quality(model, blocks, teacher=teacher).to_dict()
     if chunk:
         monkeypatch.setattr(quality, "usual_chunk", lambda head: chunk)
-    assert evaluate(model, blocks, teacher=teacher, batch=batch).to_dict() == pytest.approx(expected, rel=1e-6)
+    assert measure_quality(model, blocks, teacher=teacher, batch=batch).to_dict() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_agrees_with_itself(pair: tuple[Any, Any, Corpus]) -> None:
     model, _, corpus = pair
-    found = evaluate(model, corpus.heldout, teacher=model)
+    found = measure_quality(model, corpus.heldout, teacher=model)
     assert (found.kl_to_teacher, found.top1_agreement) == (0.0, 1.0)
 
 
 def test_what_is_not_known_is_left_out(pair: tuple[Any, Any, Corpus]) -> None:
     model, _, corpus = pair
     blocks = corpus.train.head(3)
-    found = evaluate(model, blocks)
+    found = measure_quality(model, blocks)
     assert (found.bits_per_byte, found.kl_to_teacher, found.top1_agreement) == (None, None, None)
     assert found.tokens == blocks.tokens.size - 3
 
@@ -110,8 +110,8 @@ def test_a_bfloat16_model_has_the_numbers_of_its_weights(pair: tuple[Any, Any, C
     low, guide = (tiny.model(Path(of.name_or_path), torch.bfloat16) for of in (model, teacher))
     for rounded, full in ((low, model), (guide, teacher)):
         rounded.load_state_dict(full.state_dict())
-    expected = evaluate(model, corpus.heldout, teacher=teacher)
-    found = evaluate(low, corpus.heldout, teacher=guide)
+    expected = measure_quality(model, corpus.heldout, teacher=teacher)
+    found = measure_quality(low, corpus.heldout, teacher=guide)
     assert found.lm_loss == pytest.approx(expected.lm_loss, rel=0.01)
     assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=0.1)
 
@@ -120,7 +120,7 @@ def test_documents_kept_apart_are_measured_as_documents_alone(pair: tuple[Any, A
     model, teacher, corpus = pair
     separator = Separator(int(corpus.train.tokens.min()), leads=False)  # the end token
     blocks = replace(corpus.heldout.head(10), separator=separator)
-    found = evaluate(model, blocks, teacher=teacher, batch=4)
+    found = measure_quality(model, blocks, teacher=teacher, batch=4)
     nats, kl, agreeing, count = 0.0, 0.0, 0, 0
     for block in torch.from_numpy(blocks.select(slice(None))):
         cuts = [0, *((block == separator.token).nonzero()[:, 0] + 1).tolist(), len(block)]
@@ -128,7 +128,7 @@ def test_documents_kept_apart_are_measured_as_documents_alone(pair: tuple[Any, A
             if stop - start < 2:
                 continue
             one = Blocks(block[None, start:stop].numpy())
-            alone = evaluate(model, one, teacher=teacher)
+            alone = measure_quality(model, one, teacher=teacher)
             assert alone.kl_to_teacher is not None and alone.top1_agreement is not None
             nats += alone.lm_loss * alone.tokens
             kl += alone.kl_to_teacher * alone.tokens
@@ -147,7 +147,7 @@ def test_text_of_which_no_token_is_predicted_is_refused(pair: tuple[Any, Any, Co
     blocks = replace(corpus.heldout.head(2), separator=Separator(end, leads=False))
     for empty in (blocks.head(0), replace(blocks, tokens=np.full_like(blocks.tokens, end))):
         with pytest.raises(DataError, match="no token of the held-out text is predicted"):
-            evaluate(model, empty)
+            measure_quality(model, empty)
 
 
 def test_a_teacher_whose_logits_are_not_finite_is_named(pair: tuple[Any, Any, Corpus]) -> None:
@@ -156,13 +156,13 @@ def test_a_teacher_whose_logits_are_not_finite_is_named(pair: tuple[Any, Any, Co
     with torch.no_grad():
         next(teacher.parameters()).mul_(math.nan)
     with pytest.raises(CheckpointError, match="KL to the teacher is not finite: the teacher's weights are damaged"):
-        evaluate(model, corpus.heldout.head(2), teacher=teacher)
+        measure_quality(model, corpus.heldout.head(2), teacher=teacher)
 
 
 def test_progress_counts_blocks(pair: tuple[Any, Any, Corpus]) -> None:
     model, _, corpus = pair
     seen: list[tuple[int, int]] = []
-    evaluate(model, corpus.heldout.head(7), batch=3, progress=lambda done, total: seen.append((done, total)))
+    measure_quality(model, corpus.heldout.head(7), batch=3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
 
@@ -171,14 +171,18 @@ def test_models_that_differ_by_rows_of_padding_are_compared_on_the_rows_that_bot
 ) -> None:
     model, teacher, corpus = pair
     blocks, vocab = corpus.heldout.head(3), model.config.vocab_size
-    expected = evaluate(model, blocks, teacher=teacher)
+    expected = measure_quality(model, blocks, teacher=teacher)
     for name, of in (("teacher", teacher), ("model", model)):
         of.save_pretrained(tmp_path / name)
         wide = tiny.model(tmp_path / name)
         wide.resize_token_embeddings(vocab + 16, mean_resizing=False)
         with torch.no_grad():
             wide.get_output_embeddings().weight[vocab:] = 3.0
-        found = evaluate(model, blocks, teacher=wide) if name == "teacher" else evaluate(wide, blocks, teacher=teacher)
+        found = (
+            measure_quality(model, blocks, teacher=wide)
+            if name == "teacher"
+            else measure_quality(wide, blocks, teacher=teacher)
+        )
         assert found.kl_to_teacher == pytest.approx(expected.kl_to_teacher, rel=1e-5)
         assert found.top1_agreement == expected.top1_agreement
         assert (found.lm_loss > expected.lm_loss) == (name == "model")  # its own rows all count

@@ -17,7 +17,9 @@ from minitron.cli.speed import speed_lines
 from minitron.core.errors import MinitronError
 from minitron.core.worker import Child, ChildEnded
 from minitron.evaluation import engines
-from minitron.evaluation.speed import Load, Timing, measure_speed, transformers_timer
+from minitron.evaluation.engines import SpeedModel, SpeedOptions, SpeedResult
+from minitron.evaluation.layouts import Ratios, Speed
+from minitron.evaluation.speed import Load, SpeedRow, Timing, measure_in_turn, transformers_timer
 from minitron.gguf.config import QuantizeConfig
 from minitron.gguf.llama_cpp import Runtime
 
@@ -79,19 +81,22 @@ def test_rates_are_medians_over_rounds_and_the_ratio_is_of_rounds() -> None:
     # Seconds of reading 100 tokens, and of 10 more. The first round warms up; the last one was disturbed.
     teacher = [(9.0, 9.0), (0.5, 1.0), (1.0, 2.0), (0.25, 0.5), (2.0, -1.0)]
     student = [(9.0, 9.0), (0.25, 1.0), (1.0, 1.0), (0.125, 0.1), (0.5, 0.5)]
-    (row,) = measure_speed({"teacher": timed(teacher, 7), "student": timed(student, 5)}, [Load(1, 100, 10)], rounds=4)
-    assert (row["batch"], row["context"]) == (1, 100)
-    assert row["teacher"]["prefill"] == 150 and row["teacher"]["prefill_range"] == (50, 400)
-    assert row["teacher"]["decode"] == 10 and row["teacher"]["decode_range"] == (5, 20)
-    assert (row["teacher"]["peak_memory_bytes"], row["student"]["peak_memory_bytes"]) == (7, 5)
-    assert row["ratio"]["prefill"] == 2 and row["ratio"]["prefill_range"] == (1, 4)
-    assert row["ratio"]["decode"] == 2 and row["ratio"]["decode_range"] == (1, 5)
-    assert row["student"]["decode"] != row["ratio"]["decode"] * row["teacher"]["decode"]  # not of the medians
+    (row,) = measure_in_turn({"teacher": timed(teacher, 7), "student": timed(student, 5)}, [Load(1, 100, 10)], rounds=4)
+    assert row.load == Load(1, 100, 10) and row.ratio is not None
+    of_teacher, of_student = row.speeds["teacher"], row.speeds["student"]
+    assert of_teacher.prefill == 150 and of_teacher.prefill_range == [50, 400]
+    assert of_teacher.decode == 10 and of_teacher.decode_range == [5, 20]
+    assert (of_teacher.peak_memory_bytes, of_student.peak_memory_bytes) == (7, 5)
+    assert row.ratio.prefill == 2 and row.ratio.prefill_range == [1, 4]
+    assert row.ratio.decode == 2 and row.ratio.decode_range == [1, 5]
+    assert of_student.decode != row.ratio.decode * of_teacher.decode  # not of the medians
+    assert [*row.to_dict()] == ["batch", "context", "teacher", "student", "ratio"]
 
 
 def test_a_model_alone_has_no_ratio_and_a_batch_counts_all_its_tokens() -> None:
-    (row,) = measure_speed({"model": timed([(1.0, 1.0)] * 2, 0)}, [Load(4, 100, 10)], rounds=1)
-    assert "ratio" not in row and (row["model"]["prefill"], row["model"]["decode"]) == (400, 40)
+    (row,) = measure_in_turn({"model": timed([(1.0, 1.0)] * 2, 0)}, [Load(4, 100, 10)], rounds=1)
+    assert row.ratio is None and "ratio" not in row.to_dict()
+    assert (row.speeds["model"].prefill, row.speeds["model"].decode) == (400, 40)
 
 
 def test_every_round_visits_each_model_with_each_load_from_the_smallest_on() -> None:
@@ -102,7 +107,7 @@ def test_every_round_visits_each_model_with_each_load_from_the_smallest_on() -> 
 
     done: list[tuple[int, int]] = []
     loads = [Load(2, 8, 1), Load(1, 8, 1)]
-    measure_speed({"a": subject("a"), "b": subject("b")}, loads, rounds=1, progress=lambda *count: done.append(count))
+    measure_in_turn({"a": subject("a"), "b": subject("b")}, loads, rounds=1, progress=lambda *count: done.append(count))
     assert seen == [("a", 8), ("b", 8), ("a", 16), ("b", 16), ("b", 8), ("a", 8), ("b", 16), ("a", 16)]
     assert done == [(number, 8) for number in range(1, 9)]
 
@@ -126,7 +131,13 @@ def test_teacher_and_student_are_measured_in_processes_of_their_own(
                 assert 0 < low <= row[name][kind] <= high
         assert 1 < row["teacher"]["peak_memory_bytes"] / facts["models"]["teacher"]["weight_bytes"] < 2
         assert row["student"]["peak_memory_bytes"] < row["teacher"]["peak_memory_bytes"]
-    lines = speed_lines(facts | {"load_average": [0.0, 9.25]})
+    speeds = [{name: Speed(**row[name]) for name in ("teacher", "student")} for row in facts["rows"]]
+    rows = [
+        SpeedRow(Load(row["batch"], row["context"], 4), some, Ratios(**row["ratio"]))
+        for row, some in zip(facts["rows"], speeds, strict=True)
+    ]
+    models = {name: SpeedModel(**model) for name, model in facts["models"].items()}
+    lines = speed_lines(SpeedResult(**facts | {"models": models, "rows": tuple(rows), "load_average": (0.0, 9.25)}))
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["1", "8", "teacher"],
         ["1", "8", "student"],
@@ -150,21 +161,21 @@ def test_a_model_of_another_kind_than_the_engine_is_refused_with_the_way_out(
     pair: tuple[Path, Path], files: tuple[Path, Path]
 ) -> None:
     with pytest.raises(MinitronError, match="is a GGUF file, which transformers does not run here"):
-        engines.measure_models(str(files[0]), None, engine="transformers")
+        engines.measure_speed(str(files[0]), options=SpeedOptions(engine="transformers"))
     with pytest.raises(
         MinitronError, match=r"llama.cpp runs GGUF files, and .*`minitron quantize .* --out gguf` makes"
     ):
-        engines.measure_models(str(files[0]), str(pair[0]))
+        engines.measure_speed(str(files[0]), str(pair[0]))
     with pytest.raises(MinitronError, match="--dtype bfloat16: the types in a GGUF file are its own"):
-        engines.measure_models(str(files[0]), None, dtype="bfloat16")
+        engines.measure_speed(str(files[0]), options=SpeedOptions(dtype="bfloat16"))
     with pytest.raises(MinitronError, match=r"nowhere.gguf does not exist"):
-        engines.measure_models("nowhere.gguf", None)
+        engines.measure_speed("nowhere.gguf", None)
 
 
 @pytest.mark.skipif(engines.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_not_installed_is_named_with_the_command(pair: tuple[Path, Path]) -> None:
     with pytest.raises(MinitronError, match="vLLM is not installed here; `pip install vllm`"):
-        engines.measure_models(str(pair[0]), None, engine="vllm")
+        engines.measure_speed(str(pair[0]), options=SpeedOptions(engine="vllm"))
 
 
 def test_a_process_that_ends_is_told_apart_from_an_answer() -> None:

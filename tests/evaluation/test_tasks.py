@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from minitron.core.errors import CheckpointError, TaskError
+from minitron.core.progress import Silent
+from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
-from minitron.evaluation.tasks.suite import SUITE, TaskResult, chosen, kept
-from minitron.model.checkpoint import load_model, open_checkpoint
-from minitron.model.tokenizer import load_tokenizer
+from minitron.evaluation.tasks.suite import SUITE, chosen, kept
+from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 
 pytest.importorskip("lm_eval")
 SHOTS = 2
@@ -48,20 +49,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bench.write(tmp_path_factory.mktemp("bench"))
 
 
+class Heard(Silent):
+    """What was measured, and the warnings."""
+
+    def __init__(self) -> None:
+        self.notes: set[str] = set()
+        self.warnings: list[str] = []
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.notes.add(note)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def in_memory(model: Path, **options: Any) -> Any:
     from minitron.evaluation.tasks.models import InMemory
 
-    quiet: dict[str, Any] = {"batch": None, "progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
-        return InMemory(load_model(model), load_tokenizer(model), **quiet | options)
+        return InMemory(load_model(model), load_tokenizer(model), **options)
 
 
 def streamed(model: Path, **options: Any) -> Any:
     from minitron.evaluation.tasks.models import Streamed
 
-    quiet: dict[str, Any] = {"batch": None, "progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
-        return Streamed(open_checkpoint(model), load_tokenizer(model), **quiet | options)
+        return Streamed(open_checkpoint(model), load_tokenizer(model), **options)
 
 
 def measured(of: Any, rows: Path, task: str, **options: Any) -> tuple[TaskResult, Samples]:
@@ -167,8 +180,8 @@ def test_rolling_likelihoods_streamed_are_those_in_memory(model: Path) -> None:
 
 @pytest.mark.parametrize("task", ["gsm8k", "xlsum_english", "mbpp", "humaneval"])
 def test_generated_answers_are_measured_in_memory_only(task: str, model: Path, rows: Path) -> None:
-    said: list[str] = []
-    result, samples = measured(in_memory(model, warn=said.append), rows, task)
+    heard = Heard()
+    result, samples = measured(in_memory(model, listener=heard), rows, task)
     again, _ = measured(in_memory(model), rows, task)
     assert result == again and result.n == 6 and 0 <= result.value <= 1
     benchmark = SUITE[task]
@@ -176,7 +189,7 @@ def test_generated_answers_are_measured_in_memory_only(task: str, model: Path, r
     options = samples[task][0]["arguments"][0][1]
     assert {key: options[key] for key in benchmark.generation} == benchmark.generation
     if task in ("gsm8k", "humaneval"):
-        assert f"task {task} wants up to" in said[0] and "at most 96 are generated" in said[0]
+        assert f"task {task} wants up to" in heard.warnings[0] and "at most 96 are generated" in heard.warnings[0]
     with pytest.raises(TaskError, match=f"task {task} generates text, and a streamed model would be read whole"):
         measured(streamed(model), rows, task)
 
@@ -216,9 +229,8 @@ def test_batches_are_halved_until_they_fit(model: Path, rows: Path) -> None:
                 raise torch.OutOfMemoryError
             return super()._model_call(inps, *arguments, **named)
 
-    quiet: dict[str, Any] = {"progress": lambda done, total: None, "warn": lambda text: None}
     with harness.quietly():
-        little = Small(load_model(model), load_tokenizer(model), batch=None, **quiet)
+        little = Small(load_model(model), load_tokenizer(model))
     result, samples = measured(little, rows, "piqa")
     expected, items = measured(in_memory(model, batch=1), rows, "piqa")
     assert max(sizes) > 2 and sizes[-1] <= 2
@@ -240,14 +252,9 @@ def test_results_are_kept_by_what_they_depend_on(model: Path, rows: Path, tmp_pa
 
     def run(path: Path = model, tasks: tuple[str, ...] = ("piqa", "stories"), **options: Any) -> tuple[Any, int]:
         """The results, and how often something was measured."""
-        seen: set[str] = set()
-        found = measure_tasks(
-            {"model": path},
-            plan_tasks(tasks, work, TaskOptions(**options)),
-            cache=cache,
-            progress=lambda done, total, what: seen.add(what),
-        )
-        return found, len(seen)
+        heard = Heard()
+        plan = plan_tasks(tasks, work, TaskOptions(**options))
+        return measure_tasks({"model": path}, plan, cache=cache, listener=heard), len(heard.notes)
 
     first, count = run()
     assert count == 2 and run() == (first, 0)
@@ -271,12 +278,13 @@ def test_a_cache_that_cannot_be_written_is_one_warning_and_no_error(
     model: Path, rows: Path, tmp_path: Path, cache: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    said: list[str] = []
+    heard = Heard()
     plan = plan_tasks(["piqa"], rows, TaskOptions(limit=2))
     where = Path(cache) if cache.startswith("~") else tmp_path / cache
-    found = measure_tasks({"a": model, "b": model}, plan, cache=where, warn=said.append)
-    assert found["a"]["piqa"].n == 2 and len(said) == 1
-    assert said[0].startswith("results are not kept: ") and "set MINITRON_CACHE to a directory" in said[0]
+    found = measure_tasks({"a": model, "b": model}, plan, cache=where, listener=heard)
+    (said,) = heard.warnings
+    assert found["a"]["piqa"].n == 2 and said.startswith("results are not kept: ")
+    assert "set MINITRON_CACHE to a directory" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -290,11 +298,11 @@ def test_nothing_is_kept_where_nothing_is_wanted(model: Path, rows: Path, tmp_pa
 def test_a_model_that_does_not_fit_is_streamed(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minitron.evaluation.tasks import measure
 
-    said: list[str] = []
+    heard = Heard()
     expected = measure_tasks({"m": model}, plan_tasks(["piqa"], rows))
     monkeypatch.setattr(measure, "SHARE_FOR_WEIGHTS", 0.0)
-    assert measure_tasks({"m": model}, plan_tasks(["piqa"], rows), warn=said.append) == expected
-    assert "m: 0.0 GB of weights do not fit into 0.0 GB of free memory; they are streamed" in said[0]
+    assert measure_tasks({"m": model}, plan_tasks(["piqa"], rows), listener=heard) == expected
+    assert "m: 0.0 GB of weights do not fit into 0.0 GB of free memory; they are streamed" in heard.warnings[0]
     with pytest.raises(TaskError, match="gsm8k: the answer is generated text, which a streamed model cannot give"):
         measure_tasks({"m": model}, plan_tasks(["gsm8k", "piqa"], rows))
 
@@ -318,11 +326,11 @@ def test_what_is_asked_is_checked_before_a_model_is_loaded(rows: Path, tmp_path:
 
 
 def test_of_a_suite_tasks_without_a_folder_are_left_out(rows: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    heard = Heard()
     bench.write(tmp_path, ("winogrande", "mmlu"))
-    plan = plan_tasks(["minitron"], tmp_path, warn=said.append)
+    plan = plan_tasks(["minitron"], tmp_path, listener=heard)
     assert [one.task for one in plan.benchmarks] == ["winogrande", "mmlu"]
-    assert said[0].endswith(
+    assert heard.warnings[0].endswith(
         "no folder for them: arc_challenge, gsm8k, hellaswag, humaneval, mbpp, truthfulqa_mc2, xlsum_english"
     )
     whole = plan_tasks([], rows, TaskOptions(allow_code=True))
@@ -412,10 +420,10 @@ def test_every_file_of_the_harness_that_is_known_here_is_there() -> None:
 def test_kept_quality_is_the_share_of_the_teachers_value() -> None:
     base: dict[str, Any] = {"title": "t", "metric": "acc", "stderr": None, "n": 1, "shots": 0, "version": "1"}
     base |= {"filter": None, "others": {}}
-    one, two, none = (TaskResult("t", value=value, higher_is_better=True, **base) for value in (0.3, 0.6, 0.0))
+    one, two, none = (TaskResult(value=value, higher_is_better=True, **base) for value in (0.3, 0.6, 0.0))
     assert kept(one, two) == pytest.approx(0.5) and kept(one, none) is None
-    assert kept(one, TaskResult("t", value=0.6, higher_is_better=False, **base)) is None
-    assert TaskResult.from_dict("t", json.loads(json.dumps(one.to_dict()))) == one
+    assert kept(one, TaskResult(value=0.6, higher_is_better=False, **base)) is None
+    assert TaskResult(**json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_names_of_several_tasks_are_known_too() -> None:

@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron.core.errors import CheckpointError, GgufError
 from minitron.gguf import model_config
-from minitron.gguf.file import describe, file_bytes, plain_types, write_gguf
+from minitron.gguf.file import describe_gguf, file_bytes, plain_types, write_gguf
 from minitron.gguf.llama_cpp import Runtime
 from minitron.gguf.reader import is_gguf, read_gguf, require_language_model
-from minitron.gguf.tokenizer import RULES, file_tokenizer
-from minitron.gguf.verify import HARD_TEXT, Comparison, llama_cpp_logits, logits_of, perplexity
-from minitron.model.checkpoint import open_checkpoint
+from minitron.gguf.tokenizer import SPLITTING_RULES, file_tokenizer
+from minitron.gguf.verify import HARD_TEXT, llama_cpp_logits, logits_of
+from minitron.model.checkpoint import load_tokenizer, open_checkpoint
 from minitron.model.families import FAMILIES
 from minitron.model.hub import transformers_config
+from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch, Separator
-from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import prompt_ids
 
 TOKENS = 240
@@ -104,7 +104,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 def float32_file(path: Path) -> tuple[Path, tuple[str, ...]]:
     """A checkpoint's GGUF file, and the notes on it."""
-    model, file = describe(open_checkpoint(path)), path / "model.gguf"
+    model, file = describe_gguf(open_checkpoint(path)), path / "model.gguf"
     types = plain_types(model, BlockType.F32)
     write_gguf(model, file, types, keys={"general.file_type": 0})
     assert file.stat().st_size == file_bytes(model, types, {"general.file_type": 0})
@@ -155,7 +155,7 @@ def test_what_llama_cpp_would_refuse_or_run_wrongly_is_refused_first(
     variant: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(GgufError, match=words):
-        describe(open_checkpoint(tiny.checkpoint(variant, tmp_path, **changes)))
+        describe_gguf(open_checkpoint(tiny.checkpoint(variant, tmp_path, **changes)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -186,7 +186,7 @@ def test_every_family_has_one_activation(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "dtype"), [(BlockType.F16, torch.float16), (BlockType.BF16, torch.bfloat16)])
 def test_sixteen_bits_are_torchs(kind: BlockType, dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny.checkpoint("llama-tied", tmp_path)
-    model = describe(open_checkpoint(path))
+    model = describe_gguf(open_checkpoint(path))
     write_gguf(model, path / "16.gguf", plain_types(model, kind), keys={})
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path / "16.gguf").tensors}
     for tensor in model.tensors:
@@ -203,14 +203,14 @@ def test_weights_beyond_sixteen_bits_are_refused_and_nothing_is_left(tmp_path: P
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
     model.save_pretrained(path)
-    described = describe(open_checkpoint(path))
+    described = describe_gguf(open_checkpoint(path))
     with pytest.raises(GgufError, match=r"blk.1.ffn_up.weight has weights beyond 65,504"):
         write_gguf(described, path / "16.gguf", plain_types(described, BlockType.F16), keys={})
     assert not list(path.glob("*gguf*"))
 
 
 def test_rows_come_in_runs_that_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = describe(open_checkpoint(tiny.checkpoint("llama", tmp_path)))
+    model = describe_gguf(open_checkpoint(tiny.checkpoint("llama", tmp_path)))
     whole = {tensor.name: torch.cat(list(model.runs(tensor))) for tensor in model.tensors}
     monkeypatch.setattr("minitron.gguf.file.CHUNK_BYTES", 1000)
     for tensor in model.tensors:
@@ -233,7 +233,7 @@ def trained(core: Tokenizer, path: Path, special: list[str]) -> PreTrainedTokeni
     return fast
 
 
-@pytest.mark.parametrize(("rule", "pre"), RULES.items(), ids=RULES.values())
+@pytest.mark.parametrize(("rule", "pre"), SPLITTING_RULES.items(), ids=SPLITTING_RULES.values())
 def test_llama_cpp_splits_text_as_the_tokenizer_does(
     rule: tuple[tuple[str, ...], bool], pre: str, tmp_path: Path
 ) -> None:
@@ -259,7 +259,7 @@ def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
     stored["model"]["merges"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(GgufError, match=r"tokenizer.json: llama.cpp loads no tokenizer that .* merges none of them"):
-        describe(open_checkpoint(tmp_path))
+        describe_gguf(open_checkpoint(tmp_path))
 
 
 def test_digits_and_byte_level_splits_are_told_by_their_own_names(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(puts_space: 
     with pytest.raises(
         GgufError, match=r"--pre gpt-2 names a rule that splits text, and .*tokenizer.json is a Sentence"
     ):
-        describe(open_checkpoint(tmp_path), pre="gpt-2")
+        describe_gguf(open_checkpoint(tmp_path), pre="gpt-2")
 
 
 def test_a_start_token_and_a_chat_template_are_carried(tmp_path: Path) -> None:
@@ -316,12 +316,12 @@ def test_an_unknown_splitting_rule_and_too_many_tokens_are_refused(tmp_path: Pat
     with pytest.raises(
         GgufError, match=r"splits text by a rule .*: \\w\+\. If llama.cpp has it, give its name with --pre"
     ):
-        describe(open_checkpoint(path))
-    assert describe(open_checkpoint(path), pre="gpt-2").keys["tokenizer.ggml.pre"] == "gpt-2"
+        describe_gguf(open_checkpoint(path))
+    assert describe_gguf(open_checkpoint(path), pre="gpt-2").keys["tokenizer.ggml.pre"] == "gpt-2"
     small = tiny.checkpoint("llama", tmp_path / "small", vocab_size=280)
     tiny.tokenizer(small)
     with pytest.raises(CheckpointError, match=r"tokenizer has 300 tokens but the model's vocabulary only 280"):
-        describe(open_checkpoint(small))
+        describe_gguf(open_checkpoint(small))
 
 
 def test_what_llama_cpp_cannot_load_is_said_in_its_own_words(tmp_path: Path) -> None:
@@ -408,26 +408,27 @@ def test_documents_kept_apart_are_read_anew_as_transformers_reads_them(leads: bo
     file, _ = float32_file(path)
     tokens = tiny.tokens(1, 60).clamp(min=4)
     tokens[0, ::7] = 3
-    batch, model, seen, other = Batch(tokens, Separator(3, leads)), tiny.model(path), Comparison(), Comparison()
+    batch, model, seen, other = Batch(tokens, Separator(3, leads)), tiny.model(path), QualitySums(), QualitySums()
     with Runtime(file, context=60, threads=1, exact=True) as runtime:
         found = llama_cpp_logits(runtime, batch)
-        seen.add(found, logits_of(model, batch), batch)
-        other.add(llama_cpp_logits(runtime, Batch(tokens)), None, Batch(tokens))
+        seen.add_logits(found, logits_of(model, batch), batch)
+        other.add_logits(llama_cpp_logits(runtime, Batch(tokens)), None, Batch(tokens))
     documents = len(tokens[0, ::7]) + (not leads)
     assert seen.tokens == batch.num_predicted == 60 - documents and seen.kl < 1e-6
-    assert abs(seen.nats - seen.nats_of_other) < 1e-4 < abs(seen.nats - other.nats)
+    assert abs(seen.nats - seen.reference_nats) < 1e-4 < abs(seen.nats - other.nats)
     alone = cross_entropy(tiny.logits(model, tokens[:, :7])[0, :-1], tokens[0, 1:7]) if leads else None
     assert leads is False or abs(float(cross_entropy(found[:6], tokens[0, 1:7]) - alone)) < 1e-4
 
 
 def test_rows_of_padding_are_left_out_of_the_comparison_and_not_of_the_loss() -> None:
     tokens, found = torch.tensor([[1, 2, 3]]), torch.randn(3, 8)
-    seen, alone = Comparison(), Comparison()
-    seen.add(found, found[:, :6], Batch(tokens))
-    alone.add(found, None, Batch(tokens))
+    seen, alone = QualitySums(), QualitySums()
+    seen.add_logits(found, found[:, :6], Batch(tokens))
+    alone.add_logits(found, None, Batch(tokens))
     assert seen.kl == pytest.approx(0, abs=1e-7) and seen.top1 == 1 and seen.nats == alone.nats
-    assert (seen + alone).tokens == 4 and (seen + alone).nats == pytest.approx(seen.nats)
-    assert perplexity(1e4) == float("inf") and perplexity(1.0) == pytest.approx(2.718281828)
+    alone += seen
+    assert alone.tokens == 4 and alone.nats == pytest.approx(seen.nats)
+    assert perplexity_of(1e4) == float("inf") and perplexity_of(1.0) == pytest.approx(2.718281828)
 
 
 def test_a_prompt_is_the_tokenizers_with_one_start_token_and_what_spells_a_special_token_is_text(

@@ -20,12 +20,13 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.errors import GgufError, RunError
 from minitron.core.progress import SILENT, Listener
-from minitron.gguf.config import LADDER, QuantizeConfig, require_file_type
-from minitron.gguf.file import GgufModel, describe, weights_bytes, write_gguf
+from minitron.gguf.config import GGUF_TYPES, QuantizeConfig, require_file_type
+from minitron.gguf.file import GgufModel, describe_gguf, weights_bytes, write_gguf
 from minitron.gguf.imatrix import ImportanceMatrix, importance_of, read_importance, write_importance
+from minitron.gguf.layouts import Measured
 from minitron.gguf.llama_cpp import Runtime, llama_cpp
 from minitron.gguf.mixtures import Damage, best_mixture, measure_damage, smallest_mixture
-from minitron.gguf.quantize import IMPORTANCE, TABLE, Text, _Work, quantize, require_possible
+from minitron.gguf.quantize import IMPORTANCE, TABLE, QuantizeText, _Work, require_possible, write_ladder
 from minitron.gguf.types import (
     FALLBACK,
     Mixture,
@@ -35,7 +36,6 @@ from minitron.gguf.types import (
     require_importance,
     write_quantized,
 )
-from minitron.gguf.verify import Measured
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -50,7 +50,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> GgufModel:
     path = tmp_path_factory.mktemp("wide")
     tiny.checkpoint("llama", path, **WIDE)
     tiny.tokenizer(path)
-    return describe(open_checkpoint(path))
+    return describe_gguf(open_checkpoint(path))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_mixtures_are_those_of_llama_cpps_own_tool(name: str, golden: dict[str, 
 def test_tensors_are_those_of_llama_cpps_own_tool_byte_for_byte(golden: dict[str, Any], tmp_path: Path) -> None:
     model, file = golden_models.model("small", tmp_path), tmp_path / "x.gguf"
     importance = golden_models.importance(model)
-    assert len({label.partition(" ")[0] for label in golden["small"]}) == len(LADDER) - 1
+    assert len({label.partition(" ")[0] for label in golden["small"]}) == len(GGUF_TYPES) - 1
     # Without importance only where blocks are made otherwise: the others have the same code with weights of one.
     plain = {"Q4_0", "Q2_K", "IQ3_S"}
     for label, theirs in golden["small"].items():
@@ -182,8 +182,8 @@ def test_threads_and_runs_of_rows_do_not_change_a_byte(
 
 def test_columns_that_make_no_whole_blocks_fall_back(tmp_path: Path) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 100, "head_dim": 12}
-    model = describe(open_checkpoint(tiny.checkpoint("llama", tmp_path, **sizes)))
-    for file_type, base in LADDER.items():
+    model = describe_gguf(open_checkpoint(tiny.checkpoint("llama", tmp_path, **sizes)))
+    for file_type, base in GGUF_TYPES.items():
         mixed = mixture(model, file_type, informed=True)
         kind = BlockType[base]
         gate, down = mixed.types["blk.2.ffn_gate.weight"], mixed.types["blk.2.ffn_down.weight"]
@@ -238,7 +238,7 @@ def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.fixture(scope="module")
 def damage(wide: GgufModel, importance: ImportanceMatrix) -> Damage:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.gguf.mixtures.ROWS", 32)
+        patch.setattr("minitron.gguf.mixtures.ERROR_ROWS", 32)
         return measure_damage(wide, importance, TEXT, near=BlockType.Q4_0, threads=2)
 
 
@@ -289,11 +289,11 @@ def test_the_effect_of_a_type_is_the_kl_of_a_file_with_that_one_matrix_quantized
 def shipped(tmp_path_factory: pytest.TempPathFactory, wide: GgufModel) -> Path:
     """A directory that `quantize` filled, to read only."""
     out = tmp_path_factory.mktemp("shipped")
-    text = Text(tiny.tokens(8, 32), tiny.tokens(3, 32, seed=2), "random tokens")
+    text = QuantizeText(tiny.tokens(8, 32), tiny.tokens(3, 32, seed=2), "random tokens")
     config = QuantizeConfig(types=["F32", "Q4_K_M", "IQ2_XS"], bits_per_weight=[5.0], blocks=2, threads=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitron.gguf.mixtures.ROWS", 8)
-        quantize(wide.checkpoint, config, out, text=text, name="tiny")
+        patch.setattr("minitron.gguf.mixtures.ERROR_ROWS", 8)
+        write_ladder(wide.checkpoint, config, out, text=text, name="tiny")
     return out
 
 
@@ -335,20 +335,20 @@ def test_the_proof_is_what_transformers_computes_of_the_weights_read_back(shippe
 
 def test_what_cannot_be_made_is_said_before_anything_is_written(wide: GgufModel, tmp_path: Path) -> None:
     def attempt(**config: object) -> None:
-        text = Text(tiny.tokens(2, 8), tiny.tokens(1, 8), "random tokens")
-        quantize(wide.checkpoint, QuantizeConfig(**config), tmp_path, text=text)
+        text = QuantizeText(tiny.tokens(2, 8), tiny.tokens(1, 8), "random tokens")
+        write_ladder(wide.checkpoint, QuantizeConfig(**config), tmp_path, text=text)
 
     with pytest.raises(GgufError, match=r"1 bits per weight are too few: this model's smallest types have 2\.\d\d"):
         attempt(bits_per_weight=[1.0])
     with pytest.raises(GgufError, match=r"a file of 1.00 kB is too small: the smallest has"):
         attempt(sizes=[1000.0])
     with pytest.raises(GgufError, match="verifying needs text: give --calibration TEXT, or --no-verify"):
-        quantize(wide.checkpoint, QuantizeConfig(types=["F16"]), tmp_path, text=None)
+        write_ladder(wide.checkpoint, QuantizeConfig(types=["F16"]), tmp_path, text=None)
     assert not [*tmp_path.iterdir()]
 
 
 def measured(kl: float) -> Measured:
-    return Measured(1.0, kl, 1.0, 1.0, 1, 0.0, None, "")
+    return Measured(perplexity=1.0, kl=kl, top1=1.0, reference_perplexity=1.0, tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -382,12 +382,12 @@ def test_what_a_file_loses_is_believed_only_of_a_conversion_that_a_plain_file_pr
     work = _Work(wide, {}, QuantizeConfig(types=types, threads=1), tmp_path, None, None, SILENT)
     work.prove = prove
     if words is None:
-        assert [work.rung(kind).measured.kl for kind in sorted(types, key=["F16", "Q8_0", "Q4_0"].index)]
+        assert [work.llama_type(kind).measured.kl for kind in sorted(types, key=["F16", "Q8_0", "Q4_0"].index)]
         assert {file.stem.rpartition("-")[2] for file in tmp_path.iterdir()} == set(types)
     else:
         with pytest.raises(GgufError, match=words):
             for kind in sorted(types, key=["F32", "F16", "Q8_0", "Q4_0"].index):
-                work.rung(kind)
+                work.llama_type(kind)
         assert not [*tmp_path.iterdir()]
     assert set(proven) == kls.keys()
 

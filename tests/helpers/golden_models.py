@@ -12,7 +12,7 @@ import numpy as np
 import tiny
 import torch
 
-from minitron.gguf.file import GgufModel, describe
+from minitron.gguf.file import GgufModel, describe_gguf
 from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.model.checkpoint import open_checkpoint
 
@@ -39,7 +39,7 @@ def model(name: str, path: Path) -> GgufModel:
             values = draw.random((4, *parameter.shape), dtype=np.float32).sum(0) - 2
             parameter.copy_(torch.from_numpy(values) / parameter.shape[-1] ** 0.5)
     loaded.save_pretrained(path)
-    return describe(open_checkpoint(path), name=name)
+    return describe_gguf(open_checkpoint(path), name=name)
 
 
 def importance(of: GgufModel) -> ImportanceMatrix:

@@ -18,10 +18,9 @@ from minitron.cli.main import main
 from minitron.core.errors import MinitronError, RunError, TaskError
 from minitron.data.config import DataConfig
 from minitron.data.corpus import draw_samples, open_corpus
-from minitron.evaluation.layouts import Asked
-from minitron.evaluation.quality import evaluate
+from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
-from minitron.gguf.file import describe
+from minitron.gguf.file import describe_gguf
 from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
@@ -110,7 +109,7 @@ def test_a_run_writes_gguf_files_of_its_student(finished: Path) -> None:
     table = json.loads((finished / "gguf" / "quantization.json").read_text())
     (row,) = table["files"]
     assert (row["name"], row["measured"]) == ("Q8_0", None) and row["file"] == f"{table['model']}-Q8_0.gguf"
-    model = describe(open_checkpoint(finished / "student"), name=table["model"])
+    model = describe_gguf(open_checkpoint(finished / "student"), name=table["model"])
     write_quantized(model, mixture(model, "Q8_0", informed=True), finished.parent / "again.gguf")
     assert (finished.parent / "again.gguf").read_bytes() == (finished / "gguf" / row["file"]).read_bytes()
     card = (finished / "student" / "README.md").read_text()
@@ -144,7 +143,7 @@ def test_the_evaluations_are_those_of_the_models_on_disk(finished: Path) -> None
     measured = {}
     for name, path in models.items():
         guide = None if name == "teacher" else teacher
-        expected = evaluate(tiny.model(path), open_corpus(finished / "data").heldout.head(8), teacher=guide)
+        expected = measure_quality(tiny.model(path), open_corpus(finished / "data").heldout.head(8), teacher=guide)
         measured[name] = json.loads((finished / "evaluations" / f"{name}.json").read_text())
         assert {key: measured[name][key] for key in expected.to_dict()} == pytest.approx(expected.to_dict())
         assert measured[name]["parameters"]["total"] == open_checkpoint(path).parameters.total
@@ -255,7 +254,7 @@ def test_a_run_that_keeps_documents_apart_does_so_throughout(tmp_path: Path) -> 
     teacher = tiny.model(tmp_path / "teacher")
     for name in ("teacher", "student"):
         model = teacher if name == "teacher" else tiny.model(tmp_path / "out" / name)
-        found = evaluate(model, corpus.heldout.head(8))
+        found = measure_quality(model, corpus.heldout.head(8))
         assert records.evaluations[name].lm_loss == pytest.approx(found.lm_loss, rel=1e-5)
 
     inputs: list[torch.Tensor] = []
@@ -462,7 +461,7 @@ def test_a_run_measures_benchmarks_and_says_which_one_chose(tmp_path: Path) -> N
         {"teacher": Path(raw["model"]), "student": tmp_path / "out" / "student"},
         plan_tasks([], rows, TaskOptions(limit=4)),
     )
-    assert tasks == {name: {task: Asked(**one.to_dict()) for task, one in of.items()} for name, of in expected.items()}
+    assert tasks == expected
     assert records.tasks.chosen_by == ["stories"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "stories (used to choose)" in page and "Only the first 4 items" in page

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron.core.errors import CheckpointError, DataError, PlanError
-from minitron.evaluation.tasks.questions import choice, encode, read_questions
+from minitron.evaluation.tasks.questions import encode, multiple_choice, read_questions
 from minitron.model import likelihood
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Batch, Samples, Separator
@@ -170,7 +170,7 @@ def test_every_form_of_a_row_is_its_pairs_and_its_answer(form: str, tmp_path: Pa
 
 
 def test_long_and_short_continuations_are_compared_per_character() -> None:
-    question = choice([("c", "x" * 10), ("c", "xx")], right=0)
+    question = multiple_choice([("c", "x" * 10), ("c", "xx")], right=0)
     assert question.grade([(-9.0, False), (-2.0, False)]) == 1.0
     assert question.grade([(-11.0, False), (-2.0, False)]) == 0.0
 
@@ -237,7 +237,10 @@ def test_a_task_of_the_harness_is_graded_as_the_file_that_it_is_made_of(
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_scored_tokens_are_those_of_the_continuation(adds_bos: bool, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(tmp_path, adds_bos=adds_bos)
-    questions = [choice([("the rain in ", "the plain"), ("", "boat")], 0), choice([("the sea", " is 漢字")], 0)]
+    questions = [
+        multiple_choice([("the rain in ", "the plain"), ("", "boat")], 0),
+        multiple_choice([("the sea", " is 漢字")], 0),
+    ]
     rows = encode(questions, tokenizer, max_tokens=64)
     texts = [tokenizer.decode(t[s]) for t, s in zip(rows.tokens, rows.scored, strict=True)]
     assert texts == [" the plain", "boat", " is 漢字"]
@@ -249,7 +252,7 @@ def test_the_scored_tokens_are_those_of_the_continuation(adds_bos: bool, tmp_pat
 def test_what_is_too_long_loses_its_beginning(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(tmp_path)
     request = ("the rain in the plain remains; le café", " ein Über-Wort")
-    whole, part = (encode([choice([request], 0)], tokenizer, n) for n in (64, 9))
+    whole, part = (encode([multiple_choice([request], 0)], tokenizer, n) for n in (64, 9))
     length = whole.tokens.shape[1]
     assert torch.equal(part.tokens, whole.tokens[:, length - 9 :])
     assert torch.equal(part.scored[:, 1:], whole.scored[:, length - 8 :]) and not part.scored[0, 0]

@@ -12,7 +12,7 @@ import yaml
 
 from minitron.cli.main import main
 from minitron.core.errors import RunError
-from minitron.report.comparison import cautions, headline, name_runs, render_comparison
+from minitron.report.comparison import cautions, comparison_headline, name_runs, render_comparison
 from minitron.report.records import ResultRow, RunRecords, read_run, result_table, stage_flops
 from minitron.report.tables import result_cells
 
@@ -88,11 +88,11 @@ def test_the_headline_names_the_nearest_and_the_smallest(runs: list[RunRecords])
         "a": {**student, "kl_to_teacher": 0.5, "total": 10_000},
         "b": {**student, "kl_to_teacher": 0.25, "total": 20_000},
     }
-    assert headline(students) == (
+    assert comparison_headline(students) == (
         "b is nearest to its teacher, with a KL divergence of 0.250 nats per token; a is the smallest, "
         "with 10.0K parameters."
     )
-    assert "; it is the smallest" in headline(students | {"b": {**students["b"], "total": 1}})
+    assert "; it is the smallest" in comparison_headline(students | {"b": {**students["b"], "total": 1}})
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from minitron.core.typed_files import as_typed
 from minitron.distillation.layouts import Logged
 from minitron.evaluation.layouts import Ratios
 from minitron.evaluation.tasks.suite import SUITE
-from minitron.gguf.layouts import LADDER
+from minitron.gguf.layouts import QUANTIZATION
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.layouts import PlanSizes, UnitScores
 from minitron.pruning.repair import REPAIRS
-from minitron.report.choices import kept_mass, layer_choices, search, shape, units, why
-from minitron.report.layouts import CutRecipe, Repaired, Scored
+from minitron.report.choices import describe_search, describe_units, kept_mass, layer_choices, shape_sentence, why
+from minitron.report.layouts import CutRecipe, PrunedResult, ScoresResult
 from minitron.report.page import headline, render, write_report
 from minitron.report.plots import pareto_front
 from minitron.report.published import DATASETS, PUBLISHED
@@ -152,7 +152,7 @@ def test_a_search_shows_its_candidates_and_what_they_cost(run: Path) -> None:
     assert "Loss after 4 steps" in page and "Successive elimination" in page
     for losses, words in (({}, "predicted, not measured"), ({"0": 2.0}, "right after the cut")):
         found = [one | {"losses": losses} for one in SEARCH["candidates"]]
-        section = search(searched(read_run(run), found))
+        section = describe_search(searched(read_run(run), found))
         assert words in section and "Successive elimination" not in section
 
 
@@ -164,8 +164,8 @@ def test_gguf_files_are_shown_by_what_they_cost(run: Path) -> None:
         row | {"measured": measured},
         row | {"name": "4.5bpw", "measured": measured | {"kl": 0.01}, "kl_of_other": None},
     ]
-    ladder = as_typed({"notes": ["it is <small>"], "files": files}, LADDER, "quantization.json", RunError)
-    page = render(dataclasses.replace(read_run(run), ladder=ladder))
+    ladder = as_typed({"notes": ["it is <small>"], "files": files}, QUANTIZATION, "quantization.json", RunError)
+    page = render(dataclasses.replace(read_run(run), exports={"gguf": ladder}))
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", unescape(page))]
     assert ["Q4_K_M", "2.50 MB", "4.85", "yes", "44.00", "0.01230", "95.1%", "0.02000"] in rows
     assert ["4.5bpw", "2.50 MB", "4.85", "yes", "44.00", "0.01000", "95.1%", MISSING] in rows
@@ -180,10 +180,10 @@ def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:
     records = read_run(run)
     sizes = "layers 4 → 3 (75%), hidden 8 → 6 (75%), ffn 12 → 8 (67%), heads 4 → 2 (50%)"
     sizes = sizes.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
-    assert f"The default rule for a target of 50% gave {sizes}: width first" in shape(records)
+    assert f"The default rule for a target of 50% gave {sizes}: width first" in shape_sentence(records)
     given = records.recipe.model_copy(update={"prune": CutRecipe(target=None, criterion="activation")})
-    assert f"The recipe gives the sizes: {sizes}." in shape(dataclasses.replace(records, recipe=given))
-    text = shape(searched(records))
+    assert f"The recipe gives the sizes: {sizes}." in shape_sentence(dataclasses.replace(records, recipe=given))
+    text = shape_sentence(searched(records))
     assert f"A search ranked 4 shapes within the budgets and took {sizes}: its loss after 8 steps" in text
     assert "is 1.125 nats per token, the best of the others’ 1.500." in text  # noqa: RUF001
     for losses, words in (
@@ -191,7 +191,7 @@ def test_the_shape_is_explained_by_the_rule_that_it_came_by(run: Path) -> None:
         ({"0": 2.0}, "right after the cut is 2."),
     ):
         found = [one | {"losses": losses} for one in SEARCH["candidates"]]
-        assert words in shape(searched(records, found))
+        assert words in shape_sentence(searched(records, found))
 
 
 def test_the_kept_share_of_the_scores_is_that_of_their_sum() -> None:
@@ -207,7 +207,7 @@ def test_units_that_the_repair_chose_otherwise_are_counted_layer_by_layer(run: P
     assert [one.otherwise for one in ffn] == [0, 1, 0]
     assert [one.otherwise for one in heads] == [0, 0, 2]
     assert (heads[2].planned_mass, heads[2].mass) == (0.6, 0.4)
-    section = unescape(units(records))
+    section = unescape(describe_units(records))
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
     assert rows[1:] == [
         ["0", "90.9%", MISSING, "60.0%", MISSING],
@@ -219,7 +219,7 @@ def test_units_that_the_repair_chose_otherwise_are_counted_layer_by_layer(run: P
 
 
 def test_a_basis_leaves_the_scores_of_hidden_channels_without_a_say(run: Path) -> None:
-    page = unescape(units(read_run(run)))
+    page = unescape(describe_units(read_run(run)))
     assert "not used: a basis of 6 directions took their place" in page
     assert "of 8 hidden channels, 6 of them kept" not in page
 
@@ -238,7 +238,7 @@ def test_records_of_an_older_run_say_nothing_of_a_repair(tmp_path: Path) -> None
 
 def test_a_plain_cut_is_called_so(run: Path) -> None:
     records = read_run(run)
-    plain = dataclasses.replace(records.results, pruned=Repaired(repairs=[]))
+    plain = dataclasses.replace(records.results, pruned=PrunedResult(repairs=[]))
     assert "None: what was kept was left as it was" in why(dataclasses.replace(records, results=plain))
 
 
@@ -246,14 +246,14 @@ def test_a_plain_cut_is_called_so(run: Path) -> None:
 def test_layers_are_shown_by_the_criterion_that_scored_them(run: Path, criterion: str) -> None:
     records = read_run(run)
     assert records.scores and records.cut
-    scored = dataclasses.replace(records.results, scores=Scored(layers=criterion))
+    scored = dataclasses.replace(records.results, scores=ScoresResult(layers=criterion))
     # The last one of `contiguous`.
     scores = records.scores.model_copy(update={"layers": [0.5, 0.25, -0.125, float("inf")]})
     fewer = {"layers": [0, 3], "ffn": [[]] * 2, "heads": [[]] * 2, "kv_heads": [[]] * 2}
     cut = records.cut.model_copy(update=fewer)
-    two = units(dataclasses.replace(records, results=scored, scores=scores, plan=cut, cut=cut))
+    two = describe_units(dataclasses.replace(records, results=scored, scores=scores, plan=cut, cut=cut))
     assert "dropped: 1-2." in two
-    section = unescape(units(dataclasses.replace(records, results=scored, scores=scores)))
+    section = unescape(describe_units(dataclasses.replace(records, results=scored, scores=scores)))
     assert f"<b>Layers, by {LAYER_CRITERIA[criterion].title}</b>" in section
     assert "3 of 4 kept; dropped: 2." in section
     assert not re.search(r"\b(nan|inf)\b", section)
@@ -264,7 +264,7 @@ def test_layers_that_the_recipe_numbers_are_not_said_to_be_chosen_by_score(run: 
     records = read_run(run)
     given = {"target": None, key: "2" if key == "drop_layers" else "0,1,3"}
     prune = records.recipe.prune.model_copy(update=given)
-    section = units(dataclasses.replace(records, recipe=records.recipe.model_copy(update={"prune": prune})))
+    section = describe_units(dataclasses.replace(records, recipe=records.recipe.model_copy(update={"prune": prune})))
     assert "The recipe gives their numbers; the scores chose none." in section
 
 

@@ -1,14 +1,17 @@
 """`minitron evaluate` measures a model on held-out text, or in benchmarks."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import ROWS, Rules
 from minitron.core.effects import Rule
-from minitron.core.errors import MinitronError
+
+if TYPE_CHECKING:
+    from minitron.evaluation.tasks.suite import BenchmarkResult
 
 HELP = "loss, perplexity, bits per byte, KL to a teacher on held-out text; or benchmarks"
 EXAMPLE = "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json"
@@ -23,7 +26,9 @@ def _measures_text(args: argparse.Namespace) -> bool:
 
 
 def _is_checkpoint(args: argparse.Namespace) -> bool:
-    return not options.is_gguf(args.model)
+    from minitron.gguf.reader import is_gguf
+
+    return not is_gguf(args.model)
 
 
 RULES: Rules = (
@@ -86,13 +91,7 @@ def _add_benchmarks(group: options.Container) -> None:
         says=lambda name: {"evaluate.tasks": [name]},
         help="the nine benchmarks of the papers, with their shots",
     )
-    options.add_key(
-        group,
-        "evaluate.tasks",
-        "--tasks",
-        type=parse.names,
-        metavar="T1,T2",
-    )
+    options.add_key(group, "evaluate.tasks", "--tasks", type=parse.names, metavar="T1,T2")
     options.add_key(group, "evaluate.tasks_dir", "--tasks-dir", type=parse.named, metavar="DIR")
     options.add_key(group, "evaluate.limit", "--limit", type=parse.count, metavar="N")
     group.add_argument(
@@ -118,44 +117,34 @@ def _add_benchmarks(group: options.Container) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    with_tasks = _has_benchmarks(args)
-    facts: dict[str, Any] = {}
-    if with_tasks:
-        facts = _benchmarks(args, console)
-    if _measures_text(args):
-        facts = _quality(args, console) | facts
-    lines = [
-        f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
-        for name, value in facts.items()
-        if isinstance(value, float | int)
-    ]
-    console.result(facts, "\n".join(lines + (_benchmark_lines(facts) if with_tasks else [])))
-
-
-def _quality(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure the model on text."""
     from minitron import api
 
-    data, asked = options.data_config(args, console), args.asked.evaluate
-    how: dict[str, Any] = {"blocks": asked.blocks, "whole": args.whole, "listener": console}
-    if options.is_gguf(args.model):
-        from minitron.evaluation.gguf_files import evaluate_gguf
+    asked, facts, lines = args.asked.evaluate, dict[str, object](), list[str]()
+    if _has_benchmarks(args):
+        benchmarks = _benchmarks(args, console)
+        facts, lines = benchmarks.to_dict(), _benchmark_lines(benchmarks)
+    if _measures_text(args):
+        data = options.data_config(args, console)
+        measured = api.evaluate(
+            args.model, args.teacher, data, blocks=asked.blocks, batch=asked.batch, whole=args.whole, listener=console
+        ).to_dict()
+        facts, lines = {**measured, **facts}, [*_quality_lines(measured), *lines]
+    console.result(facts, "\n".join(lines))
 
-        return evaluate_gguf(Path(args.model), args.teacher, data, **how)
-    return api.evaluate(args.model, args.teacher, data, batch=asked.batch, **how)
+
+def _quality_lines(measured: Mapping[str, float | int | None]) -> list[str]:
+    return [
+        f"{name:<16}{value:>14,.4f}" if isinstance(value, float) else f"{name:<16}{value:>14,}"
+        for name, value in measured.items()
+        if value is not None
+    ]
 
 
-def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _benchmarks(args: argparse.Namespace, console: Console) -> "BenchmarkResult":
     """Measure the model in benchmarks."""
     from minitron import api
     from minitron.evaluation.tasks.measure import TaskOptions, cache_directory
 
-    for model in (args.model, args.teacher):
-        if model is not None and options.is_gguf(model):
-            raise MinitronError(
-                f"{model}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
-                "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
-            )
     asked = args.asked.evaluate
     how = TaskOptions(
         limit=asked.limit,
@@ -170,15 +159,15 @@ def _benchmarks(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return api.benchmark(args.model, args.teacher, asked.tasks, directory, how, cache=cache, listener=console)
 
 
-def _benchmark_lines(facts: dict[str, Any]) -> list[str]:
+def _benchmark_lines(result: "BenchmarkResult") -> list[str]:
     from minitron.core.text import percent, shown
     from minitron.report.tables import BENCHMARK_NOTE, score
 
-    teacher = facts.get("teacher_tasks", {})
-    cells = [["benchmark", "metric", "shots", "items", *(["teacher"] if teacher else []), "model"]]
-    cells[0] += ["kept"] if teacher else []
-    for name, row in facts["tasks"].items():
-        own = [name, row["metric"], str(row["shots"]), f"{row['n']:,}"]
-        pair = [score(teacher[name])] if teacher else []
-        cells.append([*own, *pair, score(row), *([shown(facts["kept"][name], percent)] if teacher else [])])
+    teacher = result.teacher_tasks
+    head = ["benchmark", "metric", "shots", "items"]
+    cells = [[*head, "model"] if teacher is None else [*head, "teacher", "model", "kept"]]
+    for name, row in result.tasks.items():
+        own = [name, row.metric, str(row.shots), f"{row.n:,}"]
+        kept = [] if teacher is None else [shown(result.kept[name], percent)]
+        cells.append([*own, *([] if teacher is None else [score(teacher[name])]), score(row), *kept])
     return [*aligned(cells), "", BENCHMARK_NOTE]

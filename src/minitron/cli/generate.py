@@ -1,7 +1,6 @@
 """`minitron generate` continues a prompt."""
 
 import argparse
-from pathlib import Path
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console
@@ -16,7 +15,7 @@ RULES: Rules = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate
+    from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate_text
 
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument("--prompt", type=parse.words, required=True, metavar="TEXT", help="the text to continue")
@@ -26,18 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"default {USUAL_NEW_TOKENS}, or as many as the model's context has room for",
     )
-    options.add_parameter(parser, generate, "--temperature", type=float, metavar="T", help="0 is greedy")
-    options.add_parameter(parser, generate, "--seed", type=parse.seed, metavar="N", help="of the draw")
+    options.add_parameter(parser, generate_text, "--temperature", type=float, metavar="T", help="0 is greedy")
+    options.add_parameter(parser, generate_text, "--seed", type=parse.seed, metavar="N", help="of the draw")
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
-    how = {"new_tokens": args.new_tokens, "temperature": args.temperature, "seed": args.seed}
-    if options.is_gguf(args.model):
-        from minitron.evaluation.gguf_files import generate_gguf
-
-        text = generate_gguf(Path(args.model), args.prompt, **how)
-    else:
-        text = api.generate(args.model, args.prompt, **how)
+    text = api.generate(
+        args.model, args.prompt, new_tokens=args.new_tokens, temperature=args.temperature, seed=args.seed
+    )
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)

@@ -2,12 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.cli import options
 from minitron.cli.console import Console
 from minitron.cli.rules import REVISION, Rules
 from minitron.core.errors import MinitronError
+
+if TYPE_CHECKING:
+    from minitron.gguf.reader import GgufFacts
 
 HELP = "family, shape, exact parameters, bytes, and what can be pruned"
 EXAMPLE = "minitron inspect meta-llama/Llama-3.1-8B"
@@ -22,9 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
     from minitron.core.errors import UnsupportedArchitecture
+    from minitron.gguf.reader import is_gguf
     from minitron.model.hub import resolve_model
 
-    if options.is_gguf(args.model):
+    if is_gguf(args.model):
         return _inspect_file(args, console)
     path = resolve_model(args.model, args.revision, config_only=True)
     try:
@@ -62,20 +66,19 @@ def _inspect_file(args: argparse.Namespace, console: Console) -> None:
     if args.revision is not None:
         raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
     facts = inspect_gguf(Path(args.model))
-    console.result(facts, "\n".join(_file_lines(args.model, facts)))
+    console.result(facts.to_dict(), "\n".join(_file_lines(args.model, facts)))
 
 
-def _file_lines(file: str, facts: dict[str, Any]) -> list[str]:
+def _file_lines(file: str, facts: "GgufFacts") -> list[str]:
     from minitron.core.text import share, size
 
-    total = facts["parameters"]["total"]
     return [
-        f"{file}: {facts['family']}, {size(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight",
+        f"{file}: {facts.family}, {size(facts.bytes)}, {facts.bits_per_weight:.2f} bits per weight",
         "",
-        *(f"  {dim:<14}{_spelled(number):>16}" for dim, number in facts["shape"].items() if number is not None),
+        *(f"  {dim:<14}{_spelled(number):>16}" for dim, number in facts.shape.items() if number is not None),
         "",
-        f"  {'weights':<14}{total:>16,}",
-        *(f"  {kind:<14}{count:>16,}  {share(count / total)}" for kind, count in facts["types"].items()),
+        f"  {'weights':<14}{facts.weights:>16,}",
+        *(f"  {kind:<14}{count:>16,}  {share(count / facts.weights)}" for kind, count in facts.types.items()),
     ]
 
 

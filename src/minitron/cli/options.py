@@ -179,17 +179,3 @@ def data_config(args: argparse.Namespace, console: Console) -> "DataConfig":
 def names_text(args: argparse.Namespace) -> bool:
     """Tell whether the user says what text to read."""
     return "data" in args.given or any(text.startswith(("data=", "data.source=")) for text in args.set)
-
-
-def is_gguf(model: str) -> bool:
-    """Tell whether the model is a GGUF file.
-
-    Raises: GgufError if it is one and the packages for it are not there.
-    """
-    from minitron.gguf.config import require_installed
-    from minitron.gguf.reader import is_gguf
-
-    if not is_gguf(model):
-        return False
-    require_installed()
-    return True

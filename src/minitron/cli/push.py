@@ -1,7 +1,6 @@
 """`minitron push` uploads a run's student to the Hugging Face hub."""
 
 import argparse
-from typing import Any
 
 from minitron.cli import parse
 from minitron.cli.console import Console
@@ -28,14 +27,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
     require_repo_id(args.repo)
     records = read_run(args.run)
-    files: list[dict[str, Any]] = [
-        {"file": str(upload.file), "bytes": upload.file.stat().st_size, "to": f"{args.repo}/{upload.destination}"}
-        for upload in planned_uploads(records)
+    uploads = [(upload, upload.file.stat().st_size) for upload in planned_uploads(records)]
+    files = [
+        {"file": str(upload.file), "bytes": num_bytes, "to": f"{args.repo}/{upload.destination}"}
+        for upload, num_bytes in uploads
     ]
-    total = sum(row["bytes"] for row in files)
+    total = sum(num_bytes for _, num_bytes in uploads)
     facts = {"repo": args.repo, "private": args.private, "bytes": total, "files": files}
     if not args.dry_run:
         url = push(records, args.repo, private=args.private)
         return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
-    lines = [f"{size(row['bytes']):>10}  {row['to']}" for row in files]
+    lines = [f"{size(num_bytes):>10}  {args.repo}/{upload.destination}" for upload, num_bytes in uploads]
     console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))

@@ -1,12 +1,16 @@
 """`minitron quantize` writes GGUF files of a model, runs them and measures them."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import ROWS, Rules
 from minitron.core.effects import Rule
+
+if TYPE_CHECKING:
+    from minitron.gguf.layouts import QuantizedModel
+    from minitron.gguf.quantize import PlannedFile
 
 HELP = "write GGUF files for llama.cpp, run them, and print what each costs"
 EXAMPLE = "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf"
@@ -32,12 +36,7 @@ RULES: Rules = (
         lambda args: False,
         "where a model is calibrated, trained or evaluated, and llama.cpp's tools see documents together",
     ),
-    Rule(
-        ("data.*", "gguf.samples"),
-        _reads_text,
-        "where text is read",
-        "give --calibration, or leave out --no-verify",
-    ),
+    Rule(("data.*", "gguf.samples"), _reads_text, "where text is read", "give --calibration, or leave out --no-verify"),
     ROWS,
     Rule(
         ("gguf.blocks",),
@@ -82,10 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens in a block; default the context, at most {QUANTIZE_TOKENS}",
     )
     parser.add_argument(
-        "--imatrix",
-        type=parse.path,
-        metavar="FILE",
-        help="an importance matrix to use, of minitron's or llama.cpp's",
+        "--imatrix", type=parse.path, metavar="FILE", help="an importance matrix to use, of minitron's or llama.cpp's"
     )
     options.add_key(parser, "gguf.pre", "--pre", metavar="NAME")
     options.add_key(parser, "gguf.samples", "--samples", type=parse.count, metavar="N")
@@ -128,44 +124,41 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    from minitron.gguf.config import require_installed
+    from minitron import api
 
     config = args.asked.gguf
     if not config.wanted:
         args.parser.error("one of the arguments --types --target-bpw --target-size is required")
     if args.out is None and not args.dry_run:
         args.parser.error("the following arguments are required: --out")
-    require_installed()
-    from minitron import api
-
     with_text = _reads_text(args)
     if args.dry_run:
         planned = api.plan_quantized(args.model, config, informed=with_text or args.imatrix is not None)
-        return console.result(planned, "\n".join(_planned_lines(planned)))
+        return console.result([file.to_dict() for file in planned], "\n".join(_planned_lines(planned)))
     data = options.data_config(args, console) if with_text else None
     table = api.quantize(args.model, config, data, importance_file=args.imatrix, out=args.out, listener=console)
-    console.result(table | {"out": str(args.out)}, "\n".join([*_file_lines(table), f"in {args.out}"]))
+    console.result(table.to_dict() | {"out": str(args.out)}, "\n".join([*_file_lines(table), f"in {args.out}"]))
 
 
-def _planned_lines(planned: list[dict[str, Any]]) -> list[str]:
+def _planned_lines(planned: "list[PlannedFile]") -> list[str]:
     from minitron.core.text import size
 
     cells = [["type", "size", "bits/weight", "falls back"]]
-    for row in planned:
-        kinds = [f"{was} -> {now}" for was, now in row["fallbacks"].values()]
+    for file in planned:
+        kinds = [f"{was} -> {now}" for was, now in file.fallbacks.values()]
         fallen = ", ".join(f"{kinds.count(kind)} matrices {kind}" for kind in dict.fromkeys(kinds))
-        cells.append([row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", fallen or "-"])
+        cells.append([file.name, size(file.bytes), f"{file.bits_per_weight:.2f}", fallen or "-"])
     return aligned(cells)
 
 
-def _file_lines(table: dict[str, Any]) -> list[str]:
+def _file_lines(table: "QuantizedModel") -> list[str]:
     from minitron.core.text import percent, perplexity, size
 
     cells = [["type", "size", "bits/weight", "imatrix", "perplexity", "KL", "top-1", "other way"]]
-    for row in table["files"]:
-        seen = row["measured"]
-        measured = [perplexity(seen["perplexity"]), f"{seen['kl']:.5f}", percent(seen["top1"])] if seen else ["-"] * 3
-        other = "-" if row["kl_of_other"] is None else f"{row['kl_of_other']:.5f}"
-        own = [row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", "yes" if row["informed"] else "no"]
+    for file in table.files:
+        seen = file.measured
+        measured = [perplexity(seen.perplexity), f"{seen.kl:.5f}", percent(seen.top1)] if seen else ["-"] * 3
+        other = "-" if file.kl_of_other is None else f"{file.kl_of_other:.5f}"
+        own = [file.name, size(file.bytes), f"{file.bits_per_weight:.2f}", "yes" if file.informed else "no"]
         cells.append([*own, *measured, other])
     return aligned(cells)

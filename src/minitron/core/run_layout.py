@@ -24,7 +24,6 @@ STAGES = {
     "student": "the model after distillation",
     "scratch": "the baseline: the student's shape, trained from random weights",
     "evaluations": "what was measured of each model",
-    "gguf": "the student's files for llama.cpp, with their table",
 }
 # What a stage keeps beside its own directory while it works: what it resumes from, and the metrics of trainings.
 WORK = ("data-state", "search-state", "distill", "distill-corrected", "distill-scratch")
@@ -40,8 +39,7 @@ class RunLayout:
     out: Path
 
     def stage(self, name: str) -> Path:
-        """The directory of a stage, which is there when the stage is done."""
-        assert name in STAGES
+        """The directory of a stage or of an exporter, which is there when it is done."""
         return self.out / name
 
     def record(self, name: str) -> Path:
@@ -119,15 +117,6 @@ class RunLayout:
     @property
     def statistics(self) -> Path:
         return self.out / "statistics" / "statistics.safetensors"
-
-    @property
-    def ladder(self) -> Path:
-        """The table of GGUF files."""
-        return self.out / "gguf" / "quantization.json"
-
-    @property
-    def imatrix(self) -> Path:
-        return self.out / "gguf" / "imatrix.gguf"
 
 
 def _with_minitron(versions: dict[str, str]) -> dict[str, str]:

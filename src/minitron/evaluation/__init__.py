@@ -1,1 +1,1 @@
-"""How well a model does: held-out text, benchmarks, continuations, speed."""
+"""Measuring a model: held-out text, benchmarks, continuations, speed."""

@@ -1,12 +1,12 @@
-"""The verb `speed`: teacher and student in turn, in transformers, in llama.cpp or in vLLM.
+"""The verb `measure_speed`: teacher and student in turn, in transformers, in llama.cpp or in vLLM.
 
-Each model lives in a process of its own: its memory can be told apart, and llama.cpp can end its process.
+Each model lives in a process of its own, so that its memory can be measured, and llama.cpp can end its process.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,106 +24,155 @@ from minitron.evaluation.speed import (
     STUDENT,
     TEACHER,
     Load,
+    SpeedRow,
     Timer,
     Timing,
-    measure_speed,
+    measure_in_turn,
     transformers_timer,
     with_cuda_memory,
     with_resident_memory,
 )
-from minitron.gguf.config import require_installed
-from minitron.gguf.reader import is_gguf
+from minitron.gguf.reader import inspect_gguf, is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.describe import describe
 from minitron.model.hub import new_model, resolve_model
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)
-MODEL = "model"  # where there is no teacher
-VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's own default for one
+MODEL = "model"  # the name of a model without a teacher
+VLLM_SHARE = 0.9  # of the GPU's memory, for all models together: vLLM's default for one model
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """The grid of loads and the engine for measuring speed.
+
+    engine: None for llama.cpp with GGUF files and transformers with others.
+    contexts: None for the contexts of DEFAULT_CONTEXTS that the models have, or else their longest.
+    dtype: of the weights; `auto` as they are stored.
+    threads: of a CPU; None for as many as torch uses here.
+    """
+
+    engine: Engine | None = None
+    batches: Sequence[int] = (1, 8)
+    contexts: Sequence[int] | None = None
+    new_tokens: int = 32
+    rounds: int = DEFAULT_ROUNDS
+    dtype: Precision = "auto"
+    threads: int | None = None
+
+    def require_possible(self, engine: Engine) -> None:
+        """Raises: MinitronError for options that the engine or this machine does not have."""
+        if engine == "vllm" and find_spec("vllm") is None:
+            raise MinitronError(
+                "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine "
+                "whose GPU it supports, or take --engine transformers"
+            )
+        if engine == "llama.cpp" and self.dtype != "auto":
+            raise MinitronError(f"--dtype {self.dtype}: the types in a GGUF file are its own; leave --dtype out")
+        if self.threads is not None and self.threads > (os.cpu_count() or 1):
+            raise MinitronError(
+                f"--threads {self.threads}: this machine has {os.cpu_count()} cores; give at most as many"
+            )
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """A model whose speed was measured.
+
+    stored: the types of its weights.
+    context: the longest that the model has; None where its files do not say.
+    """
+
+    path: str
+    parameters: int
+    weight_bytes: int
+    stored: str
+    context: int | None
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """The speed and memory of one model or of a teacher and a student, and how they were measured.
+
+    load_average: of the machine, before and after.
+    models: `model`, or `teacher` and `student`.
+    rows: one for each load, from the smallest up.
+    """
+
+    engine: Engine
+    device: str
+    threads: int
+    rounds: int
+    new_tokens: int
+    load_average: tuple[float, float]
+    models: Mapping[str, SpeedModel]
+    rows: tuple[SpeedRow, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The result as the command prints it."""
+        models = {name: asdict(model) for name, model in self.models.items()}
+        return vars(self) | {"models": models, "rows": [row.to_dict() for row in self.rows]}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured: what it is, and how its process loads it."""
+    """A model to be measured, and how its process loads it.
+
+    dtype: None for the dtype that is stored.
+    context_tokens, batch: of the largest load, new tokens included.
+    """
 
     path: Path
     engine: Engine
-    dtype: torch.dtype | None  # None: as stored
+    dtype: torch.dtype | None
     threads: int
-    context_tokens: int  # of the largest load, new tokens included
-    batch: int  # of the largest load
+    context_tokens: int
+    batch: int
     gpu_share: float
 
 
-def measure_models(
-    model: str,
-    teacher: str | None,
-    *,
-    engine: Engine | None = None,
-    batches: Sequence[int] = (1, 8),
-    contexts: Sequence[int] | None = None,
-    new_tokens: int = 32,
-    rounds: int = DEFAULT_ROUNDS,
-    dtype: Precision = "auto",
-    threads: int | None = None,
-    listener: Listener = SILENT,
-) -> dict[str, Any]:
-    """Speed and memory of a model over a grid of batch and context, and of a teacher in turn with it.
+def measure_speed(
+    model: str, teacher: str | None = None, options: SpeedOptions | None = None, *, listener: Listener = SILENT
+) -> SpeedResult:
+    """Measure speed and memory of a model over a grid of batch and context, and of a teacher in turn with it.
 
-    Args:
-        engine: None for llama.cpp with GGUF files and transformers with others.
-        contexts: None for those of DEFAULT_CONTEXTS that the models have, or else the longest that they have.
-        dtype: of the weights; `auto` as they are stored.
-        threads: of a CPU; None for as many as torch uses here.
-
-    Returns engine, device, threads, rounds, the load average before and after, what each model is, and rows as
-    `measure_speed` gives them.
+    Raises: MinitronError for models or options that the engine does not run, and for a process that ended.
     """
+    options = options or SpeedOptions()
     named = {MODEL: model} if teacher is None else {TEACHER: teacher, STUDENT: model}
-    engine = engine or ("llama.cpp" if is_gguf(model) else "transformers")
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise MinitronError(
-            "--engine vllm: vLLM is not installed here; `pip install vllm` into this environment, on a machine whose "
-            "GPU it supports, or take --engine transformers"
-        )
-    if engine == "llama.cpp" and dtype != "auto":
-        raise MinitronError(f"--dtype {dtype}: the types in a GGUF file are its own; leave --dtype out")
-    if threads is not None and threads > (os.cpu_count() or 1):
-        raise MinitronError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most as many")
-    facts = {name: _describe(source, engine) for name, source in named.items()}
-    limit = min((fact["context"] for fact in facts.values() if fact["context"]), default=None)
-    contexts = _contexts(contexts, limit, new_tokens)
-    loads = [Load(batch, context, new_tokens) for batch in batches for context in contexts]
-    threads = threads or torch.get_num_threads()
-    own_dtype = None if dtype == "auto" else getattr(torch, dtype)
-    room = max(contexts) + new_tokens + 1
-    share = VLLM_SHARE / len(named)
-    load_average = [os.getloadavg()[0]]
+    engine = options.engine or ("llama.cpp" if is_gguf(model) else "transformers")
+    options.require_possible(engine)
+    models = {name: _described(source, engine) for name, source in named.items()}
+    limit = min((one.context for one in models.values() if one.context), default=None)
+    contexts = _contexts(options.contexts, limit, options.new_tokens)
+    loads = [Load(batch, context, options.new_tokens) for batch in options.batches for context in contexts]
+    threads = options.threads or torch.get_num_threads()
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    room, share = max(contexts) + options.new_tokens + 1, VLLM_SHARE / len(named)
+    load_before = os.getloadavg()[0]
     listener.stage("speed", "running")
     with ExitStack() as stack:
         timers: dict[str, Timer] = {}
-        for name, fact in facts.items():
-            subject = Subject(fact["path"], engine, own_dtype, threads, room, max(batches), share)
+        for name, one in models.items():
+            subject = Subject(Path(one.path), engine, dtype, threads, room, max(options.batches), share)
             timers[name] = partial(_ask, stack.enter_context(Child()), subject)
-        rows = measure_speed(
-            timers, loads, rounds=rounds, progress=lambda done, total: listener.progress(done, total, "measurements")
-        )
+        progress = partial(listener.progress, note="measurements")
+        rows = measure_in_turn(timers, loads, rounds=options.rounds, progress=progress)
     listener.stage("speed", "done")
-    return {
-        "engine": engine,
-        "device": hardware()["device"],
-        "threads": threads,
-        "rounds": rounds,
-        "new_tokens": new_tokens,
-        "load_average": [*load_average, os.getloadavg()[0]],
-        "models": {name: fact | {"path": str(fact["path"])} for name, fact in facts.items()},
-        "rows": rows,
-    }
+    return SpeedResult(
+        engine=engine,
+        device=str(hardware()["device"]),
+        threads=threads,
+        rounds=options.rounds,
+        new_tokens=options.new_tokens,
+        load_average=(load_before, os.getloadavg()[0]),
+        models=models,
+        rows=tuple(rows),
+    )
 
 
-def _describe(source: str, engine: Engine) -> dict[str, Any]:
-    """Path, parameters, bytes, and the longest context that the model has, or None."""
+def _described(source: str, engine: Engine) -> SpeedModel:
     in_file = is_gguf(source)
     if in_file != (engine == "llama.cpp"):
         raise MinitronError(
@@ -134,27 +183,21 @@ def _describe(source: str, engine: Engine) -> dict[str, Any]:
             f"`minitron quantize {source} --types BF16 --no-verify --out gguf` makes one of it"
         )
     if in_file:
-        require_installed()
-        from minitron.gguf.reader import inspect_gguf
-
-        path = Path(source)
-        said = inspect_gguf(path)
-        kinds = ", ".join(said["types"])
-        total, size, context = said["parameters"]["total"], said["bytes"], said["shape"]["context"]
-        return {"path": path, "parameters": total, "weight_bytes": size, "stored": kinds, "context": context}
+        facts = inspect_gguf(Path(source))
+        return SpeedModel(str(Path(source)), facts.weights, facts.bytes, ", ".join(facts.types), facts.context)
     checkpoint = open_checkpoint(resolve_model(source))
     said = describe(checkpoint)
-    return {
-        "path": checkpoint.path,
-        "parameters": said["parameters"]["total"],
-        "weight_bytes": said["weight_bytes"],
-        "stored": said["dtype"],
-        "context": checkpoint.config.get("max_position_embeddings"),
-    }
+    return SpeedModel(
+        str(checkpoint.path),
+        said["parameters"]["total"],
+        said["weight_bytes"],
+        said["dtype"],
+        checkpoint.config.get("max_position_embeddings"),
+    )
 
 
 def _contexts(asked: Sequence[int] | None, limit: int | None, new_tokens: int) -> Sequence[int]:
-    """Raises: MinitronError for one that is longer than the models' own."""
+    """Raises: MinitronError for a context that is longer than that of the models."""
     room = None if limit is None else limit - new_tokens - 1
     if room is not None and room < 1:
         raise MinitronError(f"--new-tokens {new_tokens} is too many for a context of {limit:,} tokens: ask for fewer")
@@ -180,7 +223,7 @@ def _ask(child: Child, subject: Subject, load: Load) -> Timing:
 
 
 def _answer(subject: Subject, load: Load) -> Timing:
-    """In the process of the model, which stays loaded from one load to the next."""
+    """Time a load in the model's process, where the model stays loaded from one load to the next."""
     try:
         timing = _loaded(subject)(load)
     except torch.OutOfMemoryError:
@@ -200,7 +243,7 @@ def _loaded(subject: Subject) -> Timer:
 
 def _in_transformers(subject: Subject) -> Timer:
     checkpoint = open_checkpoint(subject.path)
-    with torch.device("meta"):  # the code's own memory, which is more than a small model's, is not the model's
+    with torch.device("meta"):  # the memory of code, which is more than that of a small model, is taken before
         new_model(checkpoint.config, checkpoint.dtype)
     device, before = pick_device(), _resident_memory()
     timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
@@ -208,7 +251,7 @@ def _in_transformers(subject: Subject) -> Timer:
 
 
 def _in_llama_cpp(subject: Subject) -> Timer:
-    """Memory is the host's: a library that computes on a GPU keeps its own there."""
+    """Time llama.cpp; the memory is the host's, because a library that computes on a GPU keeps its memory there."""
     from minitron.gguf.llama_cpp import Runtime, llama_cpp
 
     llama_cpp()
@@ -240,7 +283,7 @@ def _time_llama_cpp(runtime: Any, load: Load) -> Timing:
 
 
 def _in_vllm(subject: Subject) -> Timer:
-    """Decoding is told by the difference of two calls. No memory: vLLM takes all that it may, whatever it needs."""
+    """Time vLLM, decoding by the difference of two calls, and no memory: vLLM takes all that it may."""
     from time import perf_counter
 
     from vllm import LLM, SamplingParams

@@ -1,7 +1,7 @@
-"""Text from a model: transformers' own generation, greedy unless a temperature is given.
+"""Text from a model by transformers' generation, greedy unless a temperature is given.
 
-Of a model's generation_config.json only the tokens that end a text count: with its temperature, penalties and limits,
-greedy text would not be the likeliest, and two models would not be asked the same.
+Of generation_config.json only the tokens that end a text count: with its temperature, penalties and limits, greedy text
+would not be the likeliest, and two models would not be compared alike.
 """
 
 import math
@@ -19,15 +19,15 @@ LEAST_TEMPERATURE = 1e-3  # below it, logits divided by it overflow
 
 
 @torch.no_grad()
-def generate(
+def generate_text(
     model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """The continuation of a prompt, without the prompt; it ends where the model's context does.
+    """Continue a prompt, up to the end of the model's context; returns the continuation alone.
 
     Args:
-        temperature: 0 is greedy; above it, sampling with `seed`.
+        temperature: 0 is greedy; above it, tokens are drawn with `seed`.
 
-    Raises: MinitronError for a prompt of no tokens or of more than the context, or a temperature that is none.
+    Raises: MinitronError for a prompt without tokens or longer than the context, or an impossible temperature.
     """
     require_temperature(temperature)
     context = model.config.max_position_embeddings
@@ -40,13 +40,13 @@ def generate(
         output = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, **sampling
         )
-    # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
+    # Some tokenizers drop the space before the first word of a text, so the whole is decoded and cut.
     before = tokenizer.decode(ids, skip_special_tokens=True)
     return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]
 
 
 def require_temperature(temperature: float) -> None:
-    """Raises: MinitronError for one that no text can be drawn with."""
+    """Raises: MinitronError for a temperature at which no text can be drawn."""
     if temperature < 0:
         raise MinitronError(f"temperature {temperature} is negative; 0 is greedy, and higher is more random")
     if not math.isfinite(temperature) or 0 < temperature < LEAST_TEMPERATURE:
@@ -56,13 +56,13 @@ def require_temperature(temperature: float) -> None:
 
 
 def prompt_of(tokenizer: Any, prompt: str, context: int | None, *, rows: int) -> list[int]:
-    """The ids of a prompt that a model can go on from.
+    """Tokenize a prompt that a model can continue.
 
     Args:
-        context: tokens that the model reads at most; None where it does not say.
-        rows: of its embedding.
+        context: of the model, in tokens; None where the model does not state it.
+        rows: of the model's embedding.
 
-    Raises: MinitronError if it has no token, or leaves no room for one more, or has one that the model has not.
+    Raises: MinitronError if the prompt has no token, leaves no room for one more, or has a token beyond the rows.
     """
     ids = prompt_ids(tokenizer, prompt)
     if not ids:
@@ -73,9 +73,9 @@ def prompt_of(tokenizer: Any, prompt: str, context: int | None, *, rows: int) ->
 
 
 def num_new_tokens(num_ids: int, asked: int | None, context: int | None) -> int:
-    """How many tokens follow a prompt: as many as are asked for; None for the usual number, if there is room for it.
+    """The number of tokens to generate: the number asked for, or by default the usual number, as far as there is room.
 
-    Raises: MinitronError if a prompt and what is to be written after it are more than the model's context.
+    Raises: MinitronError if the prompt and the tokens asked for are more than the model's context.
     """
     new_tokens = USUAL_NEW_TOKENS if asked is None else asked
     if asked is None and context is not None:
@@ -92,12 +92,12 @@ def num_new_tokens(num_ids: int, asked: int | None, context: int | None) -> int:
 
 @contextmanager
 def only_ending(model: Any, tokenizer: Any) -> Iterator[None]:
-    """In the block, a model's generation settings are the tokens that end its text and nothing else."""
+    """In the block, the model's generation settings are the tokens that end a text and nothing else."""
     from transformers import GenerationConfig
 
     before = model.generation_config
     ends = before.eos_token_id if before.eos_token_id not in (None, []) else tokenizer.eos_token_id
-    # transformers' own default is to draw of the 50 likeliest tokens only; 0 is all. Pads are asked for and not seen.
+    # By default transformers draws from the 50 likeliest tokens; 0 is all. It demands a pad token, which is not used.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0, top_k=0)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp: it continues a prompt, and is measured on held-out text."""
+"""A GGUF file continues a prompt in llama.cpp, and is measured there on held-out text."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,40 +16,34 @@ from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, hold_out_all, prepare
+from minitron.data.corpus import Corpus, DataConfig, hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
-from minitron.evaluation.quality import Evaluation
+from minitron.evaluation.quality import Evaluation, predicted_bytes
+from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
-from minitron.gguf.quantize import QUANTIZE_TOKENS
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
 from minitron.gguf.tokenizer import file_tokenizer
-from minitron.gguf.verify import (
-    Comparison,
-    first_difference,
-    llama_cpp_logits,
-    logits_of,
-    perplexity,
-    process_ended,
-    readable,
-)
-from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.gguf.verify import first_difference, llama_cpp_logits, logits_of, process_ended, readable
+from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from minitron.model.hub import resolve_model
+from minitron.model.quality_sums import QualitySums
 from minitron.model.samples import Batch, Separator
-from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import require_unicode, text_ids
 
-SAMPLE_BLOCKS = 8  # of text, that are tokenized by llama.cpp too
-Result = TypeVar("Result")
+TOKENIZED_BLOCKS = 8  # blocks of text to tokenize in llama.cpp too
 
 
 def generate_gguf(file: Path, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
-    """The continuation of a prompt by llama.cpp."""
+    """Continue a prompt in llama.cpp."""
     require_temperature(temperature)
     require_unicode(prompt)
     model = read_gguf(file)
     require_language_model(model)
-    return _in_child(file, _continued, file, prompt, new_tokens, temperature, seed, model.context)
+    with Child() as child:
+        try:
+            return child.call(_continued, file, prompt, new_tokens, temperature, seed, model.context)
+        except ChildEnded as ended:
+            raise process_ended(file, ended) from None
 
 
 def _continued(
@@ -64,19 +58,13 @@ def _continued(
         new_tokens = num_new_tokens(len(tokens), new_tokens, context)
         runtime.make_room(len(tokens) + new_tokens)
         made = runtime.generate(tokens, new_tokens, temperature=temperature, seed=seed)
-        # Decoded whole and cut: by itself, a continuation loses the space before its first word in some tokenizers.
+        # Some tokenizers drop the space before the first word of a text, so the whole is decoded and cut.
         return runtime.text(tokens + made)[len(runtime.text(tokens)) :]
 
 
 def evaluate_gguf(
-    file: Path,
-    teacher: str | None,
-    data_config: DataConfig,
-    *,
-    blocks: int | None,
-    whole: bool,
-    listener: Listener = SILENT,
-) -> dict[str, Any]:
+    file: Path, teacher: str | None, data: DataConfig, *, blocks: int | None, whole: bool, listener: Listener = SILENT
+) -> Evaluation:
     """Measure a GGUF file in llama.cpp on the part of the data that a run holds out, or on all of it.
 
     Args:
@@ -84,65 +72,56 @@ def evaluate_gguf(
     """
     model = read_gguf(file)
     require_language_model(model)
-    guide = None if teacher is None else _guide(teacher, model)
+    reference = None if teacher is None else _reference(teacher, model)
     with ExitStack() as stack:
-        corpus = stack.enter_context(_corpus(model, guide, data_config, whole, listener))
+        corpus = stack.enter_context(_corpus(model, reference, data, whole, listener))
         heldout = corpus.heldout.head(blocks)
         rows = torch.from_numpy(heldout.select(slice(None)))
-        child, seen = stack.enter_context(Child()), Comparison()
-        pair = _Pair(file, guide, rows.shape[1], heldout.separator)
+        child, sums = stack.enter_context(Child()), QualitySums()
+        pair = _Pair(file, reference, rows.shape[1], heldout.separator)
         try:
-            child.call(_require_same_tokens, pair, *_sample(model, guide, rows))
+            child.call(_require_same_tokens, pair, *_sample(model, reference, rows))
             for number, block in enumerate(rows):
-                seen += child.call(_compared, pair, block)
+                sums += child.call(_compared, pair, block)
                 listener.progress(number + 1, len(rows), "blocks")
         except ChildEnded as ended:
             raise process_ended(file, ended) from None
-        batch, text_bytes = Batch(rows, heldout.separator), 0
-        if heldout.bytes is not None:
-            text_bytes = int(heldout.bytes[:][batch.predicted.numpy()].sum(dtype="int64"))
-    if not math.isfinite(seen.nats + seen.kl):
+        text_bytes = predicted_bytes(heldout, slice(None), Batch(rows, heldout.separator))
+    if not math.isfinite(sums.nats + sums.kl):
         raise GgufError(f"{file}: the loss in llama.cpp is not finite: the file is damaged, or its types are too small")
-    return Evaluation(
-        lm_loss=seen.nats,
-        perplexity=perplexity(seen.nats),
-        bits_per_byte=seen.nats * seen.tokens / math.log(2) / text_bytes if text_bytes else None,
-        kl_to_teacher=None if teacher is None else seen.kl,
-        top1_agreement=None if teacher is None else seen.top1,
-        tokens=seen.tokens,
-    ).to_dict()
+    return Evaluation.of(sums, text_bytes=text_bytes, with_teacher=teacher is not None)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A file, and the directory or file that it is held against."""
+    """A file, and the directory or file that it is compared with."""
 
     file: Path
-    guide: Path | None
+    reference: Path | None
     block_tokens: int
     separator: Separator | None
 
 
-def _compared(pair: _Pair, block: Tensor) -> Comparison:
-    """One block, in the process that both models stay loaded in."""
-    runtime, guide = _loaded(pair)
-    batch, seen = Batch(block[None], pair.separator), Comparison()
-    seen.add(llama_cpp_logits(runtime, batch), None if guide is None else guide(batch), batch)
-    return seen
+def _compared(pair: _Pair, block: Tensor) -> QualitySums:
+    """Measure one block, in the process that both models stay loaded in."""
+    runtime, reference = _loaded(pair)
+    batch, sums = Batch(block[None], pair.separator), QualitySums()
+    sums.add_logits(llama_cpp_logits(runtime, batch), None if reference is None else reference(batch), batch)
+    return sums
 
 
 @lru_cache(1)
 def _loaded(pair: _Pair) -> tuple[Runtime, Callable[[Batch], Tensor] | None]:
     runtime = Runtime(pair.file, context=pair.block_tokens, threads=_threads())
-    if pair.guide is None:
+    if pair.reference is None:
         return runtime, None
-    if pair.guide.is_dir():
-        return runtime, partial(logits_of, load_model(pair.guide))
-    return runtime, partial(llama_cpp_logits, Runtime(pair.guide, context=pair.block_tokens, threads=_threads()))
+    if pair.reference.is_dir():
+        return runtime, partial(logits_of, load_model(pair.reference))
+    return runtime, partial(llama_cpp_logits, Runtime(pair.reference, context=pair.block_tokens, threads=_threads()))
 
 
 def _require_same_tokens(pair: _Pair, texts: list[str], wanted: list[list[int]]) -> None:
-    """Raises: GgufError if llama.cpp makes other tokens of a text than those that the model is to be measured on."""
+    """Raises: GgufError if llama.cpp makes other tokens of the text that the model is measured on."""
     runtime, _ = _loaded(pair)
     for text, ids in zip(texts, wanted, strict=True):
         found = runtime.tokenize(text, special=False)
@@ -155,10 +134,10 @@ def _require_same_tokens(pair: _Pair, texts: list[str], wanted: list[list[int]])
             )
 
 
-def _guide(teacher: str, model: GgufFile) -> Path:
+def _reference(teacher: str, model: GgufFile) -> Path:
     """The teacher's directory or file.
 
-    Raises: GgufError if it has other tokens.
+    Raises: GgufError if its tokenizer is another.
     """
     if is_gguf(teacher):
         other = read_gguf(Path(teacher))
@@ -185,44 +164,37 @@ def _texts(model: GgufFile) -> list[str]:
 
 @contextmanager
 def _corpus(
-    model: GgufFile, guide: Path | None, config: DataConfig, whole: bool, listener: Listener
+    model: GgufFile, reference: Path | None, config: DataConfig, whole: bool, listener: Listener
 ) -> Iterator[Corpus]:
-    """Text in the file's own tokens, gone after the block."""
+    """In the block, the text in the tokens of the file."""
     context = model.context or QUANTIZE_TOKENS
     length = config.block_tokens or min(QUANTIZE_TOKENS, context)
     if length > context:
         raise GgufError(f"--block-tokens {length} is longer than the context of {model.path}, {context} tokens")
-    tokenizer = _tokenizer(model, guide)
+    if whole:
+        config = hold_out_all(config)
+    tokenizer = _tokenizer(model, reference)
     with scratch_directory() as path:
         listener.stage("data", "running")
         vocab = max(model.vocab, len(tokenizer))
-        if whole:
-            config = hold_out_all(config)
         with scratch_errors():
             corpus = prepare(config, tokenizer, vocab=vocab, block_tokens=length, out=path, listener=listener)
         yield corpus
 
 
-def _tokenizer(model: GgufFile, guide: Path | None) -> Any:
-    """The checkpoint's that the file is held against, or the file's own."""
-    return load_tokenizer(guide) if guide is not None and guide.is_dir() else file_tokenizer(model.path, model.said)
+def _tokenizer(model: GgufFile, reference: Path | None) -> Any:
+    """The tokenizer of the checkpoint that the file is compared with, or else of the file."""
+    if reference is not None and reference.is_dir():
+        return load_tokenizer(reference)
+    return file_tokenizer(model.path, model.said)
 
 
-def _sample(model: GgufFile, guide: Path | None, rows: Tensor) -> tuple[list[str], list[list[int]]]:
-    """Some of the text that is measured on, and its tokens."""
-    tokenizer = _tokenizer(model, guide)
-    decoded = [tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows[:SAMPLE_BLOCKS]]
+def _sample(model: GgufFile, reference: Path | None, rows: Tensor) -> tuple[list[str], list[list[int]]]:
+    """Some of the text to measure on, and its tokens."""
+    tokenizer = _tokenizer(model, reference)
+    decoded = [tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows[:TOKENIZED_BLOCKS]]
     texts = [readable(tokenizer, text) for text in decoded]
     return texts, [text_ids(tokenizer, text) for text in texts]
-
-
-def _in_child(file: Path, function: Callable[..., Result], *arguments: object) -> Result:
-    """What a function that runs a file returns; llama.cpp may end the process that it runs in."""
-    with Child() as child:
-        try:
-            return child.call(function, *arguments)
-        except ChildEnded as ended:
-            raise process_ended(file, ended) from None
 
 
 def _threads() -> int:

@@ -1,4 +1,4 @@
-"""What the files of evaluations hold, checked when they are read."""
+"""The contents of the files of evaluations, checked when they are read."""
 
 import math
 from typing import Annotated
@@ -28,7 +28,7 @@ class Evaluated(Layout):
 
 
 class Continued(BaseModel):
-    """A row of evaluations/generations.json: a prompt, and what each model makes of it."""
+    """A row of evaluations/generations.json: a prompt and each model's continuation."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, str]
@@ -41,31 +41,37 @@ class Continued(BaseModel):
         return self.__pydantic_extra__
 
 
+Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class Speed(Layout):
+    """Medians over rounds, in tokens per second of all sequences together.
+
+    prefill_range, decode_range: the slowest and the fastest round.
+    peak_memory_bytes: None where it cannot be measured.
+    """
+
     prefill: Rate
-    prefill_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    prefill_range: Ends
     decode: Rate
-    decode_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    decode_range: Ends
     prompt_tokens: Count
     new_tokens: Count
-
-    @property
-    def of_prefill(self) -> tuple[float, list[float]]:
-        """The median, and the slowest and the fastest."""
-        return self.prefill, self.prefill_range
-
-    @property
-    def of_decode(self) -> tuple[float, list[float]]:
-        return self.decode, self.decode_range
+    batch: Count = 1
+    peak_memory_bytes: Count | None = None
 
 
 class Ratios(Layout):
+    """The student's speed over the teacher's: the median and the range of the ratios of the rounds."""
+
     prefill: float = math.nan
+    prefill_range: Ends = Field(default=[math.nan, math.nan])
     decode: float = math.nan
+    decode_range: Ends = Field(default=[math.nan, math.nan])
 
 
 class Speeds(Layout):
-    """evaluations/speed.json. Older versions did not write the ratios of the rounds; theirs are of the medians."""
+    """evaluations/speed.json. Older versions did not write the ratios of the rounds; ratios of the medians stand in."""
 
     teacher: Speed
     student: Speed
@@ -80,8 +86,15 @@ class Speeds(Layout):
         return self
 
 
-class Asked(Layout):
-    """What a benchmark's task says."""
+class TaskResult(Layout):
+    """The result of one model in one task.
+
+    stderr: of the value over items, by the harness; None where the harness has none.
+    n: the number of items.
+    shots: examples in the prompt.
+    version: of the task, by the harness.
+    others: further metrics of the task, as metric or metric,filter.
+    """
 
     title: str
     metric: str
@@ -89,12 +102,19 @@ class Asked(Layout):
     stderr: float | None
     n: Count
     shots: Count
+    version: str = ""
+    higher_is_better: bool = True
+    filter: str | None = None
+    others: dict[str, float] = Field(default={})
+
+    def to_dict(self) -> dict[str, object]:
+        return self.model_dump()
 
 
 class Tasks(Layout):
     """evaluations/tasks.json."""
 
-    tasks: dict[str, dict[str, Asked]]
+    tasks: dict[str, dict[str, TaskResult]]
     kept: dict[str, float | None] = Field(default={})
     chosen_by: list[str]
 

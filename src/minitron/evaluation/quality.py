@@ -1,7 +1,7 @@
 """Quality on held-out text: LM loss, perplexity, bits per byte, and KL and top-1 agreement with a teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from minitron.core.errors import CheckpointError, DataError
 from minitron.core.numerics import matmul_precision
 from minitron.data.corpus import Blocks
 from minitron.model.logits import LazyLogits, logit_transform, usual_chunk
+from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch
 
 DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(")
@@ -41,8 +42,8 @@ class EvaluateConfig(Section):
     """Whether tasks may run code that the models write, in a sandbox."""
 
     @property
-    def for_record(self) -> dict[str, Any]:
-        """What evaluations are; those of runs without benchmarks do not name them."""
+    def for_record(self) -> Mapping[str, object]:
+        """The keys that evaluations depend on; a run without benchmarks does not name those of benchmarks."""
         return self.model_dump(mode="json", exclude=None if self.benchmarks else set(_OF_TASKS))
 
     @property
@@ -55,10 +56,15 @@ _OF_TASKS = ("tasks", "tasks_dir", "limit", "allow_code")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over predicted tokens: every token of a block but its first, or of a document where documents are kept
-    apart. Losses in nats.
+    """The quality of a model on held-out text: means over predicted tokens, losses in nats.
 
-    `bits_per_byte` compares models of different tokenizers; None where the text's bytes are not known.
+    Predicted is every token of a block but its first, or of a document where documents are kept apart.
+
+    bits_per_byte: the loss over the bytes of the text, which compares models of different tokenizers; None where the
+        bytes are not known.
+    kl_to_teacher: KL(teacher || model); None without a teacher.
+    top1_agreement: the share of tokens for which model and teacher predict the same next token.
+    tokens: the number of predicted tokens.
     """
 
     lm_loss: float
@@ -68,12 +74,24 @@ class Evaluation:
     top1_agreement: float | None
     tokens: int
 
+    @classmethod
+    def of(cls, sums: QualitySums, *, text_bytes: int, with_teacher: bool) -> "Evaluation":
+        """The means of what an engine has summed."""
+        return cls(
+            lm_loss=sums.nats,
+            perplexity=perplexity_of(sums.nats),
+            bits_per_byte=sums.bits_per_byte(text_bytes),
+            kl_to_teacher=sums.kl if with_teacher else None,
+            top1_agreement=sums.top1 if with_teacher else None,
+            tokens=sums.tokens,
+        )
+
     def to_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
 
 
 @torch.no_grad()
-def evaluate(
+def measure_quality(
     model: Any,
     blocks: Blocks,
     *,
@@ -85,37 +103,30 @@ def evaluate(
 
     Args:
         teacher: a loaded model of the same vocabulary; None leaves KL and agreement out. Where one of the two has more
-            rows, of padding, both are compared on those that both have.
+            rows, of padding, both are compared on the rows that both have.
 
     Raises: CheckpointError if the loss is not finite; DataError if no token is predicted.
     """
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, KL, agreeing tokens
-    count = text_bytes = 0
+    sums, text_bytes = QualitySums(), 0
     device = next(model.parameters()).device
     for start in range(0, len(blocks), batch):
         rows = slice(start, start + batch)
         here = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-        targets = here.targets
-        sums += _token_sums(_logits(model, here), None if teacher is None else _logits(teacher, here), targets)
-        count += len(targets)
-        if blocks.bytes is not None:
-            text_bytes += int(blocks.bytes[rows][here.predicted.cpu().numpy()].sum(dtype="int64"))
+        sums += _sums_of(_logits(model, here), None if teacher is None else _logits(teacher, here), here.targets)
+        text_bytes += predicted_bytes(blocks, rows, here)
         progress(min(start + batch, len(blocks)), len(blocks))
-    if count == 0:
+    if sums.tokens == 0:
         raise DataError("no token of the held-out text is predicted: every document in it is a single token")
-    nats, kl, agreeing = (sums / count).tolist()
-    if not math.isfinite(nats):
+    if not math.isfinite(sums.nats):
         raise CheckpointError("the model's loss on held-out text is not finite: its weights are damaged")
-    if not math.isfinite(kl):
+    if not math.isfinite(sums.kl):
         raise CheckpointError("the KL to the teacher is not finite: the teacher's weights are damaged")
-    return Evaluation(
-        lm_loss=nats,
-        perplexity=math.exp(nats) if nats < 700 else math.inf,
-        bits_per_byte=nats * count / math.log(2) / text_bytes if text_bytes else None,
-        kl_to_teacher=None if teacher is None else kl,
-        top1_agreement=None if teacher is None else agreeing,
-        tokens=count,
-    )
+    return Evaluation.of(sums, text_bytes=text_bytes, with_teacher=teacher is not None)
+
+
+def predicted_bytes(blocks: Blocks, rows: slice, batch: Batch) -> int:
+    """The bytes of the text that the predicted tokens of some blocks spell; 0 where they are not known."""
+    return 0 if blocks.bytes is None else int(blocks.bytes[rows][batch.predicted.cpu().numpy()].sum(dtype="int64"))
 
 
 def _logits(model: Any, batch: Batch) -> LazyLogits:
@@ -125,18 +136,19 @@ def _logits(model: Any, batch: Batch) -> LazyLogits:
     return LazyLogits(batch.predicting(hidden), head.float(), logit_transform(model))
 
 
-def _token_sums(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> Tensor:
-    sums = torch.zeros(3, dtype=torch.float64)
-    chunk = usual_chunk(model.head)
+def _sums_of(model: LazyLogits, teacher: LazyLogits | None, targets: Tensor) -> QualitySums:
+    """The sums over one batch, a chunk of tokens at a time."""
+    sums, chunk = QualitySums(), usual_chunk(model.head)
     with matmul_precision(model.hidden.dtype):
         for rows in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
-            logits = model.rows(rows)
-            sums[0] += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
+            logits, kl, agreeing = model.rows(rows), 0.0, 0
+            nats = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
             if teacher is not None:
                 reference = teacher.rows(rows)
                 both = min(reference.shape[1], logits.shape[1])
                 reference, logits = reference[:, :both], logits[:, :both]
                 log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-                sums[1] += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
-                sums[2] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()
+                kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+                agreeing = int((logits.argmax(-1) == reference.argmax(-1)).sum())
+            sums.add(len(targets[rows]), nats, kl=kl, agreeing=agreeing)
     return sums

@@ -1,22 +1,22 @@
 """Prefill and decode speed of several models, measured in turn so that they meet the same machine.
 
-A model is whatever does a load of work and says how long it took: `transformers_timer` makes one of a loaded model.
+A timer does a load of work and returns how long it took: `transformers_timer` makes one of a loaded model.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 import torch
 
 from minitron.core.machine import forget_peak_memory, peak_memory
+from minitron.evaluation.layouts import Ratios, Speed
 
 TEACHER, STUDENT, RATIO = "teacher", "student", "ratio"
 DEFAULT_ROUNDS = 5
-KINDS = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Load:
 
     @property
     def prompts(self) -> list[range]:
-        """What is read: a number may have to be taken modulo the vocabulary. Each sequence is another."""
+        """The tokens that are read, different for each sequence; take them modulo the vocabulary."""
         return [range(row, row + self.context) for row in range(self.batch)]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one load.
+    """How long one load took.
 
-    made: the tokens of each sequence, the likeliest ones: 1 + new_tokens.
-    peak_memory_bytes: None where it cannot be told.
+    made: the 1 + new_tokens likeliest tokens of each sequence.
+    peak_memory_bytes: None where it cannot be measured.
     """
 
     prefill_seconds: float
@@ -54,33 +54,37 @@ Timer = Callable[[Load], Timing]
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Medians over rounds, tokens per second of all sequences together, with the slowest and fastest round."""
+class SpeedRow:
+    """The speeds of all models under one load.
 
-    prefill: float
-    prefill_range: tuple[float, float]
-    decode: float
-    decode_range: tuple[float, float]
-    prompt_tokens: int
-    new_tokens: int
-    batch: int = 1
-    peak_memory_bytes: int | None = None
+    speeds: model -> its speed.
+    ratio: None unless a teacher and a student are among the models.
+    """
+
+    load: Load
+    speeds: Mapping[str, Speed]
+    ratio: Ratios | None
+
+    def to_dict(self) -> dict[str, object]:
+        """The row as the command prints it: the speeds stand beside `batch` and `context`, each under its model."""
+        ratio = {} if self.ratio is None else {RATIO: self.ratio.model_dump()}
+        speeds = {name: speed.model_dump() for name, speed in self.speeds.items()}
+        return {"batch": self.load.batch, "context": self.load.context, **speeds, **ratio}
 
 
-def measure_speed(
+def measure_in_turn(
     models: Mapping[str, Timer],
     loads: Iterable[Load],
     *,
     rounds: int = DEFAULT_ROUNDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Every round gives each load to each model, forwards and backwards in turn.
+) -> list[SpeedRow]:
+    """Measure every model under every load in each round, the models forwards and backwards in turn.
 
-    The first round warms up and is not counted. It goes from the smallest load up, and memory is told in it: what a
-    larger load took before may not all have been given back.
+    The first round warms up and is not counted. It goes from the smallest load up, and peak memory is read in it,
+    because memory that a larger load took before may not all have been given back.
 
-    Returns a row for each load: `batch`, `context`, and a Speed as a dict under each model's name; with a teacher and a
-    student among them also `ratio`, student to teacher, the median and range of the rounds' own ratios.
+    Returns a row for each load, from the smallest up.
     """
     loads = sorted(set(loads), key=lambda load: (load.batch * load.context, load.batch))
     seen: dict[Load, dict[str, list[Timing]]] = {load: {name: [] for name in models} for load in loads}
@@ -94,46 +98,47 @@ def measure_speed(
     return [_row(load, timings) for load, timings in seen.items()]
 
 
-def _row(load: Load, timings: Mapping[str, Sequence[Timing]]) -> dict[str, Any]:
-    rates = {name: _rates(load, some[1:]) for name, some in timings.items()}
-    row: dict[str, Any] = {"batch": load.batch, "context": load.context}
-    for name, some in timings.items():
-        row[name] = asdict(
-            Speed(
-                **_medians(rates[name]),
-                prompt_tokens=load.context,
-                new_tokens=load.new_tokens,
-                batch=load.batch,
-                peak_memory_bytes=some[0].peak_memory_bytes,
-            )
+class _Medians(TypedDict):
+    prefill: float
+    prefill_range: list[float]
+    decode: float
+    decode_range: list[float]
+
+
+def _row(load: Load, timings: Mapping[str, Sequence[Timing]]) -> SpeedRow:
+    read, written = load.batch * load.context, load.batch * load.new_tokens
+    prefill = {name: [_rate(read, one.prefill_seconds) for one in some[1:]] for name, some in timings.items()}
+    decode = {name: [_rate(written, one.decode_seconds) for one in some[1:]] for name, some in timings.items()}
+    speeds = {
+        name: Speed(
+            **_medians(prefill[name], decode[name]),
+            prompt_tokens=load.context,
+            new_tokens=load.new_tokens,
+            batch=load.batch,
+            peak_memory_bytes=some[0].peak_memory_bytes,
         )
-    if TEACHER in rates and STUDENT in rates:
-        pairs = {kind: zip(rates[STUDENT][kind], rates[TEACHER][kind], strict=True) for kind in KINDS}
-        row[RATIO] = _medians({kind: [student / teacher for student, teacher in pairs[kind]] for kind in KINDS})
-    return row
-
-
-def _rates(load: Load, timings: Sequence[Timing]) -> dict[str, list[float]]:
-    """Tokens per second of each round. A time that is none, of a disturbed round of an engine whose steps are told by
-    a difference, gives NaN."""
-    tokens = {"prefill": load.batch * load.context, "decode": load.batch * load.new_tokens}
-    seconds = {
-        "prefill": [timing.prefill_seconds for timing in timings],
-        "decode": [timing.decode_seconds for timing in timings],
+        for name, some in timings.items()
     }
-    return {kind: [tokens[kind] / time if time > 0 else math.nan for time in seconds[kind]] for kind in KINDS}
+    ratio = None
+    if TEACHER in timings and STUDENT in timings:
+        pairs = (zip(of_kind[STUDENT], of_kind[TEACHER], strict=True) for of_kind in (prefill, decode))
+        ratio = Ratios(**_medians(*([student / teacher for student, teacher in pair] for pair in pairs)))
+    return SpeedRow(load, speeds, ratio)
 
 
-def _medians(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for kind, values in rates.items():
-        known = [value for value in values if not math.isnan(value)] or [math.nan]
-        facts |= {kind: statistics.median(known), f"{kind}_range": (min(known), max(known))}
-    return facts
+def _rate(tokens: int, seconds: float) -> float:
+    """Tokens per second; NaN where a disturbed round of an engine that measures by a difference took no time."""
+    return tokens / seconds if seconds > 0 else math.nan
+
+
+def _medians(prefill: Sequence[float], decode: Sequence[float]) -> _Medians:
+    known = [[value for value in values if not math.isnan(value)] or [math.nan] for values in (prefill, decode)]
+    (reads, writes), (read_range, write_range) = map(statistics.median, known), ([min(k), max(k)] for k in known)
+    return {"prefill": reads, "prefill_range": read_range, "decode": writes, "decode_range": write_range}
 
 
 def transformers_timer(model: Any) -> Timer:
-    """Of a loaded transformers model: its own forward with its own cache, greedy, without `generate` around it."""
+    """Time a loaded transformers model: its forward with its cache, greedy, without `generate` around it."""
     return lambda load: _time(model, load)
 
 
@@ -162,7 +167,7 @@ def _now(device: torch.device) -> float:
 
 
 def with_cuda_memory(timer: Timer, device: torch.device) -> Timer:
-    """Also tell the most memory that tensors took on the GPU, weights included."""
+    """Also measure the most memory that tensors took on the GPU, weights included."""
 
     def measured(load: Load) -> Timing:
         torch.cuda.reset_peak_memory_stats(device)
@@ -173,9 +178,9 @@ def with_cuda_memory(timer: Timer, device: torch.device) -> Timer:
 
 
 def with_resident_memory(timer: Timer, before_bytes: int) -> Timer:
-    """Also tell the most resident memory of this process beyond `before_bytes`, weights included.
+    """Also measure the most resident memory of this process beyond `before_bytes`, weights included.
 
-    Means something only where the model is alone in its process.
+    The number means something only where the model is alone in its process.
     """
 
     def measured(load: Load) -> Timing:

@@ -1,4 +1,4 @@
-"""The ladder of quantized files: the names of its types, and what a run writes of it."""
+"""The types of quantized files, and the section of the recipe that names the files of a run."""
 
 import math
 import re
@@ -9,65 +9,44 @@ from pydantic import Field, field_validator
 from minitron.core.config import Section
 from minitron.core.errors import GgufError, did_you_mean
 
-# Name of a file's type -> the type of most of its matrices. By rising loss, as it usually is.
-LADDER: dict[str, str] = {
-    "F32": "F32",
-    "BF16": "BF16",
-    "F16": "F16",
-    "Q8_0": "Q8_0",
-    "Q6_K": "Q6_K",
-    "Q5_K_M": "Q5_K",
-    "Q5_K_S": "Q5_K",
-    "Q5_1": "Q5_1",
-    "Q5_0": "Q5_0",
-    "Q4_K_M": "Q4_K",
-    "Q4_K_S": "Q4_K",
-    "IQ4_NL": "IQ4_NL",
-    "IQ4_XS": "IQ4_XS",
-    "Q4_1": "Q4_1",
-    "Q4_0": "Q4_0",
-    "Q3_K_L": "Q3_K",
-    "Q3_K_M": "Q3_K",
-    "Q3_K_S": "Q3_K",
-    "IQ3_M": "IQ3_S",
-    "IQ3_S": "IQ3_S",
-    "IQ3_XS": "IQ3_S",
-    "IQ3_XXS": "IQ3_XXS",
-    "Q2_K": "Q2_K",
-    "Q2_K_S": "Q2_K",
-    "IQ2_M": "IQ2_S",
-    "IQ2_S": "IQ2_XS",
-    "IQ2_XS": "IQ2_XS",
-    "IQ2_XXS": "IQ2_XXS",
-    "IQ1_M": "IQ1_M",
-    "IQ1_S": "IQ1_S",
-}
-# Types of which an importance matrix changes nothing.
+# Name of a file's type -> the type of most of its matrices, mostly by rising loss.
+GGUF_TYPES: dict[str, str] = {
+    "F32": "F32", "BF16": "BF16", "F16": "F16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_K_M": "Q5_K",
+    "Q5_K_S": "Q5_K", "Q5_1": "Q5_1", "Q5_0": "Q5_0", "Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K", "IQ4_NL": "IQ4_NL",
+    "IQ4_XS": "IQ4_XS", "Q4_1": "Q4_1", "Q4_0": "Q4_0", "Q3_K_L": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_S": "Q3_K",
+    "IQ3_M": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ3_XXS": "IQ3_XXS", "Q2_K": "Q2_K",
+    "Q2_K_S": "Q2_K", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS", "IQ2_XS": "IQ2_XS", "IQ2_XXS": "IQ2_XXS",
+    "IQ1_M": "IQ1_M", "IQ1_S": "IQ1_S",
+}  # fmt: skip
+# Types that an importance matrix does not change.
 UNINFORMED = ("F32", "BF16", "F16", "Q8_0")
-QUANTIZE_TOKENS = 512  # of a block, at most: llama.cpp's own tool reads so many at a time
+QUANTIZE_TOKENS = 512  # the most tokens of a block: llama.cpp's tool reads so many at a time
 
 
-def require_installed() -> None:
-    """Raises: GgufError if the packages of the gguf extra are not there."""
+def require_gguf() -> None:
+    """Raises: GgufError if the packages of the gguf extra are not installed."""
     if find_spec("gguf") is None:
         raise GgufError("GGUF files need other packages: pip install 'minitron[gguf]'")
 
 
 def require_file_type(name: str) -> str:
-    """The name as the ladder spells it.
+    """The name of a file's type as it is spelled in GGUF_TYPES.
 
-    Raises: GgufError for one that is not on it.
+    Raises: GgufError for an unknown name.
     """
-    found = {known.lower(): known for known in LADDER}.get(name.lower())
+    found = {known.lower(): known for known in GGUF_TYPES}.get(name.lower())
     if found is None:
-        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), LADDER)}")
+        raise GgufError(f"unknown GGUF type {name!r}{did_you_mean(name.upper(), GGUF_TYPES)}")
     return found
 
 
 def require_tensor_type(name: str) -> str:
-    """Raises: GgufError for a type that no tensor can have."""
-    if name.upper() not in LADDER.values():
-        raise GgufError(f"unknown tensor type {name!r}{did_you_mean(name.upper(), set(LADDER.values()))}")
+    """The name of a tensor's type in capitals.
+
+    Raises: GgufError for a type that no tensor can have.
+    """
+    if name.upper() not in GGUF_TYPES.values():
+        raise GgufError(f"unknown tensor type {name!r}{did_you_mean(name.upper(), set(GGUF_TYPES.values()))}")
     return name.upper()
 
 
@@ -96,7 +75,7 @@ class QuantizeConfig(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether any file is."""
+        """Whether any file is asked for."""
         return bool(self.types or self.bits_per_weight or self.sizes)
 
     @field_validator("types")

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint as llama.cpp reads it: what a GGUF file of it says and holds, written tensor by tensor.
+"""A checkpoint as a GGUF file: the keys and tensors that llama.cpp reads, written tensor by tensor.
 
-The families' tables name the tensors and what llama.cpp does otherwise; a model that llama.cpp would refuse, or run
-wrongly, is refused first (gguf_config.py).
+The families' tables name the tensors and the differences of llama.cpp; a model that llama.cpp would refuse, or run
+wrongly, is refused first (model_config.py).
 """
 
 import math
@@ -22,20 +22,21 @@ from minitron.core.device import one_core_each
 from minitron.core.direct_io import CHUNK_BYTES, ahead, write_file
 from minitron.core.errors import GgufError
 from minitron.core.files import atomic_file
-from minitron.gguf.model_config import Keys, query_factor, require_runnable, rope, table_of, windows
+from minitron.gguf.model_config import query_factor, require_runnable, rope, table_of, windows
+from minitron.gguf.reader import Keys
 from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
 from minitron.model.architecture import Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hub import transformers_config
 from minitron.model.naming import model_name
 
-ALIGNMENT = 32  # of each tensor in the file; the format's default
+ALIGNMENT = 32  # the format's default, in bytes
 PLAIN = {BlockType.F32: torch.float32, BlockType.F16: torch.float16, BlockType.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file.
+    """A tensor of the file.
 
     shape: rows first, as in torch; the file counts them the other way round.
     source: the checkpoint's tensor that it is made of, or None where `value` is all of it.
@@ -48,7 +49,7 @@ class GgufTensor:
 
     @property
     def layer(self) -> int:
-        """-1 outside the layers."""
+        """The tensor's layer; -1 outside the layers."""
         return -1 if self.source is None or self.source.layer is None else self.source.layer
 
     @property
@@ -60,7 +61,7 @@ class GgufTensor:
 class GgufModel:
     """A checkpoint as a GGUF file describes it.
 
-    notes: what llama.cpp does otherwise than transformers, for the user.
+    notes: for the user, where llama.cpp does otherwise than transformers.
     """
 
     checkpoint: Checkpoint
@@ -74,11 +75,11 @@ class GgufModel:
 
     @property
     def context(self) -> int:
-        """Tokens up to which llama.cpp runs the model as transformers does."""
+        """The longest context that llama.cpp runs as transformers does."""
         return self.keys[f"{self.table.name}.context_length"]
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> Float[Tensor, "rows ..."]:
-        """Rows [start, stop) in float32 as llama.cpp wants them; of queries and keys, whole heads only."""
+        """Rows [start, stop) in float32 in llama.cpp's order; of queries and keys, whole heads only."""
         if tensor.source is None:
             assert tensor.value is not None
             return tensor.value[start:stop]
@@ -92,11 +93,11 @@ class GgufModel:
         return values if factor == 1 else values * factor
 
     def in_heads(self, tensor: GgufTensor) -> bool:
-        """Whether rows are in another order than in the checkpoint, within each head."""
+        """Whether the rows within each head have another order than in the checkpoint."""
         return self.table.interleaved and any(part in tensor.name for part in (".attn_q.", ".attn_k."))
 
     def _queries(self, tensor: GgufTensor) -> tuple[str, ...]:
-        """The tensors whose scale is that of a layer's queries."""
+        """The tensors that carry the scale of a layer's queries."""
         assert tensor.source is not None
         block = f"blk.{tensor.source.layer}"
         norm = f"{block}.attn_q_norm.weight"
@@ -104,7 +105,7 @@ class GgufModel:
         return (norm,) if has_norm else (f"{block}.attn_q.weight", f"{block}.attn_q.bias")
 
     def runs(self, tensor: GgufTensor) -> Iterator[Float[Tensor, "rows ..."]]:
-        """All rows in float32, some at a time."""
+        """Yield all rows in float32, a run of them at a time."""
         per_row = 4 * math.prod(tensor.shape[1:])
         step = max(1, CHUNK_BYTES // per_row)
         if self.in_heads(tensor):
@@ -115,18 +116,18 @@ class GgufModel:
             yield from runs
 
 
-# How a tensor's rows are stored: their type, and the bytes of some of them.
+# Stores a run of a tensor's rows as bytes.
 Encode = Callable[[GgufTensor, Float[Tensor, "rows columns"]], UInt8[Tensor, " bytes"]]
 
 
-def describe(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
-    """What a GGUF file of a checkpoint says and holds, but for the types of its tensors. No weights are read.
+def describe_gguf(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
+    """Describe the GGUF file of a checkpoint, but for the types of its tensors, without reading weights.
 
     Args:
-        name: of the model; default by its directory.
-        pre: llama.cpp's name of the tokenizer's splitting rule, where it cannot be told from tokenizer.json.
+        name: of the model; default the name of its directory.
+        pre: llama.cpp's name of the tokenizer's splitting rule, where tokenizer.json does not tell it.
 
-    Raises: GgufError for a model that llama.cpp has no way to run as it is.
+    Raises: GgufError for a model that llama.cpp cannot run as it is.
     """
     table, shape, config = table_of(checkpoint), checkpoint.shape, transformers_config(checkpoint.config)
     require_runnable(checkpoint, config)
@@ -172,28 +173,28 @@ def write_gguf(
 
     Args:
         types: of every tensor, by name.
-        keys: what the file says besides what the model does.
+        keys: further keys of the file, beside those of the model.
         encode: the bytes of rows whose type is none of PLAIN.
 
-    Raises: GgufError if a weight cannot be held in 16 bits; RunError if the file cannot be written.
+    Raises: GgufError if a weight does not fit into 16 bits; RunError if the file cannot be written.
     """
     with atomic_file(file) as partial, one_core_each():
         return write_file(partial, _bytes_of(model, types, keys, encode, progress))
 
 
 def file_bytes(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> int:
-    """The exact size of the file that `write_gguf` would make."""
+    """The exact size of the file that `write_gguf` would write."""
     padded = (_padded(tensor_bytes(tensor.shape, types[tensor.name])) for tensor in model.tensors)
     return len(_header(model, types, keys)) + sum(padded)
 
 
 def weights_bytes(model: GgufModel, types: Mapping[str, BlockType]) -> int:
-    """The part of a file that is its tensors."""
+    """The bytes of a file's tensors."""
     return sum(tensor_bytes(tensor.shape, types[tensor.name]) for tensor in model.tensors)
 
 
 def bits_per_weight(model: GgufModel, types: Mapping[str, BlockType]) -> float:
-    """Of the tensors alone, as llama.cpp counts them."""
+    """The bits per weight of a file's tensors, as llama.cpp counts them."""
     return 8 * weights_bytes(model, types) / sum(math.prod(tensor.shape) for tensor in model.tensors)
 
 
@@ -204,12 +205,12 @@ def tensor_bytes(shape: tuple[int, ...], kind: BlockType) -> int:
 
 
 def plain_types(model: GgufModel, kind: BlockType) -> dict[str, BlockType]:
-    """Matrices in one of PLAIN, and vectors in float32, which is all that llama.cpp takes of them."""
+    """The types of a plain file: matrices in one of PLAIN, and vectors in float32, which llama.cpp demands."""
     return {tensor.name: kind if tensor.is_matrix else BlockType.F32 for tensor in model.tensors}
 
 
 def names_of(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, str]]:
-    """Every tensor of a checkpoint, with llama.cpp's name of it."""
+    """Yield every tensor of a checkpoint with its name in llama.cpp."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[table_of(checkpoint).name], checkpoint.shape.layers)
     for spec in checkpoint.specs():
@@ -262,7 +263,7 @@ def _padded(count: int) -> int:
 
 
 class _Memory(gguf.GGUFWriter):
-    """The package's writer with its header in memory, as the tensors are written past it."""
+    """The package's writer with its header in memory, because the tensors are written past it."""
 
     def open_output_file(self, path: Path | None = None) -> None:
         self.fout = [BytesIO()]  # type: ignore[list-item]

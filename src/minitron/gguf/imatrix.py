@@ -1,8 +1,7 @@
-"""The importance matrix of a model: how large the inputs of each matrix are, column by column, on a text.
+"""The importance matrix of a model: how large the inputs of each matrix are on a text, column by column.
 
-A quantizer spends its rounding errors where inputs are small. The sums are those that calibration collects anyway; they
-must be of the model that is quantized, not of the teacher that it came from. Read and written in llama.cpp's two
-formats.
+A quantizer rounds more coarsely where inputs are small. Calibration collects the sums anyway; they must be of the model
+that is quantized, not of its teacher. Both of llama.cpp's formats are read and written.
 """
 
 import struct
@@ -30,9 +29,10 @@ class ImportanceMatrix:
     """Sums over tokens.
 
     sums: matrix's name in a GGUF file -> sum of each input column's squares, float32.
-    counts: likewise -> tokens summed over.
-    chunk_tokens: of each text that was read on its own. chunks: how many there were.
-    datasets: where the text is from, as the file says it.
+    counts: matrix's name -> tokens summed over.
+    chunks: the number of texts that were read.
+    chunk_tokens: the length of each.
+    datasets: the names of the texts' sources.
     """
 
     sums: Mapping[str, Float[Tensor, " columns"]]
@@ -42,7 +42,7 @@ class ImportanceMatrix:
     datasets: tuple[str, ...]
 
     def of(self, name: str) -> Float[Tensor, " columns"] | None:
-        """The mean squares of a matrix's input columns, or None where none were collected."""
+        """The mean squares of a matrix's input columns; None where they were not collected."""
         if name not in self.sums:
             return None
         return self.sums[name] / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
@@ -56,12 +56,10 @@ def importance_of(
     tokens: int,
     source: str,
 ) -> ImportanceMatrix:
-    """The importance matrix of the layers' matrices, as llama.cpp's own tool collects it.
+    """Make the importance matrix of the layers' matrices, as llama.cpp's tool collects it.
 
     Args:
-        squares: of this model's activations, at the calibration's sites, summed over `tokens` in blocks of one length.
-        samples: those blocks.
-        source: where they are from.
+        squares: of this model's activations at the sites of calibration, summed over `tokens` in `samples` blocks.
     """
     sums: dict[str, Tensor] = {}
     for spec, name in names_of(checkpoint):
@@ -77,7 +75,7 @@ def importance_of(
 
 
 def write_importance(matrix: ImportanceMatrix, file: Path) -> None:
-    """Write llama.cpp's GGUF format, or for a name that ends in `.dat` the one before it.
+    """Write llama.cpp's GGUF format, or its older format for a name that ends in `.dat`.
 
     Raises: RunError if the file cannot be written, with nothing left under its name.
     """
@@ -86,9 +84,9 @@ def write_importance(matrix: ImportanceMatrix, file: Path) -> None:
 
 
 def read_importance(file: Path) -> ImportanceMatrix:
-    """Read either format, from this program or from llama.cpp's.
+    """Read an importance matrix in either format.
 
-    Raises: GgufError if it is neither.
+    Raises: GgufError for a file in neither format.
     """
     try:
         with file.open("rb") as data:
@@ -119,7 +117,7 @@ def require_importance_fits(matrix: ImportanceMatrix, columns: Mapping[str, int]
 
 
 def _sound(matrix: ImportanceMatrix) -> ImportanceMatrix:
-    """Raises: ValueError where sums of squares are none, or counts are no counts."""
+    """Raises: ValueError for impossible sums of squares or counts."""
     if not matrix.sums:
         raise ValueError("it has no entries")
     for name, sums in matrix.sums.items():
@@ -131,7 +129,7 @@ def _sound(matrix: ImportanceMatrix) -> ImportanceMatrix:
 
 
 def _site(spec: TensorSpec) -> str:
-    """Where calibration sees a matrix's inputs."""
+    """The site of calibration that sees a matrix's inputs."""
     writes, reads = ({segment.unit for segment in axis} for axis in spec.axes)
     of_mlp = "ffn" in writes | reads
     return f"{'mlp' if of_mlp else 'attention'}_{'in' if reads == {'hidden'} else 'out'}"

@@ -1,7 +1,7 @@
-"""llama.cpp in this process, by ctypes, out of a prebuilt wheel: its block quantizer, and its runtime for the proof.
+"""llama.cpp in this process, by ctypes out of a prebuilt wheel: its block quantizer and its runtime.
 
-The functions are those of its C headers. Their structs of options change with the version, so they are taken as the
-library fills them in, in more room than any has; of their fields only those are set whose place is probed here.
+The functions are those of its C headers. Its structs of options change with the version, so the library fills them in,
+in more room than any of them takes; only fields whose position is checked here are set.
 """
 
 import ctypes
@@ -23,10 +23,10 @@ from minitron.core.errors import GgufError
 from minitron.core.paths import expanded
 from minitron.core.worker import say_last
 
-PARTS = 4  # of rows that are quantized together, for each thread
-MOST_THREADS = 512  # that llama.cpp runs a model with
-LIBRARY = "MINITRON_LLAMA_CPP"  # environment: a library to use instead of the wheel's
-# Of the context's options: place of a word -> what it is by default.
+PARTS = 4  # runs of rows for each thread that quantizes
+MOST_THREADS = 512  # llama.cpp's limit
+LIBRARY = "MINITRON_LLAMA_CPP"  # environment variable: a library to use instead of the wheel's
+# Position of a word in the context's options -> its default.
 _CONTEXT_DEFAULTS = {
     0: 512,  # n_ctx
     1: 2048,  # n_batch
@@ -40,7 +40,7 @@ _CONTEXT_EXACT = {13: 0, 26: 0, 27: 0}  # no flash attention, which rounds to F1
 
 
 class _Options(ctypes.Structure):
-    """A struct passed by value, of any size up to this one."""
+    """A struct of any size up to this one, passed by value."""
 
     _fields_ = (("words", c_uint32 * 256),)
 
@@ -90,7 +90,7 @@ _ABORT = ctypes.CFUNCTYPE(None, c_char_p)
 
 
 class LlamaCpp:
-    """The library, with what it logged last."""
+    """The library, with its last messages."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -104,7 +104,7 @@ class LlamaCpp:
         self.log: list[str] = []
         self._keep = _LOG(lambda level, text, _: self.log.append(text.decode(errors="replace")))
         self.functions.llama_log_set(ctypes.cast(self._keep, c_void_p), None)
-        # Its own way to end a process prints a backtrace, by a debugger where there is one.
+        # By default, ggml prints a backtrace before it ends the process, by a debugger where there is one.
         self._keep_abort = _ABORT(lambda text: say_last(text.decode(errors="replace")))
         self.functions.ggml_set_abort_callback(ctypes.cast(self._keep_abort, c_void_p))
         self.functions.llama_backend_init()
@@ -117,12 +117,12 @@ class LlamaCpp:
             )
 
     def complaint(self) -> str:
-        """The last that it logged of something that failed."""
+        """The last messages about a failure."""
         said = [line.strip() for line in self.log if "error" in line.lower() or "fail" in line.lower()]
         return " ".join(said[-3:]) or "it does not say why"
 
     def load_problem(self, file: Path) -> str:
-        """What it says of a file that it does not load, or nothing."""
+        """The library's complaint about a file that it does not load; empty where it does."""
         self.log.clear()
         model = self.functions.llama_model_load_from_file(
             str(file).encode(), self.functions.llama_model_default_params()
@@ -140,12 +140,12 @@ class LlamaCpp:
         threads: ThreadPoolExecutor,
         num_threads: int,
     ) -> UInt8[Tensor, " bytes"]:
-        """The bytes of some rows, each in blocks of its own, by ggml's own quantizer.
+        """Quantize some rows, each into blocks of its own, by ggml's quantizer; returns their bytes.
 
         Args:
             kind: ggml's number of the type.
-            num_bytes: that all rows take.
-            importance: of each column, as an importance matrix has it.
+            num_bytes: of all rows.
+            importance: of each column.
         """
         rows = rows.contiguous()
         out = torch.empty(num_bytes, dtype=torch.uint8)
@@ -166,7 +166,7 @@ class LlamaCpp:
             )
             assert made == (stop - start) * per_row, (made, start, stop)
 
-        # In more parts than threads, so that none waits long for another.
+        # More runs than threads, so that no thread waits long for another.
         bounds = np.linspace(0, count, min(count, PARTS * num_threads) + 1).astype(int).tolist()
         list(threads.map(part, bounds[:-1], bounds[1:]))
         return out
@@ -174,9 +174,9 @@ class LlamaCpp:
 
 @cache
 def llama_cpp() -> LlamaCpp:
-    """The library: the one that MINITRON_LLAMA_CPP names, or the one in the xllamacpp package.
+    """The library that MINITRON_LLAMA_CPP names, or else that of the xllamacpp package.
 
-    Raises: GgufError if there is none, or it is of another time.
+    Raises: GgufError if it is missing or of another version.
     """
     named = os.environ.get(LIBRARY)
     if named:
@@ -192,17 +192,16 @@ def llama_cpp() -> LlamaCpp:
 
 
 class Runtime:
-    """A GGUF file loaded in llama.cpp."""
+    """A GGUF file loaded in llama.cpp.
+
+    context: tokens of each sequence.
+    sequences: the most that are read side by side.
+    exact: compute everything in float32, which is slower than llama.cpp's defaults.
+
+    Raises: GgufError with llama.cpp's message if it cannot load the file.
+    """
 
     def __init__(self, file: Path, *, context: int, threads: int, sequences: int = 1, exact: bool = False):
-        """
-        Args:
-            context: tokens of each sequence.
-            sequences: read side by side, at most.
-            exact: everything that is computed is in float32, which is slower, instead of llama.cpp's defaults.
-
-        Raises: GgufError with llama.cpp's own words if it cannot load the file.
-        """
         if not 1 <= threads <= MOST_THREADS:
             raise GgufError(f"llama.cpp runs with 1 to {MOST_THREADS} threads, not {threads}: give fewer --threads")
         self.library, self.file, self.threads, self.exact = llama_cpp(), file, threads, exact
@@ -221,7 +220,7 @@ class Runtime:
             raise
 
     def make_room(self, context: int, sequences: int = 1) -> None:
-        """Take memory for so many tokens of so many sequences, and give back what was taken before.
+        """Take memory for sequences of `context` tokens, and give back the memory taken before.
 
         Raises: GgufError if there is not enough.
         """
@@ -249,7 +248,7 @@ class Runtime:
         self.library.functions.llama_model_free(self.model)
 
     def forget(self) -> None:
-        """Whatever was read comes no longer before what is read next."""
+        """Forget all tokens that were read."""
         call = self.library.functions
         call.llama_memory_clear(call.llama_get_memory(self.context), True)
 
@@ -259,11 +258,11 @@ class Runtime:
         return self._decode([[int(token) for token in tokens]], 0, every=True)
 
     def read(self, rows: Sequence[Sequence[int]], position: int) -> list[int]:
-        """Read on in each sequence, where `position` tokens were read of each, and say what is likeliest next."""
+        """Read on in each sequence from `position`, and return its likeliest next token."""
         return self._decode(rows, position, every=False).argmax(-1).tolist()
 
     def generate(self, prompt: Sequence[int], count: int, *, temperature: float = 0.0, seed: int = 0) -> list[int]:
-        """Up to `count` tokens: the likeliest ones, or with a temperature drawn; fewer if one of them ends the text."""
+        """Continue a prompt by up to `count` tokens, fewer where a token ends the text; temperature 0 is greedy."""
         self.forget()
         made: list[int] = []
         generator = torch.Generator().manual_seed(seed)
@@ -282,7 +281,7 @@ class Runtime:
         return made
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What the tokens say, without those that are no text."""
+        """The text of the tokens, without special tokens."""
         ids = (c_int32 * len(tokens))(*tokens)
         room = ctypes.create_string_buffer(64 * len(tokens) + 64)
         detokenize = self.library.functions.llama_detokenize
@@ -293,14 +292,16 @@ class Runtime:
         return room.raw[:count].decode(errors="replace")
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on from: behind BOS where the file says so, and before nothing."""
+        """The token ids of a text to continue, after BOS where the file says so."""
         call = self.library.functions
         before = [call.llama_vocab_bos(self.vocab)] if call.llama_vocab_get_add_bos(self.vocab) else []
         return before + self.tokenize(text, special=False)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with what the file says is put before and behind it if `special`. What spells a special
-        token is text."""
+        """The token ids of a text; `special` adds the tokens that the file puts around it.
+
+        The spelling of a special token is read as text.
+        """
         encoded = text.encode()
         room = (c_int32 * (len(encoded) + 8))()
         count = self.library.functions.llama_tokenize(
@@ -310,7 +311,7 @@ class Runtime:
         return list(room[:count])
 
     def _decode(self, rows: Sequence[Sequence[int]], position: int, *, every: bool) -> Float[Tensor, "tokens vocab"]:
-        """Logits behind every token, or behind the last one of each row. Each row is a sequence of its own."""
+        """The logits behind every token, or behind the last token of each row; each row is a sequence."""
         call = self.library.functions
         if (
             wrong := next((token for row in rows for token in row if not 0 <= token < self.vocab_size), None)

@@ -1,9 +1,9 @@
-"""A mixture of our own: the type of every matrix, chosen to lose least under a size.
+"""A mixture of minitron's own: the type of every matrix, chosen to lose least under a size.
 
-What a type does to a matrix is the error of its outputs, weighted by the importance matrix; what that does to the model
-is measured: the KL divergence with this one matrix quantized. Small errors of several matrices add up, nearly, so the
-sum is minimised under the size: a knapsack with one choice for each matrix, filled in the order of what a byte more
-saves.
+The error of a matrix's outputs, weighted by the importance matrix, tells what a type does to the matrix; the KL
+divergence with only this matrix quantized tells what that does to the model. Small errors of several matrices nearly
+add up, so their sum is minimised under the size: a knapsack with one choice for each matrix, filled in the order of the
+gain per byte.
 """
 
 import os
@@ -22,45 +22,33 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.core.text import size
-from minitron.gguf.config import LADDER
+from minitron.gguf.config import GGUF_TYPES
 from minitron.gguf.file import PLAIN, GgufModel, GgufTensor, tensor_bytes, weights_bytes
 from minitron.gguf.imatrix import ImportanceMatrix
 from minitron.gguf.llama_cpp import llama_cpp
 from minitron.gguf.types import NEED_IMPORTANCE, Mixture
-from minitron.gguf.verify import divergence, logits_of
+from minitron.gguf.verify import logits_of
 from minitron.model.checkpoint import load_model
+from minitron.model.quality_sums import divergence
 from minitron.model.samples import Batch
 
-# What a matrix may become, as far as its columns make whole blocks: of 256 weights, of 32, or of one.
-CHOICES = (
-    BlockType.IQ2_XXS,
-    BlockType.IQ2_XS,
-    BlockType.Q2_K,
-    BlockType.IQ2_S,
-    BlockType.IQ3_XXS,
-    BlockType.Q3_K,
-    BlockType.IQ3_S,
-    BlockType.IQ4_XS,
-    BlockType.IQ4_NL,
-    BlockType.Q4_0,
-    BlockType.Q4_1,
-    BlockType.Q4_K,
-    BlockType.Q5_0,
-    BlockType.Q5_1,
-    BlockType.Q5_K,
-    BlockType.Q6_K,
-    BlockType.Q8_0,
-    BlockType.F16,
+# The types that a matrix may get, as far as its columns make whole blocks of 256 weights, of 32, or of one.
+CHOICES = tuple(
+    BlockType[name]
+    for name in (
+        *("IQ2_XXS", "IQ2_XS", "Q2_K", "IQ2_S", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL"),
+        *("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16"),
+    )
 )
-ROWS = 256  # of each matrix, that its errors are measured on
-SAMPLE_BLOCKS = 8  # of text, that the effect of errors is measured on
+ERROR_ROWS = 256  # rows of each matrix to measure its errors on
+SAMPLE_BLOCKS = 8  # blocks of text to measure the effect of errors on
 
 
 @dataclass(frozen=True)
 class Damage:
     """What each type would do to each matrix.
 
-    errors: matrix -> type -> weighted squared error of its outputs, as a share of the outputs' squares.
+    errors: matrix -> type -> weighted squared error of the outputs, as a share of their squares.
     effect: matrix -> KL in nats a token for each unit of that error.
     """
 
@@ -84,7 +72,7 @@ def measure_damage(
 
     Args:
         blocks: text to measure the effect on.
-        near: type about as small as most of the file will be, at which the effect is measured.
+        near: a type about as small as most of the file will be, at which the effect is measured.
     """
     count = threads or os.cpu_count() or 1
     matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
@@ -106,7 +94,7 @@ def measure_damage(
         for number, tensor in enumerate(matrices):
             weights = importance.of(tensor.name)
             weights = torch.ones(tensor.shape[1]) if weights is None else weights
-            every = max(1, tensor.shape[0] // ROWS)
+            every = max(1, tensor.shape[0] // ERROR_ROWS)
             whole = torch.cat(list(model.runs(tensor)))
             rows = whole[::every].contiguous()
             total = (rows.square() @ weights).sum()
@@ -128,10 +116,10 @@ def measure_damage(
 
 
 def smallest_mixture(model: GgufModel, fixed: Mapping[str, BlockType]) -> Mixture:
-    """The smallest types that matrices can have, with an importance matrix of the layers' ones.
+    """Choose the smallest types that the matrices can have with an importance matrix of the layers' matrices.
 
     Args:
-        fixed: of matrices whose type is no choice.
+        fixed: the types of matrices that leave no choice.
     """
     types = {tensor.name: BlockType.F32 for tensor in model.tensors}
     for tensor in model.tensors:
@@ -143,12 +131,12 @@ def smallest_mixture(model: GgufModel, fixed: Mapping[str, BlockType]) -> Mixtur
 
 
 def best_mixture(model: GgufModel, damage: Damage, most_bytes: int, fixed: Mapping[str, BlockType]) -> Mixture:
-    """The types of least damage whose tensors have at most so many bytes.
+    """Choose the types of least damage whose tensors have at most `most_bytes`.
 
     Args:
-        fixed: of matrices whose type is no choice.
+        fixed: the types of matrices that leave no choice.
 
-    Raises: GgufError if no types make them so small.
+    Raises: GgufError if no types are so small.
     """
     matrices = {tensor.name: tensor for tensor in model.tensors if tensor.is_matrix}
     options = {name: [kind] for name, kind in fixed.items()} | {
@@ -165,7 +153,7 @@ def best_mixture(model: GgufModel, damage: Damage, most_bytes: int, fixed: Mappi
     smallest = weights_bytes(model, made().types)
     if smallest > most_bytes:
         raise GgufError(f"no types make tensors of {size(most_bytes)}; the smallest have {size(smallest)}")
-    # The steps up each matrix's hull, dearest gains first, as long as the next one fits.
+    # The steps up each matrix's hull, in the order of the gain per byte, as long as the next step fits.
     room = most_bytes - smallest
     steps = []
     for name, hull in options.items():
@@ -196,7 +184,7 @@ def _hull(points: Mapping[BlockType, tuple[int, float]]) -> list[BlockType]:
 
 
 def _slope(points: Mapping[BlockType, tuple[int, float]], low: BlockType, high: BlockType) -> float:
-    """What a byte more saves, between two types."""
+    """The damage that one more byte saves, between two types."""
     return (points[low][1] - points[high][1]) / (points[high][0] - points[low][0])
 
 
@@ -219,17 +207,17 @@ def _nearest(kind: BlockType, choices: Mapping[BlockType, float]) -> BlockType:
 
 
 def _label(types: Mapping[str, BlockType], matrices: Mapping[str, GgufTensor]) -> str:
-    """The file type that a file says: the ladder's whose matrices have the type that most weights have here."""
+    """The file type in the file's keys: the type of most weights, as llama.cpp names a file of it."""
     weights: dict[BlockType, int] = {}
     for name, tensor in matrices.items():
         weights[types[name]] = weights.get(types[name], 0) + tensor.shape[0] * tensor.shape[1]
     most = max(weights, key=lambda kind: weights[kind])
-    return next((name for name, kind in LADDER.items() if kind == most.name), "Q4_K_M")
+    return next((name for name, kind in GGUF_TYPES.items() if kind == most.name), "Q4_K_M")
 
 
 @contextmanager
 def _changed(loaded: Any, model: GgufModel, tensor: GgufTensor, change: Tensor) -> Iterator[None]:
-    """In the block, a matrix of transformers' model has its rows changed by as much as the file's are."""
+    """In the block, a matrix of transformers' model is changed as quantizing changes it in the file."""
     assert tensor.source is not None
     parameter = loaded.get_parameter(tensor.source.name)
     before = parameter.detach().clone()

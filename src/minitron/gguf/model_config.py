@@ -1,8 +1,8 @@
-"""What a config.json says of the function that a model computes, held against what llama.cpp computes.
+"""The function that config.json describes, checked against the function that llama.cpp computes.
 
-Every key that transformers reads has its place: it is said in the file, follows from the tensors, changes nothing, or
-llama.cpp computes one value of it, which the family's table names. Whatever is left must be as transformers has it by
-default; anything else is refused before a byte is written.
+Every key that transformers reads is written into the file, follows from the tensors, changes nothing, or has one value
+that llama.cpp computes, which the family's table names. Every other key must have transformers' default; anything else
+is refused before a byte is written.
 """
 
 import math
@@ -15,21 +15,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.core.errors import GgufError
+from minitron.gguf.reader import Keys
 from minitron.model.architecture import Gguf
 from minitron.model.checkpoint import Checkpoint
 
-Keys = dict[str, Any]  # of the file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these
-# Keys that change nothing of the logits: numbers of tokens, training, and how transformers is to run the model.
+# Keys that do not change the logits: numbers of tokens, training, and how transformers runs the model.
 WITHOUT_EFFECT = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout", "resid_pdrop"),
     *("embd_pdrop", "use_cache", "pretraining_tp", "dtype", "architectures", "transformers_version", "id2label"),
     *("label2id", "problem_type", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
 }
-# Keys that are no fields of a config's class, and that transformers reads all the same.
+# Keys that transformers reads although they are no fields of a config's class.
 READ_ANYWAY = ("is_causal", "per_layer_config")
 _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
-# Keys that the functions below hold against llama.cpp.
-_HELD_BELOW = {
+# Keys that the functions below compare with llama.cpp.
+_COMPARED_BELOW = {
     *("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "sliding_window"),
     *("use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
     "tie_word_embeddings",
@@ -80,7 +80,7 @@ def table_of(checkpoint: Checkpoint) -> Gguf:
 
 
 def windows(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[str]]:
-    """Sliding windows, and the context up to which the model is the same without those that llama.cpp has not."""
+    """The keys of sliding windows, or where llama.cpp has none the context up to which models agree, with a note."""
     read = _read(config)
     window, kinds = read.get("sliding_window"), read.get("layer_types")
     for kind in kinds or ():
@@ -101,7 +101,7 @@ def windows(checkpoint: Checkpoint, config: Any) -> tuple[Keys, list[str]]:
 
 
 def rope(checkpoint: Checkpoint, config: Any) -> tuple[Keys, dict[str, Float[Tensor, " factors"]], list[str]]:
-    """Rotary positions: keys, the tensors of factors that a rule of scaling has, and notes."""
+    """The keys of rotary positions, the tensors of factors that a rule of scaling has, and notes."""
     table, given = table_of(checkpoint), config.rope_parameters
     nested = _WHOLE in given or _WINDOWED in given
     rule = given.get(_WHOLE, given) if nested else given
@@ -132,7 +132,7 @@ def rope(checkpoint: Checkpoint, config: Any) -> tuple[Keys, dict[str, Float[Ten
 
 
 def query_factor(checkpoint: Checkpoint) -> float:
-    """What queries are multiplied by, that llama.cpp's scale of them gives the config's."""
+    """The factor of the queries that turns llama.cpp's scale of them into the config's."""
     table, shape = table_of(checkpoint), checkpoint.shape
     wanted = checkpoint.config.get(table.query_scale) if table.query_scale else None
     if wanted is None:
@@ -144,7 +144,7 @@ def query_factor(checkpoint: Checkpoint) -> float:
 def _require_computed(checkpoint: Checkpoint, config: Any) -> None:
     architecture, table = checkpoint.architecture, table_of(checkpoint)
     conditions = {line.partition("?")[2].lstrip("!") for line in architecture.tensors.values()}
-    said = {*architecture.config_keys.values(), *table.keys.values(), table.query_scale, *conditions, *_HELD_BELOW}
+    said = {*architecture.config_keys.values(), *table.keys.values(), table.query_scale, *conditions, *_COMPARED_BELOW}
     usual = {field.name: field.default for field in fields(type(config)) if field.default is not MISSING}
     for key, value in _read(config).items():
         if key in table.computes:
@@ -159,8 +159,8 @@ def _require_computed(checkpoint: Checkpoint, config: Any) -> None:
             raise _refused(checkpoint, key, value, f"{usual.get(key)!r} as far as is known here")
 
 
-def _read(config: Any) -> dict[str, Any]:
-    """What transformers reads of a config: the fields of its class, and a few keys that it asks any config for."""
+def _read(config: Any) -> Mapping[str, Any]:
+    """The values that transformers reads: the fields of the config's class, and a few keys of any config."""
     names = {field.name for field in fields(type(config))} | set(READ_ANYWAY)
     return {name: value for name, value in vars(config).items() if name in names}
 
@@ -173,7 +173,7 @@ def _refused(checkpoint: Checkpoint, key: str, value: Any, computed: Any) -> Ggu
 
 
 def _yarn(checkpoint: Checkpoint, rule: Mapping[str, Any], before: int) -> Keys:
-    """llama.cpp has the paper's bounds of frequencies and its factor of attention, whatever a file says."""
+    """The keys of yarn, of which llama.cpp fixes the bounds of frequencies and the factor of attention."""
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
     for key, computed in fixed.items():
         if rule.get(key) not in (None, computed):
@@ -213,7 +213,7 @@ def _longrope(
 
 
 def _llama3_factors(rule: Mapping[str, Any], base: float, turned: int) -> Float[Tensor, " half"]:
-    """What divides each frequency: 1 for short waves, `factor` for long ones, and between them what is between."""
+    """The divisor of each frequency: 1 for short waves, `factor` for long waves, and a mean of both between."""
     wave = 2 * math.pi * base ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     factor, low, high = (float(rule[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     smooth = (rule["original_max_position_embeddings"] / wave - low) / (high - low)

@@ -1,15 +1,14 @@
-"""From a checkpoint to a proven ladder of GGUF files, as the command line and a run do it."""
+"""A checkpoint becomes GGUF files of several types, each proven in llama.cpp, with a table of what they cost."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as BlockType
@@ -20,9 +19,8 @@ from minitron.calibration.collect import measure_statistics
 from minitron.core.errors import GgufError
 from minitron.core.progress import SILENT, Listener
 from minitron.core.text import size
-from minitron.gguf.config import LADDER, UNINFORMED, QuantizeConfig
-from minitron.gguf.config import QUANTIZE_TOKENS as QUANTIZE_TOKENS
-from minitron.gguf.file import GgufModel, bits_per_weight, describe, file_bytes, weights_bytes
+from minitron.gguf.config import GGUF_TYPES, UNINFORMED, QuantizeConfig
+from minitron.gguf.file import GgufModel, bits_per_weight, describe_gguf, file_bytes, weights_bytes
 from minitron.gguf.imatrix import (
     ImportanceMatrix,
     importance_of,
@@ -30,6 +28,7 @@ from minitron.gguf.imatrix import (
     require_importance_fits,
     write_importance,
 )
+from minitron.gguf.layouts import Measured, QuantizedModel, WrittenFile
 from minitron.gguf.llama_cpp import MOST_THREADS
 from minitron.gguf.mixtures import SAMPLE_BLOCKS, Damage, best_mixture, measure_damage, smallest_mixture
 from minitron.gguf.types import (
@@ -41,7 +40,7 @@ from minitron.gguf.types import (
     require_known_rule,
     write_quantized,
 )
-from minitron.gguf.verify import MOST_KL, Measured, Prover
+from minitron.gguf.verify import MOST_KL, prover
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -50,8 +49,8 @@ IMPORTANCE, TABLE = "imatrix.gguf", "quantization.json"
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text for calibration and for measuring, as blocks of token ids, and where it is from."""
+class QuantizeText:
+    """Text for calibration and for measuring, as blocks of token ids, and the name of its source."""
 
     calibration: Int[Tensor, "samples tokens"]
     heldout: Int[Tensor, "blocks tokens"]
@@ -59,30 +58,23 @@ class Text:
 
 
 @dataclass(frozen=True)
-class File:
-    """One row of the table.
+class PlannedFile:
+    """A GGUF file that would be written.
 
-    informed: by the importance matrix. fallbacks: how many matrices do not have the type they were to have, since their
-    columns make no whole blocks of it. measured: None where it was not verified. kl_of_other: where the same type was
-    tried with and without the importance matrix, the KL of the file that was not kept.
+    fallbacks: matrix -> the type that the rules give, whose blocks do not fit its columns, and the type instead.
     """
 
     name: str
-    file: str
     bytes: int
     bits_per_weight: float
-    informed: bool
-    fallbacks: int
-    digest: str
-    measured: Measured | None
-    kl_of_other: float | None = None
+    fallbacks: Mapping[str, tuple[str, str]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[dict[str, Any]]:
-    """What `quantize` would write, by size; mixtures of one's own are chosen later, and left out.
+def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> list[PlannedFile]:
+    """Plan the files of the config's types; mixtures of minitron's own are chosen later, and left out.
 
     Args:
         informed: whether there will be an importance matrix.
@@ -91,10 +83,9 @@ def plan_files(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool
     rows = []
     for name in config.types:
         mixed = mixture(model, name, informed=informed, overrides=overrides)
-        count = quantized_bytes(model, mixed, None)
-        fallbacks = {tensor: [was.name, mixed.types[tensor].name] for tensor, was in mixed.fallbacks.items()}
+        fallbacks = {tensor: (was.name, mixed.types[tensor].name) for tensor, was in mixed.fallbacks.items()}
         bits = bits_per_weight(model, mixed.types)
-        rows.append({"name": name, "bytes": count, "bits_per_weight": bits, "fallbacks": fallbacks})
+        rows.append(PlannedFile(name, quantized_bytes(model, mixed, None), bits, fallbacks))
     return rows
 
 
@@ -106,12 +97,12 @@ def require_possible(
     name: str | None = None,
     importance_file: Path | None = None,
 ) -> tuple[GgufModel, dict[str, BlockType]]:
-    """The model as a file describes it, and the config's types of single tensors.
+    """Describe the model as a file, and parse the config's types of single tensors.
 
-    Raises: GgufError for what can be known before any text is read.
+    Raises: GgufError for every fault that can be found before text is read.
     """
     overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
-    model = describe(checkpoint, name=name, pre=config.pre)
+    model = describe_gguf(checkpoint, name=name, pre=config.pre)
     fixed = fixed_types(model, overrides)
     if config.pre is not None:
         require_known_rule(model)
@@ -138,25 +129,24 @@ def require_possible(
     return model, overrides
 
 
-def quantize(
+def write_ladder(
     checkpoint: Checkpoint,
     config: QuantizeConfig,
     out: Path,
     *,
-    text: Text | None,
+    text: QuantizeText | None,
     importance_file: Path | None = None,
     name: str | None = None,
     listener: Listener = SILENT,
-) -> dict[str, Any]:
+) -> QuantizedModel:
     """Write the files of the config into the existing directory `out`, with their table; returns the table.
 
     Args:
-        text: None without calibration: then types that need an importance matrix take that of `importance_file`, and
-            nothing is verified.
+        text: None without calibration: `importance_file` is then the only importance matrix, and nothing is verified.
         name: of the model, in the files and in front of their names.
 
-    Raises: GgufError for a model, type or importance matrix that makes no such file, and for a file that llama.cpp
-        does not run like the model.
+    Raises: GgufError for a model, type or importance matrix that allows no such file, and for a file that llama.cpp
+        runs as another model.
     """
     informed = text is not None or importance_file is not None
     model, overrides = require_possible(
@@ -175,21 +165,21 @@ def quantize(
     with ExitStack() as stack:
         if config.verify:
             assert text is not None
-            # Beyond the file's context, which may be a window that llama.cpp has not, it need not be the same.
+            # Beyond the file's context, which may be a window that llama.cpp lacks, the two may differ.
             blocks = text.heldout[: config.blocks, : model.context]
-            work.prove = stack.enter_context(Prover(checkpoint.path, blocks, threads=work.threads)).measure
-        # What proves the conversion first, so that a wrong one is never taken for what quantizing loses.
-        made = {kind: work.rung(kind) for kind in sorted(config.types, key=lambda kind: kind not in MOST_KL)}
+            work.prove = stack.enter_context(prover(checkpoint.path, blocks, threads=work.threads))
+        # The files that prove the conversion come first: a wrong conversion must not pass as a loss by quantizing.
+        made = {kind: work.llama_type(kind) for kind in sorted(config.types, key=lambda kind: kind not in MOST_KL)}
         rows = [made[kind] for kind in config.types]
         for label, most in work.budgets():
-            rows.append(work.own(label, most))
-    table = {"model": model.keys["general.name"], "notes": list(model.notes), "files": [row.to_dict() for row in rows]}
-    (out / TABLE).write_text(json.dumps(table, indent=2))
+            rows.append(work.own_mixture(label, most))
+    table = QuantizedModel(model=model.keys["general.name"], notes=list(model.notes), files=rows)
+    (out / TABLE).write_text(json.dumps(table.to_dict(), indent=2))
     return table
 
 
 class _Work:
-    """Writes files of one model."""
+    """Writes the files of one model."""
 
     def __init__(
         self,
@@ -198,28 +188,28 @@ class _Work:
         config: QuantizeConfig,
         out: Path,
         importance: ImportanceMatrix | None,
-        text: Text | None,
+        text: QuantizeText | None,
         listener: Listener,
     ):
         self.model, self.config, self.out, self.importance, self.text = model, config, out, importance, text
         self.listener, self.threads = listener, _threads(config, listener)
         self.prove: Callable[[Path], Measured] | None = None
-        self.proven = False  # that llama.cpp runs a file of this model as the model
+        self.proven = False  # whether llama.cpp runs a file of this model as the model
         self.overrides, self.fixed = overrides, fixed_types(model, overrides)
         self._damage: Damage | None = None
 
     def budgets(self) -> list[tuple[str, int]]:
-        """Of each mixture of one's own: its name, and the most bytes of its tensors."""
+        """The name of each mixture of minitron's own, and the most bytes of its tensors."""
         weights = sum(math.prod(tensor.shape) for tensor in self.model.tensors)
         types = smallest_mixture(self.model, self.fixed).types
         beside = file_bytes(self.model, types, {}) - weights_bytes(self.model, types)
         by_bits = [(f"{bits:g}bpw", int(bits * weights / 8)) for bits in self.config.bits_per_weight]
-        # What a file says of its importance matrix comes on top.
+        # The keys about the importance matrix come on top.
         by_size = [(_size_label(most), int(most) - beside - 1024) for most in self.config.sizes]
         return by_bits + by_size
 
-    def rung(self, kind: str) -> File:
-        """A type of the ladder; with and without the importance matrix where either can be, and the better one kept."""
+    def llama_type(self, kind: str) -> WrittenFile:
+        """Write a type with and without the importance matrix where both are possible, and keep the better file."""
 
         def mixed(informed: bool) -> Mixture:
             return mixture(self.model, kind, informed=informed, overrides=self.overrides)
@@ -233,34 +223,34 @@ class _Work:
         assert other.measured is not None
         if other.measured.kl < made.measured.kl:
             (self.out / other.file).replace(self.out / made.file)
-            return replace(other, file=made.file, kl_of_other=made.measured.kl)
+            return other.model_copy(update={"file": made.file, "kl_of_other": made.measured.kl})
         (self.out / other.file).unlink()
-        return replace(made, kl_of_other=other.measured.kl)
+        return made.model_copy(update={"kl_of_other": other.measured.kl})
 
     def damage(self, most: int) -> Damage:
-        """What types do, measured once, near the first of the sizes that are wanted."""
+        """Measure what quantizing each matrix costs, once, near the first of the wanted sizes."""
         if self._damage is not None:
             return self._damage
         assert self.text is not None and self.importance is not None
         near = min(
-            (kind for kind in LADDER if kind not in UNINFORMED),
+            (kind for kind in GGUF_TYPES if kind not in UNINFORMED),
             key=lambda kind: abs(weights_bytes(self.model, mixture(self.model, kind, informed=True).types) - most),
         )
         self._damage = measure_damage(
             self.model,
             self.importance,
             self.text.calibration[:SAMPLE_BLOCKS],
-            near=BlockType[LADDER[near]],
+            near=BlockType[GGUF_TYPES[near]],
             threads=self.threads,
             progress=lambda done, total: self.listener.progress(done, total, "matrices tried"),
         )
         return self._damage
 
-    def own(self, label: str, most: int) -> File:
+    def own_mixture(self, label: str, most: int) -> WrittenFile:
         mixed = best_mixture(self.model, self.damage(most), most, self.fixed)
         return self._write(label, label, mixed, informed=True)
 
-    def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
+    def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> WrittenFile:
         if self.prove is not None and (kind not in MOST_KL or self.overrides):
             self._require_proven(("Q8_0", "BF16"))
         file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
@@ -270,7 +260,7 @@ class _Work:
             file.unlink(missing_ok=True)
             raise
 
-    def _made(self, file: Path, kind: str, label: str, mixed: Mixture, *, informed: bool) -> File:
+    def _made(self, file: Path, kind: str, label: str, mixed: Mixture, *, informed: bool) -> WrittenFile:
         digest = write_quantized(
             self.model,
             mixed,
@@ -282,13 +272,20 @@ class _Work:
         )
         measured = None if self.prove is None else self.prove(file)
         if measured is not None and kind in MOST_KL and not self.overrides:
-            self._hold(kind, measured)
-        bits = bits_per_weight(self.model, mixed.types)
-        fallbacks = len(mixed.fallbacks)
-        return File(kind, file.name, file.stat().st_size, bits, informed, fallbacks, digest, measured)
+            self._require_same(kind, measured)
+        return WrittenFile(
+            name=kind,
+            file=file.name,
+            bytes=file.stat().st_size,
+            bits_per_weight=bits_per_weight(self.model, mixed.types),
+            informed=informed,
+            fallbacks=len(mixed.fallbacks),
+            digest=digest,
+            measured=measured,
+        )
 
-    def _hold(self, kind: str, measured: Measured) -> None:
-        """Raises: GgufError for a plain file that is not the model; Q8_0 may lose more than usual, if BF16 does not."""
+    def _require_same(self, kind: str, measured: Measured) -> None:
+        """Raises: GgufError for a plain file that is another model; Q8_0 may lose more than usual if BF16 does not."""
         if measured.kl <= MOST_KL[kind]:
             self.proven = True
         elif kind == "Q8_0":
@@ -302,9 +299,9 @@ class _Work:
             )
 
     def _require_proven(self, kinds: Sequence[str]) -> None:
-        """Prove the conversion by files that are not kept, where no file that was asked for has done so.
+        """Prove the conversion by files that are not kept, unless a wanted file has proven it.
 
-        Raises: GgufError if the last of the kinds is not the model.
+        Raises: GgufError if the file of the last kind is another model.
         """
         for kind in kinds:
             if self.proven:
@@ -317,7 +314,7 @@ class _Work:
             finally:
                 file.unlink(missing_ok=True)
             if kind != "Q8_0" or measured.kl <= MOST_KL[kind]:
-                self._hold(kind, measured)
+                self._require_same(kind, measured)
 
     def _needs_importance(self, mixed: Mixture) -> bool:
         try:
@@ -341,7 +338,7 @@ def _require_importance_fits(
         require_importance(model, mixture(model, kind, informed=True, overrides=overrides), importance)
 
 
-def _say_what_is_short(config: QuantizeConfig, text: Text, listener: Listener) -> None:
+def _say_what_is_short(config: QuantizeConfig, text: QuantizeText, listener: Listener) -> None:
     given = {"samples": (config.samples, len(text.calibration)), "blocks": (config.blocks, len(text.heldout))}
     for name, (asked, there) in given.items():
         if there < asked and name in config.model_fields_set:
@@ -360,9 +357,9 @@ def _threads(config: QuantizeConfig, listener: Listener) -> int:
 
 
 def _importance(
-    checkpoint: Checkpoint, text: Text | None, file: Path | None, out: Path, listener: Listener
+    checkpoint: Checkpoint, text: QuantizeText | None, file: Path | None, out: Path, listener: Listener
 ) -> ImportanceMatrix | None:
-    """The importance matrix, which is in `out` after it."""
+    """Read or collect the importance matrix, and leave it in `out`."""
     if file is not None:
         found = read_importance(file)
         shutil.copyfile(file, out / IMPORTANCE)

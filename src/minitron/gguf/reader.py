@@ -1,24 +1,26 @@
-"""A GGUF file as it lies there: what it says and holds, and one line about a file that is no language model."""
+"""A GGUF file of any model: its keys and tensors, and an error in one line for a file that is no language model."""
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType as BlockType
-
 from minitron.core.errors import GgufError
+from minitron.gguf.config import require_gguf
 
+# The keys of a GGUF file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these.
+Keys = dict[str, Any]
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
-# general.type of files that are no model -> what they are.
+# general.type of a file that is no model -> the words for it in an error.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter, which llama.cpp adds to a model's own file; merge it into the checkpoint instead",
     "mmproj": "the image or sound encoder of a model; give the file of the language model",
     "imatrix": "an importance matrix, which `minitron quantize --imatrix` takes",
     "vocab": "a tokenizer without weights",
 }
-# Keys that are read here -> what they can be; some families say a size for each layer.
+# Keys that are read here -> the types of their values; some families state a size for each layer.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "split.count": int,
     "split.no": int,
@@ -39,11 +41,12 @@ _ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5en
 class GgufFile:
     """A readable GGUF file of a model.
 
-    said: key -> value. tensors: as the gguf package reads them.
+    said: key -> value.
+    tensors: as the gguf package reads them.
     """
 
     path: Path
-    said: dict[str, Any]
+    said: Keys
     tensors: list[Any]
 
     @property
@@ -51,12 +54,12 @@ class GgufFile:
         return self.said["general.architecture"]
 
     def of_family(self, key: str) -> Any:
-        """The value of a key that stands behind the family's name, or None."""
+        """The value of a key that follows the family's name, or None."""
         return self.said.get(f"{self.family}.{key}")
 
     @property
     def vocab(self) -> int:
-        """Tokens that the model has logits for."""
+        """The number of tokens that the model has logits for."""
         return self.of_family("vocab_size") or len(self.said.get("tokenizer.ggml.tokens", ()))
 
     @property
@@ -65,7 +68,7 @@ class GgufFile:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether MODEL is a GGUF file and no directory: by its name, or by how it begins."""
+    """Whether MODEL is a GGUF file and no directory, by its name or its first bytes."""
     path = Path(model)
     if path.is_dir():
         return False
@@ -73,10 +76,11 @@ def is_gguf(model: str) -> bool:
 
 
 def read_gguf(file: Path) -> GgufFile:
-    """What a GGUF file of a model says and holds.
+    """Read the keys and the list of tensors of a model's GGUF file.
 
-    Raises: GgufError if it is none, is damaged, or is of something else.
+    Raises: GgufError for a file that is not GGUF, is damaged, or is no model.
     """
+    require_gguf()
     import gguf
 
     _require_readable(file)
@@ -105,7 +109,7 @@ def read_gguf(file: Path) -> GgufFile:
 
 
 def require_language_model(model: GgufFile) -> None:
-    """Raises: GgufError for a model that does not say which token is next, or whose file has no tokenizer."""
+    """Raises: GgufError for a model that does not predict the next token, or a file without a tokenizer."""
     if model.family in _ENCODERS or model.of_family("attention.causal") is False:
         raise GgufError(f"{model.path} is a {model.family} model, which reads text and does not continue it")
     if model.said.get("tokenizer.ggml.model", "no_vocab") in ("no_vocab", "none"):
@@ -132,7 +136,7 @@ def _require_readable(file: Path) -> None:
             f"{file} is a GGUF file of version {version}, and llama.cpp reads {' and '.join(map(str, VERSIONS))}: "
             "write it again from its checkpoint"
         )
-    # The least that each takes: a name's length, and some numbers.
+    # Each key and tensor takes at least a name's length and some numbers.
     if 24 * tensors + 12 * keys > file.stat().st_size:
         raise GgufError(f"{file} is damaged or cut short: it says {keys:,} keys and {tensors:,} tensors")
 
@@ -145,17 +149,48 @@ def _begins(file: Path, count: int) -> bytes:
         raise GgufError(f"cannot read {file}: {problem.strerror}") from None
 
 
-def inspect_gguf(file: Path) -> dict[str, Any]:
-    """What a GGUF file says and holds.
+@dataclass(frozen=True)
+class GgufFacts:
+    """The keys and sizes of a GGUF file.
 
-    Raises: GgufError if it is none.
+    shape: dim -> its size, or a size for each layer; None where the file does not state it.
+    types: type of tensors -> the number of their weights, most weights first.
+    keys: every key but the long lists of the tokenizer.
+    """
+
+    family: str
+    shape: Mapping[str, int | list[int] | None]
+    bytes: int
+    bits_per_weight: float
+    types: Mapping[str, int]
+    keys: Keys
+
+    @property
+    def weights(self) -> int:
+        return sum(self.types.values())
+
+    @property
+    def context(self) -> int | None:
+        context = self.shape["context"]
+        assert not isinstance(context, list)
+        return context
+
+    def to_dict(self) -> dict[str, object]:
+        """The facts as `minitron inspect --json` prints them."""
+        known: dict[str, object] = {"family": self.family, "shape": self.shape, "parameters": {"total": self.weights}}
+        return known | vars(self)
+
+
+def inspect_gguf(file: Path) -> GgufFacts:
+    """Read the facts of a GGUF file, without its weights.
+
+    Raises: GgufError for a file that is no model in GGUF format.
     """
     model = read_gguf(file)
     types: dict[str, int] = {}
     for tensor in model.tensors:
-        kind = BlockType(tensor.tensor_type).name
+        kind = tensor.tensor_type.name
         types[kind] = types.get(kind, 0) + int(tensor.n_elements)
-    weights = sum(types.values())
     names = {
         "layers": "block_count",
         "hidden": "embedding_length",
@@ -167,12 +202,11 @@ def inspect_gguf(file: Path) -> dict[str, Any]:
         "context": "context_length",
     }
     long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    return {
-        "family": model.family,
-        "shape": {dim: model.of_family(key) for dim, key in names.items()},
-        "parameters": {"total": weights},
-        "bytes": file.stat().st_size,
-        "bits_per_weight": 8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / weights,
-        "types": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "keys": {name: value for name, value in model.said.items() if name not in long},
-    }
+    return GgufFacts(
+        family=model.family,
+        shape={dim: model.of_family(key) for dim, key in names.items()},
+        bytes=file.stat().st_size,
+        bits_per_weight=8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / sum(types.values()),
+        types=dict(sorted(types.items(), key=lambda item: -item[1])),
+        keys={name: value for name, value in model.said.items() if name not in long},
+    )

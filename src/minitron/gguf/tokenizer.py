@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as llama.cpp reads it: its tokens, its merges, and by which rule it splits text.
+"""A Hugging Face tokenizer as llama.cpp reads it: its tokens, its merges, and the rule by which it splits text.
 
-llama.cpp has the splitting rules compiled in, by name. The name is told from the rule's own text in tokenizer.json, so
-that tokenizers of one's own work too; a rule that llama.cpp has not is an error, for with another one the model would
-read other tokens than it was taught.
+llama.cpp has the splitting rules compiled in, by name. The text of the rule in tokenizer.json tells the name, so that
+users' own tokenizers work too; a rule that llama.cpp lacks is an error, because with another rule the model would read
+other tokens than in training.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Any
 
 from minitron.core.errors import GgufError
 from minitron.core.reading import read_json
-from minitron.model.tokenizer import load_tokenizer
+from minitron.gguf.reader import Keys
+from minitron.model.checkpoint import load_tokenizer
 from minitron.model.tokens import put_around
 
 # Regular expressions that split text before merging, as tokenizer.json files have them.
@@ -30,8 +31,8 @@ _TEKKEN = rf"{_OTHER}{_UPPER}*{_LOWER}+|{_OTHER}{_UPPER}+{_LOWER}*|\p{{N}}|{_RES
 _GPT4O = (
     rf"{_OTHER}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_OTHER}{_UPPER}+{_LOWER}*{_ENGLISH}?|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
 )
-# What splits the text, one after the other, and whether whole words are looked up before they are merged -> the name.
-RULES: dict[tuple[tuple[str, ...], bool], str] = {
+# The patterns that split text in turn, and whether whole words are looked up before merging -> the name of the rule.
+SPLITTING_RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((r"\p{N}", _GPT2), False): "starcoder",
     ((_LLAMA3,), True): "llama-bpe",
@@ -41,7 +42,7 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
 }
-# Other names of the same rules.
+# Other names of these rules.
 _ALIASES = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe"),
     **dict.fromkeys(("olmo", "phi-2"), "gpt-2"),
@@ -52,16 +53,16 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llam
 _SPACE = "\u2581"  # SentencePiece's
 
 
-def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, Any]:
-    """Keys of a GGUF file for a model directory's tokenizer.
+def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> Keys:
+    """The keys of a GGUF file for a model directory's tokenizer.
 
-    A model without one gets a file that runs on token ids alone.
+    A model without a tokenizer gets a file that runs on token ids alone.
 
     Args:
-        rows: of the embedding, of which there may be more than tokens.
-        pre: llama.cpp's name of the splitting rule, where it is not to be told from tokenizer.json.
+        rows: of the embedding, which may be more than the tokens.
+        pre: llama.cpp's name of the splitting rule, where tokenizer.json does not tell it.
 
-    Raises: GgufError for a tokenizer that llama.cpp has no way to be.
+    Raises: GgufError for a tokenizer that llama.cpp cannot represent.
     """
     file = path / "tokenizer.json"
     if not file.exists():
@@ -90,7 +91,7 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
     texts = [tokens.get(index, f"[PAD{index}]") for index in range(rows)]
     kinds = [_kind(index, text, added, tokens, model.get("unk_token")) for index, text in enumerate(texts)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    keys: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
+    keys: Keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
         _require_no_rule(pre, f"{file} is a SentencePiece tokenizer, which merges text whole")
         keys |= {
@@ -111,16 +112,16 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> dict[str, A
 
 
 def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
-    """The tokenizer that the keys of a GGUF file describe, as transformers has tokenizers.
+    """Make a tokenizer of transformers from the keys of a GGUF file.
 
-    Raises: GgufError for one that is not known here.
+    Raises: GgufError for a kind of tokenizer that is not known here.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     texts, kinds = said.get("tokenizer.ggml.tokens"), said.get("tokenizer.ggml.token_type")
     kind, name = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.pre", "default")
-    rule = next((rule for rule, pre in RULES.items() if pre == _ALIASES.get(name, name)), None)
+    rule = next((rule for rule, pre in SPLITTING_RULES.items() if pre == _ALIASES.get(name, name)), None)
     if not texts or not kinds or kind not in ("llama", "gpt2") or (kind == "gpt2" and rule is None):
         raise GgufError(
             f"{file} has a tokenizer of kind {kind!r} with the splitting rule {name!r}, which is not known here: give "
@@ -169,7 +170,7 @@ def _of_kind(texts: Sequence[str], kinds: Sequence[int], wanted: int) -> list[st
 
 
 def _merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The pairs that make a token, by what it scores, as SentencePiece merges them."""
+    """The pairs that make up tokens, in SentencePiece's order of their scores."""
     found = []
     for text, index in vocab.items():
         pairs = ((text[:at], text[at:]) for at in range(1, len(text)))
@@ -179,7 +180,7 @@ def _merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str
 
 
 def tokenizer_notes(keys: Mapping[str, Any]) -> list[str]:
-    """What llama.cpp does otherwise with such a tokenizer."""
+    """Notes on what llama.cpp does otherwise with the tokenizer."""
     if keys["tokenizer.ggml.model"] == "no_vocab":
         return ["this model has no tokenizer: llama.cpp runs the file on token ids alone"]
     if keys["tokenizer.ggml.model"] == "llama" and _BYTE not in keys["tokenizer.ggml.token_type"]:
@@ -206,7 +207,7 @@ def _kind(index: int, text: str, added: Mapping[int, Any], tokens: Mapping[int, 
 
 
 def _scores(texts: Iterable[str], merges: Iterable[str]) -> list[float]:
-    """SentencePiece merges what scores highest, so a token scores by the first merge that makes it."""
+    """The score of each token by the first merge that makes it: SentencePiece merges the highest score first."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -235,12 +236,12 @@ def _rule_of(file: Path, stored: Mapping[str, Any]) -> str:
         else:
             splits.append(json.dumps(part))  # which is in no rule
     whole_words = bool(stored["model"].get("ignore_merges"))
-    # Another way with whole words is another set of tokens only where merges do not lead to all of them; whether the
-    # two are the same here is what the proof after writing shows.
+    # Whether whole words are looked up first matters only where merges do not lead to all tokens; the proof after
+    # writing shows whether it does here.
     for key in ((tuple(splits), whole_words), (tuple(splits), not whole_words)):
-        if key in RULES:
-            return RULES[key]
-    known = ", ".join(RULES.values())
+        if key in SPLITTING_RULES:
+            return SPLITTING_RULES[key]
+    known = ", ".join(SPLITTING_RULES.values())
     raise GgufError(
         f"{file} splits text by a rule that is none of those known by name in llama.cpp ({known}): "
         f"{' then '.join(splits) or 'none at all'}. If llama.cpp has it, give its name with --pre; with a wrong one "
@@ -254,14 +255,12 @@ def _parts(section: Mapping[str, Any] | None, name: str) -> list[Mapping[str, An
     return section[name] if section["type"] == "Sequence" else [section]
 
 
-def _special(path: Path) -> dict[str, Any]:
-    """Ids of the tokens with a role, whether text starts and ends with them, and the chat template."""
+def _special(path: Path) -> Keys:
+    """The ids of tokens with a role, whether text starts and ends with them, and the chat template."""
     tokenizer = load_tokenizer(path)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # llama.cpp's spelling
     ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
-    keys: dict[str, Any] = {
-        f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None
-    }
+    keys: Keys = {f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None}
     keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and ids["bos"] in put_around(tokenizer)[0]
     keys["tokenizer.ggml.add_eos_token"] = False  # llama.cpp would put it behind every prompt
     template = getattr(tokenizer, "chat_template", None)

@@ -1,14 +1,13 @@
-"""The proof of a GGUF file: what llama.cpp makes of it, held against transformers and the unquantized model.
+"""The proof of a GGUF file: llama.cpp's logits, compared with transformers' of the unquantized model.
 
-llama.cpp runs in a process of its own, since it answers what it cannot bear by ending its process.
+llama.cpp runs in a process of its own, because it answers some faults by ending its process.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import gguf
@@ -20,134 +19,43 @@ from torch import Tensor
 
 from minitron.core.errors import CheckpointError, GgufError
 from minitron.core.worker import Child, ChildEnded
-from minitron.gguf.file import describe
+from minitron.gguf.file import describe_gguf
+from minitron.gguf.layouts import Measured
 from minitron.gguf.llama_cpp import Runtime
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.logits import logit_transform
+from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch
 from minitron.model.tokenizer import load_tokenizer
 from minitron.model.tokens import prompt_ids, text_ids
 
-# What tells tokenizers apart: cases, digits, spaces, lines, code, accents, and scripts without spaces.
+# Text in which tokenizers differ: cases, digits, spaces, lines, code, accents, and scripts without spaces.
 HARD_TEXT = (
     "It's 12345 o'clock; I'LL pay 3.50 (or 4,999)!\n\n  def f(x_1):\n\treturn x_1**2  # ok?\r\n"
     "Café naïve Straße Łódź — “quoted” … Привет, мир! 漢字かな交じり文 한국어 العربية 🙂👍🏽 \u00a0x   y\n"
 )
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 24
-ROWS = 32  # of each matrix that are read back
-# KL in nats a token up to which a file is the model's own, by its type. Of the families' tiny random models, whose
-# logits feel rounding more than trained ones', the worst are 3e-6, 2e-5, 8e-4 and 9e-3.
+ROWS_READ_BACK = 32  # rows of each matrix that are read back
+# Type of a plain file -> the most KL in nats a token that is rounding. The logits of the families' tiny random models,
+# which feel rounding more than those of trained models, have at most 3e-6, 2e-5, 8e-4 and 9e-3.
 MOST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 1e-2}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One file against the unquantized model, over held-out text.
+@contextmanager
+def prover(model: Path, blocks: Int[Tensor, "blocks tokens"], *, threads: int) -> Iterator[Callable[[Path], Measured]]:
+    """In the block, a function that measures files of the unquantized checkpoint `model` on held-out blocks.
 
-    perplexity, kl, top1: of llama.cpp's logits; KL in nats a token from transformers' logits of the unquantized model
-        in float32, top1 the share of tokens on which both find the same one likeliest.
-    reference_perplexity: of the unquantized model.
-    tokens: measured on.
-    error: of the weights read back from the file, root mean square of the differences as a share of the weights', in
-        the worst matrix.
-    tokenizes_alike: over held-out and hard text; None without a tokenizer.
-    text: what llama.cpp writes after the first held-out tokens; the tokens' numbers without a tokenizer.
+    It raises GgufError if llama.cpp cannot run the file, or makes other tokens of a text than the tokenizer.
     """
+    with Child() as child:
 
-    perplexity: float
-    kl: float
-    top1: float
-    reference_perplexity: float
-    tokens: int
-    error: float
-    tokenizes_alike: bool | None
-    text: str
+        def measure(file: Path) -> Measured:
+            try:
+                return child.call(_measure, file, model, blocks.numpy(), threads)
+            except ChildEnded as ended:
+                raise process_ended(file, ended) from None
 
-
-class Comparison:
-    """Sums over predicted tokens of what one model finds, held against another."""
-
-    def __init__(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of the other, KL, agreeing tokens
-        self.tokens = 0
-
-    def add(self, found: Float[Tensor, "tokens vocab"], wanted: Float[Tensor, "tokens rows"] | None, of: Batch) -> None:
-        """The logits of both behind each token of one block; None where there is no other model.
-
-        Vocabularies that differ by rows of padding are compared on the rows that both have.
-        """
-        targets = of.targets[:, None]
-        self.tokens += len(targets)
-        found = of.predicting(found[None])
-        self._sums[0] -= found.log_softmax(-1).gather(1, targets).sum().double()
-        if wanted is None:
-            return
-        both = min(found.shape[1], wanted.shape[1])
-        wanted = of.predicting(wanted[None])
-        self._sums[1] -= wanted.log_softmax(-1).gather(1, targets).sum().double()
-        p, q = wanted[:, :both].log_softmax(-1), found[:, :both].log_softmax(-1)
-        self._sums[2] += divergence(p, q).sum().double()
-        self._sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
-
-    def __add__(self, other: "Comparison") -> "Comparison":
-        both = Comparison()
-        both._sums, both.tokens = self._sums + other._sums, self.tokens + other.tokens
-        return both
-
-    @property
-    def nats(self) -> float:
-        return self._mean(0)
-
-    @property
-    def nats_of_other(self) -> float:
-        return self._mean(1)
-
-    @property
-    def kl(self) -> float:
-        return self._mean(2)
-
-    @property
-    def top1(self) -> float:
-        return self._mean(3)
-
-    def _mean(self, index: int) -> float:
-        return (self._sums[index] / self.tokens).item()
-
-
-def divergence(p: Float[Tensor, "tokens vocab"], q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """KL(p || q) of each token, in nats, of log probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def perplexity(nats: float) -> float:
-    """Infinite where it is beyond what a float holds."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-class Prover:
-    """A process that measures files of one model, one after the other."""
-
-    def __init__(self, model: Path, blocks: Int[Tensor, "blocks tokens"], *, threads: int):
-        """
-        Args:
-            model: the unquantized checkpoint.
-            blocks: held-out text.
-        """
-        self.model, self.blocks, self.threads = model, blocks.numpy(), threads
-        self._child = Child()
-
-    def __enter__(self) -> "Prover":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._child.__exit__(kind, error, at)
-
-    def measure(self, file: Path) -> Measured:
-        """Raises: GgufError if llama.cpp cannot run the file, or reads text otherwise than the tokenizer."""
-        try:
-            return self._child.call(_measure, file, self.model, self.blocks, self.threads)
-        except ChildEnded as ended:
-            raise process_ended(file, ended) from None
+        yield measure
 
 
 def process_ended(file: Path, ended: ChildEnded) -> GgufError:
@@ -160,15 +68,15 @@ def process_ended(file: Path, ended: ChildEnded) -> GgufError:
 def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measured:
     reference, tokenizer = _reference(model)
     error = _read_back(file, model)
-    seen = Comparison()
+    seen = QualitySums()
     with Runtime(file, context=blocks.shape[1], threads=threads) as runtime:
         alike = None if tokenizer is None else _tokenizes_alike(runtime, tokenizer, blocks, file)
         for block in torch.from_numpy(blocks).long():
             batch = Batch(block[None])
-            seen.add(llama_cpp_logits(runtime, batch), logits_of(reference, batch), batch)
+            seen.add_logits(llama_cpp_logits(runtime, batch), logits_of(reference, batch), batch)
         prompt = blocks[0, :PROMPT_TOKENS].tolist()
         made = runtime.generate(prompt, min(GENERATED_TOKENS, blocks.shape[1] - PROMPT_TOKENS))
-    if not math.isfinite(seen.nats_of_other):
+    if not math.isfinite(seen.reference_nats):
         raise CheckpointError(f"{model}: the model's loss on held-out text is not finite: its weights are damaged")
     if not math.isfinite(seen.nats + seen.kl):
         raise GgufError(
@@ -176,8 +84,16 @@ def _measure(file: Path, model: Path, blocks: np.ndarray, threads: int) -> Measu
             "weights or activations, as F16 is for some; write BF16 or Q8_0"
         )
     text = " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
-    ours, reference_perplexity = perplexity(seen.nats), perplexity(seen.nats_of_other)
-    return Measured(ours, seen.kl, seen.top1, reference_perplexity, seen.tokens, error, alike, text)
+    return Measured(
+        perplexity=perplexity_of(seen.nats),
+        kl=seen.kl,
+        top1=seen.top1,
+        reference_perplexity=perplexity_of(seen.reference_nats),
+        tokens=seen.tokens,
+        error=error,
+        tokenizes_alike=alike,
+        text=text,
+    )
 
 
 @lru_cache(1)
@@ -188,13 +104,13 @@ def _reference(path: Path) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def logits_of(model: Any, batch: Batch) -> Float[Tensor, "tokens vocab"]:
-    """Behind each token of one block, of a loaded transformers model in its own dtype up to the float32 logits."""
+    """The logits behind each token of one block, by a loaded transformers model in its dtype, in float32."""
     hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
     return logit_transform(model)(hidden.float() @ model.get_output_embeddings().weight.float().T)
 
 
 def llama_cpp_logits(runtime: Runtime, batch: Batch) -> Float[Tensor, "tokens vocab"]:
-    """Behind each token of one block, each of its documents read anew."""
+    """The logits behind each token of one block, whose documents are read one by one."""
     starts = (batch.positions[0] == 0).nonzero().flatten().tolist()
     return torch.cat([runtime.logits(document) for document in batch.tokens[0].tensor_split(starts[1:])])
 
@@ -215,13 +131,13 @@ def _tokenizes_alike(runtime: Runtime, tokenizer: Any, blocks: np.ndarray, file:
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
-    """The first place in which they differ; the shorter one's end where they do not before."""
+    """The first index at which two sequences differ, or the length of the shorter one."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 def readable(tokenizer: Any, text: str) -> str:
-    """The text without letters that the tokenizer has no tokens for, of which llama.cpp ends its process."""
+    """Remove letters that the tokenizer has no tokens for, on which llama.cpp ends its process."""
     letters = {letter for letter in set(text) if _has_tokens(tokenizer, letter)}
     return "".join(letter for letter in text if letter in letters)
 
@@ -232,8 +148,8 @@ def _has_tokens(tokenizer: Any, letter: str) -> bool:
 
 
 def _read_back(file: Path, path: Path) -> float:
-    """The largest error of a matrix that is read back from the file, from some rows each."""
-    model = describe(open_checkpoint(path))
+    """The largest error of a matrix that is read back from the file, over some rows of each."""
+    model = describe_gguf(open_checkpoint(path))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     worst = 0.0
     for tensor in model.tensors:
@@ -243,7 +159,7 @@ def _read_back(file: Path, path: Path) -> float:
         if not tensor.is_matrix:
             continue
         unit = model.checkpoint.shape.head_dim if model.in_heads(tensor) else 1
-        count = min(tensor.shape[0], -(-ROWS // unit) * unit)
+        count = min(tensor.shape[0], -(-ROWS_READ_BACK // unit) * unit)
         wanted = model.rows(tensor, 0, count)
         got = torch.from_numpy(gguf.quants.dequantize(np.array(found.data[:count]), BlockType(found.tensor_type)))
         difference = (got - wanted).square().mean() / wanted.square().mean()

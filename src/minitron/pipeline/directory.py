@@ -34,9 +34,10 @@ from minitron.core.progress import SILENT, Listener
 from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record, RunLayout
 from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
+from minitron.report.exporters import EXPORTERS
 
 # What a run makes in its directory, of which no input may be a part.
-RUN_ENTRIES = (*STAGES, *WORK)
+RUN_ENTRIES = (*STAGES, *EXPORTERS, *WORK)
 
 
 @dataclass

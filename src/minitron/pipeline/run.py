@@ -12,19 +12,19 @@ from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.evaluation.generate import prompt_of
-from minitron.gguf.config import require_installed
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.hub import resolve_model
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
-from minitron.pipeline.stages import Run, make_stages, plan_benchmarks
+from minitron.pipeline.stages import Run, export_student, make_stages, plan_benchmarks
 from minitron.pruning.given import given_layers
 from minitron.pruning.repair import replaces_channels, resolve_repair
 from minitron.pruning.steps import choice_left
 from minitron.pruning.target import target_shape
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
+from minitron.report.exporters import EXPORTERS
 from minitron.report.page import write_report
 from minitron.report.records import RunRecords, read_run
 from minitron.shapes.space import feasible_for, machine_for, needs_machine
@@ -58,8 +58,9 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
     trackers.require_trackers(recipe.distill.log_to)
-    if recipe.gguf.wanted:
-        require_installed()
+    for exporter in EXPORTERS.values():
+        if exporter.wanted(recipe):
+            exporter.require()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = teacher.tokenizer
     recipe, shape = resolve(recipe, teacher)
@@ -67,7 +68,11 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as directory:
-        make_stages(Run(directory, recipe, teacher, shape, benchmarks))
+        run = Run(directory, recipe, teacher, shape, benchmarks)
+        make_stages(run)
+        for name, exporter in EXPORTERS.items():
+            if exporter.wanted(run.recipe):
+                export_student(run, name)
 
 
 def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:

@@ -27,11 +27,10 @@ from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve
 from minitron.distillation.state import forget_states
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import CORRECTED, Trained, Training, blocks_read, distill
-from minitron.evaluation.generate import generate
-from minitron.evaluation.quality import EvaluateConfig, evaluate
-from minitron.evaluation.speed import RATIO, Load, measure_speed, transformers_timer
-from minitron.evaluation.tasks.measure import Plan as TaskPlan
-from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.generate import generate_text
+from minitron.evaluation.quality import EvaluateConfig, measure_quality
+from minitron.evaluation.speed import RATIO, Load, measure_in_turn, transformers_timer
+from minitron.evaluation.tasks.measure import TaskOptions, TaskPlan, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.rows import task_of
 from minitron.evaluation.tasks.suite import kept
 from minitron.model.architecture import PRUNABLE, Shape
@@ -50,6 +49,7 @@ from minitron.pruning.plan import Plan
 from minitron.pruning.repair import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
+from minitron.report.exporters import EXPORTERS, Export
 from minitron.shapes import layouts
 from minitron.shapes.rank import Ranking, distilled_steps
 from minitron.shapes.space import machine_for
@@ -448,7 +448,7 @@ def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | No
         return None
     directory = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
     options = TaskOptions(limit=config.limit, allow_code=config.allow_code)
-    return plan_tasks(config.tasks, directory, options, warn=listener.warn)
+    return plan_tasks(config.tasks, directory, options, listener=listener)
 
 
 def evaluate_models(run: Run) -> None:
@@ -476,7 +476,7 @@ def _measure_quality(run: Run, out: Path) -> None:
     for name, path in run.models.items():
         model = teachers[name] if name in teachers else load_model(path).to(device)
         against = partial(
-            evaluate,
+            measure_quality,
             model,
             run.corpus.heldout.head(config.blocks),
             batch=config.batch,
@@ -488,7 +488,7 @@ def _measure_quality(run: Run, out: Path) -> None:
             facts["kl_to_corrected"] = against(teacher=teachers[CORRECTED]).kl_to_teacher
         write_json(out / f"{name}.json", facts)
         for prompt, row in texts.items():
-            row[name] = generate(model, run.teacher.tokenizer, prompt, new_tokens=config.new_tokens)
+            row[name] = generate_text(model, run.teacher.tokenizer, prompt, new_tokens=config.new_tokens)
     write_json(out / run.directory.layout.generations.name, list(texts.values()))
 
 
@@ -496,8 +496,9 @@ def _measure_speed(run: Run, out: Path) -> None:
     """Write how fast teacher and student read and write."""
     pair = {name: load_model(run.models[name]).to(pick_device()) for name in ("teacher", "student")}
     load = Load(1, min(256, run.corpus.block_tokens), SPEED_TOKENS)
-    (row,) = measure_speed({name: transformers_timer(model) for name, model in pair.items()}, [load])
-    write_json(out / run.directory.layout.speed.name, {name: row[name] for name in (*pair, RATIO)})
+    (measured,) = measure_in_turn({name: transformers_timer(model) for name, model in pair.items()}, [load])
+    facts = measured.to_dict()
+    write_json(out / run.directory.layout.speed.name, {name: facts[name] for name in (*pair, RATIO)})
 
 
 def _measure_tasks(run: Run, benchmarks: TaskPlan, out: Path) -> None:
@@ -505,8 +506,7 @@ def _measure_tasks(run: Run, benchmarks: TaskPlan, out: Path) -> None:
     results = measure_tasks(
         {name: run.models[name] for name in ("teacher", "student")},
         benchmarks,
-        progress=run.listener.progress,
-        warn=run.listener.warn,
+        listener=run.listener,
     )
     facts = {
         "tasks": {name: {task: one.to_dict() for task, one in of.items()} for name, of in results.items()},
@@ -525,22 +525,24 @@ def _chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if task in names]
 
 
-def quantize_student(run: Run) -> None:
-    """GGUF files of the student, proven in llama.cpp."""
-    from minitron.gguf.quantize import QUANTIZE_TOKENS, Text, quantize
+def export_student(run: Run, name: str) -> None:
+    """The student in another format, proven by the program that the format is for.
 
-    config, seed, corpus, student = run.recipe.gguf, run.recipe.seed, run.corpus, run.models["student"]
-    name = run_name(run.recipe.model, run.recipe.prune.target)
+    Args:
+        name: of a row of EXPORTERS.
+    """
+    exporter, student, seed = EXPORTERS[name], run.models["student"], run.recipe.seed
+    config = exporter.config(run.recipe)
 
     def work(out: Path) -> StageResult:
-        tokens = draw_samples(corpus, config.samples, seed).tokens
-        heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
+        model_name = run_name(run.recipe.model, run.recipe.prune.target)
         source = run.recipe.data.source
-        text = Text(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], Path(source).name or source)
-        return quantize(open_checkpoint(student), config, out, text=text, name=name, listener=run.listener)
+        export = Export(open_checkpoint(student), model_name, config, run.corpus, source, seed, run.listener)
+        return dict(exporter.write(export, out))
 
-    inputs = {"student": run.digest(student), "data": corpus.digest}
-    run.directory.do("gguf", work, inputs=inputs, config={"gguf": config, "seed": seed})
+    facts: StageResult = {} if config is None else {name: config}
+    inputs = {"student": run.digest(student), "data": run.corpus.digest}
+    run.directory.do(name, work, inputs=inputs, config=facts | {"seed": seed})
 
 
 def always(recipe: Recipe) -> bool:
@@ -572,14 +574,13 @@ PIPELINE: dict[str, Stage] = {
     "student": Stage(train_student),
     "scratch": Stage(train_from_scratch, lambda recipe: recipe.scratch_baseline),
     "evaluations": Stage(evaluate_models),
-    "gguf": Stage(quantize_student, lambda recipe: recipe.gguf.wanted),
 }
 # The stages between a teacher and a student that exists already.
 OF_DISTILLATION = ("data", "corrected", "lessons", "student")
 
 
 def make_stages(run: Run, names: Iterable[str] = PIPELINE) -> None:
-    """Make the stages that the recipe wants, in their order."""
+    """Make the stages of these names that the recipe wants, in their order."""
     for name in names:
         if PIPELINE[name].wanted(run.recipe):
             PIPELINE[name].make(run)

@@ -1,7 +1,7 @@
 """The student's README.md: a Hugging Face model card, made from the records of a run."""
 
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 
 from minitron.core.files import write_text
 from minitron.core.run_layout import RunLayout
-from minitron.core.text import MISSING, count, duration, nats, percent, share, short_count, shown, size
+from minitron.core.text import count, duration, nats, share, short_count, shown
 from minitron.data.sources import BUILTIN, TEACHER
 from minitron.report.published import DATASETS
 from minitron.report.records import (
-    Benchmark,
+    BenchmarkRow,
     RunRecords,
     benchmarks,
     correction,
+    exported,
     heldout_source,
     layer_criterion,
     layers_by_number,
@@ -30,8 +31,11 @@ from minitron.report.records import (
 from minitron.report.tables import (
     BENCHMARK_NOTE,
     RESULT_COLUMNS,
+    SHAPE_DIMS,
     environments,
+    fenced,
     hub_id,
+    markdown_table,
     result_cells,
     score,
     source_name,
@@ -49,8 +53,7 @@ METRICS: dict[MetricKey, tuple[str, str]] = {
 # Text that is neither a file nor a dataset.
 KNOWN_TEXT = {BUILTIN: "the source text of Python's standard library", TEACHER: "text sampled from the parent itself"}
 KNOWN_DATASETS = {BUILTIN: "Python standard library", TEACHER: "Text sampled from the parent, held-out part"}
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # carried along from the parent
-SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # files copied from the parent
 
 
 def write_card(records: RunRecords) -> Path:
@@ -68,11 +71,11 @@ def make_card(records: RunRecords) -> ModelCard:
 
 
 def metadata(records: RunRecords) -> ModelCardData:
-    """What the hub reads.
+    """The metadata that the hub reads.
 
-    Of the relations that the hub knows (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's
-    weights, trained further. The tags say what else it is. Left out, the hub guesses, and takes a repository with GGUF
-    files for a quantization. base_model must be a hub id, so a local teacher is named in the text only.
+    Of the hub's relations (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's weights, trained
+    further. The tags tell the rest. Without a relation, the hub takes a repository with GGUF files for a quantization.
+    base_model must be a hub id, so a local teacher is named in the text only.
     """
     data_id, parent = hub_id(records.recipe.data.source), hub_id(records.recipe.model)
     return ModelCardData(
@@ -82,19 +85,19 @@ def metadata(records: RunRecords) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", "pruning", "distillation", records.evaluations["student"].family],
-        model_name=model_name(records),
+        model_name=card_model_name(records),
         eval_results=_eval_results(records),
         **parent_licence(records),
     )
 
 
-def model_name(records: RunRecords) -> str:
+def card_model_name(records: RunRecords) -> str:
     teacher = source_name(records.recipe.model).rpartition("/")[2]
     return f"{teacher}-minitron-{short_count(records.evaluations['student'].parameters.total)}"
 
 
-def parent_card(records: RunRecords) -> dict[str, Any]:
-    """The metadata of the parent's own card: of a local directory, or of a hub model that was downloaded."""
+def parent_card(records: RunRecords) -> Mapping[str, Any]:
+    """The metadata of the parent's card, from a local directory or the cache of a hub model."""
     model, revision = records.recipe.model, records.recipe.revision
     readme = Path(model).expanduser() / "README.md"
     if not readme.is_file():
@@ -104,12 +107,12 @@ def parent_card(records: RunRecords) -> dict[str, Any]:
         readme = Path(known)
     try:
         return metadata_load(readme) or {}
-    except (yaml.YAMLError, ValueError):  # not a card: then it states nothing that the hub could read either
+    except (yaml.YAMLError, ValueError):  # the hub cannot read such a card either
         return {}
 
 
-def parent_licence(records: RunRecords) -> dict[str, Any]:
-    """license, license_name and license_link, as far as the parent's own card states them."""
+def parent_licence(records: RunRecords) -> Mapping[str, Any]:
+    """license, license_name and license_link, as far as the parent's card states them."""
     stated = parent_card(records)
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
 
@@ -132,12 +135,12 @@ def _eval_results(records: RunRecords) -> list[EvalResult]:
     ] + [_task_result(row) for row in benchmarks(records) if not row.chosen_by]
 
 
-def _task_result(row: Benchmark) -> EvalResult:
+def _task_result(row: BenchmarkRow) -> EvalResult:
     student = row.student
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=DATASETS.get(row.task, row.task),  # of its own: equal types are merged
+        dataset_type=DATASETS.get(row.task, row.task),  # one for each task: equal types are merged
         dataset_name=student.title,
         metric_type=student.metric,
         metric_name=f"{student.metric} ({student.shots}-shot)",
@@ -151,7 +154,7 @@ def _task_result(row: Benchmark) -> EvalResult:
 def _text(records: RunRecords) -> str:
     rows = {row["model"]: row for row in result_table(records)}
     student, teacher = rows["student"], rows["teacher"]
-    return f"""# {model_name(records)}
+    return f"""# {card_model_name(records)}
 
 A smaller {_parent(records)}: {count(student["total"])} parameters instead of {count(teacher["total"])}, with
 {share(student["non_embedding_share"])} of the non-embedding parameters. Its least important units were removed, and the
@@ -172,35 +175,21 @@ Means over {count(records.evaluations["student"].tokens)} predicted tokens of he
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this directory, or the hub id that it has been uploaded to
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-inputs = tokenizer({_prompt(records)!r}, return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))
-```
-
-With vLLM (not tested by this run): `vllm serve PATH`.
-{_gguf(records)}
+{USE.format(prompt=_prompt(records))}
+{_exports(records)}
 ## How it was made
 
 {_method(records)}
 
 <details><summary>The recipe, complete (of local paths, the last part)</summary>
 
-{_fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
+{fenced(yaml.safe_dump(public_recipe(records), sort_keys=False, allow_unicode=True), "yaml")}
 
 </details>
 
 ## Limits
 
-- Measured on held-out text of {_measured_on(records)} only. What the parent could do beyond such text, in other
-  languages or in long contexts was not measured and may be lost.
-- Not instruction tuned or aligned beyond its parent; pruning may have weakened what the parent had of either.
-- Expect the parent's biases and gaps.
-- {_licence_text(records)}
+{_limits(records)}
 
 ## Provenance
 
@@ -208,30 +197,32 @@ With vLLM (not tested by this run): `vllm serve PATH`.
 """
 
 
-def _gguf(records: RunRecords) -> str:
-    """The GGUF files and how they are run; nothing where there are none."""
-    if records.ladder is None or not records.ladder.files:
-        return ""
-    files = records.ladder.files
-    rows = []
-    for row in files:
-        seen = row.measured
-        cells = [row.file, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
-        rows.append([*cells, *([f"{seen.kl:.5f}", percent(seen.top1)] if seen else [MISSING] * 2)])
-    tested = "Each was run in llama.cpp and held against this model." if files[0].measured else "None was tested."
-    notes = "".join(f"\n\nNote: {note}." for note in records.ladder.notes)
-    table = _table(["file", "size", "bits/weight", "importance matrix", "KL to this model", "top-1 agreement"], rows)
-    return f"""
-## GGUF files
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-{tested}{notes}
+path = "."  # this directory, or the hub id that it has been uploaded to
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))
+```
 
-{table}
+With vLLM (not tested by this run): `vllm serve PATH`."""
 
-With llama.cpp: `llama-cli -m {files[0].file} -p {_prompt(records)!r}`. With Ollama:
 
-{_fenced(f"FROM ./{files[0].file}", "Modelfile")}
-"""
+def _limits(records: RunRecords) -> str:
+    text = _measured_on(records)
+    return f"""- Measured on held-out text of {text} only. What the parent could do beyond such text, in other
+  languages or in long contexts was not measured and may be lost.
+- Not instruction tuned or aligned beyond its parent; pruning may have weakened what the parent had of either.
+- Expect the parent's biases and gaps.
+- {_licence_text(records)}"""
+
+
+def _exports(records: RunRecords) -> str:
+    """The student in other formats, and how to run it there."""
+    texts = {row.title: row.card(records.exports[name], _prompt(records)) for name, row in exported(records)}
+    return "".join(f"\n## {title}\n\n{text}\n" for title, text in texts.items() if text)
 
 
 def _parent(records: RunRecords) -> str:
@@ -241,7 +232,7 @@ def _parent(records: RunRecords) -> str:
 
 def _results(records: RunRecords) -> str:
     head = ["model", *(f"{column.heading} ({column.unit})" for column in RESULT_COLUMNS)]
-    return _table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
+    return markdown_table(head, [[row["model"], *result_cells(row)] for row in result_table(records)])
 
 
 def _others(records: RunRecords) -> str:
@@ -261,9 +252,9 @@ def _benchmarks(records: RunRecords) -> str:
     cells = []
     for row in rows:
         student = row.student
-        numbers = [str(student.shots), count(student.n), score(vars(row.teacher)), score(vars(student))]
+        numbers = [str(student.shots), count(student.n), score(row.teacher), score(student)]
         cells.append([student.title, student.metric, *numbers])
-    return f"\n{_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
+    return f"\n{markdown_table(head, cells)}\n\nBy lm-evaluation-harness. {BENCHMARK_NOTE}\n"
 
 
 def _shape(records: RunRecords) -> str:
@@ -272,7 +263,7 @@ def _shape(records: RunRecords) -> str:
         row = records.evaluations[name]
         dims = [count(getattr(row.shape, dim)) for dim in SHAPE_DIMS]
         rows.append([name, *dims, count(row.kv_cache_bytes_per_token)])
-    return _table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
+    return markdown_table(["model", *SHAPE_DIMS, "KV cache, bytes per token"], rows)
 
 
 def _method(records: RunRecords) -> str:
@@ -287,7 +278,7 @@ def _method(records: RunRecords) -> str:
 
 
 def _choices(records: RunRecords) -> str:
-    """What else than the scores had a say in the cut."""
+    """The sentences on layers that were given by number, and on repairs."""
     steps, cut = repairs(records), records.cut
     by_number = layers_by_number(records) and cut is not None
     text = f" The layers were given by number: {', '.join(map(str, cut.layers))} stay." if cut and by_number else ""
@@ -312,7 +303,7 @@ def _sampling(records: RunRecords) -> str:
 
 
 def _licence_text(records: RunRecords) -> str:
-    """The parent's licence, the models that it goes back to in turn, and the files with the terms."""
+    """The parent's licence, the models that the parent was made from, and the files with the terms."""
     stated, before = parent_licence(records), parent_card(records).get("base_model")
     text = "Licence: the parent's applies; this card does not state it because the run did not know it."
     if stated:
@@ -331,19 +322,8 @@ def _prompt(records: RunRecords) -> str:
 
 
 def _provenance(records: RunRecords) -> str:
-    """Seed, machine, software, and what went into the student."""
+    """Seed, machine, software, and the digests of the student's inputs."""
     facts = {"Seed": str(records.recipe.seed)} | environments(records.stages)
     inputs = records.stages["student"].inputs
     facts |= {f"sha256 of the {name}": f"`{digest}`" for name, digest in inputs.items()}
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}{fence}"

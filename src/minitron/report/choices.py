@@ -1,4 +1,4 @@
-"""The report's section on why the student is as it is: its shape, its layers, its units, and what repaired the cut."""
+"""The report's section on why the student is as it is: its shape, its layers, its units, and the repair of the cut."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,17 +29,23 @@ from minitron.shapes.layouts import CandidateRecord
 
 SHOWN_CANDIDATES = 16
 ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
-OPEN_LAYERS = 16  # most rows of a table that is open at first
+OPEN_LAYERS = 16  # a table of more rows is closed at first
 CUT_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads")
-UNITS = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
+UNIT_NAMES = {"ffn": "FFN neurons", "heads": "query heads", "kv_heads": "kv heads"}
 
 
 def why(records: RunRecords) -> str:
-    return html.section("Why this student", shape(records), search(records), units(records), repair(records))
+    return html.section(
+        "Why this student",
+        shape_sentence(records),
+        describe_search(records),
+        describe_units(records),
+        describe_repair(records),
+    )
 
 
-def shape(records: RunRecords) -> str:
-    """By which rule the shape came, in one sentence."""
+def shape_sentence(records: RunRecords) -> str:
+    """The rule that gave the shape, in one sentence."""
     prune, changes = records.recipe.prune, _changes(records)
     if records.search is not None:
         found = records.search.candidates
@@ -65,7 +71,7 @@ def _changes(records: RunRecords) -> str:
 
 
 def _verdict(found: Sequence[CandidateRecord]) -> str:
-    """What the best candidate was judged by, against the next that was judged alike."""
+    """The measure of the best candidate, compared with the next candidate of the same measure."""
     best, *others = found
     if not best.losses:
         return f"its predicted damage, {nats(best.predicted)}, is the lowest"
@@ -77,7 +83,7 @@ def _verdict(found: Sequence[CandidateRecord]) -> str:
     return f"its loss {when} is {nats(best.losses[str(step)])} nats per token{against}"
 
 
-def search(records: RunRecords) -> str:
+def describe_search(records: RunRecords) -> str:
     if records.search is None:
         return ""
     facts, found = records.search, records.search.candidates
@@ -99,7 +105,7 @@ def search(records: RunRecords) -> str:
 
 
 def _search_figures(found: Sequence[CandidateRecord]) -> list[str]:
-    """Costs against a loss that is comparable: at the first rung, else after the cut, else the prediction."""
+    """Figures of costs against the first loss that is comparable: after steps, after the cut, or predicted."""
     steps = sorted({int(step) for one in found for step in one.losses})
     step = next((str(step) for step in steps if step > 0), "0" if steps else None)
     y = "predicted damage" if step is None else "nats per token"
@@ -121,19 +127,19 @@ def _search_figures(found: Sequence[CandidateRecord]) -> list[str]:
     ]
     if len(steps) > 1:
         curves = [{int(at): loss for at, loss in one.losses.items()} for one in here]
-        caption = "Each rung keeps the best quarter; step 0 is right after the cut"
-        figures.append(html.figure(plots.rung_curves(curves, y), "Successive elimination", caption))
+        caption = "Each round keeps the best quarter; step 0 is right after the cut"
+        figures.append(html.figure(plots.elimination_curves(curves, y), "Successive elimination", caption))
     return figures
 
 
-def units(records: RunRecords) -> str:
-    """Which layers, channels, neurons and heads stay, by which scores."""
+def describe_units(records: RunRecords) -> str:
+    """The layers, channels, neurons and heads that stay, and the scores that chose them."""
     scores, plan, cut = records.scores, records.plan, records.cut
     if scores is None or plan is None or cut is None:
         return ""
     before, after = vars(cut.teacher), vars(cut.student)
-    choices = {dim: layer_choices(dim, scores, plan, cut) for dim in UNITS}
-    kept = {dim: {one.layer: one.kept for one in choices[dim]} for dim in UNITS}
+    choices = {dim: layer_choices(dim, scores, plan, cut) for dim in UNIT_NAMES}
+    kept = {dim: {one.layer: one.kept for one in choices[dim]} for dim in UNIT_NAMES}
     group = before["heads"] // before["kv_heads"]
     figures = [
         _layer_figure(records, scores, cut),
@@ -157,7 +163,7 @@ def units(records: RunRecords) -> str:
         drawn = plots.head_scores(scores.kv_heads, kept["kv_heads"], 0, "kv head")
         outcome = _outcome("kv_heads", before, after, choices["kv_heads"])
         figures.append(html.figure(drawn, "KV heads", f"Opacity is the score. {outcome}"))
-    fewer = {dim: choices[dim] for dim in UNITS if after[dim] < before[dim]}
+    fewer = {dim: choices[dim] for dim in UNIT_NAMES if after[dim] < before[dim]}
     return html.subsection("Layers and units", _legend(records), html.figures(figures), _by_layer(fewer))
 
 
@@ -208,11 +214,11 @@ def _hidden_figure(records: RunRecords, of_units: UnitScores, cut: MadePlan) -> 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Which units of one dim a layer keeps.
+    """The units of one dim that a layer keeps.
 
-    mass: their share of the layer's scores; nan if those are all zero.
-    planned_mass: the same of the units that the scores chose.
-    otherwise: how many units the repair put in the place of those.
+    mass: their share of the layer's scores; nan if all scores are zero.
+    planned_mass: the share of the units that the scores chose.
+    otherwise: the number of units that the repair chose instead.
     """
 
     layer: int
@@ -223,7 +229,7 @@ class LayerChoice:
 
 
 def layer_choices(dim: str, scores: UnitScores, plan: MadePlan, cut: MadePlan) -> list[LayerChoice]:
-    """One for each layer that stays.
+    """A choice for each layer that stays.
 
     Args:
         plan, cut: before and after the repair.
@@ -248,7 +254,7 @@ def kept_mass(scores: Sequence[Number], kept: Iterable[int]) -> float:
 
 
 def _outcome(dim: str, before: Mapping[str, int], after: Mapping[str, int], choices: Sequence[LayerChoice]) -> str:
-    """How many stay, how much of the scores that is, and how the repair chose otherwise; shares are means of layers."""
+    """The number of kept units, their share of the scores, and the choices of the repair, as means over layers."""
     text = _kept(after[dim], before[dim])
     if after[dim] == before[dim]:
         return f"{text} in the layers that stay." if after["layers"] < before["layers"] else f"{text}."
@@ -283,7 +289,7 @@ def _by_layer(choices: Mapping[str, Sequence[LayerChoice]]) -> str:
         return ""
     columns: dict[html.Heading, list[str]] = {}
     for dim, of_dim in choices.items():
-        name = UNITS[dim][0].upper() + UNITS[dim][1:]
+        name = UNIT_NAMES[dim][0].upper() + UNIT_NAMES[dim][1:]
         columns[name, "share of the scores kept"] = [shown(one.mass, percent) for one in of_dim]
         if any(one.otherwise for one in of_dim):
             columns[name, "chosen otherwise"] = [_otherwise(one) for one in of_dim]
@@ -299,7 +305,7 @@ def _otherwise(one: LayerChoice) -> str:
     return f"{count(one.otherwise)} of {count(len(one.kept))}" if one.otherwise else MISSING
 
 
-def repair(records: RunRecords) -> str:
+def describe_repair(records: RunRecords) -> str:
     steps = repairs(records)
     if steps is None:
         return ""

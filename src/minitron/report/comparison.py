@@ -1,4 +1,4 @@
-"""One page about several finished runs, made from their records, in the look of the report of one."""
+"""One page about several finished runs, made from their records, in the style of report.html."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -34,9 +34,7 @@ from minitron.report.records import (
     result_table,
     stage_flops,
 )
-from minitron.report.tables import source_name
-
-SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
+from minitron.report.tables import SHAPE_DIMS, source_name
 
 
 def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
@@ -54,20 +52,20 @@ def render_comparison(runs: Sequence[RunRecords]) -> str:
     students = {
         name: row for name, records in named.items() for row in result_table(records) if row["model"] == "student"
     }
-    sections = (results(named, students), curves(named), shapes(named), recipes(named))
+    sections = (results_section(named, students), curves_section(named), shapes_section(named), recipes_section(named))
     title = f"{len(named)} runs compared"
     header = f"""<header>
 <h1>{escape(title)}</h1>
-<p class="lead">{escape(headline(students))}</p>
+<p class="lead">{escape(comparison_headline(students))}</p>
 <p class="run">{escape(", ".join(named))}</p>
 </header>"""
     return html.document(title, header, "\n".join(part for part in sections if part))
 
 
 def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
-    """Each run under the part of its path that tells it from the others.
+    """Name each run by the part of its path in which the runs differ.
 
-    Raises: RunError if one is given twice.
+    Raises: RunError if a run is given twice.
     """
     paths = [records.path.resolve() for records in runs]
     for path in paths:
@@ -79,7 +77,7 @@ def name_runs(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
     return dict(zip(names, runs, strict=True))
 
 
-def headline(students: Mapping[str, ResultRow]) -> str:
+def comparison_headline(students: Mapping[str, ResultRow]) -> str:
     known = {
         name: kl
         for name, row in students.items()
@@ -95,56 +93,77 @@ def headline(students: Mapping[str, ResultRow]) -> str:
     )
 
 
-def results(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
-    quality: list[html.Heading] = [
-        "Student of",
-        ("Parameters", "total"),
-        ("Parameters", "non-embedding"),
-        ("Share", "non-embedding"),
-        ("LM loss", "nats/token"),
-        ("Perplexity", "per token"),
-        ("KL to teacher", "nats/token"),
-        ("Top-1", "agreement"),
-        ("KL after cut", "nats/token"),
+QUALITY_HEAD: list[html.Heading] = [
+    "Student of",
+    ("Parameters", "total"),
+    ("Parameters", "non-embedding"),
+    ("Share", "non-embedding"),
+    ("LM loss", "nats/token"),
+    ("Perplexity", "per token"),
+    ("KL to teacher", "nats/token"),
+    ("Top-1", "agreement"),
+    ("KL after cut", "nats/token"),
+]
+COST_HEAD: list[html.Heading] = [
+    "Student of",
+    ("Distilled", "tokens"),
+    ("Compute", "of all stages"),
+    ("Time", "of all stages"),
+    ("Weights", "all tensors"),
+    ("Prefill", "of teacher's"),
+    ("Decode", "of teacher's"),
+]
+
+
+def results_section(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
+    return html.section(
+        "Results",
+        html.table(
+            "What each student kept",
+            QUALITY_HEAD,
+            [_quality_cells(name, records, students[name]) for name, records in named.items()],
+        ),
+        html.table(
+            "What each student cost, and how fast it is",
+            COST_HEAD,
+            [_cost_cells(name, records, students[name]) for name, records in named.items()],
+        ),
+        *(html.note(text) for text in cautions(named)),
+        html.figures(_result_figures(students)),
+    )
+
+
+def _quality_cells(name: str, records: RunRecords, student: ResultRow) -> list[str]:
+    return [
+        name,
+        count(student["total"]),
+        count(student["non_embedding"]),
+        share(student["non_embedding_share"]),
+        shown(student["lm_loss"], nats),
+        shown(student["perplexity"], perplexity),
+        shown(student["kl_to_teacher"], nats),
+        shown(student["top1_agreement"], percent),
+        shown(records.evaluations["pruned"].kl_to_teacher, nats),
     ]
-    costs: list[html.Heading] = [
-        "Student of",
-        ("Distilled", "tokens"),
-        ("Compute", "of all stages"),
-        ("Time", "of all stages"),
-        ("Weights", "all tensors"),
-        ("Prefill", "of teacher's"),
-        ("Decode", "of teacher's"),
+
+
+def _cost_cells(name: str, records: RunRecords, student: ResultRow) -> list[str]:
+    ratios = records.speed and records.speed.ratio
+    return [
+        name,
+        count(records.results.student.training.tokens),
+        flops(sum(stage_flops(records).values())),
+        duration(sum(stage.seconds for stage in records.stages.values())),
+        size(student["weight_bytes"]),
+        *(shown(value, ratio) for value in ((ratios.prefill, ratios.decode) if ratios else (None, None))),
     ]
-    kept, spent = [], []
-    for name, records in named.items():
-        row, ratios = students[name], records.speed and records.speed.ratio
-        kept.append(
-            [
-                name,
-                count(row["total"]),
-                count(row["non_embedding"]),
-                share(row["non_embedding_share"]),
-                shown(row["lm_loss"], nats),
-                shown(row["perplexity"], perplexity),
-                shown(row["kl_to_teacher"], nats),
-                shown(row["top1_agreement"], percent),
-                shown(records.evaluations["pruned"].kl_to_teacher, nats),
-            ]
-        )
-        spent.append(
-            [
-                name,
-                count(records.results.student.training.tokens),
-                flops(sum(stage_flops(records).values())),
-                duration(sum(stage.seconds for stage in records.stages.values())),
-                size(row["weight_bytes"]),
-                *(shown(value, ratio) for value in ((ratios.prefill, ratios.decode) if ratios else (None, None))),
-            ]
-        )
-    figures = []
+
+
+def _result_figures(students: Mapping[str, ResultRow]) -> list[str]:
+    """Each student's KL and loss against its size."""
     kls = {name: row["kl_to_teacher"] for name, row in students.items()}
     losses = {name: row["lm_loss"] for name, row in students.items()}
+    figures = []
     for values, title, unit in (
         (kls, "KL divergence against size", "KL to teacher, nats/token"),
         (losses, "Held-out loss against size", "loss, nats/token"),
@@ -157,17 +176,11 @@ def results(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) 
         if points:
             drawn = plots.named_points(points, "non-embedding parameters", unit, short_count)
             figures.append(html.figure(drawn, title, "Lower and further left is better"))
-    return html.section(
-        "Results",
-        html.table("What each student kept", quality, kept),
-        html.table("What each student cost, and how fast it is", costs, spent),
-        *(html.note(text) for text in cautions(named)),
-        html.figures(figures),
-    )
+    return figures
 
 
 def cautions(named: Mapping[str, RunRecords]) -> list[str]:
-    """What keeps the numbers of two runs from being held against each other."""
+    """Notes on differences of the runs that make their numbers incomparable."""
 
     def differ(values: Sequence[Any]) -> bool:
         return len(set(map(str, values))) > 1
@@ -177,7 +190,7 @@ def cautions(named: Mapping[str, RunRecords]) -> list[str]:
     if differ(teachers):
         names = ", ".join(f"{name}: {source_name(records.recipe.model)}" for name, records in named.items())
         notes.append(
-            f"The runs have different teachers ({names}): KL, agreement, share and speed are to each one's own."
+            f"The runs have different teachers ({names}): KL, agreement, share and speed are to each run's teacher."
         )
     texts = [
         (records.stages["evaluations"].inputs.get("data"), records.evaluations["student"].tokens) for records in runs
@@ -193,14 +206,14 @@ def cautions(named: Mapping[str, RunRecords]) -> list[str]:
     corrected = [name for name, records in named.items() if correction(records)]
     if corrected:
         notes.append(
-            f"Of {', '.join(corrected)} the teacher was corrected; KL is to the teacher as it was given, and what it "
-            "has learnt counts as distance."
+            f"Of {', '.join(corrected)} the teacher was corrected; KL is to the teacher as it was given, so the "
+            "correction counts as distance."
         )
     return notes
 
 
-def curves(named: Mapping[str, RunRecords]) -> str:
-    """The distillations over each other, by tokens: held-out points, and the smoothed loss of the batches."""
+def curves_section(named: Mapping[str, RunRecords]) -> str:
+    """The curves of all distillations by tokens: held-out loss, and the smoothed loss of the batches."""
     heldout = {
         name: [(row.tokens, row.heldout_loss) for row in records.metrics if row.heldout_loss is not None]
         for name, records in named.items()
@@ -233,7 +246,7 @@ def curves(named: Mapping[str, RunRecords]) -> str:
     return html.section("Distillation", html.note(note), html.figures(figures))
 
 
-def shapes(named: Mapping[str, RunRecords]) -> str:
+def shapes_section(named: Mapping[str, RunRecords]) -> str:
     rows = [_shape_row(name, records.evaluations["student"]) for name, records in named.items()]
     teachers = {}
     for records in named.values():
@@ -247,8 +260,8 @@ def _shape_row(name: str, row: Evaluated) -> list[str]:
     return [name, *(count(getattr(row.shape, dim)) for dim in SHAPE_DIMS), count(row.kv_cache_bytes_per_token)]
 
 
-def recipes(named: Mapping[str, RunRecords]) -> str:
-    """The recipe's keys in which the runs differ."""
+def recipes_section(named: Mapping[str, RunRecords]) -> str:
+    """The keys in which the runs' recipes differ."""
     flat = {name: _flat(public_recipe(records)) for name, records in named.items()}
     keys = dict.fromkeys(key for recipe in flat.values() for key in recipe)
     rows = [

@@ -1,7 +1,7 @@
-"""The report's HTML: sections, tables and figures. All text is escaped here; SVG goes in as it is.
+"""The report's HTML: sections, tables and figures. All text is escaped here; SVG is inserted as it is.
 
-A page loads nothing: its style sheet and figures are inline, it has no scripts, and its content security policy
-forbids both.
+A page loads nothing: its style sheet and figures are inline, it has no scripts, and its content security policy forbids
+    both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ Heading = str | tuple[str, str]  # a name, or a name and its unit
 
 
 def document(title: str, header: str, body: str) -> str:
-    """The whole page; header and body are HTML."""
+    """Write the whole page; header and body are HTML."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -68,7 +68,7 @@ def figures(drawn: Iterable[str]) -> str:
 
 
 def table(caption: str, head: Sequence[Heading], rows: Iterable[Sequence[str]]) -> str:
-    """The first cell of each row names it. The table scrolls by itself where the page is too narrow."""
+    """Write a table that scrolls by itself on a narrow page; the first cell of each row is its heading."""
     top = "".join(f'<th scope="col">{_heading(cell)}</th>' for cell in head)
     body = "\n".join(
         f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"

@@ -1,4 +1,4 @@
-"""Uploading what a run made: the student, its card and licence files, and its GGUF files, in one commit."""
+"""A run is uploaded in one commit: the student, its card and licence files, and the files of its exporters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,38 +10,37 @@ from huggingface_hub.utils import validate_repo_id
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.run_layout import RunLayout
 from minitron.model.weight_files import model_files
-from minitron.report.records import RunRecords
+from minitron.report.exporters import EXPORTERS
+from minitron.report.records import RunRecords, exported
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file and its place in the repository, whose root is the model's directory."""
+    """A file and its path in the repository, whose root is the model's directory."""
 
     file: Path
     destination: str
 
 
 def planned_uploads(records: RunRecords) -> list[Upload]:
-    """What goes to the hub: nothing that a training needs to go on, no text, no statistics.
+    """Plan the upload, without resumable states, text and statistics.
 
     Raises: RunError if the run has not made all of it yet.
     """
     run = RunLayout(records.path)
-    student, gguf = run.stage("student"), run.stage("gguf")
     if not run.card.is_file():
         raise RunError(
             f"the run in {records.path} has no student with a card yet; the same command that started it goes on"
         )
-    wanted = records.recipe.gguf
-    if wanted and (wanted.types or wanted.bits_per_weight or wanted.sizes) and "gguf" not in records.stages:
-        raise RunError(
-            f"the GGUF files that the recipe of {records.path} asks for are not there yet; the same command that "
-            "started it goes on with it"
-        )
-    names = [row.file for row in records.ladder.files] if records.ladder else []
-    files = [run.card, *model_files(student), *(gguf / name for name in names)]
-    if names and run.imatrix.is_file():
-        files.append(run.imatrix)
+    for name, row in EXPORTERS.items():
+        if row.section is not None and row.wanted(records.recipe) and name not in records.stages:
+            raise RunError(
+                f"the {row.title} that the recipe of {records.path} asks for are not there yet; the same command that "
+                "started it goes on with it"
+            )
+    files = [run.card, *model_files(run.stage("student"))]
+    for name, row in exported(records):
+        files += row.files(records.exports[name], run.stage(name))
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise RunError(f"{missing[0]} is not there: the run in {records.path} was changed after it ended")
@@ -49,7 +48,7 @@ def planned_uploads(records: RunRecords) -> list[Upload]:
 
 
 def require_repo_id(repo: str) -> None:
-    """Raises: MinitronError."""
+    """Raises: MinitronError for a name that the hub does not allow."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

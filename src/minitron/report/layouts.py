@@ -1,4 +1,4 @@
-"""What the report and the card read of recipe.yaml and of the stages' results, checked when they are read."""
+"""The parts of recipe.yaml and of stages' results that report and card read, checked when they are read."""
 
 from typing import Annotated, Literal
 
@@ -53,9 +53,13 @@ class FilesRecipe(Layout):
     bits_per_weight: list[Amount] = Field(default=[])
     sizes: list[Amount] = Field(default=[])
 
+    @property
+    def wanted(self) -> bool:
+        return bool(self.types or self.bits_per_weight or self.sizes)
+
 
 class RunRecipe(Layout):
-    """recipe.yaml of a run, as far as its report and card read it."""
+    """The keys of a run's recipe.yaml that its report and card read."""
 
     model: str
     revision: str | None
@@ -67,25 +71,25 @@ class RunRecipe(Layout):
     gguf: FilesRecipe | None = None
 
 
-class Scored(Layout):
-    """The result of the stage scores, which names a criterion of layers only where they took a pass of their own."""
+class ScoresResult(Layout):
+    """The result of the stage scores, which names a criterion of layers only if it took a pass of its own."""
 
     layers: Annotated[str, choice(LAYER_CRITERIA)] = "block_influence"
 
 
-class Planned(Layout):
+class PlanResult(Layout):
     """The result of the stage plan."""
 
     plan: str
 
 
-class Repaired(Layout):
+class PrunedResult(Layout):
     """The result of the stage pruned. Older versions did not say which steps ran."""
 
     repairs: list[Annotated[str, choice(REPAIRS)]] | None = None
 
 
 RUN_RECIPE = FileKind("a run's recipe", TypeAdapter(RunRecipe))
-SCORES_RESULT = FileKind("that of the stage scores", TypeAdapter(Scored))
-PLAN_RESULT = FileKind("that of the stage plan", TypeAdapter(Planned))
-PRUNED_RESULT = FileKind("that of the stage pruned", TypeAdapter(Repaired))
+SCORES_RESULT = FileKind("that of the stage scores", TypeAdapter(ScoresResult))
+PLAN_RESULT = FileKind("that of the stage plan", TypeAdapter(PlanResult))
+PRUNED_RESULT = FileKind("that of the stage pruned", TypeAdapter(PrunedResult))

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from minitron.core.files import prove_file, write_text
-from minitron.core.run_layout import MODELS, RunLayout
+from minitron.core.run_layout import MODELS, STAGES, RunLayout
 from minitron.core.text import (
     MISSING,
     count,
@@ -16,7 +16,6 @@ from minitron.core.text import (
     flops,
     nats,
     percent,
-    perplexity,
     rate,
     ratio,
     share,
@@ -28,22 +27,32 @@ from minitron.core.text import (
 from minitron.data.sources import TEACHER
 from minitron.report import html, plots
 from minitron.report.choices import why
+from minitron.report.exporters import EXPORTERS
 from minitron.report.published import PUBLISHED
 from minitron.report.records import (
     RunRecords,
     benchmarks,
     correction,
+    exported,
     heldout_source,
     loss_name,
     result_table,
     sampling,
     stage_flops,
 )
-from minitron.report.tables import BENCHMARK_NOTE, RESULT_COLUMNS, environments, result_cells, score, source_name
+from minitron.report.tables import (
+    BENCHMARK_NOTE,
+    RESULT_COLUMNS,
+    SHAPE_DIMS,
+    environments,
+    result_cells,
+    score,
+    source_name,
+)
 
 
 def write_report(records: RunRecords, out: Path | None = None) -> Path:
-    """Write report.html, into the run directory unless told otherwise; the same records give the same bytes.
+    """Write report.html, by default into the run directory; the same records give the same bytes.
 
     Raises: RunError if the file cannot be written.
     """
@@ -54,7 +63,7 @@ def write_report(records: RunRecords, out: Path | None = None) -> Path:
 
 
 def render(records: RunRecords) -> str:
-    sections = (results, measured_tasks, shapes, why, speeds, quantized, training, texts, provenance)
+    sections = (results, measured_tasks, shapes, why, speeds, exports, training, texts, provenance)
     body = "\n".join(part for section in sections if (part := section(records)))
     return html.document(_title(records), _header(records), body)
 
@@ -142,7 +151,7 @@ def results(records: RunRecords) -> str:
 
 
 def measured_tasks(records: RunRecords) -> str:
-    """Benchmarks of teacher and student, beside what the papers report."""
+    """The benchmarks of teacher and student, beside the values of the papers."""
     rows = benchmarks(records)
     if not rows:
         return ""
@@ -161,8 +170,8 @@ def measured_tasks(records: RunRecords) -> str:
             row.student.metric,
             str(row.student.shots),
             count(row.student.n),
-            score(vars(row.teacher)),
-            score(vars(row.student)),
+            score(row.teacher),
+            score(row.student),
             shown(row.kept, percent),
         ]
         for row in rows
@@ -193,14 +202,13 @@ def shapes(records: RunRecords) -> str:
     teacher, student = (records.evaluations[name] for name in ("teacher", "student"))
     sizes = [vars(row.shape) | {"kv_cache": row.kv_cache_bytes_per_token} for row in (teacher, student)]
     parts = [vars(row.parameters) for row in (teacher, student)]
-    shape_head = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
     part_head = ("embedding", "attention", "mlp", "norm")
     return html.section(
         "Shape",
         html.table(
             "Shape before and after",
-            ["Model", *shape_head, ("KV cache", "bytes per token")],
-            _before_and_after((*shape_head, "kv_cache"), *sizes),
+            ["Model", *SHAPE_DIMS, ("KV cache", "bytes per token")],
+            _before_and_after((*SHAPE_DIMS, "kv_cache"), *sizes),
         ),
         html.table("Parameters by part", ["Parameters", *part_head], _before_and_after(part_head, *parts)),
         html.note(f"Weights and KV cache in {student.dtype}, the dtype of the checkpoint."),
@@ -223,8 +231,8 @@ def speeds(records: RunRecords) -> str:
     weights = {name: records.evaluations[name].weight_bytes for name in ("teacher", "student")}
     rows = []
     for name, speed in (("teacher", teacher), ("student", student)):
-        prefill, decode = (with_range(*of_kind, rate) for of_kind in (speed.of_prefill, speed.of_decode))
-        rows.append([name, size(weights[name]), prefill, decode])
+        prefill = with_range(speed.prefill, speed.prefill_range, rate)
+        rows.append([name, size(weights[name]), prefill, with_range(speed.decode, speed.decode_range, rate)])
     shares = [shown(value, ratio) for value in (ratios.prefill, ratios.decode)]
     rows.append(["student / teacher", ratio(weights["student"] / weights["teacher"]), *shares])
     ranges = {
@@ -244,46 +252,10 @@ def speeds(records: RunRecords) -> str:
     return html.section("Size and speed", html.table("Size and speed", head, rows), html.note(note))
 
 
-def quantized(records: RunRecords) -> str:
-    """The ladder of GGUF files."""
-    if records.ladder is None or not records.ladder.files:
-        return ""
-    files = records.ladder.files
-    rows, points = [], {}
-    for row in files:
-        seen = row.measured
-        cells = [row.name, size(row.bytes), f"{row.bits_per_weight:.2f}", "yes" if row.informed else "no"]
-        measured = [MISSING] * 4
-        if seen:
-            other = MISSING if row.kl_of_other is None else f"{row.kl_of_other:.5f}"
-            measured = [perplexity(seen.perplexity), f"{seen.kl:.5f}", percent(seen.top1), other]
-            points[row.name] = (row.bytes, seen.kl)
-        rows.append([*cells, *measured])
-    head: list[html.Heading] = [
-        "Type",
-        "File",
-        ("Bits", "per weight"),
-        ("Importance", "matrix"),
-        ("Perplexity", "in llama.cpp"),
-        ("KL to student", "nats/token"),
-        ("Top-1", "agreement"),
-        ("KL of the other", "nats/token"),
-    ]
-    parts = [html.table("GGUF files", head, rows)]
-    first = next((row.measured for row in files if row.measured), None)
-    if first:
-        note = (
-            f"Each file was run in llama.cpp over {count(first.tokens)} tokens of held-out text, against the "
-            f"student as it is, whose perplexity on them is {perplexity(first.reference_perplexity)}. A type that "
-            "can do without an importance matrix was written with and without one, and the better file kept; the last "
-            "column is the other. A name with bpw is a mixture of minitron's own."
-        )
-        parts.append(html.note(note))
-    parts += [html.note(note) for note in records.ladder.notes]
-    if len(points) > 1:
-        figure = html.figure(plots.ladder(points), "What a smaller file costs", "Lower and further left is better")
-        parts.append(html.figures([figure]))
-    return html.section("GGUF files", *parts)
+def exports(records: RunRecords) -> str:
+    """The student in other formats, a section each."""
+    parts = {row.title: row.report(records.exports[name]) for name, row in exported(records)}
+    return "\n".join(html.section(title, *some) for title, some in parts.items() if some)
 
 
 def training(records: RunRecords) -> str:
@@ -332,6 +304,7 @@ def _continuation(model: str, text: str) -> str:
 def provenance(records: RunRecords) -> str:
     head: list[html.Heading] = [
         "Stage",
+        "Makes",
         ("Started", "UTC"),
         ("Time", "wall clock"),
         "Tokens",
@@ -343,6 +316,7 @@ def provenance(records: RunRecords) -> str:
     rows = [
         [
             name,
+            STAGES[name] if name in STAGES else EXPORTERS[name].title,
             stage.started.replace("T", " ").removesuffix("Z"),
             duration(stage.seconds),
             shown(_stage_tokens(records, name), count),
@@ -368,7 +342,7 @@ def provenance(records: RunRecords) -> str:
 
 
 def _cost(records: RunRecords, operations: int) -> str:
-    """Tokens, operations, hours, and energy where every stage knows its own."""
+    """Tokens, operations, hours, and energy if it is known for every stage."""
     seconds = sum(stage.seconds for stage in records.stages.values())
     trained = sum(training.tokens for training in records.results.trainings.values())
     joules = [stage.energy_joules for stage in records.stages.values()]

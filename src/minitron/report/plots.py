@@ -1,6 +1,6 @@
-"""The report's figures, as inline SVG without fonts, ids or network addresses of their own.
+"""The report's figures, as inline SVG without fonts, ids or network addresses.
 
-Colours are CSS variables of report.css, so that one file reads well on a light and on a dark page.
+Colours are CSS variables of report.css, so that a file reads well on a light and on a dark page.
 """
 
 import io
@@ -16,7 +16,7 @@ from minitron.core.text import Number, short_count, size
 from minitron.distillation.layouts import Logged
 
 WIDTH_INCHES = 4.6  # two side by side on a desktop, one on a phone: labels stay readable on both
-MOST_POINTS = 400  # of a curve, and columns of a heat map
+MOST_POINTS = 400  # points of a curve, columns of a heat map
 # Placeholders that matplotlib can draw with, and the CSS variables that take their place.
 COLORS = {
     "ink": "#010101",
@@ -58,7 +58,7 @@ STYLE: Any = {  # matplotlib types its keys as literals
 
 
 def bars(values: Mapping[str, Number], unit: str, label: str) -> str:
-    """One horizontal bar per model, each with its value."""
+    """A horizontal bar for each model, with its value."""
     with _canvas(0.5 + 0.32 * len(values), label) as (figure, drawn):
         axes = figure.subplots()
         drawn_bars = axes.barh(list(values), list(values.values()), height=0.62, color=[COLORS[n] for n in values])
@@ -93,8 +93,7 @@ def training_curve(metrics: Sequence[Logged], unit: str) -> str:
         )
         axes.legend(loc="upper right")
         axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="step", ylabel=unit)
     return drawn[0]
 
 
@@ -109,14 +108,13 @@ def learning_rate_curve(metrics: Sequence[Logged]) -> str:
         axes.plot(_thin([step for step, _ in points]), _thin(rates), color=COLORS["student"], linewidth=1.4)
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel("step")
-        axes.set_ylabel("learning rate")
+        axes.set(xlabel="step", ylabel="learning rate")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
     return drawn[0]
 
 
 def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callable[[Number], str]) -> str:
-    """Each candidate's cost and loss, the chosen one first, and a line along those that none beats in both."""
+    """The cost and loss of each candidate, the chosen one first, and a line along the Pareto front."""
     front = pareto_front(points)
     label = f"Scatter plot of {len(points)} candidates, {y} against {x}; {len(front)} are beaten by none in both"
     with _canvas(2.5, label) as (figure, drawn):
@@ -129,13 +127,12 @@ def pareto(points: Sequence[tuple[Number, Number]], x: str, y: str, form: Callab
         axes.margins(x=0.06, y=0.14)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: form(value))
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
     return drawn[0]
 
 
-def ladder(points: Mapping[str, tuple[Number, Number]]) -> str:
-    """Files by size and KL, each with its name; KL on a logarithmic scale."""
+def file_sizes(points: Mapping[str, tuple[Number, Number]]) -> str:
+    """Files by size and KL, with their names; KL on a logarithmic scale."""
     label = "Scatter plot of KL against file size: " + ", ".join(f"{name} {kl:.5f}" for name, (_, kl) in points.items())
     with _canvas(2.8, label) as (figure, drawn):
         axes = figure.subplots()
@@ -151,13 +148,12 @@ def ladder(points: Mapping[str, tuple[Number, Number]]) -> str:
         axes.margins(x=0.14, y=0.14)
         axes.xaxis.set_major_formatter(lambda value, _: size(value))
         axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel("file")
-        axes.set_ylabel("KL, nats/token")
+        axes.set(xlabel="file", ylabel="KL, nats/token")
     return drawn[0]
 
 
 def named_points(points: Mapping[str, tuple[Number, Number]], x: str, y: str, form: Callable[[Number], str]) -> str:
-    """A point for each run, told apart by its colour."""
+    """A point for each run, in a colour of its own."""
     label = f"Scatter plot, {y} against {x}: " + ", ".join(f"{name} {value:.3f}" for name, (_, value) in points.items())
     with _canvas(2.6 + _legend_inches(points), label) as (figure, drawn):
         axes = figure.subplots()
@@ -168,13 +164,12 @@ def named_points(points: Mapping[str, tuple[Number, Number]], x: str, y: str, fo
         axes.margins(x=0.14, y=0.14)
         axes.xaxis.set_major_formatter(lambda value, _: form(value))
         axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
     return drawn[0]
 
 
 def overlaid(curves: Mapping[str, Sequence[tuple[Number, Number]]], x: str, y: str, *, marked: bool) -> str:
-    """A curve for each run, in the colours of `named_points`. Runs without points keep theirs and have no curve."""
+    """A curve for each run, in the colours of `named_points`; a run without points keeps its colour."""
     last = ", ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in curves.items() if points)
     with _canvas(2.6 + _legend_inches(curves), f"Line chart of {len(curves)} runs, {y} by {x}: {last}") as (
         figure,
@@ -197,8 +192,7 @@ def overlaid(curves: Mapping[str, Sequence[tuple[Number, Number]]], x: str, y: s
         _legend_above(figure)
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
     return drawn[0]
 
 
@@ -207,12 +201,12 @@ def _legend_inches(names: Iterable[str]) -> float:
 
 
 def _legend_above(figure: Any) -> None:
-    """Outside the axes, one name a line: names of runs are long, and no place inside is free for sure."""
+    """Put the legend outside the axes, one name a line: names of runs are long."""
     figure.legend(loc="outside upper left", ncols=1, fontsize=8.5, borderpad=0, labelspacing=0.3)
 
 
 def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
-    """Indices of the points that no other is below in one coordinate and not above in the other, by rising x."""
+    """The indices of points that no other point beats in both coordinates, by rising x."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda index: points[index]):
         if not front or points[index][1] < points[front[-1]][1]:
@@ -220,8 +214,8 @@ def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
     return front
 
 
-def rung_curves(curves: Sequence[Mapping[int, Number]], unit: str) -> str:
-    """Loss of each candidate at the steps where it was measured, the chosen one first."""
+def elimination_curves(curves: Sequence[Mapping[int, Number]], unit: str) -> str:
+    """The loss of each candidate at the steps where it was measured, the chosen candidate first."""
     label = f"Line chart of the losses of {len(curves)} candidates, which stop one half after the other"
     with _canvas(2.5, label) as (figure, drawn):
         axes = figure.subplots()
@@ -233,13 +227,12 @@ def rung_curves(curves: Sequence[Mapping[int, Number]], unit: str) -> str:
             ticks := sorted({step for losses in curves for step in losses}), [f"{tick:,}" for tick in ticks]
         )
         axes.minorticks_off()
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="step", ylabel=unit)
     return drawn[0]
 
 
 def layer_scores(scores: Sequence[Number], kept: Sequence[int], unit: str) -> str:
-    """One bar per layer; a layer of infinite score, which must stay, has none."""
+    """A bar for each layer; a layer of infinite score, which must stay, has none."""
     values = np.asarray(scores, dtype=float)
     label = f"Bar chart of the importance of {len(scores)} layers, {len(kept)} of them kept"
     with _canvas(2.2, label) as (figure, drawn):
@@ -251,13 +244,12 @@ def layer_scores(scores: Sequence[Number], kept: Sequence[int], unit: str) -> st
         axes.grid(axis="x", visible=False)
         axes.set_xlim(-0.6, len(scores) - 0.4)
         _whole_numbers(axes)
-        axes.set_xlabel("layer of the teacher")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="layer of the teacher", ylabel=unit)
     return drawn[0]
 
 
 def hidden_scores(scores: Sequence[Number], kept: Sequence[int] | None) -> str:
-    """Channels by falling score; kept: None where none was kept or removed."""
+    """Channels by falling score. `kept` is None where none was kept or removed."""
     values, is_kept = np.asarray(scores), _mask(len(scores), kept or ())
     order = np.argsort(-values, kind="stable")
     ranks = _spread(len(values))
@@ -276,13 +268,12 @@ def hidden_scores(scores: Sequence[Number], kept: Sequence[int] | None) -> str:
         else:
             axes.set_ylim(bottom=0)
         axes.margins(x=0)
-        axes.set_xlabel("channel, by falling score")
-        axes.set_ylabel("score, log scale" if log else "score")
+        axes.set(xlabel="channel, by falling score", ylabel="score, log scale" if log else "score")
     return drawn[0]
 
 
 def ffn_scores(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[int]]) -> str:
-    """Each layer's neurons by falling score. `kept` maps a kept layer to its kept units; other layers are gone."""
+    """Each layer's neurons by falling score. `kept` maps a kept layer to its kept units; other layers are removed."""
     values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
     order = np.argsort(-values, axis=1, kind="stable")
     ranks = _spread(values.shape[1])
@@ -292,7 +283,7 @@ def ffn_scores(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[i
 
 
 def head_scores(scores: Sequence[Sequence[Number]], kept: Mapping[int, Sequence[int]], group: int, what: str) -> str:
-    """`group`: heads that share a kv head; groups are set apart by a line."""
+    """Each layer's heads. `group` heads share a kv head, and a line separates groups."""
     values, is_kept = np.asarray(scores, dtype=float), _mask_per_layer(scores, kept)
     label = f"Heat map of the importance of {len(scores[0])} {what}s in each of {len(scores)} layers"
     return _heat(values, is_kept, label, what, extent=(-0.5, len(scores[0]) - 0.5), group=group)
@@ -308,7 +299,7 @@ def _heat(
     log: bool = False,
     group: int = 0,
 ) -> str:
-    """Colour says kept or removed, opacity says the score; on a log scale, one per cent of outliers is clipped."""
+    """A heat map: colour tells kept from removed, opacity is the score; a log scale clips one per cent of outliers."""
     tails = (0.005, 0.995) if log else (0.0, 1.0)
     if log:
         positive = values[values > 0]
@@ -325,8 +316,7 @@ def _heat(
         for edge in range(group, values.shape[1], group) if group > 1 else ():
             axes.axvline(edge - 0.5, color=COLORS["ink"], linewidth=0.8)
         _whole_numbers(axes)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel("layer of the teacher")
+        axes.set(xlabel=xlabel, ylabel="layer of the teacher")
         scale = np.repeat(np.linspace(0, 1, 64)[:, None], 2, axis=1)
         key.imshow(
             _tint(scale, np.array([[True, False]])),
@@ -350,7 +340,7 @@ def _tint(opacity: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _canvas(height_inches: float, label: str) -> Iterator[tuple[Any, list[str]]]:
-    """A figure to draw on, in our style; its SVG is in the list when the block ends."""
+    """In the block, a figure in the report's style; afterwards the list holds its SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -367,7 +357,7 @@ def _canvas(height_inches: float, label: str) -> Iterator[tuple[Any, list[str]]]
 
 
 def _inline(svg: str, label: str) -> str:
-    """Only the drawing: no prologue, metadata, namespaces, fixed size, style sheet, fonts or unused ids."""
+    """Reduce SVG to the drawing: no prologue, metadata, namespaces, fixed size, style sheet, fonts or unused ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -405,10 +395,10 @@ def _mask_per_layer(scores: Sequence[Sequence[Number]], kept: Mapping[int, Seque
 
 
 def _spread(num_units: int) -> np.ndarray:
-    """Evenly spread indices, all of them if they are few."""
+    """Evenly spaced indices, at most MOST_POINTS."""
     return np.unique(np.linspace(0, num_units - 1, min(num_units, MOST_POINTS)).round().astype(int))
 
 
 def _thin(values: Sequence[Number]) -> np.ndarray:
-    """Means of neighbours, so that a long curve keeps its shape in few points."""
+    """Means of neighbours, at most MOST_POINTS, so that a long curve keeps its shape."""
     return np.array([part.mean() for part in np.array_split(np.asarray(values, dtype=float), MOST_POINTS) if part.size])

@@ -1,7 +1,7 @@
-"""What the papers report of their models, in per cent, by the harness's names of the tasks.
+"""The benchmark values that the papers report of their models, in per cent, by the harness's names of tasks.
 
 Paper: P1 (arXiv:2407.14679) and P2 (arXiv:2408.11796), the tables of base models; shots and metrics are those of
-evaluation/tasks/suite.py. A task that a paper does not report of a model is missing.
+    evaluation/tasks/suite.py. A value that a paper does not report is missing.
 """
 
 _TASKS = (

@@ -1,16 +1,16 @@
-"""What a run directory says about itself; the only source of the report, the card and the result table."""
+"""The records of a run directory, the only source of the report, the card and the result table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import yaml
 
 from minitron.calibration.layouts import STATISTICS_RESULT, Calibrated
 from minitron.core.errors import RunError
 from minitron.core.run_layout import MODELS, RECORD, STAGES, Record, RunLayout
-from minitron.core.typed_files import FileKind, as_typed, read_typed, read_typed_lines, read_yaml
+from minitron.core.typed_files import FileKind, Value, as_typed, read_typed, read_typed_lines, read_yaml
 from minitron.data.layouts import DATA_RESULT, Text
 from minitron.data.sources import TEACHER
 from minitron.distillation.layouts import LOGGED, Logged, TrainedStage, TrainingFacts, training_result
@@ -20,71 +20,71 @@ from minitron.evaluation.layouts import (
     GENERATIONS,
     SPEEDS,
     TASKS,
-    Asked,
     Continued,
     Evaluated,
     Speeds,
+    TaskResult,
     Tasks,
 )
-from minitron.gguf.layouts import LADDER, Ladder
 from minitron.model.architecture import Parameters, Shape
 from minitron.model.describe import forward_flops
 from minitron.pruning.layouts import MADE_PLAN, SCORES, MadePlan, UnitScores
+from minitron.report.exporters import EXPORTERS, Exporter
 from minitron.report.layouts import (
     PLAN_RESULT,
     PRUNED_RESULT,
     RUN_RECIPE,
     SCORES_RESULT,
-    Planned,
-    Repaired,
+    PlanResult,
+    PrunedResult,
     RunRecipe,
-    Scored,
+    ScoresResult,
     TrainingRecipe,
 )
 from minitron.report.tables import source_name
 from minitron.shapes.layouts import SEARCH, SEARCH_RESULT, Search, Searched
 
-Value = TypeVar("Value")
-PER_LAYER = ("ffn", "heads", "kv_heads")
+DIMS_PER_LAYER = ("ffn", "heads", "kv_heads")
 WAY_OUT = "put the file back, or remove its directory and run the same command that made it again"
 
 
 @dataclass(frozen=True)
-class Results:
-    """What the records of a run's stages say of their results. A stage that the run does not have is None."""
+class StageResults:
+    """The results in the records of a run's stages; None for a stage that the run does not have."""
 
     data: Text
     statistics: Calibrated
-    plan: Planned
+    plan: PlanResult
     student: TrainedStage
     corrected: TrainedStage | None = None
     search: Searched | None = None
-    scores: Scored | None = None
-    pruned: Repaired | None = None
+    scores: ScoresResult | None = None
+    pruned: PrunedResult | None = None
     scratch: TrainedStage | None = None
 
     @property
     def trainings(self) -> dict[str, TrainingFacts]:
-        """Stage -> its training, of those that train."""
+        """Stage -> its training, for the stages that train."""
         stages = {"corrected": self.corrected, "student": self.student, "scratch": self.scratch}
         return {name: result.training for name, result in stages.items() if result is not None}
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of a run. What the run has not reached or was not asked for is absent, None or empty.
+    """The records of a run. A part that the run has not reached or was not asked for is absent, None or empty.
 
-    recipe: what the report and the card read of recipe.yaml; `whole_recipe` is all of it.
+    recipe: the keys of recipe.yaml that report and card read; `whole_recipe` has all.
     stages: stage -> its record, in the order of the run.
-    evaluations: model -> what it is and its measured quality.
-    cut: pruned/plan.json: the plan with the units that the repair chose. Of a run that has none, the plan as it is.
+    evaluations: model -> its shape and its measured quality.
+    cut: pruned/plan.json: the plan with the units that the repair chose; the plan itself where a run has none.
+    exports: exporter -> the table of the files that it wrote.
     """
 
     path: Path
     recipe: RunRecipe
     whole_recipe: Mapping[str, Any]
     stages: Mapping[str, Record]
-    results: Results
+    results: StageResults
     evaluations: Mapping[str, Evaluated]
     generations: list[Continued] = field(default_factory=list)
     speed: Speeds | None = None
@@ -93,12 +93,12 @@ class RunRecords:
     plan: MadePlan | None = None
     cut: MadePlan | None = None
     search: Search | None = None
-    ladder: Ladder | None = None
     tasks: Tasks | None = None
+    exports: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(path: Path) -> RunRecords:
-    """Read the records of a run, each of which must be what a run writes, and all of one run.
+    """Read the records of a run, and check that each is well-formed and all are of one run.
 
     Raises: RunError if the directory is no run, has no evaluations yet, or a file in it is missing or damaged.
     """
@@ -112,7 +112,7 @@ def read_run(path: Path) -> RunRecords:
         )
     whole_recipe = read_yaml(run.recipe, yaml.SafeLoader, RunError)
     recipe = as_typed(whole_recipe, RUN_RECIPE, str(run.recipe), RunError)
-    stages = {name: record for name in STAGES if (record := _optional(run.record(name), RECORD))}
+    stages = {name: record for name in (*STAGES, *EXPORTERS) if (record := _optional(run.record(name), RECORD))}
     results = {
         name: as_typed(stages[name].result, kind, f"{run.record(name)}: the result", RunError)
         for name, kind in _RESULTS.items()
@@ -126,7 +126,7 @@ def read_run(path: Path) -> RunRecords:
         recipe=recipe,
         whole_recipe=whole_recipe,
         stages=stages,
-        results=Results(**results),
+        results=StageResults(**results),
         evaluations=evaluations,
         generations=_optional(run.generations, GENERATIONS) or [],
         speed=_optional(run.speed, SPEEDS),
@@ -135,14 +135,18 @@ def read_run(path: Path) -> RunRecords:
         plan=plan,
         cut=_optional(run.cut, MADE_PLAN) or plan,
         search=_optional(run.candidates, SEARCH),
-        ladder=_optional(run.ladder, LADDER),
         tasks=_optional(run.tasks, TASKS),
+        exports={
+            name: found
+            for name, row in EXPORTERS.items()
+            if (found := _optional(run.stage(name) / row.table, row.kind)) is not None
+        },
     )
     _require_of_one_run(run, records)
     return records
 
 
-# Stage -> what its record says of the result, of those stages of which the report says something.
+# Stage -> the type of the result in its record, for the stages that the report describes.
 _RESULTS: dict[str, FileKind[Any]] = {
     "data": DATA_RESULT,
     "statistics": STATISTICS_RESULT,
@@ -155,7 +159,7 @@ _RESULTS: dict[str, FileKind[Any]] = {
 
 
 def _require_all(run: RunLayout, stages: Mapping[str, Any], evaluations: Mapping[str, Any]) -> None:
-    """Of a run that has evaluations, the stages before them are there too."""
+    """Raises: RunError if a stage or an evaluation is missing that a finished run has."""
     files = [run.record(name) for name in ("data", "statistics", "plan", "student") if name not in stages]
     files += [run.evaluation(name) for name in ("teacher", "pruned", "student") if name not in evaluations]
     if files:
@@ -163,7 +167,7 @@ def _require_all(run: RunLayout, stages: Mapping[str, Any], evaluations: Mapping
 
 
 def _require_of_one_run(run: RunLayout, records: RunRecords) -> None:
-    """What one file says must fit to what another does."""
+    """Raises: RunError if the contents of two files do not fit together."""
     teacher = vars(records.evaluations["teacher"].shape)
     for file, plan in ((run.plan, records.plan), (run.cut, records.cut)):
         if plan and vars(plan.teacher) != teacher:
@@ -172,9 +176,9 @@ def _require_of_one_run(run: RunLayout, records: RunRecords) -> None:
         raise RunError(f"{run.cut} keeps other layers than plan/plan.json; {WAY_OUT}")
     if records.scores:
         of_dims = vars(records.scores)
-        sizes = {dim: [len(row) for row in of_dims[dim]] for dim in PER_LAYER}
+        sizes = {dim: [len(row) for row in of_dims[dim]] for dim in DIMS_PER_LAYER}
         sizes |= {dim: [len(of_dims[dim])] for dim in ("layers", "hidden")}
-        wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in PER_LAYER else 1) for dim in sizes}
+        wanted = {dim: [teacher[dim]] * (teacher["layers"] if dim in DIMS_PER_LAYER else 1) for dim in sizes}
         if bad := [dim for dim in sizes if sizes[dim] != wanted[dim]]:
             raise RunError(f"{run.scores}: {bad[0]} has not a score for each of the teacher's units; {WAY_OUT}")
     if records.tasks:
@@ -185,9 +189,9 @@ def _require_of_one_run(run: RunLayout, records: RunRecords) -> None:
 
 
 class ResultRow(TypedDict):
-    """What a measured model is and what it kept. KL and agreement of the teacher itself are None.
+    """The size and quality of a measured model. KL and agreement of the teacher itself are None.
 
-    non_embedding_share: of the teacher's.
+    non_embedding_share: of the teacher's parameters.
     """
 
     model: str
@@ -203,7 +207,7 @@ class ResultRow(TypedDict):
 
 
 def result_table(records: RunRecords) -> list[ResultRow]:
-    """One row per measured model."""
+    """A row for each measured model."""
     whole = records.evaluations["teacher"].parameters.non_embedding
     return [
         ResultRow(
@@ -223,28 +227,28 @@ def result_table(records: RunRecords) -> list[ResultRow]:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkRow:
     """A task that teacher and student were measured on.
 
     kept: the student's share of the teacher's value; None where there is none, or an older version did not write it.
-    chosen_by: whether the task had a say in the choice of layers.
+    chosen_by: whether the task decided which layers stay.
     """
 
     task: str
-    teacher: Asked
-    student: Asked
+    teacher: TaskResult
+    student: TaskResult
     kept: float | None
     chosen_by: bool
 
 
-def benchmarks(records: RunRecords) -> list[Benchmark]:
-    """One for each task, in the order they were measured."""
+def benchmarks(records: RunRecords) -> list[BenchmarkRow]:
+    """A row for each task, in the order of measuring."""
     if records.tasks is None:
         return []
     teacher, student = (records.tasks.tasks[name] for name in ("teacher", "student"))
-    by_number = layers_by_number(records)  # then no task had a say
+    by_number = layers_by_number(records)  # then no task decided
     return [
-        Benchmark(
+        BenchmarkRow(
             task=task,
             teacher=teacher[task],
             student=asked,
@@ -255,9 +259,16 @@ def benchmarks(records: RunRecords) -> list[Benchmark]:
     ]
 
 
+def exported(records: RunRecords) -> list[tuple[str, Exporter]]:
+    """The exporters that wrote files in the run, in the order of the table."""
+    return [(name, row) for name, row in EXPORTERS.items() if name in records.exports]
+
+
 def stage_flops(records: RunRecords) -> dict[str, int]:
-    """Floating-point operations of calibration and trainings, counted as `minitron run --dry-run` does: a training step
-    takes three forward passes, and the teacher's one where it is there. What other stages take is not counted."""
+    """The floating-point operations of calibration and trainings, counted as `minitron run --dry-run` does.
+
+    A training step takes three forward passes of the student, and one of a teacher that is not recorded.
+    """
     context, recipe = records.recipe.data.block_tokens, records.recipe.distill
 
     def forward(name: str) -> int:
@@ -272,8 +283,8 @@ def stage_flops(records: RunRecords) -> dict[str, int]:
     return {"statistics": records.results.statistics.tokens * teacher} | trained
 
 
-def public_recipe(records: RunRecords) -> dict[str, Any]:
-    """The recipe as it may be published, with the last part of local paths only."""
+def public_recipe(records: RunRecords) -> Mapping[str, Any]:
+    """The recipe as it may be published, with only the last part of local paths."""
     recipe = records.whole_recipe
     data = dict(recipe["data"])
     for key in ("source", "heldout"):
@@ -285,35 +296,32 @@ def public_recipe(records: RunRecords) -> dict[str, Any]:
 
 
 def layer_criterion(records: RunRecords) -> str:
-    """By what the layers in scores.json are scored."""
-    return (records.results.scores or Scored()).layers
+    """The criterion of the layers' scores in scores.json."""
+    return (records.results.scores or ScoresResult()).layers
 
 
 def layers_by_number(records: RunRecords) -> bool:
-    """Whether the recipe says which layers stay, so that their scores chose none."""
+    """Whether the recipe names the layers that stay, so that their scores chose none."""
     return bool(records.recipe.prune.drop_layers or records.recipe.prune.keep_layers)
 
 
 def heldout_source(records: RunRecords) -> str:
-    """Where the text comes from that everything was measured on."""
+    """The source of the text that everything was measured on."""
     return records.recipe.data.heldout or records.recipe.data.source
 
 
 def sampling(records: RunRecords) -> str | None:
-    """How the text was sampled from the teacher; None where it was not."""
+    """How the text was sampled from the teacher; None if it was not."""
     config, sampled = records.recipe.data, records.results.data.sampled
     if config.source != TEACHER or sampled is None:
         return None
     limits = {"top-k": config.sample_top_k, "top-p": config.sample_top_p}
-    ways = [
-        f"temperature {config.sample_temperature:g}",
-        *(f"{k} {v:g}" for k, v in limits.items() if v is not None),
-    ]
+    ways = [f"temperature {config.sample_temperature:g}", *(f"{k} {v:g}" for k, v in limits.items() if v is not None)]
     return f"{sampled.documents:,} documents at {', '.join(ways)}"
 
 
 def correction(records: RunRecords) -> str | None:
-    """How the teacher was trained on the text that it taught; None where it was not."""
+    """How the teacher was trained on the text; None if it was not."""
     config = records.recipe.distill
     if config.correction is None:
         return None
@@ -328,22 +336,22 @@ def correction(records: RunRecords) -> str | None:
 
 
 def repairs(records: RunRecords) -> list[str] | None:
-    """The repair steps that ran; None where the records do not say."""
+    """The repair steps that ran; None where the records do not tell."""
     return None if records.results.pruned is None else records.results.pruned.repairs
 
 
 def _optional(path: Path, kind: FileKind[Value]) -> Value | None:
-    """What a file holds that not every run has."""
+    """Read a file that not every run has."""
     return read_typed(path, kind, RunError, way_out=WAY_OUT) if exists(path) else None
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or what should be one: a dangling link is there, and damaged."""
+    """Whether a path is in use; a dangling link is, and counts as damaged."""
     return path.exists() or path.is_symlink()
 
 
 def loss_name(distill: TrainingRecipe) -> str:
-    """What the student was trained for, from a recipe's section."""
+    """The student's training loss in words, from a recipe's section."""
     terms = {distill.loss: 1.0} if isinstance(distill.loss, str) else distill.loss
     name = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{LOSSES[loss].title}" for loss, weight in terms.items())
     if distill.top_k is not None:

@@ -1,4 +1,4 @@
-"""The tables of results, in one wording for the report, the card and the terminal."""
+"""The tables of results, in the same words for the report, the card and the terminal."""
 
 import json
 import re
@@ -8,32 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.run_layout import Record
-from minitron.core.text import (
-    Number,
-    count,
-    milliseconds,
-    nats,
-    percent,
-    perplexity,
-    share,
-    short_count,
-    shown,
-    size,
-)
+from minitron.core.text import Number, count, milliseconds, nats, percent, perplexity, share, short_count, shown, size
 from minitron.data.sources import TEXT_SUFFIXES
+from minitron.evaluation.layouts import TaskResult
 
-# Metrics that are shares of 1, shown as the papers show them, in per cent; others as they are.
+# Beginnings of the names of metrics that are shares of 1, shown in per cent as in the papers.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass", "rouge", "f1")
 
-
+SHAPE_DIMS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
 BENCHMARK_NOTE = "Shares are in per cent, ± one standard error over the items."
 
 
-def score(row: Mapping[str, Any]) -> str:
-    """A benchmark's value with its standard error, from the keys of TaskResult."""
-    scale = 100 if row["metric"].startswith(_SHARES) else 1
-    value = shown(row["value"], lambda number: f"{scale * number:,.1f}")
-    return value if row["stderr"] is None else f"{value} ± {shown(row['stderr'], lambda n: f'{scale * n:,.1f}')}"
+def score(result: TaskResult) -> str:
+    """Write a benchmark's value with its standard error."""
+    scale = 100 if result.metric.startswith(_SHARES) else 1
+
+    def scaled(number: Number | None) -> str:
+        return shown(number, lambda known: f"{scale * known:,.1f}")
+
+    return scaled(result.value) if result.stderr is None else f"{scaled(result.value)} ± {scaled(result.stderr)}"
 
 
 @dataclass(frozen=True)
@@ -76,31 +69,31 @@ _CANDIDATE_COLUMNS = (
 
 
 def candidate_columns(candidates: Iterable[Mapping[str, Any]]) -> list[Column]:
-    """The columns of a table of a search's candidates: what each takes, its prediction, its loss at each step."""
+    """The columns of a search's candidates: costs, prediction, and loss at each step."""
     steps = sorted({int(step) for one in candidates for step in one["losses"]})
     measured = [Column(str(step), "Loss", f"step {step:,}" if step else "after the cut", nats) for step in steps]
     return [*_CANDIDATE_COLUMNS, *measured]
 
 
 def candidate_cells(candidate: Mapping[str, Any], columns: Iterable[Column]) -> list[str]:
-    """A row of a search's candidates.json."""
+    """The cells of a candidate in a search's candidates.json."""
     values = {**candidate, **candidate["shape"], **candidate["losses"]}
     return [shown(values.get(column.key), column.form) for column in columns]
 
 
 def hub_id(source: str) -> str | None:
-    """The source itself if it is a model's or dataset's `organisation/name` on the hub, None if it is a local path."""
+    """The source if it is an `organisation/name` on the hub, None if it is a local path."""
     looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.lower().endswith(TEXT_SUFFIXES)
     return source if looks_right and not Path(source).exists() else None
 
 
 def source_name(source: str) -> str:
-    """A hub id as it is, the last part of a local path."""
+    """A hub id as it is, or the last part of a local path."""
     return hub_id(source) or Path(source).name
 
 
 def environments(stages: Mapping[str, Record]) -> dict[str, str]:
-    """Hardware and software; a resumed run may have several, each with the names of its stages."""
+    """Hardware and software; each of several, in a resumed run, with the names of its stages."""
     groups: dict[str, list[str]] = {}
     for name, stage in stages.items():
         machine = stage.hardware
@@ -112,3 +105,14 @@ def environments(stages: Mapping[str, Record]) -> dict[str, str]:
         of = "" if len(groups) == 1 else f" ({', '.join(names)})"
         facts[f"Hardware{of}"], facts[f"Software{of}"] = json.loads(key)
     return facts
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """Fence a code block with more backticks than any run of them in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}{fence}"

@@ -1,9 +1,9 @@
-"""What a sandboxed process does: confine itself, then run a program. Run as a script, by sandbox.py.
+"""A script that confines its process and then runs a program; sandbox.py starts it.
 
-The kernel holds the confinement, whatever the program does: seccomp lets through only the system calls listed here (no
-socket, no process, no signal, no way to write or change a file), Landlock only reading Python and its libraries, and
-resource limits bound memory, processor time and open files. On stdin comes the job, as JSON; on stdout goes READY when
-the confinement stands, then the job's token when the program has run to its end. Only the standard library is used.
+The kernel enforces the confinement: seccomp allows only the system calls listed here (no socket, no process, no signal,
+    no way to write or change a file), Landlock allows only reading Python and its libraries, and resource limits bound
+    memory, processor time and open files. The job comes as JSON on stdin; READY goes to stdout when the confinement
+    stands, then the job's token when the program has run to its end. Only the standard library is used.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ ALLOWED = {
         "madvise": 233, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293, "faccessat2": 439,
     },
 }  # fmt: skip
-# System calls that are let through with some arguments only.
+# System calls that are allowed with some arguments only.
 CHECKED = {
     "x86_64": {"ioctl": 16, "clone": 56, "fcntl": 72, "openat": 257, "prlimit64": 302},
     "aarch64": {"fcntl": 25, "ioctl": 29, "openat": 56, "clone": 220, "prlimit64": 261},
@@ -58,7 +58,7 @@ AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_CALLS = 0x40000000
 
 CLONE_THREAD = 0x00010000
-# O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, and what tells O_TMPFILE from O_DIRECTORY.
+# O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, and the bit of O_TMPFILE that O_DIRECTORY lacks.
 WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
 FCNTL_COMMANDS = (0, 1, 2, 3, 1030)  # duplicate, and get and set flags; none that lets the kernel send a signal
 IOCTL_COMMANDS = (0x5401, 0x5450, 0x5451)  # whether it is a terminal; whether it is closed on exec
@@ -66,7 +66,7 @@ IOCTL_COMMANDS = (0x5401, 0x5450, 0x5451)  # whether it is a terminal; whether i
 RET_ALLOW, RET_KILL, RET_ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, ENOSYS = 1, 38
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # places in the kernel's seccomp_data
+NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # offsets in the kernel's seccomp_data
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
@@ -74,8 +74,8 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_DUMPABLE = 38, 
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    job: dict[str, Any] = json.load(sys.stdin.buffer)
+def run_confined() -> None:
+    job = json.load(sys.stdin.buffer)
     end_with_parent(job["parent"])
     report = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Also where it is killed, and nobody is left to watch the time."""
+    """End this process with its parent, which watches the time, even if that is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
@@ -118,7 +118,7 @@ def limit_resources(cpu_seconds: int, memory_bytes: int) -> None:
 
 
 def restrict_files() -> None:
-    """Landlock: of all files, only those of Python and the system's libraries can be read; none can be changed."""
+    """Landlock: only the files of Python and the system's libraries can be read, and none can be changed."""
     version = _call(LANDLOCK_CREATE, None, 0, 1, what="Landlock, of Linux 5.13 and later and switched on,")
     handled = (1 << min(12 + version, 15)) - 1
     rules = _call(LANDLOCK_CREATE, struct.pack("Q", handled), 8, 0, what="Landlock")
@@ -138,13 +138,13 @@ _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
 def _may_read(rules: int, path: str, access: int) -> None:
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    _call(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, place), 0, what="Landlock")
-    os.close(place)
+    opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    _call(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, opened), 0, what="Landlock")
+    os.close(opened)
 
 
 def restrict_calls(machine: str) -> None:
-    """Seccomp: any system call that is not listed fails with EPERM, in this thread and all it starts."""
+    """Seccomp: every system call that is not listed fails with EPERM, in this thread and all that it starts."""
     if machine not in ALLOWED:
         raise OSError(f"the list of system calls is not known for {machine} processors")
     steps = filter_program(machine)
@@ -157,7 +157,7 @@ def restrict_calls(machine: str) -> None:
 
 
 def filter_program(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter as classic BPF: (code, steps to skip if true, steps to skip if false, operand)."""
+    """Write the filter as classic BPF: (code, steps to skip if true, steps to skip if false, operand)."""
     deny, allow = (RETURN, 0, 0, RET_ERRNO | EPERM), (RETURN, 0, 0, RET_ALLOW)
     checked = CHECKED[machine]
     steps = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, RET_KILL), (LOAD, 0, 0, NUMBER)]
@@ -177,7 +177,7 @@ def filter_program(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def _argument(index: int) -> tuple[int, int, int, int]:
-    """Its lower half, on the little-endian machines that are listed."""
+    """Load the lower half of an argument, on the little-endian machines that are listed."""
     return (LOAD, 0, 0, ARGUMENTS + 8 * index)
 
 
@@ -190,4 +190,4 @@ def _call(number: int, *arguments: Any, what: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_confined()

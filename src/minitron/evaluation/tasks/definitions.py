@@ -1,7 +1,7 @@
-"""Which task of lm-evaluation-harness a name is, and its definition with local rows where there are some.
+"""The definition of a task of lm-evaluation-harness by its name, with local rows where there are some.
 
-The harness's own definitions are taken as they are; only where rows come from is replaced. Ours are those of XL-Sum,
-which the harness lacks, and of folders of a general kind.
+The harness's definitions stay as they are but for the source of rows. Only XL-Sum, which the harness lacks, and folders
+of a general kind are defined here.
 """
 
 import re
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import TaskError, did_you_mean
-from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, LocalTask, Row
-from minitron.evaluation.tasks.suite import SUITE, Benchmark
+from minitron.evaluation.tasks.rows import CHOICE, LAST_WORD, LAYOUTS, JsonRow, LocalTask
+from minitron.evaluation.tasks.suite import SUITE, BenchmarkTask
 
-# Where the harness keeps the tasks that are known here; others are found by looking through its files.
+# The keys of a task's definition, as the harness reads them.
+TaskConfig = dict[str, Any]
+# The harness's files of common tasks; other tasks are found by searching its files.
 FILES = {
     "winogrande": "winogrande/default.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -29,14 +31,14 @@ FILES = {
     "lambada_openai": "lambada/lambada_openai.yaml",
 }
 SUBJECTS = "mmlu/default/mmlu_{subject}.yaml"
-# Folders of tasks whose programs run through the metric code_eval, and of those that run them by themselves.
+# Folders of tasks that run programs through the metric code_eval, and of tasks that run them by themselves.
 RUN_BY_CODE_EVAL = ("humaneval", "humaneval_infilling", "mbpp")
 RUN_BY_THEMSELVES = ("cruxeval", "longproc")
-NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
+NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'\[]+)["']?[ \t]*$""", re.MULTILINE)
 TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
-# The harness has no XL-Sum. Of its test set every fifth article, 20%, as the papers take.
-XLSUM: dict[str, Any] = {
+# The harness has no XL-Sum. Every fifth article of its test set is measured, 20%, as in the papers.
+XLSUM: TaskConfig = {
     "task": "xlsum_english",
     "dataset_path": "csebuetnlp/xlsum",
     "dataset_name": "english",
@@ -51,7 +53,7 @@ XLSUM: dict[str, Any] = {
     "metadata": {"version": 1.0},
 }
 # Rows of local folders whose name is no task of the harness.
-GENERAL: dict[str, dict[str, Any]] = {
+GENERAL_TASKS: dict[str, TaskConfig] = {
     CHOICE: {
         "output_type": "multiple_choice",
         "doc_to_text": "{{ctx}}",
@@ -81,8 +83,8 @@ def version() -> str:
     return of("lm_eval")
 
 
-def require_known(benchmark: Benchmark, local: LocalTask | None, *, allow_code: bool) -> None:
-    """Raises: TaskError for a task that is not there, or that runs generated code without leave."""
+def require_known(benchmark: BenchmarkTask, local: LocalTask | None, *, allow_code: bool) -> None:
+    """Raises: TaskError for an unknown task, or a task that runs generated code without permission."""
     name = benchmark.task
     if local is not None and local.kind is not None:
         return
@@ -106,8 +108,8 @@ def runs_code(name: str) -> bool:
     return name != XLSUM["task"] and _file_of(name).relative_to(_root()).parts[0] in RUN_BY_CODE_EVAL
 
 
-def definition(benchmark: Benchmark, local: LocalTask | None) -> tuple[Any, str | None]:
-    """What the harness is to load, and the folder of its files that holds what belongs to it."""
+def definition(benchmark: BenchmarkTask, local: LocalTask | None) -> tuple[Any, str | None]:
+    """The task as the harness loads it, and the folder of the harness's files that belong to it."""
     name = benchmark.task
     if local is None:
         if name == XLSUM["task"]:
@@ -119,7 +121,7 @@ def definition(benchmark: Benchmark, local: LocalTask | None) -> tuple[Any, str 
             _plain(_file_of("mmlu")), [_subject(benchmark, local, name) for name in sorted(local.parts)]
         ), None
     if local.kind is not None:
-        stock = GENERAL[local.kind] | {"task": name}
+        stock = GENERAL_TASKS[local.kind] | {"task": name}
     elif name == XLSUM["task"]:
         stock = XLSUM | _rouge()
     else:
@@ -128,7 +130,7 @@ def definition(benchmark: Benchmark, local: LocalTask | None) -> tuple[Any, str 
 
 
 def _group(stock: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> Any:
-    """A group of the harness with other members, of which it averages the same metrics."""
+    """Make a group of the harness with other members, whose metrics it averages alike."""
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.config.group import GroupConfig
@@ -139,7 +141,7 @@ def _group(stock: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> An
     return group
 
 
-def _subject(benchmark: Benchmark, local: LocalTask, subject: str) -> dict[str, Any]:
+def _subject(benchmark: BenchmarkTask, local: LocalTask, subject: str) -> TaskConfig:
     file = _root() / SUBJECTS.format(subject=subject)
     if not file.is_file():
         known = [one.stem.removeprefix("mmlu_") for one in (_root() / "mmlu" / "default").glob("mmlu_*.yaml")]
@@ -151,13 +153,13 @@ def _subject(benchmark: Benchmark, local: LocalTask, subject: str) -> dict[str, 
 
 def _on_rows(
     stock: Mapping[str, Any],
-    benchmark: Benchmark,
+    benchmark: BenchmarkTask,
     folder: Path,
-    rows: Sequence[Row],
-    fewshot: Sequence[Row],
+    rows: Sequence[JsonRow],
+    fewshot: Sequence[JsonRow],
     subject: str = "",
-) -> dict[str, Any]:
-    """The harness's definition of a task with its rows replaced."""
+) -> TaskConfig:
+    """Replace the rows of the harness's definition of a task."""
     of_task = (stock.get("fewshot_config") or {}).get("samples")  # the task brings its own examples
     shots = benchmark.shots if benchmark.shots is not None else stock.get("num_fewshot") or 0
     pool = [] if of_task else fewshot or rows
@@ -167,7 +169,7 @@ def _on_rows(
         where = f"{folder}{f', subject {subject}' if subject else ''}"
         kind = "few-shot" if fewshot else "test"
         raise TaskError(f"{where}: {shots} shots need {least} {kind} rows, and there are {len(pool)}; use --shots")
-    changes: dict[str, Any] = {
+    changes: TaskConfig = {
         "dataset_path": "local",
         "dataset_name": None,
         "dataset_kwargs": None,
@@ -180,8 +182,8 @@ def _on_rows(
     return {key: value for key, value in stock.items() if key not in ("tag", "group")} | changes
 
 
-def _dataset(splits: Mapping[str, Sequence[Row]]) -> Callable[..., Any]:
-    """A function that gives the harness its dataset: in memory, with every key of any row in each."""
+def _dataset(splits: Mapping[str, Sequence[JsonRow]]) -> Callable[..., Any]:
+    """Make a function that gives the harness its dataset in memory, with the keys of all rows in each row."""
 
     def make(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
@@ -204,13 +206,13 @@ def _every_fifth(docs: Any) -> Any:
     return docs.select(range(0, len(docs), 5))
 
 
-def _rouge() -> dict[str, Any]:
-    """ROUGE-L of a summary as the metric of XL-Sum: the F-measure, with stemming, as the rouge_score package has it."""
+def _rouge() -> TaskConfig:
+    """The metric of XL-Sum: ROUGE-L of a summary, the F-measure with stemming, by the rouge_score package."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
-    def process(doc: Row, results: Sequence[str]) -> dict[str, float]:
+    def process(doc: JsonRow, results: Sequence[str]) -> dict[str, float]:
         return {"rougeL": scorer.score(doc["summary"].strip(), results[0].strip())["rougeL"].fmeasure}
 
     metric = {"metric": "rougeL", "aggregation": "mean", "higher_is_better": True}
@@ -227,7 +229,7 @@ def _root() -> Path:
 
 
 def _file_of(name: str) -> Path:
-    """The harness's file that defines a task or a group.
+    """Find the harness's file that defines a task or a group.
 
     Raises: TaskError, with the nearest name.
     """
@@ -242,24 +244,24 @@ def _file_of(name: str) -> Path:
 
 @cache
 def _all_files() -> dict[str, Path]:
-    """Name of each task, group and tag -> the file that names it first. Faster than the harness's own index."""
+    """Map each task, group and tag to the first file that names it, faster than the harness's index."""
     found: dict[str, Path] = {}
     for file in sorted(_root().rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
         listed = [name for block in TAGS.findall(text) for name in re.findall(r"-[ \t]*(\S+)", block)]
-        for name in [*NAME.findall(text), *listed]:
+        for name in [*NAMED.findall(text), *listed]:
             found.setdefault(name, file)
     return found
 
 
-def _plain(file: Path) -> dict[str, Any]:
-    """A definition with the names of its functions, none of which is imported."""
+def _plain(file: Path) -> TaskConfig:
+    """Load a definition with the names of its functions, without importing them."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(file, resolve_func=False)
 
 
-def _loaded_yaml(file: Path) -> dict[str, Any]:
+def _loaded_yaml(file: Path) -> TaskConfig:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(file)

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, loaded and run by it.
 
-Prompts, filters, metrics and standard errors are the harness's; ours are where rows come from (definitions.py), and the
-process that generated code runs in (sandbox.py).
+Prompts, filters, metrics and standard errors are the harness's; the source of rows (definitions.py) and the process for
+generated code (sandbox.py) are minitron's.
 """
 
 import contextlib
@@ -15,25 +15,26 @@ from typing import Any
 import torch
 
 from minitron.core.errors import TaskError
+from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks.definitions import RUN_BY_CODE_EVAL, definition
-from minitron.evaluation.tasks.rows import LocalTask
+from minitron.evaluation.tasks.rows import JsonRow, LocalTask
 from minitron.evaluation.tasks.sandbox import code_eval
-from minitron.evaluation.tasks.suite import PREFERRED, Benchmark, TaskResult
+from minitron.evaluation.tasks.suite import PREFERRED, BenchmarkTask
 
 INSTALL = "pip install 'minitron[eval]'"
 FEWSHOT_SEED = 1234  # the harness's own
 SAMPLING_SEED = 1234
-BOOTSTRAP_DRAWS = 1000  # of metrics whose standard error has no formula
+BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no formula
 
 
 @dataclass(frozen=True)
 class Task:
     """A task of the harness, or a group of them, ready to run.
 
-    loaded: what the harness's own evaluate takes.
+    loaded: the argument of the harness's own evaluate.
     """
 
-    benchmark: Benchmark
+    benchmark: BenchmarkTask
     loaded: Any
 
     @property
@@ -45,8 +46,8 @@ class Task:
         return any(member.OUTPUT_TYPE == "generate_until" for member in self.members)
 
 
-def require_installed() -> None:
-    """Raises: TaskError if the harness is not there."""
+def require_harness() -> None:
+    """Raises: TaskError if the harness is not installed."""
     from importlib.util import find_spec
 
     missing = [name for name in ("lm_eval", "accelerate", "datasets") if find_spec(name) is None]
@@ -54,10 +55,10 @@ def require_installed() -> None:
         raise TaskError(f"benchmarks need {' and '.join(missing)}, which is not installed: {INSTALL}")
 
 
-def load_task(benchmark: Benchmark, local: LocalTask | None) -> Task:
-    """The task with its rows, from the hub where there are no local ones.
+def load_task(benchmark: BenchmarkTask, local: LocalTask | None) -> Task:
+    """Load a task with its rows, from the hub where there are no local rows.
 
-    Raises: TaskError if they cannot be had, or are too few for the shots.
+    Raises: TaskError if they cannot be loaded, or are too few for the shots.
     """
     from lm_eval.tasks import TaskManager
 
@@ -90,18 +91,18 @@ def load_task(benchmark: Benchmark, local: LocalTask | None) -> Task:
 
 def run_task(
     task: Task, model: Any, *, limit: int | None = None, chat: bool = False, samples: bool = False
-) -> tuple[TaskResult, dict[str, list[dict[str, Any]]]]:
-    """The result of one model, and with `samples` every item of every member of the task.
+) -> tuple[TaskResult, dict[str, list[JsonRow]]]:
+    """Run a task with one model; returns the result, and with `samples` every item of every member of the task.
 
     Args:
-        model: one of models.py, or any other of the harness.
+        model: of models.py, or any other of the harness.
         limit: items of each member.
     """
     from lm_eval.evaluator import evaluate
 
     for member in task.members:
-        member.set_fewshot_seed(seed=FEWSHOT_SEED)  # again: teacher and student get the same prompts
-    model.chat = chat  # ours make other tokens of what a chat template wrote
+        member.set_fewshot_seed(seed=FEWSHOT_SEED)  # seeded again, so that teacher and student get the same prompts
+    model.chat = chat  # the models of models.py tokenize a written chat otherwise
     devices = [model.device.index] if model.device is not None and model.device.type == "cuda" else []
     with quietly(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SAMPLING_SEED)
@@ -113,7 +114,7 @@ def run_task(
             log_samples=samples,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
-            confirm_run_unsafe_code=True,  # only what `require_known` let through is here
+            confirm_run_unsafe_code=True,  # `require_known` has refused tasks without permission
         )
     assert raw is not None
     return _result(task, raw), raw.get("samples", {})
@@ -133,7 +134,6 @@ def _result(task: Task, raw: Mapping[str, Any]) -> TaskResult:
     stderr = found.get(f"{metric}_stderr,{how}")
     higher = [raw["higher_is_better"].get(of, {}).get(metric) for of in (key, *raw["results"])]
     return TaskResult(
-        task=name,
         title=task.benchmark.title,
         metric=metric,
         value=values[main],
@@ -147,7 +147,7 @@ def _result(task: Task, raw: Mapping[str, Any]) -> TaskResult:
     )
 
 
-def _main(values: Mapping[str, float], benchmark: Benchmark) -> str:
+def _main(values: Mapping[str, float], benchmark: BenchmarkTask) -> str:
     wanted = [benchmark.metric] if benchmark.metric else [*PREFERRED]
     ways = [benchmark.filter] if benchmark.filter else []
     for metric in wanted:
@@ -164,9 +164,9 @@ def _short(key: str) -> str:
 
 @contextlib.contextmanager
 def _executing_code() -> Iterator[None]:
-    """While tasks are loaded, those that ask the hub for the metric `code_eval` get the sandbox instead.
+    """In the block, tasks that ask the hub for the metric `code_eval` get the sandbox instead.
 
-    Their modules are loaded anew, and forgotten: they keep what they were given.
+    Their modules keep the metric, so they are imported anew and forgotten afterwards.
     """
     import evaluate as metrics
 
@@ -189,7 +189,7 @@ def _executing_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """The harness prints and draws much of what is no result; here it computes in this process and says nothing."""
+    """In the block, the harness neither prints nor draws, and computes in this process alone."""
     import datasets
     import lm_eval.api.task
     import tqdm
@@ -201,7 +201,7 @@ def quietly() -> Iterator[None]:
     drawing = [(module, module.tqdm) for module in (tqdm, lm_eval.api.task)]
     for module, _ in drawing:
         module.tqdm = lambda rows, **_: rows
-    os.environ["DISABLE_MULTIPROC"] = "1"  # or standard errors would fork a process that holds a model and its threads
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors fork a process that holds a model and its threads
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield

@@ -1,8 +1,8 @@
-"""Models as lm-evaluation-harness asks them: in memory, or one layer in memory at a time.
+"""Models as lm-evaluation-harness queries them: in memory, or one layer in memory at a time.
 
-Both are the harness's own class for Hugging Face models, which says how text becomes tokens and where prompts are cut.
-In memory, it computes too, in batches of a size found here. Streamed, the requests of a task go through the layers
-together, and the model itself is never loaded.
+Both are the harness's class for Hugging Face models, which tokenizes text and cuts prompts. In memory, it also
+computes, in batches whose size is found here. Streamed, the requests of a task go through the layers together, and the
+model is never loaded.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitron.core.device import free_bytes
 from minitron.core.errors import TaskError
+from minitron.core.progress import SILENT, Listener
 from minitron.evaluation.generate import only_ending
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
@@ -24,38 +25,36 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream, skeleton
 from minitron.model.tokens import chat_ids, prompt_ids, quoted, require_within, text_ids
 
-Progress = Callable[[int, int], None]
-Warn = Callable[[str], None]
-# A request as the harness hands it on: its two texts, and the tokens of each.
+# A request of the harness: its two texts, and the tokens of each.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
-# Of free memory, for activations and logits of one forward call.
+# Shares of free memory for activations and logits of one forward call.
 SHARE_OF_DEVICE = 0.5
 SHARE_OF_MEMORY = 0.25
 MOST_ON_CPU_BYTES = 1 << 30  # larger batches are no faster there
 MOST_ROWS = 64
 LOGIT_COPIES = 3  # logits, their log-probabilities, and one more in between, in float32
-ALL_AT_ONCE = 1 << 40  # rows: windows of a text are put into batches here
-BATCHES_AT_ONCE = 8  # handed to the harness's class, between two looks at memory
+ALL_AT_ONCE = 1 << 40  # rows: the harness must not split them, batches are made here
+BATCHES_AT_ONCE = 8  # between two measurements of free memory
 # Streamed rows are padded to the longest of a pass, and each pass reads the model once.
 LONGEST_OF_SHORTEST = 1.3
-STATES_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
+PASS_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
 
 
 class _Model(HFLM):
-    """What both have in common: text becomes tokens by the rule of `model.tokens`, nothing is printed, and errors say
-    what to do.
+    """The common part: text becomes tokens by the rule of `model.tokens`, nothing is printed, and errors name the way
+    out.
 
-    A request whose context is empty, and a text that is scored whole, begin with BOS, else with EOS; a tokenizer that
-    has neither can still be asked everything else.
+    A request with an empty context and a text that is scored whole begin with BOS, else with EOS; a tokenizer with
+    neither still serves all other requests.
     """
 
-    progress: Progress
-    warn: Warn
+    listener: Listener
+    note = ""  # the note of progress: task and model
     chat = False  # whether contexts are written by the chat template
 
     def __init__(self, tokenizer: Any, **options: Any):
-        # What pads are made of is nowhere seen, but the harness would add a token that the model has no row for.
+        # Pads are masked, but without a pad token the harness would add a token that the model has no row for.
         pad, rows = tokenizer.pad_token_id, options["pretrained"].config.vocab_size
         if pad is None or pad >= rows:
             ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, min(tokenizer.get_vocab().values())]
@@ -91,7 +90,7 @@ class _Model(HFLM):
         return tokens, mask
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
-        """None for the end token of a tokenizer that has none."""
+        """Decode tokens; None for the end token of a tokenizer that has none."""
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -101,7 +100,7 @@ class _Model(HFLM):
         marked = [turn | {"content": quoted(self.tokenizer, turn["content"])} for turn in chat_history]
         try:
             return super().apply_chat_template(marked, add_generation_prompt)
-        except Exception as error:  # of the template, which is the model's
+        except Exception as error:  # any error of the model's own template
             raise TaskError(f"the model's chat template fails on a conversation of this task: {error!r}") from None
 
     @property
@@ -117,7 +116,7 @@ class _Model(HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         self._require_start(requests)
         self.batch_size_per_gpu = ALL_AT_ONCE
-        # Windows of the same tokens but for the last, of which other parts are scored, are mixed up by that cache.
+        # The cache mixes up windows that differ only in the last token and in the part that is scored.
         self.logits_cache, self._scores_whole = False, True
         found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         self.logits_cache, self._scores_whole = True, False
@@ -142,11 +141,13 @@ class _Model(HFLM):
 
 
 class InMemory(_Model):
-    """A loaded model. Batches begin at what memory is estimated to take, and are halved where that was too much."""
+    """A loaded model. Batches begin at the size that memory is estimated to allow, and are halved where that was too
+    much.
+    """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None, progress: Progress, warn: Warn):
+    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None = None, listener: Listener = SILENT):
         super().__init__(tokenizer, pretrained=model, batch_size=batch or 1, softmax_dtype="float32")
-        self.progress, self.warn, self._given = progress, warn, batch
+        self.listener, self._given = listener, batch
         self._most = MOST_ROWS
 
     def _loglikelihood_tokens(
@@ -157,7 +158,7 @@ class InMemory(_Model):
         def in_turn(index: int) -> tuple[int, list[int]]:
             _, context, continuation = requests[index]
             tokens = context + continuation
-            return -len(tokens), tokens  # of one context beside each other: the harness computes those once
+            return -len(tokens), tokens  # equal contexts side by side: the harness computes them once
 
         def compute(part: list[int]) -> list[tuple[float, bool]]:
             return HFLM._loglikelihood_tokens(self, [requests[i] for i in part], disable_tqdm=True)
@@ -181,10 +182,11 @@ class InMemory(_Model):
             return made
 
     def _in_batches(self, order: list[int], lengths: list[int], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
-        """Results of all requests in their own order.
+        """Compute all requests in batches; returns the results in the requests' own order.
 
         Args:
-            order: of computing, longest first; `lengths` are their tokens.
+            order: of computing, longest first.
+            lengths: the tokens of each request in that order.
         """
         results: list[Any] = [None] * len(order)
         start = 0
@@ -204,11 +206,11 @@ class InMemory(_Model):
             for index, result in zip(part, found, strict=True):
                 results[index] = result
             start += len(part)
-            self.progress(start, len(order))
+            self.listener.progress(start, len(order), self.note)
         return results
 
     def _rows(self, num_tokens: int) -> int:
-        """Rows of so many tokens in a batch."""
+        """The number of rows of `num_tokens` in a batch."""
         if self._given:
             return self._given
         config, device = self.model.config, self.device
@@ -222,13 +224,13 @@ class InMemory(_Model):
         return max(1, min(self._most, int(budget / (num_tokens * of_token))))
 
     def _shortened(self, request: Any) -> Any:
-        """The request, with room for a prompt: no more new tokens than half of the context."""
+        """Leave room for the prompt: ask for new tokens of at most half the context."""
         context, options = request.args
         wanted = options.get("max_gen_toks", self.max_gen_toks)
         if wanted < self.max_length:
             return request
         most = self.max_length // 2
-        self.warn(
+        self.listener.warn(
             f"task {request.task_name} wants up to {wanted} new tokens, and the model's context has {self.max_length}: "
             f"at most {most} are generated"
         )
@@ -245,15 +247,14 @@ class Streamed(_Model):
         checkpoint: Checkpoint,
         tokenizer: Any,
         *,
-        batch: int | None,
-        progress: Progress,
-        warn: Warn,
+        batch: int | None = None,
+        listener: Listener = SILENT,
         scratch: Path | None = None,
     ):
-        # The harness reads the config of what it is given, and no more.
+        # The harness reads the config of the model only.
         empty = skeleton(checkpoint, checkpoint.dtype)
         super().__init__(tokenizer, pretrained=empty, batch_size=ALL_AT_ONCE)
-        self.checkpoint, self.progress, self.warn = checkpoint, progress, warn
+        self.checkpoint, self.listener = checkpoint, listener
         self._rows_of_batch, self._scratch = batch, scratch
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -266,7 +267,7 @@ class Streamed(_Model):
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self._require_room(requests)
-        # Row of tokens -> the requests that read it. What follows a context in one token is read once for all answers.
+        # Row of tokens -> the requests that read it. Answers of one token share the row of their context.
         readers: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             row = tuple((context + continuation)[-(self.max_length + 1) : -1])
@@ -281,12 +282,12 @@ class Streamed(_Model):
         return results
 
     def _passes(self, rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Rows in order of length, in groups that are padded little and whose states have room."""
+        """Group rows in order of length, so that they need little padding and their states fit."""
         passes: list[list[tuple[int, ...]]] = []
         of_token = self.checkpoint.shape.hidden * self.checkpoint.dtype.itemsize
         for row in rows:
             fits = bool(passes) and len(row) <= LONGEST_OF_SHORTEST * len(passes[-1][0]) + 8
-            if fits and (len(passes[-1]) + 1) * len(row) * of_token <= STATES_BYTES:
+            if fits and (len(passes[-1]) + 1) * len(row) * of_token <= PASS_BYTES:
                 passes[-1].append(row)
             else:
                 passes.append([row])
@@ -295,13 +296,15 @@ class Streamed(_Model):
     def _likelihoods(
         self, rows: Sequence[tuple[int, ...]], asked: Sequence[tuple[list[int], int]], number: int, num_passes: int
     ) -> list[tuple[float, bool]]:
-        """What `asked`, continuations and the row that each ends, gets in one pass. Rows are in ascending order."""
+        """Score continuations, given with the row that each ends, in one pass over rows in order of length."""
         tokens = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
         pass_ = Pass(self.checkpoint.dtype, self._rows_of_batch, scratch=self._scratch)
         stream = Stream(self.checkpoint, Samples(tokens), pass_)
-        stream.run_to_end(lambda done, total: self.progress(number * total + done, num_passes * total))
+        stream.run_to_end(
+            lambda done, total: self.listener.progress(number * total + done, num_passes * total, self.note)
+        )
         places = [(row, len(rows[row]) - len(ids) + i, token) for ids, row in asked for i, token in enumerate(ids)]
         nats, greedy = score_tokens(stream, [stream.states], Scored(*torch.tensor(places).T.contiguous()))
         return _of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])

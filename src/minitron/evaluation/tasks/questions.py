@@ -1,4 +1,4 @@
-"""Multiple-choice questions, as texts to continue: rows of a .jsonl file, or a task of lm-evaluation-harness.
+"""Multiple-choice questions as texts to continue, from a .jsonl file or a task of lm-evaluation-harness.
 
 A local row has the fields of one of these:
 
@@ -10,7 +10,7 @@ A local row has the fields of one of these:
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,29 +21,30 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minitron.core.errors import DataError, did_you_mean
-from minitron.core.reading import json_name, read_rows, read_text, require_texts
+from minitron.core.reading import json_name, read_text
+from minitron.evaluation.tasks.rows import JsonRow, placed_rows
 from minitron.model.tokens import first_token, put_around, text_ids
 
-# Of one request: the log-likelihood of its continuation in nats, and whether each of its tokens was the likeliest.
-Result = tuple[float, bool]
+# The log-likelihood of a request's continuation in nats, and whether each of its tokens was the likeliest.
+RequestResult = tuple[float, bool]
 
 
 @dataclass(frozen=True)
 class Question:
-    """Requests, each a context and its continuation, and how right the results of all of them are, from 0 to 1."""
+    """Requests, each a context and its continuation, and a function that grades their results from 0 to 1."""
 
     requests: tuple[tuple[str, str], ...]
-    grade: Callable[[Sequence[Result]], float]
+    grade: Callable[[Sequence[RequestResult]], float]
 
 
 def read_questions(source: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a .jsonl file, or of a task that lm-evaluation-harness knows by this name.
+    """Read the first `limit` questions of a .jsonl file, or of a task that lm-evaluation-harness knows by this name.
 
     Raises: DataError if there is neither, or a row is none of the forms above.
     """
     path = Path(os.path.expanduser(source))
     if os.path.isfile(path) and path.suffix != ".yaml":
-        questions = _read_rows(path, limit)
+        questions = [_question(*placed) for placed in islice(placed_rows(path, DataError), limit)]
     elif path.suffix.lower() == ".jsonl":
         raise DataError(f"task file {source} does not exist")
     else:
@@ -53,13 +54,13 @@ def read_questions(source: str, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
-    """A question that is right when the likeliest continuation per character is; harness tasks call it acc_norm.
+def multiple_choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
+    """Make a question that is graded by the likeliest continuation per character, which the harness calls acc_norm.
 
     Where all continuations are one text, as in Winogrande, that is plain accuracy.
     """
 
-    def grade(results: Sequence[Result]) -> float:
+    def grade(results: Sequence[RequestResult]) -> float:
         per_char = [nats / len(text) for (nats, _), (_, text) in zip(results, pairs, strict=True)]
         return float(per_char.index(max(per_char)) == right)
 
@@ -68,25 +69,23 @@ def choice(pairs: Sequence[tuple[str, str]], right: int) -> Question:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Requests as rows of tokens, padded on the right, and which tokens belong to the continuation."""
+    """Requests as rows of tokens, padded on the right, with a mask of the continuations."""
 
     tokens: Int[Tensor, "requests tokens"]
     scored: Bool[Tensor, "requests tokens"]
 
 
 def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> Encoded:
-    """Every request of every question, in order.
+    """Tokenize every request of every question, in order.
 
-    Context and continuation are tokenized as one text; spaces at the context's end go to the continuation. What is
-    longer than `max_tokens` loses its beginning.
+    Context and continuation are tokenized as one text; spaces at the context's end go to the continuation. A text of
+    more than `max_tokens` loses its beginning.
     """
     rows = [_encode(tokenizer, *request) for question in questions for request in question.requests]
     rows = [(tokens[-max_tokens:], min(count, max_tokens - 1)) for tokens, count in rows]
     longest = max(len(tokens) for tokens, _ in rows)
-    padded, scored = (
-        torch.zeros(len(rows), longest, dtype=torch.int64),
-        torch.zeros(len(rows), longest, dtype=torch.bool),
-    )
+    padded = torch.zeros(len(rows), longest, dtype=torch.int64)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
     for row, (tokens, count) in enumerate(rows):
         padded[row, : len(tokens)] = torch.tensor(tokens)
         scored[row, len(tokens) - count : len(tokens)] = True
@@ -94,12 +93,11 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> En
 
 
 def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
-    """Tokens of both together, and how many of them at the end are the continuation's; at least one is before it."""
+    """The tokens of both texts together, and the number of them that belong to the continuation."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    texts = (context, context + continuation)
-    before, whole = (text_ids(tokenizer, text) for text in texts)
+    before, whole = text_ids(tokenizer, context), text_ids(tokenizer, context + continuation)
     prefix = put_around(tokenizer)[0]
     if not prefix and not before:
         need = (
@@ -110,12 +108,7 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     return [*prefix, *whole], min(count, len(prefix) + len(whole) - 1)
 
 
-def _read_rows(path: Path, limit: int | None) -> list[Question]:
-    return [_question(row, f"{path}, line {number}") for number, row in islice(read_rows(path, DataError), limit)]
-
-
-def _question(row: Mapping[str, Any], where: str) -> Question:
-    require_texts(row, where, DataError)
+def _question(where: str, row: JsonRow) -> Question:
     fields = next((fields for fields in FORMS if row.keys() >= set(fields)), None)
     if fields is None:
         known = "; ".join(", ".join(fields) for fields in FORMS)
@@ -127,14 +120,14 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
         raise DataError(f"{where}: {', '.join(fields)} do not make a question: {error!r}") from None
     if not fits:
         raise DataError(f"{where}: the answer is number {right} of {len(pairs)}, or one of them is empty")
-    return choice(pairs, right)
+    return multiple_choice(pairs, right)
 
 
-def _endings(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+def _endings(row: JsonRow) -> tuple[list[tuple[str, str]], int]:
     return [(_text(row["ctx"]), f" {ending}") for ending in _texts(row["endings"])], _number(row["label"])
 
 
-def _blank(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+def _blank(row: JsonRow) -> tuple[list[tuple[str, str]], int]:
     before, blank, after = _text(row["sentence"]).partition("_")
     if not blank:
         raise ValueError("the sentence has no blank _")
@@ -142,13 +135,13 @@ def _blank(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
     return pairs, _number(row["answer"]) - 1
 
 
-def _question_with_choices(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+def _question_with_choices(row: JsonRow) -> tuple[list[tuple[str, str]], int]:
     choices = row["choices"]
     pairs = [(f"Question: {_text(row['question'])}\nAnswer:", f" {text}") for text in _texts(choices["text"])]
     return pairs, _texts(choices["label"]).index(row["answerKey"])
 
 
-def _goal(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int]:
+def _goal(row: JsonRow) -> tuple[list[tuple[str, str]], int]:
     context = f"Question: {_text(row['goal'])}\nAnswer:"
     return [(context, f" {_text(row[solution])}") for solution in ("sol1", "sol2")], _number(row["label"])
 
@@ -166,14 +159,14 @@ def _texts(value: Any) -> list[str]:
 
 
 def _number(value: Any) -> int:
-    """Some datasets write it as text."""
+    """The number of an answer, which some datasets write as text."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise TypeError(f"{value!r} where the number of the answer is expected")
     return int(value)
 
 
 # Fields that tell a form -> pairs of context and continuation, and the number of the right one.
-FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[list[tuple[str, str]], int]]] = {
+FORMS: dict[tuple[str, ...], Callable[[JsonRow], tuple[list[tuple[str, str]], int]]] = {
     ("ctx", "endings", "label"): _endings,
     ("sentence", "option1", "option2", "answer"): _blank,
     ("question", "choices", "answerKey"): _question_with_choices,
@@ -182,10 +175,10 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[list[tuple[str,
 
 
 def _read_harness(name: str, limit: int | None) -> list[Question]:
-    """The requests that a task of lm-evaluation-harness makes, or each task of a group, `limit` questions in all.
+    """Read the questions of a task of lm-evaluation-harness, or of each task of a group, `limit` in all.
 
-    The name may be a .yaml file, which describes a task as the harness's own files do. The grade is the task's own:
-    acc_norm where it has that, else acc.
+    The name may be a .yaml file that describes a task as the harness's files do. The task grades them: by acc_norm
+    where it has that, else by acc.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -224,7 +217,7 @@ def _harness_questions(task: Any, limit: int | None) -> list[Question]:
 
 
 def _name_in(file: Path) -> str:
-    """What a task file calls its task; its tags for functions of the harness need not be understood."""
+    """The name of the task in a task file, whose tags for functions of the harness are not resolved."""
     names = re.findall(r"^task:\s*(\S+)", read_text(file, DataError), re.MULTILINE) if file.is_file() else []
     if not names:
         raise DataError(f"task file {file} does not exist, or names no task")
@@ -232,7 +225,7 @@ def _name_in(file: Path) -> str:
 
 
 def _harness_question(task: Any, requests: Sequence[Any]) -> Question:
-    def grade(results: Sequence[Result]) -> float:
+    def grade(results: Sequence[RequestResult]) -> float:
         measured = task.process_results(requests[0].doc, list(results))
         return float(measured["acc_norm"] if "acc_norm" in measured else measured["acc"])
 
@@ -240,5 +233,5 @@ def _harness_question(task: Any, requests: Sequence[Any]) -> Question:
 
 
 def _near(name: str, manager: Any) -> str:
-    """Without the list of all of its thousands of tasks."""
+    """Suggest the nearest task, without a list of the harness's thousands of tasks."""
     return did_you_mean(name, manager.all_tasks).partition(" Available:")[0].rstrip("?.;")

@@ -6,55 +6,55 @@
       mmlu/dev/anatomy.jsonl, mmlu/fewshot/anatomy.jsonl   MMLU: a file per subject, or a key `subject`
       my_choices/rows.jsonl                   any name: ctx, endings, label, or ctx, target
 
-Rows are read and checked here, so that nothing is asked of a network or written to a cache. A layout says what the
-harness's own prompt of the task reads.
+Rows are read and checked here, without a network or a cache. A layout lists the fields that the harness's prompt of the
+task reads.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import TaskError, did_you_mean
-from minitron.core.reading import find_files, read_rows, require_file, require_texts
+from minitron.core.reading import Kind, find_files, read_rows, require_file, require_texts
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 FEWSHOT = "fewshot"
 SUFFIXES = (".jsonl",)
-CHOICE, LAST_WORD = "choice", "last word"  # what a folder of any name may hold
+CHOICE, LAST_WORD = "choice", "last word"  # the kinds of rows that a folder of any name may hold
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a field must be: in words, and as a test of its value beside the others of its row."""
+class ValueKind:
+    """What the value of a field must be: in words, and as a test that sees the whole row."""
 
     words: str
-    fits: Callable[[Any, Row], bool]
+    fits: Callable[[Any, JsonRow], bool]
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A folder, read and checked.
+    """The rows of a folder, read and checked.
 
-    task: the harness's name of it, or the folder's own where its rows are of a general kind.
-    parts: subject -> rows of the test set, of tasks that have subjects; else one part named "".
-    fewshot: likewise; empty where the folder has none.
-    left_out: what of the folder is not read, in one sentence.
+    task: the harness's name of the task, or the folder's name where its rows are of a general kind.
+    parts: subject -> rows of the test set; a task without subjects has one part named "".
+    fewshot: subject -> rows of the few-shot set; empty where the folder has none.
+    left_out: one sentence on files of the folder that are not read.
     """
 
     folder: Path
     task: str
     kind: str | None
-    parts: Mapping[str, list[Row]]
-    fewshot: Mapping[str, list[Row]]
+    parts: Mapping[str, list[JsonRow]]
+    fewshot: Mapping[str, list[JsonRow]]
     digest: str
     left_out: str | None = None
 
 
 def _is_index(value: Any, most: int) -> bool:
-    """Of an answer, from 0; some datasets write it as text."""
+    """Whether the value is the number of an answer, from 0; some datasets write it as text."""
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= len(str(most)) else value
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < most
 
@@ -63,7 +63,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) and text for text in value)
 
 
-def _has_answers(value: Any, row: Row) -> bool:
+def _has_answers(value: Any, row: JsonRow) -> bool:
     return (
         isinstance(value, dict)
         and _are_texts(value.get("text"))
@@ -72,7 +72,7 @@ def _has_answers(value: Any, row: Row) -> bool:
     )
 
 
-def _has_truths(value: Any, row: Row) -> bool:
+def _has_truths(value: Any, row: JsonRow) -> bool:
     if not isinstance(value, dict) or not _are_texts(value.get("choices")):
         return False
     labels = value.get("labels")
@@ -81,37 +81,41 @@ def _has_truths(value: Any, row: Row) -> bool:
     return all(isinstance(label, int) for label in labels) and {*labels} == {0, 1}
 
 
-def _choices_of(row: Row, key: str) -> int:
+def _choices_of(row: JsonRow, key: str) -> int:
     return len(row[key]) if _are_texts(row.get(key)) else 0
 
 
-TEXT = Kind("text that is not empty", lambda value, row: isinstance(value, str) and value.strip() != "")
-ANY_TEXT = Kind("text", lambda value, row: isinstance(value, str))
-TEXTS = Kind("a list of texts", lambda value, row: _are_texts(value))
-BLANK = Kind("text with the blank _ in it", lambda value, row: isinstance(value, str) and "_" in value)
-OPTION = Kind('"1" or "2"', lambda value, row: value in ("1", "2"))
-LABEL_OF_ENDINGS = Kind(
+TEXT = ValueKind("text that is not empty", lambda value, row: isinstance(value, str) and value.strip() != "")
+ANY_TEXT = ValueKind("text", lambda value, row: isinstance(value, str))
+TEXTS = ValueKind("a list of texts", lambda value, row: _are_texts(value))
+BLANK = ValueKind("text with the blank _ in it", lambda value, row: isinstance(value, str) and "_" in value)
+OPTION = ValueKind('"1" or "2"', lambda value, row: value in ("1", "2"))
+LABEL_OF_ENDINGS = ValueKind(
     "the number of the right one of the endings, from 0",
     lambda value, row: _is_index(value, _choices_of(row, "endings")),
 )
-LABEL_OF_TWO = Kind("0 or 1", lambda value, row: _is_index(value, 2) and not isinstance(value, str))
-ANSWER_OF_FOUR = Kind(
+LABEL_OF_TWO = ValueKind("0 or 1", lambda value, row: _is_index(value, 2) and not isinstance(value, str))
+ANSWER_OF_FOUR = ValueKind(
     "the number of the right choice, from 0 to 3", lambda value, row: _is_index(value, 4) and not isinstance(value, str)
 )
-FOUR_TEXTS = Kind("a list of four texts", lambda value, row: _are_texts(value) and len(value) == 4)
-ANSWERS = Kind('{"text": [...], "label": [...]}, as many labels as texts', _has_answers)
-ANSWER_KEY = Kind(
+FOUR_TEXTS = ValueKind("a list of four texts", lambda value, row: _are_texts(value) and len(value) == 4)
+ANSWERS = ValueKind('{"text": [...], "label": [...]}, as many labels as texts', _has_answers)
+ANSWER_KEY = ValueKind(
     "one of the labels of the choices",
     lambda value, row: _has_answers(row.get("choices"), row) and value in row["choices"]["label"],
 )
-TRUTHS = Kind('{"choices": [...], "labels": [...]}, with a label 1 or 0 for each choice and both of them', _has_truths)
-THREE_TESTS = Kind("a list of at least three texts", lambda value, row: _are_texts(value) and len(value) >= 3)
-FINAL_ANSWER = Kind("text with the answer behind ####", lambda value, row: isinstance(value, str) and "#### " in value)
-WORDS = Kind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
+TRUTHS = ValueKind(
+    '{"choices": [...], "labels": [...]}, with a label 1 or 0 for each choice and both of them', _has_truths
+)
+THREE_TESTS = ValueKind("a list of at least three texts", lambda value, row: _are_texts(value) and len(value) >= 3)
+FINAL_ANSWER = ValueKind(
+    "text with the answer behind ####", lambda value, row: isinstance(value, str) and "#### " in value
+)
+WORDS = ValueKind("text of at least two words", lambda value, row: isinstance(value, str) and " " in value.strip())
 
 _ARC = {"question": TEXT, "choices": ANSWERS, "answerKey": ANSWER_KEY}
-# Task of the harness -> what its prompt reads of a row.
-LAYOUTS: dict[str, dict[str, Kind]] = {
+# Task of the harness -> the fields of a row that its prompt reads.
+LAYOUTS: dict[str, dict[str, ValueKind]] = {
     "winogrande": {"sentence": BLANK, "option1": TEXT, "option2": TEXT, "answer": OPTION},
     "arc_challenge": _ARC,
     "arc_easy": _ARC,
@@ -131,7 +135,7 @@ LAYOUTS: dict[str, dict[str, Kind]] = {
     "piqa": {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": LABEL_OF_TWO},
     "lambada_openai": {"text": WORDS},
 }
-GENERAL: dict[str, dict[str, Kind]] = {
+GENERAL_ROWS: dict[str, dict[str, ValueKind]] = {
     CHOICE: {"ctx": TEXT, "endings": TEXTS, "label": LABEL_OF_ENDINGS},
     LAST_WORD: {"ctx": TEXT, "target": TEXT},
 }
@@ -150,7 +154,7 @@ def task_of(folder: str) -> str:
 
 
 def find_folders(directory: Path) -> dict[str, Path]:
-    """Task -> its folder, of all folders that hold rows.
+    """Find the folders that hold rows: task -> its folder.
 
     Raises: TaskError if the directory has none, or two for one task.
     """
@@ -168,52 +172,51 @@ def find_folders(directory: Path) -> dict[str, Path]:
 
 
 def read_task(folder: Path) -> LocalTask:
-    """The rows of a folder.
+    """Read the rows of a folder.
 
-    Raises: TaskError naming file, line, key and what is expected there.
+    Raises: TaskError naming file, line, key and the value that is expected there.
     """
     task = task_of(folder.name)
     found = find_files(folder, SUFFIXES, TaskError)
-    sides: dict[bool, dict[str, list[Row]]] = {True: {}, False: {}}
+    parts: dict[str, list[JsonRow]] = {}
+    fewshot: dict[str, list[JsonRow]] = {}
     digest, layout, kind = hashlib.sha256(), LAYOUTS.get(task), None
     for file in found.files:
         is_fewshot = FEWSHOT in file.relative_to(folder).with_suffix("").parts
-        data = _bytes(file)
+        require_file(file, TaskError)
+        data, rows = file.read_bytes(), list(placed_rows(file, TaskError))
         digest.update(f"{is_fewshot} {file.stem} {len(data)}\n".encode() + data)
-        rows = _rows(file)
+        if not rows:
+            raise TaskError(f"{file} has no rows")
         if layout is None:
-            kind = _kind_of(file, next(iter(rows.values())), task)
-            layout = GENERAL[kind]
-        for number, row in rows.items():
-            _check(file, number, row, layout)
+            kind = _kind_of(file, rows[0][1], task)
+            layout = GENERAL_ROWS[kind]
+        for place, row in rows:
+            _check(place, row, layout)
             subject = str(row.get("subject", file.stem)) if task == "mmlu" else ""
-            sides[is_fewshot].setdefault(subject, []).append(row)
-    if not sides[False]:
+            (fewshot if is_fewshot else parts).setdefault(subject, []).append(row)
+    if not parts:
         raise TaskError(f"{folder} has a few-shot set and no test set: add a .jsonl file of another name")
-    return LocalTask(folder, task, kind, sides[False], sides[True], digest.hexdigest(), found.left_out)
+    return LocalTask(folder, task, kind, parts, fewshot, digest.hexdigest(), found.left_out)
 
 
-def _bytes(file: Path) -> bytes:
-    require_file(file, TaskError)
-    return file.read_bytes()
+def placed_rows(file: Path, error: Kind) -> Iterator[tuple[str, JsonRow]]:
+    """Read the rows of a .jsonl file, each with its file and line.
+
+    Raises: `error` for a line that is no JSON object, or has text that is not Unicode.
+    """
+    for number, row in read_rows(file, error):
+        place = f"{file}, line {number}"
+        require_texts(row, place, error)
+        yield place, row
 
 
-def _rows(file: Path) -> dict[int, Row]:
-    """Line -> row."""
-    rows = dict(read_rows(file, TaskError))
-    for number, row in rows.items():
-        require_texts(row, f"{file}, line {number}", TaskError)
-    if not rows:
-        raise TaskError(f"{file} has no rows")
-    return rows
-
-
-def _kind_of(file: Path, row: Row, task: str) -> str:
-    """What a folder holds whose name tells nothing."""
-    for kind, layout in GENERAL.items():
+def _kind_of(file: Path, row: JsonRow, task: str) -> str:
+    """The general kind of the rows in a folder whose name is no task."""
+    for kind, layout in GENERAL_ROWS.items():
         if row.keys() >= layout.keys():
             return kind
-    general = " or ".join(", ".join(layout) for layout in GENERAL.values())
+    general = " or ".join(", ".join(layout) for layout in GENERAL_ROWS.values())
     known = did_you_mean(task, [*LAYOUTS, *ALIASES])
     raise TaskError(
         f"{file.parent.name} is no task whose rows are known{known}. A folder of another name needs rows with the keys "
@@ -221,14 +224,13 @@ def _kind_of(file: Path, row: Row, task: str) -> str:
     )
 
 
-def _check(file: Path, number: int, row: Row, layout: Mapping[str, Kind]) -> None:
+def _check(place: str, row: JsonRow, layout: Mapping[str, ValueKind]) -> None:
     for key, kind in layout.items():
         if key not in row:
             raise TaskError(
-                f"{file}, line {number}: key {key!r} is missing; {kind.words} is expected there "
-                f"(a row needs {', '.join(layout)})"
+                f"{place}: key {key!r} is missing; {kind.words} is expected there (a row needs {', '.join(layout)})"
             )
         if not kind.fits(row[key], row):
             shown = json.dumps(row[key], ensure_ascii=False)
             shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-            raise TaskError(f"{file}, line {number}: key {key!r} is {shown}; {kind.words} is expected there")
+            raise TaskError(f"{place}: key {key!r} is {shown}; {kind.words} is expected there")

@@ -1,12 +1,12 @@
-"""Programs that a model wrote, run where they can do no harm, and whether they did what they were to do.
+"""Programs that a model wrote, run where they can do no harm, to see whether they work.
 
-Each runs in a process of its own that confines itself before it looks at the program (confined.py): no network, no
-other process, no signal, no file written or changed, nothing read but Python; bounded memory and time. Where the kernel
-cannot give one of these, nothing is run.
+Each runs in a process of its own that confines itself before it reads the program (confined.py): no network, no other
+process, no signal, no file written or changed, only Python readable; bounded memory and time. Where the kernel cannot
+enforce one of these, nothing is run.
 
-Success is a random token that the process writes when the program has come to its end, so neither an exit code nor
-output counts. A program could still look for the token in its own process. So one that succeeds runs once more with a
-last line that fails: if it succeeds again, it reports what is not so, and has failed.
+Success is a random token that the process writes at the program's end, so neither an exit code nor output counts. A
+program could still look for the token in its own process. Therefore a program that succeeds runs once more with a last
+line that fails: if it succeeds again, its report is false, and it has failed.
 """
 
 import contextlib
@@ -29,14 +29,15 @@ from minitron.core.files import scratch_directory
 from minitron.evaluation.tasks.confined import READY, REFUSED
 
 CONFINED = Path(__file__).with_name("confined.py")
-START_SECONDS = 60.0  # for Python to start, on a machine that is busy
+START_SECONDS = 60.0  # for Python to start on a busy machine
 MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. The harness's own executor gives 3 seconds by the clock; processor time does not depend on what
-    else the machine does."""
+    """The limits of one program. Processor time, unlike the 3 seconds of the harness's executor by the clock, does not
+    depend on the load of the machine.
+    """
 
     cpu_seconds: int = 3
     wall_seconds: float = 15.0
@@ -48,14 +49,14 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program came to its end, and if not, why as far as it is seen from outside."""
+    """Whether a program came to its end, and if not, the reason as seen from outside."""
 
     passed: bool
     reason: str
 
 
 def run_program(program: str, limits: Limits = LIMITS) -> Outcome:
-    """Whether a program runs to its end.
+    """Run a program to its end.
 
     Raises: TaskError if this machine cannot confine it.
     """
@@ -105,7 +106,7 @@ def _watched(process: subprocess.Popen[bytes], job: bytes, token: bytes, limits:
             "generated code runs only where it can be confined, and this machine cannot: "
             f"{reason.decode(errors='replace')}"
         )
-    # One byte more than the token, so that it is not the token with something behind it.
+    # One byte more than the token is read, so that a longer text is not taken for it.
     said = b"".join(_said(source, len(token) + 1, limits.wall_seconds))
     if said == token:
         return Outcome(True, "passed")
@@ -116,7 +117,7 @@ def _watched(process: subprocess.Popen[bytes], job: bytes, token: bytes, limits:
 
 def _why_silent(process: subprocess.Popen[bytes]) -> str:
     try:
-        code = process.wait(timeout=0.5)  # it may just be ending
+        code = process.wait(timeout=0.5)  # the process may be ending right now
     except subprocess.TimeoutExpired:
         return "time limit"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
@@ -125,7 +126,7 @@ def _why_silent(process: subprocess.Popen[bytes]) -> str:
 
 
 def _said(source: int, most: int, seconds: float) -> Iterator[bytes]:
-    """What comes from a pipe until it ends, `most` bytes came or the time is over."""
+    """Yield the bytes of a pipe until it ends, `most` bytes came or the time is over."""
     end = time.monotonic() + seconds
     while most > 0 and select.select([source], [], [], max(0.0, end - time.monotonic()))[0]:
         piece = os.read(source, most)
@@ -147,14 +148,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class CodeEval:
-    """Takes the place of the hub's metric `code_eval`, by whose name the harness's tasks ask for an executor."""
+    """A substitute for the hub's metric `code_eval`, through which the harness's tasks run programs."""
 
     limits: Limits = LIMITS
 
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
-        """pass@k over tasks, and each program's outcome by the task's number.
+        """Run all programs; returns pass@k over tasks, and the outcomes by the task's number.
 
         Args:
             references: the tests of each task.
@@ -176,7 +177,7 @@ class CodeEval:
 
 
 def pass_at(size: int, num_programs: int, num_passed: int) -> float:
-    """The chance that one of `size` programs drawn from so many passes.
+    """The probability that at least one of `size` programs drawn from `num_programs` passes.
 
     Paper: Chen et al. 2021 (Evaluating Large Language Models Trained on Code), equation 1.
     """
@@ -187,9 +188,6 @@ def pass_at(size: int, num_programs: int, num_passed: int) -> float:
 
 
 def code_eval() -> Any:
-    """The executor, once it is known to work here.
-
-    Raises: TaskError.
-    """
+    """Raises: TaskError if programs cannot be confined here."""
     require_sandbox()
     return CodeEval()
