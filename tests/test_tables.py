@@ -200,8 +200,8 @@ def test_a_stage_that_is_added_works_to_report_and_card(
     monkeypatch.setitem(STAGES, "counted", "the number of layers")
     monkeypatch.setitem(PIPELINE, "counted", Stage(count_layers))
     report, card = published(raw, tmp_path / "out")
-    assert "<td>counted</td>" in report and "the number of layers" in report and card
-    assert json.loads((tmp_path / "out" / "counted" / "record.json").read_text())["result"] == {"layers": 2}
+    assert '<th scope="row">counted</th><td>the number of layers</td>' in report and card
+    assert json.loads((tmp_path / "out" / "counted" / "record.json").read_text())["result"] == {"layers": 3}
 
 
 def test_the_stages_of_a_run_are_those_that_the_layout_describes() -> None:
