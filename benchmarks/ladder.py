@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "files"
         data = DataConfig(source=args.data, heldout=args.heldout, block_tokens=256)
-        api.quantize(str(args.model), config, data, importance_file=None, out=out)
+        api.quantize(str(args.model), config, data, out=out)
         files = {row["name"]: row for row in json.loads((out / TABLE).read_text())["files"]}
     publish(report(args, model.checkpoint.parameters.total, files, bits, floors), args.out)
 

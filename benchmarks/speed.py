@@ -98,7 +98,7 @@ def of_published(work: Path, options: dict[str, Any]) -> list[str]:
 
 def gguf(model: Path, kind: str, work: Path, name: str | None = None) -> Path:
     out = work / (name or f"{model.name}-gguf")
-    api.quantize(str(model), QuantizeConfig(types=[kind], verify=False), None, importance_file=None, out=out)
+    api.quantize(str(model), QuantizeConfig(types=[kind], verify=False), out=out)
     (file,) = out.glob("*.gguf")
     return file
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,11 +38,11 @@ from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_t
 from minitron.evaluation.tasks.suite import BenchmarkResult
 from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig, require_gguf
 from minitron.gguf.layouts import QuantizedModel
-from minitron.gguf.reader import is_gguf
+from minitron.gguf.reader import GgufFacts, inspect_gguf, is_gguf
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_config
 from minitron.model.config_json import read_config
-from minitron.model.describe import describe
+from minitron.model.describe import Description, describe
 from minitron.model.draft import Draft, draft_table
 from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
@@ -66,14 +66,37 @@ if TYPE_CHECKING:
     from minitron.gguf.quantize import PlannedFile
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """What `describe` says, and whether weights are there; where they are, they are held against config.json."""
+Model = str | Path  # a local directory, a hub id, or (to measure and to read) a GGUF file
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model on disk in numbers.
+
+    weights: whether the weights are there; then they were held against config.json.
+    """
+
+    description: Description
+    weights: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the facts as `minitron inspect --json` prints them."""
+        return self.description.to_dict() | {"weights": self.weights}
+
+
+def inspect(model: Model, revision: str | None = None) -> Inspected | GgufFacts:
+    """Describe a directory, a model of the hub (by its config alone), or a GGUF file."""
+    if is_gguf(str(model)):
+        require_gguf()
+        return inspect_gguf(Path(model))
+    path = resolve_model(str(model), revision, config_only=True)
     weights = has_weights(path)
-    return describe(open_checkpoint(path) if weights else open_config(path)) | {"weights": weights}
+    return Inspected(describe(open_checkpoint(path) if weights else open_config(path)), weights)
 
 
-def draft(path: Path) -> Draft | None:
-    """A draft of the table for a model type that has none; None without weights, whose shapes it is drawn from."""
+def draft(model: Model, revision: str | None = None) -> Draft | None:
+    """Draft the table of a model type that has none; None without weights, whose shapes it is drawn from."""
+    path = resolve_model(str(model), revision, config_only=True)
     if not has_weights(path):
         return None
     shapes = {name: stored.shape for name, stored in stored_tensors(path).items()}
@@ -81,19 +104,19 @@ def draft(path: Path) -> Draft | None:
 
 
 def calibrate(
-    model: str,
+    model: Model,
     data: DataConfig,
     config: CalibrateConfig,
     *,
-    seed: int,
+    seed: int = 0,
     out: Path,
     listener: Listener = SILENT,
 ) -> Statistics:
     """Calibrate one model and write its statistics to `out`; under torchrun, with all its processes."""
     with parallel.process_group() as here:
         if here.rank == 0:
-            prove_directory(out, inputs=[model])
-        teacher = open_checkpoint(resolve_model(model))
+            prove_directory(out, inputs=[str(model)])
+        teacher = open_checkpoint(resolve_model(str(model)))
         if here.rank > 0:
             told_by = separator(data, teacher.tokenizer)
             samples = Samples(parallel.broadcast(None), told_by)
@@ -110,7 +133,7 @@ def calibrate(
 
 
 def search(
-    model: str,
+    model: Model,
     *,
     prune: PruneConfig,
     search: SearchConfig,
@@ -125,7 +148,7 @@ def search(
     Args:
         data: needed without statistics, and for the level `cut`.
     """
-    teacher = open_checkpoint(resolve_model(model))
+    teacher = open_checkpoint(resolve_model(str(model)))
     steps = resolve_repair(repair or RepairConfig(), teacher).steps or []
     calibration = calibration or CalibrateConfig()
     calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
@@ -165,7 +188,7 @@ class Pruned:
     out: Path
     plan: Plan
     repairs: Sequence[str]
-    description: dict[str, Any]
+    description: Description
 
 
 @dataclass(frozen=True)
@@ -181,9 +204,9 @@ class _Cut:
 
 
 def _asked_cut(
-    model: str, config: PruneConfig, repair: RepairConfig | None, plan_file: Path | None, statistics_dir: Path | None
+    model: Model, config: PruneConfig, repair: RepairConfig | None, plan_file: Path | None, statistics_dir: Path | None
 ) -> _Cut:
-    teacher = open_checkpoint(resolve_model(model))
+    teacher = open_checkpoint(resolve_model(str(model)))
     listed = Given() if plan_file is None else load_given(plan_file, teacher.shape)
     if isinstance(listed, Plan) and (config.shape or config.drop_layers or config.keep_layers):
         raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
@@ -195,7 +218,7 @@ def _asked_cut(
 
 
 def needs_of_prune(
-    model: str,
+    model: Model,
     config: PruneConfig,
     *,
     repair: RepairConfig | None = None,
@@ -207,7 +230,7 @@ def needs_of_prune(
 
 
 def prune(
-    model: str,
+    model: Model,
     config: PruneConfig,
     data: DataConfig | None = None,
     *,
@@ -229,7 +252,7 @@ def prune(
         statistics_dir: what `calibrate` wrote; without it statistics are collected on `data`.
     """
     calibration = calibration or CalibrateConfig()
-    prove_directory(out, inputs=[model, statistics_dir])
+    prove_directory(out, inputs=[str(model), statistics_dir])
     with atomic_directory(out) as partial:
         cut = _asked_cut(model, config, repair, plan_file, statistics_dir)
         teacher, steps, needs = cut.teacher, cut.repairs, cut.needs
@@ -276,16 +299,16 @@ class Distilled:
     out: Path
     corrected: Path | None
     training: Trained
-    description: dict[str, Any]
+    description: Description
 
 
 def distill(
-    teacher: str,
-    student: str,
+    teacher: Model,
+    student: Model,
     data: DataConfig,
     config: DistillConfig,
     *,
-    seed: int,
+    seed: int = 0,
     out: Path,
     listener: Listener = SILENT,
 ) -> Distilled | None:
@@ -301,16 +324,18 @@ def distill(
     with parallel.process_group():
         if parallel.is_first():
             _forget(work)
-            inputs = [teacher, student, data.source, data.heldout]
+            inputs = [str(teacher), str(student), data.source, data.heldout]
             if not _is_complete(out, work):
                 for made in final.values():
                     prove_directory(made, inputs=inputs)
             prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
         require_correctable(config, data)
-        of_teacher, origin = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
+        of_teacher, origin = open_checkpoint(resolve_model(str(teacher))), open_checkpoint(resolve_model(str(student)))
         require_same_vocabulary(of_teacher, origin)
         require_same_tokenizer(of_teacher, origin)
-        asked = Recipe(model=teacher, seed=seed, data=bounded(data, config.tokens), prune=PruneConfig(), distill=config)
+        asked = Recipe(
+            model=str(teacher), seed=seed, data=bounded(data, config.tokens), prune=PruneConfig(), distill=config
+        )
         with RunDirectory(work, None, listener, final) as directory:
             run = Run(directory, asked, of_teacher, origin.shape, origin=origin)
             make_stages(run, OF_DISTILLATION)
@@ -325,9 +350,9 @@ def distill(
                     put_directory(work / name, place)
             work.rename(_leftover(work))
         _forget(work)
-    training = facts.pop("training")
+    training = facts["training"]
     assert isinstance(training, dict)
-    return Distilled(out, final.get(CORRECTED), Trained(**training), facts)
+    return Distilled(out, final.get(CORRECTED), Trained(**training), describe(open_checkpoint(out)))
 
 
 def _keep_beside(run: Run, trained: Path) -> None:
@@ -360,11 +385,11 @@ def _forget(work: Path) -> None:
 
 
 def evaluate(
-    model: str,
-    teacher: str | None,
-    data_config: DataConfig,
+    model: Model,
+    data: DataConfig,
     *,
-    blocks: int | None,
+    teacher: Model | None = None,
+    blocks: int | None = None,
     batch: int = EvaluateConfig().batch,
     whole: bool = False,
     listener: Listener = SILENT,
@@ -372,25 +397,30 @@ def evaluate(
     """Measure one model on the part of the data that a run holds out, or with `whole` on all of it.
 
     A GGUF file is measured in llama.cpp, block by block.
+
+    Args:
+        teacher: the model whose distributions the model is compared with.
+        blocks: the number of blocks to measure on; None for all.
     """
+    model, teacher = str(model), None if teacher is None else str(teacher)
     if is_gguf(model):
         require_gguf()
         from minitron.evaluation.gguf_files import evaluate_gguf
 
-        return evaluate_gguf(Path(model), teacher, data_config, blocks=blocks, whole=whole, listener=listener)
-    if data_config.source == TEACHER:
+        return evaluate_gguf(Path(model), teacher, data, blocks=blocks, whole=whole, listener=listener)
+    if data.source == TEACHER:
         raise DataError(
             "text is sampled from the teacher to prune or distil it, and not to evaluate: "
             f"give text, such as data/{SAMPLED} of a run that sampled some"
         )
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(resolve_model(str(model)))
     loaded_teacher = None
     if teacher is not None:
-        reference = open_checkpoint(resolve_model(teacher))
+        reference = open_checkpoint(resolve_model(str(teacher)))
         require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
         loaded_teacher = load_model(reference.path).to(pick_device())
-    with corpus_for(checkpoint, data_config, listener, whole=whole) as corpus:
+    with corpus_for(checkpoint, data, listener, whole=whole) as corpus:
         return measure_quality(
             load_model(checkpoint.path).to(pick_device()),
             corpus.heldout.head(blocks),
@@ -401,46 +431,55 @@ def evaluate(
 
 
 def benchmark(
-    model: str,
-    teacher: str | None,
+    model: Model,
     tasks: Sequence[str],
-    directory: Path | None,
-    options: TaskOptions,
+    options: TaskOptions | None = None,
     *,
-    cache: Path | None,
+    teacher: Model | None = None,
+    directory: Path | None = None,
+    cache: Path | None = None,
     listener: Listener = SILENT,
 ) -> BenchmarkResult:
     """Measure one model in benchmarks, and its teacher on the same items.
 
+    Args:
+        directory: the rows of the tasks, for a machine without the hub.
+        cache: where results are kept, to be read again for the same model and items.
+
     Raises: MinitronError for a GGUF file; TaskError for a task that cannot be measured.
     """
+    model, teacher = str(model), None if teacher is None else str(teacher)
     for named in (model, teacher):
         if named is not None and is_gguf(named):
             raise MinitronError(
                 f"{named}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
                 "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
             )
-    plan = plan_tasks(tasks, directory, options, listener=listener)
-    paths = {"model": resolve_model(model)} | ({"teacher": resolve_model(teacher)} if teacher else {})
+    plan = plan_tasks(tasks, directory, options or TaskOptions(), listener=listener)
+    paths = {"model": resolve_model(str(model))} | ({"teacher": resolve_model(str(teacher))} if teacher else {})
     listener.stage("benchmarks", "running")
     results = measure_tasks(paths, plan, cache=cache, listener=listener)
     listener.stage("benchmarks", "done")
     return BenchmarkResult(results["model"], results.get("teacher"))
 
 
-def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: float, seed: int) -> str:
+def generate(
+    model: Model, prompt: str, *, new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+) -> str:
     """Continue a prompt with a model on disk; a GGUF file runs in llama.cpp.
 
     Args:
         new_tokens: None for USUAL_NEW_TOKENS, or as many as the model's context has room for.
+        temperature: 0 takes the likeliest token each time.
     """
+    model = str(model)
     if is_gguf(model):
         require_gguf()
         from minitron.evaluation.gguf_files import generate_gguf
 
         return generate_gguf(Path(model), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
     require_temperature(temperature)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(resolve_model(str(model)))
     tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
@@ -449,37 +488,39 @@ def generate(model: str, prompt: str, *, new_tokens: int | None, temperature: fl
 
 
 def quantize(
-    model: str,
+    model: Model,
     config: QuantizeConfig,
-    data_config: DataConfig | None,
+    data: DataConfig | None = None,
     *,
-    importance_file: Path | None,
     out: Path,
+    importance_file: Path | None = None,
     listener: Listener = SILENT,
 ) -> QuantizedModel:
     """Write GGUF files of one model, with their table, and its importance matrix where there is one.
 
     Args:
-        data_config: None for no calibration.
+        data: the text that the importance matrix is collected on; None for none.
+        importance_file: an importance matrix that is there already.
     """
     require_gguf()
+    model = str(model)
     from minitron.gguf.quantize import QuantizeText, require_possible, write_ladder
 
-    prove_directory(out, inputs=[model])
-    checkpoint = open_checkpoint(resolve_model(model))
-    informed = data_config is not None or importance_file is not None
+    prove_directory(out, inputs=[str(model)])
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    informed = data is not None or importance_file is not None
     require_possible(checkpoint, config, informed=informed, importance_file=importance_file)
     with ExitStack() as stack:
         partial, text = stack.enter_context(atomic_directory(out)), None
         require_free_space(out, _bytes_of(checkpoint, config, informed=informed), partial)
-        if data_config is not None:
-            if data_config.block_tokens is None:
-                usual = min(QUANTIZE_TOKENS, block_length(data_config, checkpoint))
-                data_config = data_config.model_copy(update={"block_tokens": usual})
-            corpus = stack.enter_context(corpus_for(checkpoint, data_config, listener, config.samples, scratch=partial))
+        if data is not None:
+            if data.block_tokens is None:
+                usual = min(QUANTIZE_TOKENS, block_length(data, checkpoint))
+                data = data.model_copy(update={"block_tokens": usual})
+            corpus = stack.enter_context(corpus_for(checkpoint, data, listener, config.samples, scratch=partial))
             tokens = draw_samples(corpus, config.samples, 0).tokens
             heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
-            text = QuantizeText(tokens, heldout, data_config.source)
+            text = QuantizeText(tokens, heldout, data.source)
             keep_sampled(corpus.path, partial)
         name = model_name(model)
         listener.stage("quantize", "running")
@@ -499,9 +540,9 @@ def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool)
     return round(sum(files) + sum(config.sizes) + sum(mixtures))
 
 
-def plan_quantized(model: str, config: QuantizeConfig, *, informed: bool) -> "list[PlannedFile]":
+def plan_quantized(model: Model, config: QuantizeConfig, *, informed: bool = False) -> "list[PlannedFile]":
     """Plan the files that `quantize` would write, without reading weights."""
     require_gguf()
     from minitron.gguf.quantize import plan_files
 
-    return plan_files(open_checkpoint(resolve_model(model)), config, informed=informed)
+    return plan_files(open_checkpoint(resolve_model(str(model))), config, informed=informed)

@@ -40,7 +40,7 @@ def files(pair: tuple[Path, Path]) -> tuple[Path, Path]:
     config, made = QuantizeConfig(types=["F32"], verify=False), []
     for model in pair:
         out = model.with_name(f"{model.name}-gguf")
-        api.quantize(str(model), config, None, importance_file=None, out=out)
+        api.quantize(str(model), config, out=out)
         made += out.glob("*.gguf")
     return made[0], made[1]
 

@@ -15,12 +15,19 @@ from safetensors.torch import load_file, save_file
 from minitron import api
 from minitron.core.errors import CheckpointError
 from minitron.model.checkpoint import load_model, open_checkpoint
+from minitron.model.describe import Description
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 from minitron.model.weight_files import SINGLE, WEIGHT_INDEX, carried_files, has_weights, model_files, weight_files
 
 NORM = "model.norm.weight"
+
+
+def described(path: Path) -> Description:
+    found = api.inspect(path)
+    assert isinstance(found, api.Inspected)
+    return found.description
 
 
 def streamed_log_likelihood(path: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ def test_a_model_of_mixed_dtypes_runs_in_its_embeddings_in_memory_and_streamed(t
     torch.testing.assert_close(
         streamed_log_likelihood(path, tokens), log_likelihood_in_memory(path, tokens), atol=0.02, rtol=0.02
     )
-    assert api.inspect(path)["dtype"] == "bfloat16"
+    assert described(path).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("read", [load_model, lambda path: streamed_log_likelihood(path, tiny.tokens(1, 4))])
@@ -113,10 +120,10 @@ def test_a_written_config_says_the_dtype_that_is_stored(tmp_path: Path, keys: di
 def test_without_weights_a_dtype_that_the_config_leaves_out_is_assumed_and_said(model: Path) -> None:
     (model / SINGLE).unlink()
     change_config(model, dtype=None)
-    said = api.inspect(model)
-    assert (said["dtype"], said["dtype_assumed"]) == ("float32", True)
+    said = described(model)
+    assert (said.dtype, said.dtype_assumed) == ("float32", True)
     change_config(model, dtype="bfloat16")
-    assert (api.inspect(model)["dtype"], api.inspect(model)["dtype_assumed"]) == ("bfloat16", False)
+    assert (described(model).dtype, described(model).dtype_assumed) == ("bfloat16", False)
 
 
 def test_no_weight_is_ever_filled_in_at_random(model: Path) -> None:

@@ -13,7 +13,7 @@ from minitron.recipe import SHIPPED, find_recipe, load_recipe
 
 
 def dry_run(name: str, teacher: Published, at: Path, **options: Any) -> dict[str, Any]:
-    return estimate(load_recipe(find_recipe(name), [f"model={teacher.write(at)}"]), **options)
+    return estimate(load_recipe(find_recipe(name), [f"model={teacher.write(at)}"]), **options).to_dict()
 
 
 def test_every_shipped_recipe_is_held_against_a_published_model() -> None:
@@ -54,7 +54,7 @@ def test_costs_are_plain_arithmetic(tmp_path: Path) -> None:
 
 def test_axes_of_gradients_are_counted_and_divided(tmp_path: Path) -> None:
     sets = [f"model={MODELS['Llama-3.1-8B'].write(tmp_path)}", "data.source=builtin", "distill.optimizer=soap"]
-    facts = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), sets), Gpus(8, 1.0, 1.0))
+    facts = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), sets), Gpus(8, 1.0, 1.0)).to_dict()
     # Two matrices of float32 for each side of at most 4096: q and o have 3072 and 4096, k and v 3072 and 1024, gate, up
     # and down 3072 beside 9216.
     axes = 32 * 2 * 4 * (2 * (3072**2 + 4096**2) + 2 * (3072**2 + 1024**2) + 3 * 3072**2)
@@ -68,7 +68,7 @@ def test_a_corrected_teacher_costs_its_own_steps_and_moments(tmp_path: Path) -> 
     for kind in ("null", "before", "parallel"):
         sets = [f"model={teacher}", "data.source=builtin", f"distill.correction={kind}"]
         sets += ["distill.correction_tokens=1_000_000_000"] * (kind != "null")
-        found[kind] = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), sets), Gpus(1, 1.0, 1.0))
+        found[kind] = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), sets), Gpus(1, 1.0, 1.0)).to_dict()
     forward = found["null"]["teacher_forward_flops_per_token"]
     small, large = 4_512_746_496, 8_030_261_248
     for kind, passes, memory in (
@@ -85,7 +85,7 @@ def test_a_corrected_teacher_costs_its_own_steps_and_moments(tmp_path: Path) -> 
 def test_training_in_bfloat16_takes_fewer_bytes(weights: str, bytes_: int, tmp_path: Path) -> None:
     teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
     changes = [f"model={teacher}", f"distill.weights={weights}"]
-    facts = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), changes))
+    facts = estimate(load_recipe(find_recipe("llama-3.1-8b-to-4b-width"), changes)).to_dict()
     assert facts["training_bytes"] == bytes_ * 4_512_746_496 + 2 * 8_030_261_248
 
 
@@ -94,7 +94,7 @@ def test_without_a_token_count_there_is_no_time(tmp_path: Path) -> None:
     recipe = load_recipe(
         find_recipe("llama-3.1-8b-to-4b-depth"), [f"model={teacher}", "distill.tokens=null", "data.source=builtin"]
     )
-    facts = estimate(recipe, Gpus(1))
+    facts = estimate(recipe, Gpus(1)).to_dict()
     assert facts["distill_flops"] is facts["here"]["seconds"] is facts["gpus"]["seconds"] is None
 
 

@@ -34,5 +34,5 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return  # the first of several processes speaks
     text = f"student after {made.training.tokens:,} tokens: {args.out}"
     corrected = {"corrected": str(made.corrected)} if made.corrected else {}
-    facts = {"out": str(made.out)} | corrected | made.description | {"training": asdict(made.training)}
+    facts = {"out": str(made.out)} | corrected | made.description.to_dict() | {"training": asdict(made.training)}
     console.result(facts, text + (f"\ncorrected teacher: {made.corrected}" if made.corrected else ""))

@@ -126,7 +126,13 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if _measures_text(args):
         data = options.data_config(args, console)
         measured = api.evaluate(
-            args.model, args.teacher, data, blocks=asked.blocks, batch=asked.batch, whole=args.whole, listener=console
+            args.model,
+            data,
+            teacher=args.teacher,
+            blocks=asked.blocks,
+            batch=asked.batch,
+            whole=args.whole,
+            listener=console,
         ).to_dict()
         facts, lines = {**measured, **facts}, [*_quality_lines(measured), *lines]
     console.result(facts, "\n".join(lines))
@@ -156,7 +162,9 @@ def _benchmarks(args: argparse.Namespace, console: Console) -> "BenchmarkResult"
     )
     directory = None if asked.tasks_dir is None else Path(asked.tasks_dir)
     cache = cache_directory() if args.cache else None
-    return api.benchmark(args.model, args.teacher, asked.tasks, directory, how, cache=cache, listener=console)
+    return api.benchmark(
+        args.model, asked.tasks, how, teacher=args.teacher, directory=directory, cache=cache, listener=console
+    )
 
 
 def _benchmark_lines(result: "BenchmarkResult") -> list[str]:

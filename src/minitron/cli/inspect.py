@@ -1,8 +1,7 @@
 """`minitron inspect` says what a model is."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron.cli import options
 from minitron.cli.console import Console
@@ -10,6 +9,7 @@ from minitron.cli.rules import REVISION, Rules
 from minitron.core.errors import MinitronError
 
 if TYPE_CHECKING:
+    from minitron.api import Inspected
     from minitron.gguf.reader import GgufFacts
 
 HELP = "family, shape, exact parameters, bytes, and what can be pruned"
@@ -25,48 +25,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
     from minitron.core.errors import UnsupportedArchitecture
-    from minitron.gguf.reader import is_gguf
-    from minitron.model.hub import resolve_model
+    from minitron.gguf.reader import GgufFacts, is_gguf
 
-    if is_gguf(args.model):
-        return _inspect_file(args, console)
-    path = resolve_model(args.model, args.revision, config_only=True)
+    if args.revision is not None and is_gguf(args.model):
+        raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
     try:
-        facts = api.inspect(path)
+        found = api.inspect(args.model, args.revision)
     except UnsupportedArchitecture:
-        draft = api.draft(path)
+        draft = api.draft(args.model, args.revision)
         if draft is not None:
             console.result({"draft": draft.to_dict()}, draft.text())
         raise
-    console.result(facts, "\n".join(_lines(args.model, facts)))
+    lines = _file_lines(args.model, found) if isinstance(found, GgufFacts) else _lines(args.model, found)
+    console.result(found.to_dict(), "\n".join(lines))
 
 
-def _lines(model: str, facts: dict[str, Any]) -> list[str]:
+def _lines(model: str, found: "Inspected") -> list[str]:
     from minitron.core.text import size
 
-    dtype = facts["dtype"] + (" (assumed, config.json says none)" if facts.get("dtype_assumed") else "")
-    weights = size(facts["weight_bytes"]) if facts["weights"] else f"{size(facts['weight_bytes'])} of weights, not here"
+    facts = found.description
+    dtype = facts.dtype + (" (assumed, config.json says none)" if facts.dtype_assumed else "")
+    weights = size(facts.weight_bytes) + ("" if found.weights else " of weights, not here")
+    counts = vars(facts.parameters) | {"non_embedding": facts.parameters.non_embedding}
     return [
-        f"{model}: {facts['family']}, {dtype}, {weights}",
+        f"{model}: {facts.family}, {dtype}, {weights}",
         "",
-        *(f"  {dim:<14}{number:>16,}" for dim, number in facts["shape"].items()),
+        *(f"  {dim:<14}{number:>16,}" for dim, number in vars(facts.shape).items()),
         "",
-        *(f"  {part:<14}{count:>16,}" for part, count in facts["parameters"].items()),
+        *(f"  {part:<14}{count:>16,}" for part, count in counts.items()),
         "",
-        f"  embeddings are {'tied' if facts['tied_embeddings'] else 'untied'}; "
-        f"KV cache {size(facts['kv_cache_bytes_per_token'])} per token",
-        f"  can be pruned: {', '.join(facts['prunable'])}",
+        f"  embeddings are {'tied' if facts.tied_embeddings else 'untied'}; "
+        f"KV cache {size(facts.kv_cache_bytes_per_token)} per token",
+        f"  can be pruned: {', '.join(facts.prunable)}",
     ]
-
-
-def _inspect_file(args: argparse.Namespace, console: Console) -> None:
-    """Print the facts that a GGUF file states, and the types of its tensors."""
-    from minitron.gguf.reader import inspect_gguf
-
-    if args.revision is not None:
-        raise MinitronError(f"--revision {args.revision} is of a hub id, and {args.model} is a file: leave it out")
-    facts = inspect_gguf(Path(args.model))
-    console.result(facts.to_dict(), "\n".join(_file_lines(args.model, facts)))
 
 
 def _file_lines(file: str, facts: "GgufFacts") -> list[str]:

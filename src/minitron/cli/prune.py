@@ -106,8 +106,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         statistics_dir=args.statistics,
         listener=console,
     )
-    facts = {"out": str(args.out), "plan": str(made.plan)} | made.description | {"repairs": made.repairs}
-    text = f"{made.plan}\n{made.description['parameters']['non_embedding']:,} non-embedding parameters: {args.out}"
+    facts = {"out": str(args.out), "plan": str(made.plan)} | made.description.to_dict() | {"repairs": made.repairs}
+    text = f"{made.plan}\n{made.description.parameters.non_embedding:,} non-embedding parameters: {args.out}"
     console.result(facts, text)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
 from minitron.cli.console import Console, aligned
@@ -11,7 +11,10 @@ from minitron.cli.rules import Rules
 from minitron.core.effects import Rule
 
 if TYPE_CHECKING:
+    from minitron.model.describe import Description
+    from minitron.pipeline.estimate import Estimate
     from minitron.recipe import Recipe
+    from minitron.report.records import RunRecords
 
 HELP = "run a recipe; the same command again resumes it"
 EXAMPLE = "minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64"
@@ -78,11 +81,11 @@ def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: C
 
     if not args.dry_run:
         return show_run(run(recipe, out, console), console)
-    facts = estimate(recipe, Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None)
-    console.result(facts, "\n".join(estimate_lines(facts)))
+    found = estimate(recipe, Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None)
+    console.result(found.to_dict(), "\n".join(estimate_lines(found)))
 
 
-def show_run(records: Any, console: Console) -> None:
+def show_run(records: "RunRecords", console: Console) -> None:
     """Print the table of a finished run."""
     from minitron.report.records import result_table
     from minitron.report.tables import RESULT_COLUMNS, result_cells
@@ -104,59 +107,63 @@ def show_run(records: Any, console: Console) -> None:
     console.result(facts, "\n".join(lines + notes))
 
 
-def estimate_lines(facts: dict[str, Any]) -> list[str]:
+def estimate_lines(found: "Estimate") -> list[str]:
+    """Describe both models and the cost of a run."""
     from minitron.core.text import flops, size
 
     tokens, forward, step = (
-        facts[name] for name in ("distill_tokens", "teacher_forward_flops_per_token", "student_step_flops_per_token")
+        found.distill_tokens,
+        found.teacher_forward_flops_per_token,
+        found.student_step_flops_per_token,
     )
-    lines = _model_lines("teacher", facts) + _model_lines("student", facts)
-    if sampled := facts["sampled_tokens"]:
+    lines = _model_lines("teacher", found.teacher, found.context)
+    lines += _model_lines("student", found.student, found.context)
+    if sampled := found.sampled_tokens:
         lines.append(
             f"text: {sampled:,} training tokens sampled from the teacher, one by one, {flops(sampled * forward)}"
         )
     lines += [
-        f"calibration: {facts['calibration_tokens']:,} tokens at most, {flops(facts['calibration_flops'])}",
+        f"calibration: {found.calibration_tokens:,} tokens at most, {flops(found.calibration_flops)}",
         f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}; per token "
         f"{flops(forward)} teacher forward, {flops(step)} student step",
-        f"memory while distilling: {size(facts['training_bytes'])} for weights, gradients and optimizer, "
+        f"memory while distilling: {size(found.training_bytes)} for weights, gradients and optimizer, "
         "and activations on top",
     ]
-    return lines + (_cost_lines(facts) if tokens else [])
+    return lines + (_cost_lines(found) if tokens else [])
 
 
-def _model_lines(name: str, facts: dict[str, Any]) -> list[str]:
+def _model_lines(name: str, model: "Description", context: int) -> list[str]:
     """Describe the shape, parameters and memory of one model."""
     from minitron.core.text import size
 
-    model, context = facts[name], facts["context"]
-    parameters, cache = model["parameters"], model["kv_cache_bytes_per_token"]
+    parameters, cache = model.parameters, model.kv_cache_bytes_per_token
     return [
-        f"{name}: {model['family']}, " + " ".join(f"{dim}={number}" for dim, number in model["shape"].items()),
-        f"  {parameters['total']:,} parameters, {parameters['non_embedding']:,} non-embedding",
-        f"  {size(model['weight_bytes'])} of {model['dtype']} weights, "
+        f"{name}: {model.family}, " + " ".join(f"{dim}={number}" for dim, number in vars(model.shape).items()),
+        f"  {parameters.total:,} parameters, {parameters.non_embedding:,} non-embedding",
+        f"  {size(model.weight_bytes)} of {model.dtype} weights, "
         f"KV cache {size(cache)} a token, {size(cache * context)} at {context:,} tokens",
     ]
 
 
-def _cost_lines(facts: dict[str, Any]) -> list[str]:
+def _cost_lines(found: "Estimate") -> list[str]:
     """Describe the cost of a distillation of a known number of tokens, here and on GPUs."""
     from minitron.core.text import duration, flops, size
 
-    here, lines = facts["here"], [f"all of distillation: {flops(facts['distill_flops'])}"]
-    if corrected := facts["correction_tokens"]:
-        lines.append(
-            f"correction of the teacher: {corrected:,} tokens at most, {flops(facts['correction_flops'])} more"
-        )
+    here, gpus = found.here, found.gpus
+    assert found.distill_flops is not None and here.seconds is not None
+    lines = [f"all of distillation: {flops(found.distill_flops)}"]
+    if found.correction_tokens:
+        more = flops(found.correction_flops or 0)
+        lines.append(f"correction of the teacher: {found.correction_tokens:,} tokens at most, {more} more")
     lines.append(
-        f"on this machine: {duration(here['seconds'])} at {flops(here['flops_per_second'])}/s, an assumed "
-        f"{here['utilisation']:.0%} of what a large matrix product reaches here"
+        f"on this machine: {duration(here.seconds)} at {flops(here.flops_per_second)}/s, an assumed "
+        f"{here.utilisation:.0%} of what a large matrix product reaches here"
     )
-    if "gpus" in facts:
-        gpus = facts["gpus"]
+    if gpus is not None:
+        seconds = found.seconds_on_gpus or 0.0
         lines.append(
-            f"on {gpus['count']} GPUs: {duration(gpus['seconds'])}, "
-            f"{gpus['count'] * gpus['seconds'] / 3600:,.0f} GPU hours, at an assumed {gpus['utilisation']:.0%} of "
-            f"{gpus['teraflops']:g} TFLOP/s each; {size(gpus['bytes_per_gpu'])} on each, fully sharded"
+            f"on {gpus.count} GPUs: {duration(seconds)}, {gpus.count * seconds / 3600:,.0f} GPU hours, at an assumed "
+            f"{gpus.utilisation:.0%} of {gpus.teraflops:g} TFLOP/s each; {size(found.bytes_per_gpu)} on each, fully "
+            "sharded"
         )
     return lines

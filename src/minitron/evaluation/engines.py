@@ -189,9 +189,9 @@ def _described(source: str, engine: Engine) -> SpeedModel:
     said = describe(checkpoint)
     return SpeedModel(
         str(checkpoint.path),
-        said["parameters"]["total"],
-        said["weight_bytes"],
-        said["dtype"],
+        said.parameters.total,
+        said.weight_bytes,
+        said.dtype,
         checkpoint.config.get("max_position_embeddings"),
     )
 

@@ -1,7 +1,6 @@
 """The shapes and the cost of a run, estimated from the teacher's config.json alone: no text or weight is read."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
@@ -9,7 +8,7 @@ from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import ModelConfig, open_config
-from minitron.model.describe import describe, describe_shape, forward_flops
+from minitron.model.describe import Description, describe, describe_shape, forward_flops
 from minitron.model.hub import resolve_model
 from minitron.pipeline.run import resolve
 from minitron.recipe import Recipe
@@ -26,8 +25,78 @@ class Gpus:
     teraflops: float = 989.0  # dense bfloat16 peak of an H100, by its data sheet
     utilisation: float = 0.4  # share of the peak that training reaches: an assumption
 
+    @property
+    def flops_per_second(self) -> float:
+        return self.count * self.teraflops * 1e12 * self.utilisation
 
-def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Here:
+    """The time of a run on this machine.
+
+    flops_per_second: the share `utilisation` of a large matrix product's speed.
+    seconds: None where the number of tokens is not known yet.
+    """
+
+    flops_per_second: float
+    utilisation: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The shapes and the cost of a run. Costs of distillation are None where the text decides the number of tokens.
+
+    context: tokens of a block.
+    sampled_tokens: training tokens that are sampled from the teacher.
+    correction_tokens: tokens that a corrected teacher reads, at most.
+    training_bytes: weights, gradients and optimizer, without activations.
+    gpus: the GPUs of the estimate, with the seconds and the bytes on each.
+    """
+
+    teacher: Description
+    student: Description
+    context: int
+    sampled_tokens: int | None
+    calibration_tokens: int
+    calibration_flops: int
+    distill_tokens: int | None
+    teacher_forward_flops_per_token: int
+    student_step_flops_per_token: int
+    distill_flops: int | None
+    correction_tokens: int | None
+    correction_flops: int | None
+    training_bytes: int
+    here: Here
+    gpus: Gpus | None = None
+
+    @property
+    def flops(self) -> int | None:
+        """The operations of all trainings."""
+        return None if self.distill_flops is None else self.distill_flops + (self.correction_flops or 0)
+
+    @property
+    def seconds_on_gpus(self) -> float | None:
+        assert self.gpus is not None
+        return None if self.flops is None else self.flops / self.gpus.flops_per_second
+
+    @property
+    def bytes_per_gpu(self) -> float:
+        assert self.gpus is not None
+        return self.training_bytes / self.gpus.count
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the estimate as `--dry-run --json` prints it."""
+        facts = vars(self) | {"teacher": self.teacher.to_dict(), "student": self.student.to_dict()}
+        facts |= {"here": asdict(self.here)}
+        del facts["gpus"]
+        if self.gpus is None:
+            return facts
+        costs = {"seconds": self.seconds_on_gpus, "bytes_per_gpu": self.bytes_per_gpu}
+        return facts | {"gpus": asdict(self.gpus) | costs}
+
+
+def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
     """Estimate a run: exact shapes, parameters and bytes of both models, then tokens, operations, time and memory.
 
     A training step of the student costs three forward passes: one forward, and two for the gradients of backward. So
@@ -56,31 +125,23 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> dict[str, Any]:
         held += 2 * teacher.parameters.total
     if correction == "before":
         held = max(held, _of_teacher(teacher, recipe.distill.optimizer_name, "float32"))
-    facts = {
-        "teacher": describe(teacher),
-        "student": student,
-        "context": block_tokens,
-        "sampled_tokens": recipe.data.max_tokens if recipe.data.source == TEACHER else 0,
-        "calibration_tokens": calibration_tokens,
-        "calibration_flops": calibration_tokens * forward,
-        "distill_tokens": tokens,
-        "teacher_forward_flops_per_token": forward,
-        "student_step_flops_per_token": step,
-        "distill_flops": flops,
-        "correction_tokens": corrected_tokens,
-        "correction_flops": corrected_flops if flops else None,
-        "training_bytes": held,
-        "here": {
-            "flops_per_second": rate,
-            "utilisation": UTILISATION,
-            "seconds": (flops + corrected_flops) / rate if flops else None,
-        },
-    }
-    if gpus is not None:
-        speed = gpus.count * gpus.teraflops * 1e12 * gpus.utilisation
-        seconds = (flops + corrected_flops) / speed if flops else None
-        facts["gpus"] = asdict(gpus) | {"seconds": seconds, "bytes_per_gpu": held / gpus.count}
-    return facts
+    return Estimate(
+        teacher=describe(teacher),
+        student=student,
+        context=block_tokens,
+        sampled_tokens=recipe.data.max_tokens if recipe.data.source == TEACHER else 0,
+        calibration_tokens=calibration_tokens,
+        calibration_flops=calibration_tokens * forward,
+        distill_tokens=tokens,
+        teacher_forward_flops_per_token=forward,
+        student_step_flops_per_token=step,
+        distill_flops=flops,
+        correction_tokens=corrected_tokens,
+        correction_flops=corrected_flops if flops else None,
+        training_bytes=held,
+        here=Here(rate, UTILISATION, (flops + corrected_flops) / rate if flops else None),
+        gpus=gpus,
+    )
 
 
 def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> int:

@@ -353,7 +353,7 @@ def cut_teacher(run: Run) -> None:
         repaired = run.pruner.at(out).cut(run.plan, out)
         repaired.plan.save(out / directory.layout.cut.name)
         digests.update(repaired.digests)
-        return describe(open_checkpoint(out)) | {"repairs": needed}
+        return describe(open_checkpoint(out)).to_dict() | {"repairs": needed}
 
     inputs = {"model": run.digest(run.teacher.path), "plan": directory.digest([directory.layout.plan])}
     facts: StageResult = {"repair": {"steps": needed}}
@@ -434,7 +434,7 @@ def _train(
             corrected = layout.stage(CORRECTED)
             shutil.rmtree(corrected, ignore_errors=True)  # of a run that was killed just here
             (state / CORRECTED).rename(corrected)
-        return describe(open_checkpoint(out)) | {"training": asdict(trained)}
+        return describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
 
     made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=names, assist=learn)
     if parallel.is_first():
@@ -483,7 +483,7 @@ def _measure_quality(run: Run, out: Path) -> None:
             progress=partial(run.listener.progress, note=name),
         )
         quality = against(teacher=None if name == "teacher" else teachers["teacher"])
-        facts = describe(open_checkpoint(path)) | quality.to_dict()
+        facts = describe(open_checkpoint(path)).to_dict() | quality.to_dict()
         if CORRECTED in teachers and name not in teachers:
             facts["kl_to_corrected"] = against(teacher=teachers[CORRECTED]).kl_to_teacher
         write_json(out / f"{name}.json", facts)
