@@ -29,8 +29,7 @@ from minitron.evaluation.speed import (
     Timing,
     measure_in_turn,
     transformers_timer,
-    with_cuda_memory,
-    with_resident_memory,
+    with_memory,
 )
 from minitron.gguf.reader import inspect_gguf, is_gguf
 from minitron.model.checkpoint import load_model, open_checkpoint
@@ -247,7 +246,10 @@ def _in_transformers(subject: Subject) -> Timer:
         new_model(checkpoint.config, checkpoint.dtype)
     device, before = pick_device(), _resident_memory()
     timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
-    return with_cuda_memory(timer, device) if device.type == "cuda" else with_resident_memory(timer, before)
+    if device.type != "cuda":
+        return _with_resident_memory(timer, before)
+    cuda = torch.cuda
+    return with_memory(timer, partial(cuda.reset_peak_memory_stats, device), partial(cuda.max_memory_allocated, device))
 
 
 def _in_llama_cpp(subject: Subject) -> Timer:
@@ -257,7 +259,12 @@ def _in_llama_cpp(subject: Subject) -> Timer:
     llama_cpp()
     before = _resident_memory()
     runtime = Runtime(subject.path, context=subject.context_tokens, threads=subject.threads)
-    return with_resident_memory(partial(_time_llama_cpp, runtime), before)
+    return _with_resident_memory(partial(_time_llama_cpp, runtime), before)
+
+
+def _with_resident_memory(timer: Timer, before_bytes: int) -> Timer:
+    """Also measure resident memory beyond `before_bytes`, which is the model's where it is alone in its process."""
+    return with_memory(timer, forget_peak_memory, lambda: peak_memory() - before_bytes)
 
 
 def _resident_memory() -> int:

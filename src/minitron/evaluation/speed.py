@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import torch
 
-from minitron.core.machine import forget_peak_memory, peak_memory
 from minitron.evaluation.layouts import Ratios, Speed
 
 TEACHER, STUDENT, RATIO = "teacher", "student", "ratio"
@@ -166,26 +165,12 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def with_cuda_memory(timer: Timer, device: torch.device) -> Timer:
-    """Also measure the most memory that tensors took on the GPU, weights included."""
+def with_memory(timer: Timer, forget_peak: Callable[[], object], peak_bytes: Callable[[], int]) -> Timer:
+    """Also measure the most memory that a load takes, weights included."""
 
     def measured(load: Load) -> Timing:
-        torch.cuda.reset_peak_memory_stats(device)
+        forget_peak()
         timing = timer(load)
-        return replace(timing, peak_memory_bytes=torch.cuda.max_memory_allocated(device))
-
-    return measured
-
-
-def with_resident_memory(timer: Timer, before_bytes: int) -> Timer:
-    """Also measure the most resident memory of this process beyond `before_bytes`, weights included.
-
-    The number means something only where the model is alone in its process.
-    """
-
-    def measured(load: Load) -> Timing:
-        forget_peak_memory()
-        timing = timer(load)
-        return replace(timing, peak_memory_bytes=max(0, peak_memory() - before_bytes))
+        return replace(timing, peak_memory_bytes=max(0, peak_bytes()))
 
     return measured

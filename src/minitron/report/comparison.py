@@ -1,6 +1,6 @@
 """One page about several finished runs, made from their records, in the style of report.html."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from os.path import commonpath
 from pathlib import Path
@@ -22,7 +22,7 @@ from minitron.core.text import (
     shown,
     size,
 )
-from minitron.evaluation.layouts import Evaluated
+from minitron.evaluation.layouts import Evaluated, Ratios
 from minitron.report import html, plots
 from minitron.report.records import (
     ResultRow,
@@ -93,70 +93,47 @@ def comparison_headline(students: Mapping[str, ResultRow]) -> str:
     )
 
 
-QUALITY_HEAD: list[html.Heading] = [
-    "Student of",
-    ("Parameters", "total"),
-    ("Parameters", "non-embedding"),
-    ("Share", "non-embedding"),
-    ("LM loss", "nats/token"),
-    ("Perplexity", "per token"),
-    ("KL to teacher", "nats/token"),
-    ("Top-1", "agreement"),
-    ("KL after cut", "nats/token"),
-]
-COST_HEAD: list[html.Heading] = [
-    "Student of",
-    ("Distilled", "tokens"),
-    ("Compute", "of all stages"),
-    ("Time", "of all stages"),
-    ("Weights", "all tensors"),
-    ("Prefill", "of teacher's"),
-    ("Decode", "of teacher's"),
-]
+Cell = Callable[[RunRecords, ResultRow], str]
+# Heading -> the cell of a run and its student.
+QUALITY: dict[html.Heading, Cell] = {
+    ("Parameters", "total"): lambda run, row: count(row["total"]),
+    ("Parameters", "non-embedding"): lambda run, row: count(row["non_embedding"]),
+    ("Share", "non-embedding"): lambda run, row: share(row["non_embedding_share"]),
+    ("LM loss", "nats/token"): lambda run, row: shown(row["lm_loss"], nats),
+    ("Perplexity", "per token"): lambda run, row: shown(row["perplexity"], perplexity),
+    ("KL to teacher", "nats/token"): lambda run, row: shown(row["kl_to_teacher"], nats),
+    ("Top-1", "agreement"): lambda run, row: shown(row["top1_agreement"], percent),
+    ("KL after cut", "nats/token"): lambda run, row: shown(run.evaluations["pruned"].kl_to_teacher, nats),
+}
+COSTS: dict[html.Heading, Cell] = {
+    ("Distilled", "tokens"): lambda run, row: count(run.results.student.training.tokens),
+    ("Compute", "of all stages"): lambda run, row: flops(sum(stage_flops(run).values())),
+    ("Time", "of all stages"): lambda run, row: duration(sum(stage.seconds for stage in run.stages.values())),
+    ("Weights", "all tensors"): lambda run, row: size(row["weight_bytes"]),
+    ("Prefill", "of teacher's"): lambda run, row: shown(_ratios(run).prefill, ratio),
+    ("Decode", "of teacher's"): lambda run, row: shown(_ratios(run).decode, ratio),
+}
+
+
+def _ratios(run: RunRecords) -> Ratios:
+    return run.speed.ratio if run.speed and run.speed.ratio else Ratios()
 
 
 def results_section(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
+    tables = {"What each student kept": QUALITY, "What each student cost, and how fast it is": COSTS}
     return html.section(
         "Results",
-        html.table(
-            "What each student kept",
-            QUALITY_HEAD,
-            [_quality_cells(name, records, students[name]) for name, records in named.items()],
-        ),
-        html.table(
-            "What each student cost, and how fast it is",
-            COST_HEAD,
-            [_cost_cells(name, records, students[name]) for name, records in named.items()],
+        *(
+            html.table(
+                title,
+                ["Student of", *cells],
+                [[name, *(cell(run, students[name]) for cell in cells.values())] for name, run in named.items()],
+            )
+            for title, cells in tables.items()
         ),
         *(html.note(text) for text in cautions(named)),
         html.figures(_result_figures(students)),
     )
-
-
-def _quality_cells(name: str, records: RunRecords, student: ResultRow) -> list[str]:
-    return [
-        name,
-        count(student["total"]),
-        count(student["non_embedding"]),
-        share(student["non_embedding_share"]),
-        shown(student["lm_loss"], nats),
-        shown(student["perplexity"], perplexity),
-        shown(student["kl_to_teacher"], nats),
-        shown(student["top1_agreement"], percent),
-        shown(records.evaluations["pruned"].kl_to_teacher, nats),
-    ]
-
-
-def _cost_cells(name: str, records: RunRecords, student: ResultRow) -> list[str]:
-    ratios = records.speed and records.speed.ratio
-    return [
-        name,
-        count(records.results.student.training.tokens),
-        flops(sum(stage_flops(records).values())),
-        duration(sum(stage.seconds for stage in records.stages.values())),
-        size(student["weight_bytes"]),
-        *(shown(value, ratio) for value in ((ratios.prefill, ratios.decode) if ratios else (None, None))),
-    ]
 
 
 def _result_figures(students: Mapping[str, ResultRow]) -> list[str]:
