@@ -1,4 +1,4 @@
-"""What a model is and what a run will cost, in numbers."""
+"""A model in numbers: family, shape, parameters, bytes and floating-point operations."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from minitron.model.checkpoint import Checkpoint, ModelConfig
 
 
 def describe(model: Checkpoint | ModelConfig) -> dict[str, Any]:
-    """Family, shape, exact parameters and bytes; without weights also whether the dtype is assumed."""
+    """The family, shape, exact parameters and bytes of a model; without weights also whether its dtype is assumed."""
     facts = describe_shape(model.architecture, model.config, model.shape, model.dtype)
     return facts | ({"dtype_assumed": model.dtype_assumed} if isinstance(model, ModelConfig) else {})
 
@@ -19,7 +19,7 @@ def describe(model: Checkpoint | ModelConfig) -> dict[str, Any]:
 def describe_shape(
     architecture: Architecture, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What `describe` says, from a config alone."""
+    """The result of `describe`, from a config alone."""
     parameters = architecture.count(shape, config)
     tied = architecture.tied(config)
     return {
@@ -35,6 +35,6 @@ def describe_shape(
 
 
 def forward_flops(shape: Shape, parameters: Parameters, context: int) -> int:
-    """Floating-point operations of one token's forward pass: matrices, output projection, causal attention."""
+    """The floating-point operations of a token's forward pass: matrices, output projection and causal attention."""
     attention = 2 * context * shape.heads * shape.head_dim * shape.layers
     return 2 * (parameters.non_embedding + shape.vocab * shape.hidden) + attention
