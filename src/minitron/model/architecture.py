@@ -279,7 +279,7 @@ class Architecture:
         return "head_dim" not in self.config_keys
 
     def with_hidden(self, shape: Shape, hidden: int) -> Shape | None:
-        """The shape with another hidden size, and with fewer heads where they must fill it; None if that is no model."""
+        """The shape with another hidden size, and fewer heads where they must fill it; None if it is no model."""
         if self.hidden_multiple_of_heads and hidden % shape.heads:
             return None
         if not self.heads_fill_hidden or hidden == shape.hidden:

@@ -99,7 +99,7 @@ class Checkpoint:
         return self.read_rows(name, start, min(all_rows, start + rows))
 
     def weights_rms(self) -> float:
-        """The root mean square of the weights of a matrix in the layers: the median over matrices, from some rows each."""
+        """The root mean square of the weights in the layers' matrices: the median of estimates from some rows each."""
         sizes = []
         for spec in self.specs():
             if spec.layer is not None and len(spec.axes) == 2:
