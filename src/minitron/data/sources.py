@@ -14,16 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import DataError
-from minitron.core.reading import (
-    MARK,
-    Folder,
-    find_files,
-    json_name,
-    read_rows,
-    read_text,
-    require_file,
-    require_text,
-)
+from minitron.core.reading import MARK, Folder, find_files, json_name, read_rows, read_text, require_file, require_text
 
 BUILTIN = "builtin"
 TEACHER = "teacher"  # text that `sampling` draws from the teacher

@@ -21,13 +21,7 @@ from minitron.model.families import family_of
 from minitron.model.hub import empty_model
 from minitron.model.tokenizer import end_ids, load_tokenizer
 from minitron.model.weight_files import carried_files, stored_tensors, without_code
-from minitron.model.weights import (
-    StoredTensor,
-    gather_rows,
-    read_tensor_rows,
-    require_fits,
-    same_values,
-)
+from minitron.model.weights import StoredTensor, gather_rows, read_tensor_rows, require_fits, same_values
 
 FINGERPRINT_BYTES = 4096  # bytes of each tensor in a fingerprint
 RMS_ROWS = 64  # rows of each matrix that stand for all

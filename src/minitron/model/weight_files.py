@@ -11,11 +11,7 @@ from typing import Any
 from minitron.core.errors import CheckpointError
 from minitron.core.reading import read_json
 from minitron.model.config_json import ADAPTER, CODE_KEYS, CONFIG, adapter_alone
-from minitron.model.weights import (
-    StoredTensor,
-    read_header,
-    same_values,
-)
+from minitron.model.weights import StoredTensor, read_header, same_values
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,12 +13,7 @@ from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS
 from minitron.model.families import family_of
 from minitron.model.tokenizer import make_portable
 from minitron.model.weight_files import SINGLE, WEIGHT_INDEX, carried_files, without_code
-from minitron.model.weights import (
-    TensorType,
-    bytes_of,
-    plan_shards,
-    write_shard,
-)
+from minitron.model.weights import TensorType, bytes_of, plan_shards, write_shard
 
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 
