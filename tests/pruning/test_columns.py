@@ -13,7 +13,7 @@ from minitron.pruning.repair.columns import Surgeon
 
 @pytest.fixture(autouse=True)
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RIDGE", 0.0)
+    monkeypatch.setattr(module, "CORRELATION_RIDGE", 0.0)
 
 
 def problem(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def test_a_column_that_is_never_active_goes_first_and_costs_nothing() -> None:
 
 
 def test_float32_is_enough_with_the_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RIDGE", 1e-3)
+    monkeypatch.setattr(module, "CORRELATION_RIDGE", 1e-3)
     weight, inputs = problem(60)
     exact, rounded = operate(weight, inputs), operate(weight.float(), inputs.float())
     for surgeon in (exact, rounded):

@@ -75,7 +75,7 @@ def test_nothing_changes_when_samples_vocabulary_and_files_are_in_pieces(
 ) -> None:
     tokens, checkpoint = tiny.tokens(5, 7), open_checkpoint(llama)
     whole = by_loss(checkpoint, Samples(tokens), Pass(torch.float32))(VARIANTS)
-    monkeypatch.setattr(depth, "STATES_BYTES", 0)
+    monkeypatch.setattr(depth, "VARIANT_STATES_BYTES", 0)
     monkeypatch.setattr("minitron.model.stream.HEAD_BYTES", 4 * 32 * 13)
     monkeypatch.setattr(likelihood, "chunk_tokens", lambda vocab: 5)
     monkeypatch.setattr("minitron.model.stream.STATES_IN_MEMORY_BYTES", 0)

@@ -19,14 +19,7 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.cut import cut_tensor
-from minitron.pruning.importance import (
-    CRITERIA,
-    Scores,
-    activation_scores,
-    aggregate,
-    magnitude_scores,
-    random_scores,
-)
+from minitron.pruning.importance import CRITERIA, Scores, activation_scores, aggregate, magnitude_scores, random_scores
 from minitron.pruning.plan import Plan
 
 AGGREGATES = {

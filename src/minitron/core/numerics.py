@@ -1,4 +1,4 @@
-"""Arithmetic that several rooms share: the precision of matrix products, and states normalised as by a norm."""
+"""The precision of matrix products, and normalised states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def normalized(states: Float[Tensor, "*tokens hidden"], *, centred: bool) -> Float[Tensor, "*tokens hidden"]:
-    """States of mean square 1, in float32; of mean 0 too where the norm takes the mean off (LayerNorm)."""
+    """States scaled to a mean square of 1, in float32; `centred` also subtracts their mean, as LayerNorm does."""
     states = states.float()
     if centred:
         states = states - states.mean(-1, keepdim=True)
@@ -18,10 +18,10 @@ def normalized(states: Float[Tensor, "*tokens hidden"], *, centred: bool) -> Flo
 
 @contextmanager
 def matmul_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 matrix products may round their *inputs* to `dtype`; sums and results stay float32.
+    """In this block, float32 matrix products may round their *inputs* to `dtype`; sums and results stay float32.
 
-    Logits rounded to bfloat16 spoil the KL gradient just where a good student lives: its relative error grows from 1%
-    at KL 3 to 40% at KL 0.001. With float32 results it stays at 0.2% everywhere, at bfloat16's speed.
+    Logits rounded to bfloat16 spoil the KL gradient of a good student: its relative error grows from 1% at a KL of 3 to
+    40% at 0.001. With float32 results it stays at 0.2% everywhere, at the speed of bfloat16.
     """
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -3,7 +3,7 @@
 A corpus on disk is a directory:
 
     train.bin, heldout.bin    one long stream of token ids each (uint16 or uint32)
-    heldout_bytes.bin         UTF-8 bytes of text that each held-out token stands for (uint32)
+    heldout_bytes.bin         the number of UTF-8 bytes behind each held-out token (uint32)
     corpus.json               written last: dtypes, block length, counts, delimiter, separator, digest
 
 Blocks are consecutive windows of a stream; the incomplete last one is dropped.
@@ -30,13 +30,13 @@ from minitron.model.samples import Samples, Separator
 from minitron.model.tokens import put_around, require_rows, require_within, text_ends, texts_ids
 
 BYTES_DTYPE = "uint32"  # one token may stand for more than 65,535 bytes: a run of characters that has no token
-SAMPLED = "sampled.jsonl"  # where text sampled from the teacher lies, in a run's data directory
+SAMPLED = "sampled.jsonl"  # text sampled from the teacher, in a run's data directory
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks of one split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token;
-    `separator` tells documents apart that are to be kept so."""
+    """The token blocks of a split, memory-mapped. `bytes` (held-out only) counts the text bytes behind each token;
+    `separator` separates documents that are kept apart."""
 
     tokens: np.ndarray  # [num_blocks, block_tokens]
     bytes: np.ndarray | None = None  # [num_blocks, block_tokens]
@@ -57,10 +57,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Corpus:
-    """
-    bytes_dtype: of heldout_bytes.bin; corpora that do not say have uint16.
-    shared_documents, shared_chars: what of the training text was left out, for the held-out text has it too: documents
-        of which nothing is left, and characters.
+    """A prepared corpus on disk, as its corpus.json describes it.
+
+    separator: the separator of documents, where they are kept apart.
+    bytes_dtype: the dtype of heldout_bytes.bin; uint16 in older corpora.
+    shared_documents, shared_chars: the training text that was left out because the held-out text contains it:
+        documents without any other text, and characters.
+    bytes_digest: the digest of heldout_bytes.bin; empty in older corpora.
     """
 
     path: Path
@@ -72,11 +75,11 @@ class Corpus:
     heldout_documents: int
     heldout_tokens: int
     digest: str
-    separator: Separator | None = None  # where documents are to be kept apart
+    separator: Separator | None = None
     bytes_dtype: str = "uint16"
     shared_documents: int = 0
     shared_chars: int = 0
-    bytes_digest: str = ""  # of the bytes behind each held-out token; older versions did not keep it
+    bytes_digest: str = ""
 
     @property
     def train(self) -> Blocks:
@@ -102,7 +105,7 @@ class Corpus:
 def open_corpus(path: Path) -> Corpus:
     """Open a corpus that `prepare` wrote.
 
-    Raises: DataError if the directory holds none, or a part of one.
+    Raises: DataError if the directory holds no corpus, or an incomplete one.
     """
     file = path / "corpus.json"
     if not file.exists():
@@ -126,7 +129,10 @@ def open_corpus(path: Path) -> Corpus:
 
 
 def require_undamaged(corpus: Corpus) -> None:
-    """Raises: DataError if the tokens of a corpus are not those that were written. All of them are read."""
+    """Read all tokens of a corpus.
+
+    Raises: DataError if they are not the tokens that were written.
+    """
     path = corpus.path
     if _corpus_digest(path, corpus.block_tokens, corpus.separator) != corpus.digest:
         raise DataError(
@@ -143,22 +149,22 @@ def _again(path: Path) -> str:
 
 
 def draw_samples(corpus: Corpus, count: int, seed: int) -> Samples:
-    """At most `count` training blocks, in the order in which a training of that seed reads its first."""
+    """At most `count` training blocks: the first blocks that a training of that seed reads, in its order."""
     blocks = corpus.train
     rows = batch_rows(len(blocks), seed=seed, step=0, batch=min(count, len(blocks)))
     return Samples(torch.from_numpy(blocks.select(rows)), corpus.separator)
 
 
 def batch_rows(num_blocks: int, *, seed: int, step: int, batch: int) -> np.ndarray:
-    """Indices of the blocks that training step `step` (from 0) reads, where every step reads as many."""
+    """The indices of the blocks that the training step `step` (from 0) reads, if every step reads `batch` blocks."""
     return next_rows(num_blocks, seed=seed, drawn=step * batch, count=batch)
 
 
 def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarray:
-    """Indices of the `count` blocks that follow the first `drawn` ones of a training: a pure function, so resuming
-    needs no more state than that number.
+    """The indices of the next `count` blocks of a training after `drawn` blocks: a pure function, so to resume takes no
+    state but that number.
 
-    Each pass over the data is a permutation of its own, drawn from (seed, pass); the blocks may straddle passes.
+    Each pass over the data is another permutation, drawn from (seed, pass); the blocks may belong to two passes.
     """
     positions = np.arange(drawn, drawn + count)
     rows = np.empty(count, dtype=np.int64)
@@ -169,7 +175,7 @@ def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarr
 
 
 def hold_out_all(config: DataConfig) -> DataConfig:
-    """The config by which all of the source is held out, and `heldout` is not read; no recipe can ask for that."""
+    """The config by which all of the source is held out and `heldout` is not read, which no recipe can ask for."""
     return config.model_copy(update={"heldout": None, "heldout_fraction": 1.0})
 
 
@@ -250,9 +256,9 @@ def _write(writer: "_Writer", config: DataConfig, documents: Iterable[Document],
 
 
 def _shared(writer: "_Writer", config: DataConfig) -> str:
-    """What was left out of the training text.
+    """The warning about training text that was left out.
 
-    Raises: DataError if that is all of it.
+    Raises: DataError if no training text is left.
     """
     if writer.documents["train"] == 0:
         raise DataError(
@@ -275,9 +281,9 @@ def read_documents(source: str, config: DataConfig) -> Iterator[Document]:
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that the sources consist of; none for a hub dataset.
+    """The files of the sources; none for a hub dataset.
 
-    Raises: DataError for a source that is not there, or a file that cannot be read.
+    Raises: DataError for a missing source, or a file that cannot be read.
     """
     return [file for source in filter(None, (config.source, config.heldout)) for file in find_source(source).files]
 
@@ -288,14 +294,14 @@ def is_heldout(document: Document, fraction: float) -> bool:
 
 
 def _fraction(key: str) -> float:
-    """A document's place in [0, 1), from its key alone."""
+    """A number in [0, 1) that depends only on the document's key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
 def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
-    """Token ids before and after each document, and the resolved choice.
+    """The token ids before and after each document, and the resolved choice.
 
-    Raises: DataError for a choice that asks for a token that the tokenizer does not have.
+    Raises: DataError for a choice with a token that the tokenizer does not have.
     """
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     there = [name for name, id in ids.items() if id is not None]
@@ -315,9 +321,9 @@ def delimiters(choice: str, tokenizer: Any) -> tuple[list[int], list[int], str]:
 
 
 def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
-    """What tells documents apart, where they are to be kept so.
+    """The separator of documents, if they are to be kept apart.
 
-    Raises: DataError if the delimiters do not tell.
+    Raises: DataError if the delimiters do not separate them.
     """
     if not config.separate_documents:
         return None
@@ -335,7 +341,7 @@ def separator(config: DataConfig, tokenizer: Any) -> Separator | None:
 
 
 class _Writer:
-    """Tokenizes documents in batches and appends each to the stream of its split; those without a token are none."""
+    """Tokenizes documents in batches, and appends each that has tokens to the stream of its split."""
 
     BATCH_CHARS = 1 << 20
 
@@ -348,7 +354,7 @@ class _Writer:
         self.shared_documents = self.shared_chars = 0
         self.pending: list[tuple[Document, bool]] = []
         self.pending_chars = 0
-        # The training document with the lowest hash, and (start, length) in the train stream of it and its equals.
+        # The training document with the lowest hash, and (start, length) in the stream of it and of equal documents.
         self.lowest: tuple[float, Document, list[tuple[int, int]]] | None = None
 
     def __enter__(self) -> "_Writer":
@@ -362,7 +368,7 @@ class _Writer:
             file.close()
 
     def add(self, document: Document, *, heldout: bool) -> bool:
-        """Take a document; returns whether that filled a batch and had it tokenized."""
+        """Add a document; returns whether a batch was full and has been tokenized."""
         self.pending.append((document, heldout))
         self.pending_chars += len(document.text)
         if self.pending_chars < self.BATCH_CHARS:
@@ -371,13 +377,13 @@ class _Writer:
         return True
 
     def take_out(self, document: Document, rest: str) -> Document:
-        """The document with the rest of its text, where the other part is held out."""
+        """The document with the rest of its text, after the held-out part is taken out."""
         self.shared_documents += not rest
         self.shared_chars += len(document.text) - len(rest)
         return replace(document, text=rest)
 
     def hold_out_lowest(self, source: str) -> None:
-        """Move the training document with the lowest hash, and its equals, to the held-out split if that is empty."""
+        """Move the training document with the lowest hash, and equal documents, to the empty held-out split."""
         if self.lowest is None or len(self.lowest[2]) == self.documents["train"]:
             raise DataError(
                 f"data source {source!r} is a single document, so nothing can be held out: "
@@ -398,7 +404,7 @@ class _Writer:
         texts = [document.text for document, _ in self.pending]
         for (document, heldout), ids in zip(self.pending, texts_ids(self.tokenizer, texts), strict=True):
             if not ids:
-                continue  # what a tokenizer drops, such as spaces: a delimiter alone would be no document
+                continue  # the tokenizer drops the text, such as spaces: a delimiter alone would be no document
             require_within(ids, self.vocab, self.tokenizer, f"the text {document.text[:40]!r}")
             self._append(document, np.array([*self.prefix, *ids, *self.suffix], dtype=self.dtype), heldout)
         self.pending, self.pending_chars = [], 0
@@ -421,10 +427,10 @@ class _Writer:
             self.lowest[2].append((self.tokens["train"], length))
 
     def _bytes(self, text: str) -> np.ndarray:
-        """UTF-8 bytes that each token of the document adds to the text; delimiters add none.
+        """The number of UTF-8 bytes that each token of a document adds to the text; delimiters add none.
 
-        A token ends at a character; what it adds is the text between the end before and its own. So the counts sum
-        to the document's length whatever spaces or byte pieces the tokenizer makes.
+        A token adds the text between the end of the token before and its own end. So the counts sum to the length of
+        the document, whatever the tokenizer does with spaces and parts of characters.
         """
         ends = np.maximum.accumulate([0, *text_ends(self.tokenizer, text)])
         ends[-1] = len(text)  # byte-level tokenizers trim spaces off their offsets
@@ -434,7 +440,7 @@ class _Writer:
 
 
 def _bytes_before(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of a text, and in all of it."""
+    """The number of UTF-8 bytes before each character of a text, and in the whole text."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     lengths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     return np.concatenate([[0], np.cumsum(lengths)])

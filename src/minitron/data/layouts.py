@@ -1,4 +1,4 @@
-"""What corpus.json and the record of a corpus hold, checked when they are read."""
+"""The types of corpus.json and of the record of a corpus, checked when they are read."""
 
 from typing import Annotated
 

@@ -1,7 +1,7 @@
-"""What training text and held-out text have in common, so that no document is both trained on and measured.
+"""Text that the training text and the held-out text share, so that no document is both trained on and measured.
 
-Texts are compared by their words: line ends, blank lines and spaces differ from one format to the next. Where the same
-text is cut into documents in two ways, it is told by its lines.
+Texts are compared by their words, because line ends, blank lines and spaces differ between formats. If the same text is
+cut into documents in two ways, its lines are compared.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ from itertools import groupby
 
 from minitron.data.sources import Document
 
-# Of text that two documents share: less may be a common phrase.
+# Shorter shared text may be a common phrase.
 LEAST_CHARS = 64
 
 
 class HeldOut:
-    """Remembers held-out documents, and says what is left of a training document without them.
+    """The held-out documents, whose text is taken out of training documents.
 
-    A row is left out whole, if it has the words of a held-out document, if all of its lines or half of its characters
-    stand in held-out text, or if it holds a held-out document. Of a text file, which has no rows, the lines that stand
-    in held-out text are left out.
+    A row is left out if it has the words of a held-out document, if all of its lines or half of its characters are in
+    held-out text, or if it contains a held-out document. From a text file, which has no rows, the lines that are in
+    held-out text are left out.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class HeldOut:
             self._longest.setdefault(max(lines, key=lambda line: (len(line), line)), []).append(lines)
 
     def without(self, document: Document) -> str:
-        """The text of a training document that is not held out; empty if nothing is left."""
+        """The text of a training document without held-out text; empty if nothing is left."""
         text = document.text
         if _words(text) in self._words:
             return ""
@@ -49,10 +49,10 @@ class HeldOut:
         if document.section:
             rest = "".join(self._other_lines(text, lines))
             return rest if rest.strip() else ""
-        return "" if 2 * shared >= total or self._holds_one(set(lines)) else text
+        return "" if 2 * shared >= total or self._contains_heldout(set(lines)) else text
 
     def _other_lines(self, text: str, lines: list[str]) -> Iterator[str]:
-        """The lines of a text without runs of held-out ones, short lines and blank ones between long ones included."""
+        """The lines of a text without runs of held-out lines, which include short and blank lines between long ones."""
         known = [not line or line in self._lines for line in lines]
         pairs = zip(known, lines, text.splitlines(keepends=True), strict=True)
         for held, run in groupby(pairs, key=lambda pair: pair[0]):
@@ -60,8 +60,8 @@ class HeldOut:
             if not held or sum(len(line) for _, line, _ in rows) < LEAST_CHARS:
                 yield from (whole for _, _, whole in rows)
 
-    def _holds_one(self, lines: set[str]) -> bool:
-        return any(one <= lines for line in lines for one in self._longest.get(line, ()))
+    def _contains_heldout(self, lines: set[str]) -> bool:
+        return any(document <= lines for line in lines for document in self._longest.get(line, ()))
 
 
 def _words(text: str) -> bytes:
@@ -69,5 +69,5 @@ def _words(text: str) -> bytes:
 
 
 def _plain(text: str) -> list[str]:
-    """Its lines, spaces in them made alike."""
+    """The lines of a text, with each run of spaces as one space."""
     return [" ".join(line.split()) for line in text.splitlines()]

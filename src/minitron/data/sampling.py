@@ -1,8 +1,8 @@
-"""Text sampled from a model, for a teacher whose own text is not at hand.
+"""Text sampled from a model, for a teacher whose training text is not available.
 
-A document begins with the tokenizer's BOS token, or with its EOS token where there is no BOS, as text does that follows
-another document; it ends where the model says so, or at the length of a block. Batch n is a function of the model, the
-settings, the seed and n, so an interrupted sampling goes on as if it had not been.
+A document begins with the tokenizer's BOS token, or if there is no BOS with the EOS token, like text behind another
+document. It ends at an end token, or at the length of a block. Batch n is a function of the model, the settings, the
+seed and n, so an interrupted sampling continues as if it had not been interrupted.
 
 Paper: LLM-QAT (arXiv:2305.17888), "Data-free Distillation"; here from the start token and without a greedy beginning.
 """
@@ -35,8 +35,8 @@ MOST_OF_EXPECTED = 4
 
 @dataclass(frozen=True)
 class SampledDocument:
-    """A row of the file. `tokens` were drawn, the end token among them; `ended` is False for a text cut at the length
-    of a block."""
+    """A row of the file. `tokens` is the number of drawn tokens, with the end token; `ended` is False for a text that
+    was cut at the length of a block."""
 
     text: str
     tokens: int
@@ -101,7 +101,7 @@ def start_token(tokenizer: Any) -> int:
 
 
 def end_tokens(tokenizer: Any, model: Any) -> set[int]:
-    """What ends a document: EOS, what else the model's generation config names, and BOS, which begins the next one."""
+    """The tokens that end a document: EOS, the end tokens of the generation config, and BOS, which begins another."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return {token for token in (*named, tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None}
@@ -138,7 +138,7 @@ def sample_batch(
     """
     device = next(model.parameters()).device
     documents: list[list[int]] = [[] for _ in draws]
-    rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and among these still going on
+    rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and not yet ended
     tokens, cache = torch.full((len(draws), 1), sampling.start, device=device), None
     for position in range(draws.shape[1]):
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
@@ -170,7 +170,7 @@ def sample_batch(
 def probabilities(
     logits: Float[Tensor, "rows vocab"], top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, "rows vocab"]:
-    """Of each token: 0 but for the `top_k` likeliest, and among these but for the fewest that have `top_p` together."""
+    """The probabilities of the `top_k` most likely tokens, and of these of the fewest that sum to `top_p`; else 0."""
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -182,10 +182,10 @@ def probabilities(
     return found / found.sum(-1, keepdim=True)
 
 
-def draw(of: Float[Tensor, "rows vocab"], at: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token of each row within whose part of the cumulated probabilities the number in [0, 1) lies."""
-    cumulated = of.double().cumsum(-1)
-    points = at.to(of.device).double()[:, None] * cumulated[:, -1:]
+def draw(chances: Float[Tensor, "rows vocab"], at: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token of each row whose interval of the cumulated probabilities contains the number in [0, 1)."""
+    cumulated = chances.double().cumsum(-1)
+    points = at.to(chances.device).double()[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, points, right=True)[:, 0]
 
 
@@ -234,13 +234,13 @@ class _Goal:
 def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> SampledDocument:
     ended = ids[-1] in ends
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    text = text.replace("\0", "")  # a token of most tokenizers, and no character of text
-    # The length may cut a character in two.
+    text = text.replace("\0", "")  # a token of most tokenizers, but no character of text
+    # The length may have cut a character.
     return SampledDocument(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
 
 
 def _resume(path: Path, batch: int) -> list[SampledDocument]:
-    """The whole batches in the file; what is behind them is cut off."""
+    """The complete batches in the file; an incomplete one is removed."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = sum(line.endswith(b"\n") for line in lines) // batch * batch
     if path.exists():

@@ -1,7 +1,7 @@
-"""Where text comes from: files, directories of them, datasets on the hub, and Python's own source text.
+"""Sources of text: files, directories of files, datasets on the hub, and the source text of Python's library.
 
-Every source is a stream of documents in a fixed order. A row of a .jsonl or .parquet file or of a dataset is one; a
-.txt or .md file is one too, or several where it is long.
+Every source is a stream of documents in a fixed order. Each row of a .jsonl or .parquet file or of a dataset is a
+document, and so is each .txt or .md file; a long file is several documents.
 """
 
 import hashlib
@@ -14,21 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import DataError
-from minitron.core.reading import (
-    MARK,
-    Folder,
-    find_files,
-    json_name,
-    read_rows,
-    read_text,
-    require_file,
-    require_text,
-)
+from minitron.core.reading import MARK, Folder, find_files, json_name, read_rows, read_text, require_file, require_text
 
 BUILTIN = "builtin"
 TEACHER = "teacher"  # text that `sampling` draws from the teacher
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-# Suffix of a file that is not read -> what to do with it.
+# Suffix of a file that is not read -> advice to the user.
 _WAYS_OUT = {
     ".json": "write its objects one a line into a .jsonl file",
     **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), "rename it to .jsonl if it holds one JSON object a line"),
@@ -38,10 +29,10 @@ _WAYS_OUT = {
     **dict.fromkeys((".text", ".markdown", ".rst", ".tex"), "rename it to .txt if it is plain text"),
     **dict.fromkeys((".bin", ".npy", ".idx", ".pt", ".safetensors", ".gguf"), "give the text, not its tokens"),
 }
-# Generated tables, not source text that a person wrote.
+# Generated tables instead of source text by people.
 _NOT_SOURCE = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 _TESTS = {"test", "tests", "idle_test", "testsuite"}
-# A text file is cut at line ends; where it has none within so many characters, at a space, or anywhere.
+# A text file is cut at line ends; if there is none within so many characters, at a space, or anywhere.
 LONGEST_LINE_CHARS = 1 << 20
 _BLANK_LINE = re.compile(r"\n\n|\r\n\r\n|\r\r")
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -49,9 +40,10 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 @dataclass(frozen=True)
 class Document:
-    """
-    key: decides the split; equal texts of one source have equal keys.
-    section: whether it is of a text file, which has no rows: where it begins and ends then says nothing.
+    """A document of a source.
+
+    key: decides the split; equal texts of a source have equal keys.
+    section: whether it is from a text file, which has no rows, so that its beginning and end have no meaning.
     """
 
     key: str
@@ -60,7 +52,7 @@ class Document:
 
 
 def keyed(text: str, *, section: bool = False) -> Document:
-    """A document of text from anywhere but the built-in corpus; a byte order mark in front of it is no text."""
+    """A document whose key is a digest of its text, without a byte order mark; the built-in corpus has other keys."""
     text = text.lstrip(MARK)
     return Document(key=hashlib.sha256(text.encode()).hexdigest(), text=text, section=section)
 
@@ -69,10 +61,10 @@ def read_source(source: str, *, text_field: str, max_chars: int) -> Iterator[Doc
     """The documents of a source, in a fixed order; blank ones are skipped.
 
     Args:
-        text_field: of rows, the field that holds the text.
-        max_chars: a longer text file is several documents.
+        text_field: the field of rows that contains the text.
+        max_chars: the length from which a text file is several documents.
 
-    Raises: DataError if there is no such source, or it holds no text.
+    Raises: DataError if the source is missing, or contains no text.
     """
     found = False
     for document in _open_source(source, text_field, max_chars):
@@ -84,9 +76,9 @@ def read_source(source: str, *, text_field: str, max_chars: int) -> Iterator[Doc
 
 
 def find_source(source: str) -> Folder:
-    """The files that a source consists of, and what is left out of a directory; no files for a hub dataset.
+    """The files of a source, and a sentence about unread entries of a directory; no files for a hub dataset.
 
-    Raises: DataError for what is not there, or cannot be read.
+    Raises: DataError for a source that is missing or cannot be read.
     """
     path = local_path(source)
     if not source.strip():
@@ -114,7 +106,7 @@ def find_source(source: str) -> Folder:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is no local path can only be a dataset on the hub."""
+    """Whether a source is no local path, and can be the id of a dataset on the hub."""
     path = local_path(source)
     named_as_file = path.suffix.lower() in (*TEXT_SUFFIXES, *_WAYS_OUT)
     looks_right = re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", source) and not named_as_file
@@ -126,9 +118,9 @@ def local_path(source: str) -> Path:
 
 
 def builtin_documents(*, tests: bool = False) -> Iterator[Document]:
-    """Python source files of the running interpreter's standard library, keyed by module path.
+    """The source files of the running Python's standard library.
 
-    Keyed by path and not by content, so that a file is on the same side of the split under every Python version.
+    Their keys are paths, so that a file is in the same split under every version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _library_files(tests=tests):
@@ -235,8 +227,8 @@ def _read_hub(source: str, field: str) -> Iterator[Document]:
     import pyarrow
     from huggingface_hub.errors import HfHubHTTPError
 
-    # What the library and those below it raise where a network, a file or a layout is not as it should be. The HTTP
-    # library's own error, whichever library that is, is a base of the hub's.
+    # The errors of the library and of the libraries that it uses about the network, files and layouts. The base of the
+    # hub's error is the error of the HTTP library, whichever that is.
     kinds = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, pyarrow.ArrowException)
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)

@@ -1,4 +1,4 @@
-"""The text that a piece of work needs, as a corpus: how long a block is, how much is read, and where it lies."""
+"""The corpus for a command or a run: the length of its blocks, the amount of text, and its directory."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ LARGEST_DEFAULT_BLOCK = 2048
 
 
 def block_length(config: DataConfig, model: Checkpoint | ModelConfig) -> int:
-    """Tokens in a block: what the config says, else the model's context, at most LARGEST_DEFAULT_BLOCK.
+    """The tokens in a block: by the config, else the model's context, but at most LARGEST_DEFAULT_BLOCK.
 
     Raises: RunError if the model's context is shorter.
     """
@@ -30,9 +30,9 @@ def block_length(config: DataConfig, model: Checkpoint | ModelConfig) -> int:
 
 
 def bounded(config: DataConfig, tokens: int | None) -> DataConfig:
-    """The config with an end to text that has none of its own: after `tokens` training tokens, what the work needs.
+    """The config with a limit of `tokens` training tokens, if the text is endless and the config has no limit.
 
-    Raises: RunError if the text has no end and `tokens` is None; DataError if held-out text is to be sampled.
+    Raises: RunError if the text is endless and `tokens` is None; DataError if held-out text is to be sampled.
     """
     if config.heldout == TEACHER:
         raise DataError(
@@ -89,7 +89,7 @@ def make_corpus(
 
 
 def keep_sampled(corpus: Path, out: Path) -> None:
-    """Text that was sampled took longest of all, and can be given to the next command."""
+    """Copy sampled text, which took the most time, so that the next command can be given it."""
     if (corpus / SAMPLED).exists():
         shutil.copyfile(corpus / SAMPLED, out / SAMPLED)
 
@@ -105,13 +105,13 @@ def corpus_for(
     whole: bool = False,
     scratch: Path | None = None,
 ) -> Iterator[Corpus]:
-    """A corpus that is gone after the block.
+    """Yield a corpus that is removed after the block.
 
     Args:
-        samples: training blocks that are needed of text without end, which may be the checkpoint's own.
-        seed: of text that is sampled.
-        whole: hold out all of the text.
-        scratch: an existing directory to keep it in; default the system's temporary directory.
+        samples: the number of training blocks that are needed of endless text, which may be sampled.
+        seed: the seed of sampled text.
+        whole: whether all of the text is held out.
+        scratch: an existing directory for the corpus; default the system's temporary directory.
     """
     listener.stage("data", "running")
     if samples is not None:

@@ -1,1 +1,1 @@
-"""What a model is: the architecture table, checkpoints on disk, and running one layer at a time."""
+"""Models: the architecture tables, checkpoints on disk, and the stream that runs one layer at a time."""

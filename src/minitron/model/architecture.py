@@ -1,6 +1,6 @@
-"""An architecture is a table: tensor name on disk -> named axes. Everything that depends on a family reads it.
+"""An architecture is a table: tensor name on disk -> named axes. All code that depends on a family reads it.
 
-Table notation, one string per tensor:
+The notation of the table, one string per tensor:
 
     "heads*head_dim hidden"                          two axes; an axis is a product of dims
     "heads*head_dim+kv_heads*head_dim hidden"        a fused axis: segments laid end to end
@@ -19,13 +19,14 @@ from math import prod
 from typing import Any, Literal
 
 from minitron.core.errors import CheckpointError, PlanError
+from minitron.core.reading import Json
 
 # The dims that pruning can shrink, in the order in which they are reported.
 PRUNABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")
 # Those that have units of their own in every layer.
 LAYER_DIMS = ("ffn", "heads", "kv_heads")
 
-# Kind of rotary positions -> the keys without which it is none.
+# Kind of rotary positions -> the keys that it requires.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -74,7 +75,7 @@ Axis = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a concrete checkpoint: its name on disk, its axes, and its layer (None outside the layers)."""
+    """A tensor of a checkpoint: its name on disk, its axes, and its layer (None outside the layers)."""
 
     name: str
     axes: tuple[Axis, ...]
@@ -84,7 +85,7 @@ class TensorSpec:
         return tuple(sum(segment.size(shape) for segment in axis) for axis in self.axes)
 
     def reads(self, unit: str) -> bool:
-        """Whether this is a matrix whose input axis is made of `unit`."""
+        """Whether this is a matrix whose input axis consists of this unit."""
         return len(self.axes) == 2 and {segment.unit for segment in self.axes[1]} == {unit}
 
 
@@ -105,32 +106,32 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Gguf:
-    """What llama.cpp calls a family, and what it expects of its files beyond what all of them have."""
+    """The family in llama.cpp: its name there, and the ways in which its files and computations differ from others."""
 
     name: str
     # Rotary pairs lie side by side in each query and key head, not half a head apart.
     interleaved: bool = False
-    # Key of the file, without the name in front -> key of config.json. The value None is left out.
+    # Key of the file, without the family's prefix -> key of config.json. The value None is left out.
     keys: Mapping[str, str] = field(default_factory=lambda: {"attention.layer_norm_rms_epsilon": "rms_norm_eps"})
-    # Key of config.json -> the values that mean what it computes, whatever the config says; the first is its name.
+    # Key of config.json -> the values that mean what llama.cpp always computes; the first is the usual name.
     computes: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"hidden_act": ("silu", "swish")})
-    # Key of config.json -> what it computes where that is none or zero, which a file cannot say.
+    # Key of config.json -> what llama.cpp computes where the value is none or zero, which a file cannot express.
     unsaid: Mapping[str, str] = field(default_factory=dict)
-    # Its rules of rotary positions, as config.json names them.
+    # The kinds of rotary positions that llama.cpp knows, by their names in config.json.
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
-    # Only a share of each head may be turned by its position; other families turn whole heads.
+    # Rotary positions may apply to a share of each head; in other families they apply to whole heads.
     partial_rotary: bool = False
-    # It makes the query and output projections hidden x hidden.
+    # The query and output projections are hidden x hidden.
     heads_fill_hidden: bool = False
-    # Its output projection: the embedding if there is no other, always the embedding, or always a tensor of its own.
+    # The output projection: the embedding if there is no other tensor, always the embedding, or always another tensor.
     head: Literal["either", "embedding", "own"] = "either"
-    # It lets layers with a sliding window see only that; of other families it shows every layer everything.
+    # Layers with a sliding window see only the window; in other families llama.cpp lets every layer see all tokens.
     windows: bool = False
-    # Every how many layers one has no rotary positions, whatever the config says; 0 for none.
+    # One of so many layers has no rotary positions, whatever the config says; 0 if all layers have them.
     no_rope_step: int = 0
-    # It divides queries by sqrt(head_dim), where the config divides by the root of this key's number.
+    # llama.cpp divides queries by sqrt(head_dim), and the config by the square root of the number under this key.
     query_scale: str = ""
-    # Ends of the names of tensors that it has no place for.
+    # The endings of the names of tensors that llama.cpp cannot load.
     unknown: tuple[str, ...] = ()
 
 
@@ -149,13 +150,13 @@ class Architecture:
     norms: Mapping[str, str]
     # Dim -> key of config.json. A family without a key for head_dim can only have hidden = heads * head_dim.
     config_keys: Mapping[str, str]
-    # What transformers takes for a key that config.json leaves out, where it is not false or derived from others.
+    # The values of transformers for keys that config.json leaves out, unless they are false or follow from other keys.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layer: str = "model.layers.{layer}"
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm"
-    # Config keys that hold one entry per layer, cut with the layers.
+    # The config keys with one entry per layer, from which entries are cut with their layers.
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     # transformers refuses configs of some families whose hidden size is no multiple of the head count.
     hidden_multiple_of_heads: bool = False
@@ -165,21 +166,21 @@ class Architecture:
     centred_norms: bool = False
     # The model multiplies its embeddings by sqrt(hidden), which a smaller hidden changes.
     embedding_times_sqrt_hidden: bool = False
-    # Config key of a number that multiplies what attention and MLP add to the residual stream.
+    # The config key of a factor of the outputs of attention and MLP, before they are added to the residual stream.
     residual_multiplier: str = ""
-    # Config keys of what follows the output projection: a number that divides the logits, and one that caps them.
+    # The config keys of a number that divides the logits, and of a number that caps them.
     logits_divisor: str = ""
     logits_softcap: str = ""
-    # Kinds of rotary positions that its models can have, and names that kinds had before.
+    # The kinds of rotary positions of its models, and former names of kinds.
     rope_kinds: tuple[str, ...] = tuple(ROPE_KINDS)
     rope_names: Mapping[str, str] = field(default_factory=dict)
-    # Layers that see everything and layers with a window have rotary positions of their own.
+    # Layers with and without a sliding window have different rotary positions.
     rope_per_layer_kind: bool = False
-    # The context before rotary positions were stretched is a key of the config itself, beside their rule.
+    # The original context, before rotary positions were stretched, is a key of the config beside the rule.
     original_context_beside: bool = False
     # None if llama.cpp does not know the family.
     gguf: Gguf | None = None
-    # Tensors that old exports store but that no module loads.
+    # The endings of tensors that old exports store but no module loads.
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
@@ -209,8 +210,8 @@ class Architecture:
             )
         return shape
 
-    def config_for(self, config: Mapping[str, Any], shape: Shape, layers: list[int]) -> dict[str, Any]:
-        """The config of a model of another shape, keeping the given layers of this one."""
+    def config_for(self, config: Mapping[str, Any], shape: Shape, layers: list[int]) -> Json:
+        """The config of a model of another shape, with the entries of the given layers."""
         new = dict(config)
         for dim, key in self.config_keys.items():
             new[key] = getattr(shape, dim)
@@ -236,7 +237,7 @@ class Architecture:
         return bool({**self.defaults, **config}.get("tie_word_embeddings", False))
 
     def count(self, shape: Shape, config: Mapping[str, Any]) -> Parameters:
-        """Exact parameters of a model of this shape."""
+        """The exact parameters of a model of this shape."""
         parts = dict.fromkeys(("embedding", "attention", "mlp", "norm"), 0)
         for spec in self.specs(config, layers=1):
             times = 1 if spec.layer is None else shape.layers
@@ -244,7 +245,7 @@ class Architecture:
         return Parameters(total=sum(parts.values()), **parts)
 
     def parameter_terms(self, config: Mapping[str, Any]) -> ParameterTerms:
-        """The counts of `count` as polynomials in the dims, for counting many shapes: the table is read only once."""
+        """The result of `count` as polynomials in the dims, to count many shapes: the table is read only once."""
         terms: ParameterTerms = {}
         for spec in self.specs(config, layers=1):
             part, outside = terms.setdefault(self._part(spec), {}), () if spec.layer is None else ("layers",)
@@ -278,7 +279,7 @@ class Architecture:
         return "head_dim" not in self.config_keys
 
     def with_hidden(self, shape: Shape, hidden: int) -> Shape | None:
-        """`shape` with another hidden size, and with fewer heads where they must fill it; None if there is no such."""
+        """The shape with another hidden size, and fewer heads where they must fill it; None if it is no model."""
         if self.hidden_multiple_of_heads and hidden % shape.heads:
             return None
         if not self.heads_fill_hidden or hidden == shape.hidden:
@@ -289,9 +290,9 @@ class Architecture:
 
     @property
     def sites(self) -> dict[str, str]:
-        """Site -> module whose input is the activation scored there; the layers' four, and the output projection's.
+        """The four sites of a layer, each with the module whose inputs are the activations of the site.
 
-        For families that normalise before attention and MLP, a matrix's input is that norm's output.
+        In families that normalise before attention and MLP, these inputs are the outputs of the norm.
         """
         found: dict[str, str] = {}
         for name, line in self.tensors.items():
@@ -305,12 +306,12 @@ class Architecture:
 
     @property
     def stream_reads(self) -> tuple[str, ...]:
-        """Modules of a layer whose input is the bare residual stream: its norms, or where it has none, its matrices."""
+        """The modules of a layer whose input is the residual stream itself: norms, or matrices where there are none."""
         norms = tuple(name for name in self.norms if "{layer}" in name)
         return norms or (self.sites["attention_in"], self.sites["mlp_in"])
 
     def norm_before(self, matrix: str, layer: int | None) -> str | None:
-        """The norm whose output a matrix reads, both by their names without `.weight`; None if there is none."""
+        """The norm before a matrix, both by their names without `.weight`; None if there is none."""
         for norm, module in self.norms.items():
             if f"{matrix}.".startswith(module.format(layer=layer) + "."):
                 return norm.format(layer=layer)
@@ -318,7 +319,7 @@ class Architecture:
 
     @property
     def channel_norms(self) -> list[str]:
-        """Norms of a layer with a gain per residual channel that are not before its matrices."""
+        """The norms of a layer with a gain per residual channel that do not stand before its matrices."""
         before = {f"{norm}.weight" for norm in self.norms}
         vectors = [name for name, line in self.tensors.items() if _parse(line)[0] == (_axis("hidden"),)]
         return [name for name in vectors if name.endswith("norm.weight") and name not in before]
@@ -335,12 +336,12 @@ class Architecture:
 
 
 def kv_cache_bytes(shape: Shape, bytes_per_value: int = 2) -> int:
-    """Key-value cache bytes per token of context."""
+    """The bytes of the key-value cache for a token of context."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_value
 
 
 def count_terms(terms: ParameterTerms, sizes: Mapping[str, Any], *, kind: str = "total") -> Any:
-    """Parameters of one shape, or of many at once: `sizes` holds an integer per dim, or an integer array per dim.
+    """The parameters of a shape, or of many shapes at once where `sizes` holds an array for each dim.
 
     Args:
         kind: `total` or `non_embedding`.
@@ -354,7 +355,7 @@ def count_terms(terms: ParameterTerms, sizes: Mapping[str, Any], *, kind: str = 
 
 
 def with_sizes(shape: Shape, **sizes: int) -> Shape:
-    """`shape` with some sizes changed.
+    """The shape with some sizes changed.
 
     Raises: PlanError for a name that is no dim.
     """
@@ -365,7 +366,7 @@ def with_sizes(shape: Shape, **sizes: int) -> Shape:
 
 
 def _axes(line: str, config: Mapping[str, Any]) -> tuple[Axis, ...] | None:
-    """The axes of a table line; None if its condition says that this config has no such tensor."""
+    """The axes of a table line; None if the config does not meet its condition."""
     axes, condition = _parse(line)
     if condition and bool(config.get(condition.lstrip("?!"), False)) == condition.startswith("?!"):
         return None
@@ -374,7 +375,7 @@ def _axes(line: str, config: Mapping[str, Any]) -> tuple[Axis, ...] | None:
 
 @cache
 def _parse(line: str) -> tuple[tuple[Axis, ...], str]:
-    """The axes of a table line, and its condition or nothing."""
+    """The axes of a table line, and its condition, which may be empty."""
     *axes, condition = line.split() if "?" in line else [*line.split(), ""]
     return tuple(_axis(axis) for axis in axes), condition
 

@@ -1,6 +1,6 @@
-"""A Hugging Face model directory on disk: validated when opened, read tensor by tensor, written atomically.
+"""A Hugging Face model directory: its config, and its checkpoint, validated when opened and read by rows.
 
-Only safetensors, and nothing from the directory is executed.
+Only safetensors are read, and no code of the directory is run.
 """
 
 import hashlib
@@ -21,21 +21,15 @@ from minitron.model.families import family_of
 from minitron.model.hub import empty_model
 from minitron.model.tokenizer import end_ids, load_tokenizer
 from minitron.model.weight_files import carried_files, stored_tensors, without_code
-from minitron.model.weights import (
-    StoredTensor,
-    gather_rows,
-    read_tensor_rows,
-    require_fits,
-    same_values,
-)
+from minitron.model.weights import StoredTensor, gather_rows, read_tensor_rows, require_fits, same_values
 
-FINGERPRINT_BYTES = 4096  # of each tensor
-RMS_ROWS = 64  # of each matrix, whose weights stand for all
+FINGERPRINT_BYTES = 4096  # bytes of each tensor in a fingerprint
+RMS_ROWS = 64  # rows of each matrix that stand for all
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model directory. Every tensor that the family's table predicts is there with the predicted shape."""
+    """An opened model directory, in which every tensor of the family's table has the predicted shape."""
 
     path: Path
     config: Mapping[str, Any]
@@ -45,7 +39,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding on disk, which is the dtype of the model."""
+        """The stored dtype of the embedding, which is the dtype of the model."""
         return self.stored[self.architecture.embedding].dtype
 
     @property
@@ -58,7 +52,7 @@ class Checkpoint:
 
     @property
     def head(self) -> str:
-        """The tensor that projects to the vocabulary: the embedding itself where they are tied."""
+        """The name of the output projection, which is the embedding where the two are tied."""
         return self.architecture.head if self.architecture.head in self.stored else self.architecture.embedding
 
     @cached_property
@@ -70,7 +64,7 @@ class Checkpoint:
         return load_tokenizer(self.path)
 
     def fingerprint(self) -> str:
-        """A digest that tells two models apart without reading all of them: of the first rows of every tensor."""
+        """A digest of the first rows of every tensor, which tells models apart without reading all weights."""
         digest = hashlib.sha256()
         for name, stored in self.stored.items():
             count = min(stored.shape[0], max(1, FINGERPRINT_BYTES // stored.row_bytes))
@@ -82,24 +76,24 @@ class Checkpoint:
         return self.architecture.specs(self.config, self.shape.layers)
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype.
+        """Read a tensor in its stored dtype.
 
-        Raises: CheckpointError if it cannot be read or holds NaN or infinity. So do the two below.
+        Raises: CheckpointError if the tensor cannot be read, or holds NaN or infinity; so do the next two methods.
         """
         return self.read_rows(name, 0, self.stored[name].shape[0])
 
     def read_rows(self, name: str, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor; in `buffer` if they fit there."""
+        """Read the rows [start, stop) of a tensor, into `buffer` if they fit."""
         return read_tensor_rows(self.stored[name], start, stop, buffer)
 
     def read_middle(self, name: str, rows: int) -> Tensor:
-        """At most so many rows from the middle of a tensor, to stand for all."""
+        """Read at most so many rows from the middle of a tensor, which stand for all."""
         all_rows = self.stored[name].shape[0]
         start = max(0, (all_rows - rows) // 2)
         return self.read_rows(name, start, min(all_rows, start + rows))
 
     def weights_rms(self) -> float:
-        """Root mean square of the weights in the layers' matrices: the median over matrices, from some rows each."""
+        """The root mean square of the weights in the layers' matrices: the median of estimates from some rows each."""
         sizes = []
         for spec in self.specs():
             if spec.layer is not None and len(spec.axes) == 2:
@@ -107,12 +101,12 @@ class Checkpoint:
         return torch.stack(sizes).median().item()
 
     def gather_rows(self, name: str, rows: Int[Tensor, " rows"]) -> Tensor:
-        """Some rows of a tensor, in ascending order; the others are not read, but where a gap is short."""
+        """Read some rows of a tensor, given in ascending order; other rows are only read in short gaps."""
         return gather_rows(self.stored[name], rows)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model directory and hold its tensors against the family's table; weights are not read.
+    """Open a model directory and check its tensors against the family's table; weights are not read.
 
     Raises: CheckpointError, UnsupportedArchitecture.
     """
@@ -160,7 +154,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
         setattr(model.get_submodule(module), own, nn.Parameter(tensor.to(dtype, copy=True)))
     model.tie_weights()
     assert not any(parameter.is_meta for parameter in model.parameters()), "the family's table names every tensor"
-    # All that counts of generation_config.json.
+    # Nothing else of generation_config.json is used.
     model.generation_config = GenerationConfig(eos_token_id=end_ids(path) or None)
     return model.requires_grad_(True)
 
@@ -192,7 +186,7 @@ def _files_of(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def _elsewhere(path: Path, architecture: Architecture, stored: Mapping[str, StoredTensor]) -> str | None:
-    """What to say of tensors that lie under another prefix than the family's; None where they do not."""
+    """The message about tensors with another prefix than the family's; None if they have the right one."""
     expected = architecture.layer.partition("layers.")[0]
     for end in (
         architecture.embedding.removeprefix(expected),
@@ -235,7 +229,7 @@ def _notation(axis: Axis) -> str:
 
 
 def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
-    """transformers unties two tensors that are stored with different values, whatever the config says."""
+    """Check that both tensors are equal: else transformers unties them, whatever the config says."""
     if embedding != head and not same_values(embedding, head):
         raise CheckpointError(
             f"{path}: config.json ties {head.name} to {embedding.name}, yet they are stored with different values; "
@@ -246,19 +240,19 @@ def _require_tied(path: Path, embedding: StoredTensor, head: StoredTensor) -> No
 _CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-ASSUMED_DTYPE = "float32"  # what transformers takes where a config says none
+ASSUMED_DTYPE = "float32"  # the dtype that transformers takes where a config has none
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a Checkpoint knows without its tensors."""
+    """A model as its config.json describes it, which is enough for shapes, counts and costs."""
 
     path: Path
     config: Mapping[str, Any]
     architecture: Architecture
     shape: Shape
     dtype: torch.dtype
-    dtype_assumed: bool  # config.json says none
+    dtype_assumed: bool  # whether config.json has no dtype
 
     @property
     def parameters(self) -> Parameters:
@@ -266,7 +260,7 @@ class ModelConfig:
 
 
 def open_config(path: Path) -> ModelConfig:
-    """Read a model directory's config.json; nothing else need be there.
+    """Read the config.json of a model directory; no other file is needed.
 
     Raises: CheckpointError, UnsupportedArchitecture.
     """

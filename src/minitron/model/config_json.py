@@ -1,7 +1,7 @@
-"""A model's config.json: read once, checked, and put in the one form that every reader of it gets.
+"""A model's config.json: read once, checked, and brought into one form for all readers.
 
-A key that is null counts as missing, but where null has a meaning of its own. Every value has a rule. Of rotary
-positions, which have had several spellings, one is left.
+A key that is null counts as missing, unless null has a meaning. Every value has a rule. Rotary positions, which have
+had several spellings, end in one.
 """
 
 import math
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import CheckpointError, did_you_mean
-from minitron.core.reading import read_json
+from minitron.core.reading import Json, read_json
 from minitron.model.architecture import ROPE_KINDS, Architecture, Shape
 from minitron.model.families import FAMILIES, family_of
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 QUANTIZE_AFTER = "cut the original model in 16 or 32 bits and quantize after"
-# Keys that say where code lies which is to be run: none is, and none is written.
+# Keys that name code to run: no code is run, and these keys are not written.
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the older spelling
 LARGEST_SIZE = 2**31 - 1
@@ -27,7 +27,7 @@ LAYER_KINDS = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class ValueRule:
-    """What a value must be. Where `null` is kept it is a value of its own: no window, no cap, one head each."""
+    """The rule of a value. With `null`, null is a value with a meaning: no window, no cap, as many key-value heads."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -92,8 +92,8 @@ ROPE_RULES: dict[str, ValueRule] = {
 }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a model directory, as `settled` leaves it where its family is known.
+def read_config(path: Path) -> Json:
+    """Read the config.json of a model directory; if its family is known, in the form of `settled`.
 
     Raises: CheckpointError if it is missing, is no JSON object, breaks a rule, or describes quantized weights.
     """
@@ -116,10 +116,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}/{error}") from None  # each begins with the file's name
 
 
-def settled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of a known family with one meaning per key; what already has one is left as it is.
+def settled(config: Mapping[str, Any]) -> Json:
+    """Bring the config of a known family into the form in which each key has one meaning.
 
-    Raises: CheckpointError if a value breaks its rule, or two contradict each other.
+    Raises: CheckpointError if a value breaks its rule, or if two values contradict each other.
     """
     config = {key: value for key, value in config.items() if value is not None or _null_says_something(key)}
     for key, rule in CONFIG_RULES.items():
@@ -132,7 +132,7 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_entry_per_layer(path: Path, config: Mapping[str, Any], architecture: Architecture, layers: int) -> None:
-    """Raises: CheckpointError for a list of another length than the number of layers."""
+    """Raises: CheckpointError for a per-layer list whose length is not the number of layers."""
     for key in architecture.per_layer_keys:
         if config.get(key) is not None and len(config[key]) != layers:
             raise CheckpointError(
@@ -142,7 +142,7 @@ def require_entry_per_layer(path: Path, config: Mapping[str, Any], architecture:
 
 
 def adapter_alone(path: Path) -> str:
-    """What to do with a directory that holds what a training added to a model, and not the model."""
+    """The message about a directory that holds an adapter, such as LoRA, instead of a model."""
     base = read_json(path / ADAPTER, CheckpointError)
     name = base.get("base_model_name_or_path") if isinstance(base, dict) else None
     return (
@@ -166,7 +166,7 @@ def _short(value: Any) -> str:
 
 
 def _require_list(key: str, value: Any) -> None:
-    """Of a key with one entry per layer."""
+    """Check the value of a key with one entry per layer."""
     if value is None:
         return
     if not isinstance(value, list):
@@ -179,10 +179,10 @@ def _require_list(key: str, value: Any) -> None:
         )
 
 
-def _one_rope(config: dict[str, Any], architecture: Architecture, shape: Shape) -> dict[str, Any]:
-    """The config with its rotary positions said in one place, in the names of today.
+def _one_rope(config: Json, architecture: Architecture, shape: Shape) -> Json:
+    """The config with one rule for rotary positions, in current names.
 
-    transformers takes rope_scaling where rope_parameters is there too, and then forgets the base that the other says.
+    If both are there, transformers takes rope_scaling over rope_parameters, and ignores the latter's base.
     """
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     tables = {
@@ -208,7 +208,7 @@ def _one_rope(config: dict[str, Any], architecture: Architecture, shape: Shape) 
 
 
 def _same_rope(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two tables say the same, but for a base that only one of them names."""
+    """Whether two tables are equal, apart from a base that only one of them has."""
     one, other = ({"rope_type": table.get("type", "default")} | dict(table) for table in (one, other))
     own = [{key: value for key, value in table.items() if key != "type"} for table in (one, other)]
     if not all("rope_theta" in table for table in own):
@@ -217,85 +217,85 @@ def _same_rope(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _rope_table(
-    place: str, said: Mapping[str, Any], config: Mapping[str, Any], architecture: Architecture, shape: Shape
-) -> dict[str, Any]:
+    where: str, said: Mapping[str, Any], config: Mapping[str, Any], architecture: Architecture, shape: Shape
+) -> Json:
     """rope_scaling or rope_parameters, checked: one rule, or one for each kind of layer."""
     nested = [key for key in said if key in LAYER_KINDS]
-    if place == "rope_parameters" and architecture.rope_per_layer_kind:
+    if where == "rope_parameters" and architecture.rope_per_layer_kind:
         strange = [key for key in said if key not in LAYER_KINDS]
         if strange:
             raise CheckpointError(
-                f"{CONFIG}: {place} holds {strange[0]}; in a {architecture.name} model it has one object for each kind "
+                f"{CONFIG}: {where} holds {strange[0]}; in a {architecture.name} model it has one object for each kind "
                 f"of layer: {' and '.join(LAYER_KINDS)}"
             )
         beside = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
         return {
-            kind: table and _rope_rule(f"{place}.{kind}", table, config, architecture, shape, base=beside[kind])
+            kind: table and _rope_rule(f"{where}.{kind}", table, config, architecture, shape, base=beside[kind])
             for kind, table in said.items()
         }
     if nested:
         raise CheckpointError(
-            f"{CONFIG}: {place} has one rule for {' and one for '.join(nested)} layers, where a {architecture.name} "
+            f"{CONFIG}: {where} has one rule for {' and one for '.join(nested)} layers, where a {architecture.name} "
             "model has one for all"
         )
-    return _rope_rule(place, said, config, architecture, shape, base="rope_theta")
+    return _rope_rule(where, said, config, architecture, shape, base="rope_theta")
 
 
 def _rope_rule(
-    place: str, said: Any, config: Mapping[str, Any], architecture: Architecture, shape: Shape, *, base: str
-) -> dict[str, Any]:
-    """One rule for rotary positions, its kind by the name of today.
+    where: str, said: Any, config: Mapping[str, Any], architecture: Architecture, shape: Shape, *, base: str
+) -> Json:
+    """Check one rule for rotary positions, and give its kind the current name.
 
     Args:
-        base: the key of the config that says the same as rope_theta in here.
+        base: the key of the config with the meaning of the rule's rope_theta.
     """
-    _require(place, said, _OBJECT)
+    _require(where, said, _OBJECT)
     rule = {key: value for key, value in said.items() if value is not None}
     for key, wanted in ROPE_RULES.items():
-        _require(f"{place}.{key}", rule.get(key), wanted)
+        _require(f"{where}.{key}", rule.get(key), wanted)
     names = {key: architecture.rope_names.get(rule[key], rule[key]) for key in ("rope_type", "type") if key in rule}
     if len(set(names.values())) > 1:
         raise CheckpointError(
-            f"{CONFIG}: {place} is of rope_type {rule['rope_type']!r} and of type {rule['type']!r}, two spellings of "
+            f"{CONFIG}: {where} is of rope_type {rule['rope_type']!r} and of type {rule['type']!r}, two spellings of "
             "one key: remove the one that is not meant"
         )
     kind = next(iter(names.values()), "default")
     if kind not in architecture.rope_kinds:
         raise CheckpointError(
-            f"{CONFIG}: {place} asks for rotary positions of type {kind!r}, which a {architecture.name} model cannot "
+            f"{CONFIG}: {where} asks for rotary positions of type {kind!r}, which a {architecture.name} model cannot "
             f"have{did_you_mean(kind, architecture.rope_kinds)}"
         )
     missing = [key for key in ROPE_KINDS[kind] if key not in rule]
     if missing:
         raise CheckpointError(
-            f"{CONFIG}: {place} is of type {kind!r} and has no {missing[0]}, without which it is none"
+            f"{CONFIG}: {where} is of type {kind!r} and has no {missing[0]}, without which it is none"
         )
-    _require_said_once(place, rule, config, base)
+    _require_said_once(where, rule, config, base)
     share = rule.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     pairs = int(shape.head_dim * share) // 2
     for key in ("short_factor", "long_factor"):
         if kind == "longrope" and len(rule[key]) != pairs:
             raise CheckpointError(
-                f"{CONFIG}: {place}.{key} has {len(rule[key])} numbers; heads of {shape.head_dim} take {pairs}"
+                f"{CONFIG}: {where}.{key} has {len(rule[key])} numbers; heads of {shape.head_dim} take {pairs}"
             )
     return rule | names
 
 
-def _require_said_once(place: str, rule: Mapping[str, Any], config: Mapping[str, Any], base: str) -> None:
-    """What stands in a rule and beside it must be the same: who reads which differs from program to program."""
+def _require_said_once(where: str, rule: Mapping[str, Any], config: Mapping[str, Any], base: str) -> None:
+    """Check that values in a rule and beside it agree: programs differ in which of the two they read."""
     pairs = {"rope_theta": base} | {
         key: key for key in ("partial_rotary_factor", "original_max_position_embeddings") if key in rule
     }
     for inside, outside in pairs.items():
         if inside in rule and outside in config and not math.isclose(rule[inside], config[outside]):
             raise CheckpointError(
-                f"{CONFIG}: {place}.{inside} is {rule[inside]} and {outside} is {config[outside]}, though both say the "
+                f"{CONFIG}: {where}.{inside} is {rule[inside]} and {outside} is {config[outside]}, though both say the "
                 "same thing: remove the one that is not meant"
             )
 
 
 def _quantized_by(config: Mapping[str, Any]) -> str | None:
-    """What a config.json says of its weights' quantization; None for plain weights."""
+    """The quantization that a config.json describes; None for plain weights."""
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is mlx's
         facts = config.get(key)
         if facts:

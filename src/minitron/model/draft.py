@@ -1,8 +1,8 @@
-"""A first draft of the table of a model type that has none, from its config.json and the shapes of its tensors.
+"""A first draft of the table of an unsupported model type, from its config.json and the shapes of its tensors.
 
-A tensor is placed by its name, and only where the sizes agree: dims coincide too often for a size alone to prove
-anything. A line that the shape cannot settle is marked, and a tensor that fits nowhere is listed with the reason. A
-table starts from a draft; it ends with the laws of the test suite, see docs/extend/family.md.
+A tensor gets a line by its name, and only if its sizes agree with the line: dims coincide too often for sizes alone. A
+line that the shape does not prove is marked, and a tensor without a line is listed with the reason. A new table starts
+from a draft, and is finished when the laws of the test suite hold, see docs/extend/family.md.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from minitron.model.architecture import DIMS, Architecture
 
-# Dim -> how config.json spells it, the usual key first.
+# Dim -> its keys in config.json, the usual key first.
 KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -29,10 +29,10 @@ KEYS = {
 Q, KV = "heads*head_dim", "kv_heads*head_dim"
 QKV, UP, DOWN, GATE_UP = f"{Q}+{KV}+{KV}", "ffn hidden", "hidden ffn", "ffn+ffn hidden"
 NORM, HEAD = r".*norm.*|ln_.*|ln\d?", "lm_head|embed_out|output"
-# Modules between a layer and a tensor's own -> what they are.
+# The modules of a layer that contain a tensor's module.
 AREAS = {"attention": "(self_)?att(n|ention)", "mlp": "mlp|ffn|feed_?forward"}
 INSIDE = (*AREAS, "layer")
-# Where a module stands and its own name -> its axes, likeliest first. `layer` is directly in a layer, `stack` beside
+# The area of a module and its name -> its axes, the most likely first. `layer` is directly in a layer, `stack` beside
 # the list of layers, `outside` anywhere else.
 TENSOR_ROLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("attention", "q_proj|query|wq", (f"{Q} hidden",)),
@@ -52,20 +52,20 @@ TENSOR_ROLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("layer|stack", NORM, ("hidden",)),
 )
 EXPERTS = re.compile("expert|router|moe")
-# Dims that a config may not hold, each with a matrix whose outputs tell it, in the order in which they can be found.
+# Dims that a config may lack, each with a matrix whose outputs give its size, in the order in which they are derived.
 TOLD_BY = (
     ("vocab", "vocab hidden"), ("head_dim", f"{Q} hidden"), ("head_dim", f"{QKV} hidden"), ("kv_heads", f"{KV} hidden"),
     ("kv_heads", f"{QKV} hidden"), ("ffn", UP), ("ffn", GATE_UP),
 )  # fmt: skip
-# Names of the norm before attention and of the one before the MLP. The last counts only where there is one before
-# attention: other families put a norm of this name after it.
+# The names of the norms before attention and before the MLP. The last name counts only if there is a norm before
+# attention: other families have a norm of this name after it.
 NORM_BEFORE = {
     "attention": ("input_layernorm", "ln_1", "ln_attn", "self_attn_layer_norm", "norm_1", "attention_norm",
                   "attention_layernorm"),
     "mlp": ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ln_2", "ln_mlp", "norm_2",
             "ffn_norm", "feedforward_layernorm", "final_layer_norm", "post_attention_layernorm"),
 }  # fmt: skip
-# What an axis can be where the name says nothing.
+# The axes that are tried where the name is unknown.
 AXES = ("vocab", "hidden", "ffn", Q, KV, "head_dim", "heads", "kv_heads", "ffn+ffn", QKV)
 FUSED = "the shape does not tell segments laid end to end, as written, from segments interleaved per head, group or row"
 NEXT_STEPS = (
@@ -86,8 +86,8 @@ class Unplaced:
 
 @dataclass(frozen=True)
 class Draft:
-    """A table to be checked. `derived` says how sizes were found that config.json does not hold, `ambiguous` why a
-    line of `tensors` is in doubt, `notes` what no line can say."""
+    """A table to be checked. `derived` explains sizes that config.json lacks, `ambiguous` the doubts about lines of
+    `tensors`, and `notes` anything that no line can express."""
 
     model_type: str
     config_keys: Mapping[str, str]
@@ -100,11 +100,11 @@ class Draft:
     fields: Mapping[str, str]  # the Architecture's layer, embedding, head and final_norm, where not the usual
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def text(self) -> str:
-        """Python source of the table, then as comments what is unplaced, the notes and the next steps."""
+        """The Python source of the table, then as comments the tensors without a line, the notes and the next steps."""
         keys, tensors = list[str](), list[str]()
         for dim in DIMS:
             if dim in self.derived or dim not in self.sizes:
@@ -133,16 +133,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What is stored under a name, where that stands, what it stands for, and what keeps it out of any table."""
+    """A stored tensor: its shape and area, its axes by name, and the problem that keeps it out of the table."""
 
     shape: tuple[int, ...]
-    place: str
+    area: str
     readings: tuple[str, ...]
     problem: str
 
 
 def draft_table(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Draft:
-    """Guess the table of a checkpoint from its config.json and the shapes of its tensors, by their names on disk."""
+    """Guess the table of a checkpoint from its config.json, and the names and shapes of its tensors."""
     nested = "layers" not in _keys(config) and isinstance(config.get("text_config"), Mapping)
     section = config["text_config"] if nested else config
     keys = _keys(section)
@@ -150,7 +150,7 @@ def draft_table(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     layer, num_layers = _layer_list(shapes, sizes.get("layers"))
     found = _patterns(shapes, layer, num_layers)
     sizes, derived = _derive(sizes, num_layers, found)
-    tensors, ambiguous, turned = _place(found, sizes)
+    tensors, ambiguous, turned = _lines(found, sizes)
     fields, norms = _modules(tensors, found, layer)
     tied = "head" not in fields and section.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     switches = [key for key, value in section.items() if isinstance(value, bool) and re.search("bias|norm|tie_", key)]
@@ -182,7 +182,7 @@ def draft_table(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _keys(section: Mapping[str, Any]) -> dict[str, str]:
-    """Dim -> the key that is there, one with a size before one without."""
+    """The key of each dim in the config; a key with a size is preferred."""
     there = {dim: [key for key in spellings if key in section] for dim, spellings in KEYS.items()}
     return {dim: min(keys, key=lambda key: not _is_size(section[key])) for dim, keys in there.items() if keys}
 
@@ -192,9 +192,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _layer_list(shapes: Mapping[str, tuple[int, ...]], num_layers: int | None) -> tuple[str, int]:
-    """The module of a layer, with `{layer}`, and the number of layers; nothing and 0 if no index runs over them all.
+    """The module of a layer, with `{layer}`, and the number of layers; empty and 0 if no index runs over all layers.
 
-    Where several lists are long enough, such as another tower's or the experts', it is the one with most weights.
+    If several lists are long enough, such as the list of another tower or of experts, the one with most weights counts.
     """
     indices: dict[str, set[int]] = defaultdict(set)
     weights: dict[str, int] = defaultdict(int)
@@ -209,7 +209,7 @@ def _layer_list(shapes: Mapping[str, tuple[int, ...]], num_layers: int | None) -
 
 
 def _patterns(shapes: Mapping[str, tuple[int, ...]], layer: str, num_layers: int) -> dict[str, _Stored]:
-    """Name, with `{layer}` for the index of a layer and `*` for another -> what is stored. Outside the layers first."""
+    """The stored tensors by name, with `{layer}` for the index of a layer and `*` for others; outside layers first."""
     members: dict[str, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
     inside = re.compile(re.escape(layer.removesuffix("{layer}")) + r"([0-9]{1,5})\.(.+)")
     for name, shape in shapes.items():
@@ -234,24 +234,22 @@ def _patterns(shapes: Mapping[str, tuple[int, ...]], layer: str, num_layers: int
 
 
 def _role(name: str, layer: str) -> tuple[str, tuple[str, ...]]:
-    """Where the module of a tensor stands, and what the axes of its weight are by its name."""
+    """The area of a tensor's module, and the axes of its weight by the name."""
     parents, _, leaf = name.rpartition(".")[0].rpartition(".")
     if layer and f"{parents}.".startswith(f"{layer}."):
         inner = parents.removeprefix(layer).split(".")[1:]
-        areas = [area for area, names in AREAS.items() if all(re.fullmatch(names, part) for part in inner)]
-        place = "layer" if not inner else areas[0] if areas else "other"
+        inside = [area for area, names in AREAS.items() if all(re.fullmatch(names, part) for part in inner)]
+        area = "layer" if not inner else inside[0] if inside else "other"
     else:
-        place = "stack" if parents == layer.removesuffix("{layer}").rstrip(".").rpartition(".")[0] else "outside"
+        area = "stack" if parents == layer.removesuffix("{layer}").rstrip(".").rpartition(".")[0] else "outside"
     known = (
-        axes
-        for places, names, axes in TENSOR_ROLES
-        if re.fullmatch(places, place) and re.fullmatch(names, leaf.lower())
+        axes for areas, names, axes in TENSOR_ROLES if re.fullmatch(areas, area) and re.fullmatch(names, leaf.lower())
     )
-    return place, next(known, ())
+    return area, next(known, ())
 
 
 def _size(line: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a line; with an unknown dim, one that no tensor has."""
+    """The shape of a line; if a dim is unknown, a shape that no tensor has."""
     if not set(re.findall(r"\w+", line)) <= sizes.keys():
         return (-1,)
     parts = ([[sizes[dim] for dim in part.split("*")] for part in axis.split("+")] for axis in line.split())
@@ -261,7 +259,7 @@ def _size(line: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _derive(
     said: Mapping[str, int], num_layers: int, found: Mapping[str, _Stored]
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """The sizes, with those that only the tensors tell, and how they tell them."""
+    """The sizes, with sizes that only tensors show, and an explanation of these."""
     sizes, derived = dict(said), dict[str, str]()
     if num_layers and "layers" not in sizes:
         sizes["layers"], derived["layers"] = num_layers, "counted in the tensor names"
@@ -269,7 +267,7 @@ def _derive(
     for dim, line in TOLD_BY:
         axis = line.split()[0]
         for name, of in matrices:
-            # The outputs are the axis that is not hidden, whichever is first on disk.
+            # The axis of the outputs is the one that is not hidden, in either order on disk.
             outputs = of.shape[1] if of.shape[0] == sizes.get("hidden") else of.shape[0]
             (without,), (each,) = (_size(axis, sizes | {dim: value}) for value in (0, 1))
             size, rest = divmod(outputs - without, max(each - without, 1))
@@ -281,21 +279,21 @@ def _derive(
 
 
 def _fits(of: _Stored, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """What the name says and the shape agrees with: as it is, and with the axes of a layer's matrix turned round."""
-    turned = [" ".join(line.split()[::-1]) for line in of.readings if of.place in INSIDE and " " in line]
+    """The axes by name that agree with the shape: as stored, and with the axes of a layer's matrix exchanged."""
+    turned = [" ".join(line.split()[::-1]) for line in of.readings if of.area in INSIDE and " " in line]
     straight, turned = ([line for line in lines if _size(line, sizes) == of.shape] for lines in (of.readings, turned))
     return straight, turned
 
 
-def _place(found: Mapping[str, _Stored], sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Name -> line, name -> why that is doubtful, and the matrices stored as [in, out]."""
+def _lines(found: Mapping[str, _Stored], sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The line of each name, the doubts by name, and the names of matrices that are stored as [in, out]."""
     weights = {name: _fits(of, sizes) for name, of in found.items() if name.endswith(".weight") and not of.problem}
-    matrices = [weights[name] for name in weights if found[name].place in INSIDE and len(found[name].shape) == 2]
-    # Square matrices follow those that fit in one order only; where these disagree, nothing is turned.
+    matrices = [weights[name] for name in weights if found[name].area in INSIDE and len(found[name].shape) == 2]
+    # Square matrices follow the matrices that fit in one order only; if these disagree, none is exchanged.
     is_turned = {bool(turned) for straight, turned in matrices if bool(straight) != bool(turned)} == {True}
     lines, doubts, turned_names = dict[str, str](), dict[str, str](), list[str]()
     for name, (straight, turned) in weights.items():
-        # Each line with its output axis, which is the bias's.
+        # Each line with its output axis, which is also the axis of the bias.
         options = [(line, line.split()[-1]) for line in turned if is_turned]
         options += [(line, line.split()[0]) for line in straight]
         if not options:
@@ -313,7 +311,7 @@ def _place(found: Mapping[str, _Stored], sizes: Mapping[str, int]) -> tuple[dict
 
 
 def _why(name: str, of: _Stored, sizes: Mapping[str, int]) -> str:
-    """Why a tensor has no line, and what it may be."""
+    """The reason why a tensor has no line, with the axes that it may have."""
     if of.problem:
         return "; ".join([of.problem, *(f"by its name {line!r}" for line in _fits(of, sizes)[0])])
     expected = ((line, _size(line, sizes)) for line in of.readings)
@@ -333,23 +331,23 @@ def _modules(
     """The fields of an Architecture that name a module or a tensor, and its norms."""
     fields, norms = {"layer": layer} if layer else {}, dict[str, str]()
     fed: dict[str, str] = {}  # "attention" or "mlp" -> its module
-    before: dict[str, str] = {}  # own name of a norm directly in the layer -> its module
+    before: dict[str, str] = {}  # last part of the name of a norm directly in the layer -> its module
     for name, line in lines.items():
-        module, place = name.rpartition(".")[0], found[name].place
+        module, area = name.rpartition(".")[0], found[name].area
         parent, _, leaf = module.rpartition(".")
         if line == "vocab hidden":
             fields.setdefault("head" if re.fullmatch(HEAD, leaf) else "embedding", name)
-        elif place == "stack" and "emb" not in leaf:
+        elif area == "stack" and "emb" not in leaf:
             fields["final_norm"] = module
-        elif place == "layer" and line == "hidden":
+        elif area == "layer" and line == "hidden":
             before.setdefault(leaf, module)
-        elif place in INSIDE:
-            fed.setdefault(place.replace("layer", "mlp"), module if place == "layer" else parent)
-    for place, names in NORM_BEFORE.items():
+        elif area in INSIDE:
+            fed.setdefault(area.replace("layer", "mlp"), module if area == "layer" else parent)
+    for area, names in NORM_BEFORE.items():
         norm = next((before[name] for name in names if name in before), None)
-        if norm is None or place not in fed:
+        if norm is None or area not in fed:
             break
-        norms[norm] = fed[place]
+        norms[norm] = fed[area]
     if "final_norm" in fields:
         norms[fields["final_norm"]] = fields.get("head", Architecture.head).removesuffix(".weight")
     return fields, norms

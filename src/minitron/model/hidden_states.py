@@ -1,4 +1,4 @@
-"""States of the residual stream on their way through a model in memory."""
+"""The hidden states between the layers of a model in memory."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,25 +17,25 @@ def decoder_layers(model: Any, checkpoint: Checkpoint) -> list[nn.Module]:
 
 
 @contextmanager
-def capture_hidden_states(layers: Sequence[nn.Module], places: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """What a forward pass in this block has at `places`: 0 is what enters the first layer, n what leaves the nth.
+def capture_hidden_states(layers: Sequence[nn.Module], positions: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """The hidden states of the latest forward pass in this block: 0 is the input of layer 1, n the output of layer n.
 
-    transformers' `output_hidden_states` would find nothing in a model whose class FSDP has changed, keep the states of
-    all places, and put the last one through the final norm.
+    transformers' `output_hidden_states` would find none in a model whose class FSDP has changed, would keep the states
+    of all layers, and would apply the final norm to the last ones.
     """
     states: dict[int, Tensor] = {}
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         states[0] = arguments[0] if arguments else named["hidden_states"]
 
-    def leave(place: int, module: nn.Module, arguments: Any, output: Any) -> None:
-        states[place] = output if isinstance(output, Tensor) else output[0]
+    def leave(position: int, module: nn.Module, arguments: Any, output: Any) -> None:
+        states[position] = output if isinstance(output, Tensor) else output[0]
 
     with ExitStack() as hooks:
-        for place in places:
-            if place == 0:
+        for position in positions:
+            if position == 0:
                 handle = layers[0].register_forward_pre_hook(enter, with_kwargs=True)
             else:
-                handle = layers[place - 1].register_forward_hook(partial(leave, place))
+                handle = layers[position - 1].register_forward_hook(partial(leave, position))
             hooks.callback(handle.remove)
         yield states

@@ -1,4 +1,7 @@
-"""transformers' config and model for a config.json, the same for every reader; nothing of a directory is executed."""
+"""The hub and transformers: the directory of a model, and the config and model that transformers makes of it.
+
+No code of a model directory is run.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +20,9 @@ CPU = torch.device("cpu")
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
-    """transformers' config for a config.json as `read_config` gives it, of the sizes that the family's table reads.
+    """transformers' config for a config.json of `read_config`, with the sizes that the family's table reads.
 
-    Raises: CheckpointError for one that transformers refuses, UnsupportedArchitecture.
+    Raises: CheckpointError if transformers refuses the config, UnsupportedArchitecture.
     """
     from transformers import AutoConfig
 
@@ -44,7 +47,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
 
 def new_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """transformers' model for a config.json with the weights that transformers begins a training with."""
+    """transformers' model for a config.json, with transformers' initial weights."""
     from transformers import AutoModelForCausalLM
 
     made = transformers_config(config)
@@ -53,7 +56,7 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def empty_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> Any:
-    """transformers' model for a config.json: matrices on meta, small buffers (rotary tables, ...) real."""
+    """transformers' model for a config.json, with matrices on meta and real buffers (rotary tables, ...)."""
     with _EmptyOnMeta():
         model = new_model(config, dtype)
     for module in model.modules():
@@ -63,7 +66,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.dev
 
 
 def _copied(value: Any) -> Any:
-    """The same JSON again: transformers writes into the objects that it is given."""
+    """A copy of a JSON value: transformers changes the objects that it is given."""
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in value.items()}
     return [_copied(each) for each in value] if isinstance(value, list) else value
@@ -71,9 +74,9 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Inside, what transformers raises for a config that it cannot take is one line about config.json.
+    """In this block, errors of transformers about a config become one line about config.json.
 
-    It has its own validator, and wrong values that this passes end in whatever they end in.
+    Its validator raises one kind of error; wrong values that pass the validator raise many others.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -85,22 +88,20 @@ def _refusals() -> Iterator[None]:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Allocations of uninitialised memory, which is how modules make their matrices, go to the meta device."""
+    """Allocates uninitialised memory, with which modules make their matrices, on the meta device."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        changed = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **changed})
 
 
 def resolve_model(model: str, revision: str | None = None, *, config_only: bool = False) -> Path:
-    """The local directory of a model: a directory as it is, a hub id downloaded to the hub's cache.
+    """The directory of a model: a local directory, or a hub id that is downloaded to the hub's cache.
 
     Args:
-        config_only: download nothing but config.json.
+        config_only: whether only config.json is downloaded.
 
     Raises: CheckpointError if there is neither.
     """

@@ -1,4 +1,4 @@
-"""How likely a streamed model finds given tokens, from its states after the last layer."""
+"""The likelihoods of given tokens under a streamed model, from its states after the last layer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from minitron.model.stream import Stream
 
 @dataclass(frozen=True)
 class Scored:
-    """Tokens to score: each one's sample, the place in it of the token before, and its id. In order of the samples."""
+    """Tokens to score, in order of their samples: the sample, the position before the token, and the token's id."""
 
     sample: Int[Tensor, " scored"]
-    place: Int[Tensor, " scored"]
+    position: Int[Tensor, " scored"]
     token: Int[Tensor, " scored"]
 
 
@@ -26,13 +26,13 @@ class Scored:
 def score_tokens(
     stream: Stream, branches: Sequence[Tensor], scored: Scored
 ) -> tuple[Float[Tensor, "branches scored"], Bool[Tensor, "branches scored"]]:
-    """The log-likelihood of each token in nats, and whether it is the likeliest of the vocabulary.
+    """The log-likelihood of each token in nats, and whether it is the most likely token of the vocabulary.
 
-    The output projection is read a run of rows at a time: logits of a part of the vocabulary are folded into each
-    token's running logsumexp, so neither the projection nor a whole row of logits is ever in memory.
+    The output projection is read some rows at a time: the logits of a part of the vocabulary are added to each token's
+    running logsumexp, so neither the whole projection nor a whole row of logits is ever in memory.
 
     Args:
-        branches: sets of states after the last layer; they become those after the final norm.
+        branches: sets of states after the last layer, which are overwritten by the states after the final norm.
     """
     with stream.final_norm() as norm:
         for states in branches:
@@ -47,14 +47,14 @@ def score_tokens(
         chunk = chunk_tokens(len(piece))
         with matmul_precision(stream.dtype):
             for branch, states in enumerate(branches):
-                for places, hidden in _scored_states(stream, states, scored, chunk):
+                for part, hidden in _scored_states(stream, states, scored, chunk):
                     logits = transform(project(hidden, piece))
-                    sums[branch, places] = torch.logaddexp(sums[branch, places], logits.logsumexp(-1))
-                    best[branch, places] = torch.maximum(best[branch, places], logits.amax(-1))
-                    column = targets[places] - first
+                    sums[branch, part] = torch.logaddexp(sums[branch, part], logits.logsumexp(-1))
+                    best[branch, part] = torch.maximum(best[branch, part], logits.amax(-1))
+                    column = targets[part] - first
                     here = (column >= 0) & (column < len(piece))
                     mine = logits.gather(1, column.clamp(0, len(piece) - 1)[:, None])[:, 0]
-                    own[branch, places] = torch.where(here, mine, own[branch, places])
+                    own[branch, part] = torch.where(here, mine, own[branch, part])
     return (own - sums).cpu().double(), (own == best).cpu()
 
 
@@ -71,10 +71,10 @@ def _require_in_vocabulary(stream: Stream, scored: Scored) -> None:
 def _scored_states(
     stream: Stream, states: Tensor, scored: Scored, chunk: int
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk hidden"]]]:
-    """The states that the scored tokens are predicted from, in chunks, each with its place among all of them."""
+    """The states from which the scored tokens are predicted, in chunks, each with its slice of all scored tokens."""
     for rows, batch in stream.batches(states):
         first, last = torch.searchsorted(scored.sample, torch.tensor([rows.start, rows.stop])).tolist()
         for start in range(first, last, chunk):
-            places = slice(start, min(start + chunk, last))
-            own = (scored.sample[places] - rows.start).to(batch.device)
-            yield places, batch[own, scored.place[places].to(batch.device)]
+            part = slice(start, min(start + chunk, last))
+            samples = (scored.sample[part] - rows.start).to(batch.device)
+            yield part, batch[samples, scored.position[part].to(batch.device)]

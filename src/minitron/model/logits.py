@@ -9,28 +9,28 @@ from torch import Tensor
 from minitron.model.families import FAMILIES
 
 LOGIT_CHUNK_BYTES = 256 << 20
-# Logit-sized float32 tensors alive at once in a chunk: both models' logits and log-probabilities, the gradient, and two
-# in between.
+# Float32 tensors of the size of the logits that exist at once in a chunk: logits and log-probabilities of both models,
+# the gradient, and two intermediate results.
 TEMPORARIES = 7
 
 
 def chunk_tokens(vocab: int, temporaries: int = TEMPORARIES, *, budget_bytes: int = LOGIT_CHUNK_BYTES) -> int:
-    """Tokens of which so many float32 tensors of logits fit the budget."""
+    """The number of tokens for which so many float32 tensors of logits fit the budget."""
     return max(16, budget_bytes // (vocab * 4 * temporaries))
 
 
 def usual_chunk(head: Float[Tensor, "vocab hidden"], temporaries: int = TEMPORARIES) -> int:
-    """Tokens whose logits take as much as a head of float32 that is there anyhow, or 256 MiB if that is more.
+    """The number of tokens whose logits take as much memory as the head in float32, or 256 MiB if that is more.
 
-    Each chunk reads the head, and where there are gradients adds to its own, which with few tokens costs more than
-    the products do.
+    Each chunk reads the head and, in training, adds to its gradient, which with few tokens costs more time than the
+    products.
     """
     return chunk_tokens(len(head), temporaries, budget_bytes=max(LOGIT_CHUNK_BYTES, head.numel() * 4))
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the output projection's result: divide it (Granite), then cap it softly (Gemma 2)."""
+    """The function from the output projection to logits: a divisor (Granite), then a soft cap (Gemma 2)."""
 
     divisor: float = 1.0
     softcap: float | None = None
@@ -50,7 +50,7 @@ def logit_transform(model: Any) -> LogitTransform:
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Logits of many tokens, of which some are made at a time."""
+    """The logits of many tokens, computed some tokens at a time."""
 
     hidden: Float[Tensor, "tokens hidden"]
     head: Float[Tensor, "vocab hidden"]
@@ -63,5 +63,5 @@ class LazyLogits:
 def project(
     hidden: Float[Tensor, "tokens hidden"], head: Float[Tensor, "vocab hidden"]
 ) -> Float[Tensor, "tokens vocab"]:
-    """Logits in float32, before any `LogitTransform`."""
+    """The output projection in float32, before any `LogitTransform`."""
     return hidden.float() @ head.float().T

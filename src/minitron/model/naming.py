@@ -1,4 +1,4 @@
-"""What a model is called in file names and in files: after the model, not after where it happens to lie."""
+"""The name of a model in file names and in files, which does not depend on its location."""
 
 import os
 import re
@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 160  # of a name, that what is put behind it still makes a file name
+MOST_BYTES = 160  # of a name, so that it is still a file name with a suffix
 RUN_MODELS = ("student", "pruned", "scratch", "corrected")  # directories of a run that hold a model
 
 
 def model_name(model: str | Path) -> str:
-    """The name of a directory or hub id, of letters, digits, dots, hyphens and underscores.
+    """The name of a directory or hub id, with letters, digits, dots, hyphens and underscores only.
 
-    A hub id is called by its last part, and so is a snapshot in the hub's cache. A run's student is called as the run
-    calls its files, after the model it was made of and the target, and its other models with their directory's name
-    behind that.
+    The name of a hub id, or of a snapshot in the hub's cache, is its last part. The name of a run's student consists of
+    the teacher's name and the target; the run's other models add the name of their directory.
     """
-    path = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: a link has the name that it was given
+    path = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: a link keeps its name
     cached = path.parent.parent.name
     if path.parent.name == "snapshots" and cached.startswith("models--"):
         return _clean(cached.split("--")[-1])
@@ -30,7 +29,7 @@ def model_name(model: str | Path) -> str:
 
 
 def run_name(model: str | Path, target: str | None) -> str:
-    """The name of what a run makes of a model."""
+    """The name of the student that a run makes of a model."""
     return _clean(f"{model_name(model)}-{target or 'small'}".replace("%", "pct"))
 
 
@@ -40,7 +39,7 @@ def _clean(name: str) -> str:
 
 
 def _recipe(run: Path) -> Mapping[str, Any] | None:
-    """The resolved recipe of a run directory; None where there is no such thing."""
+    """The resolved recipe of a run directory; None if it is no run directory."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Blocks of tokens as models read them, with the documents in a block kept apart where that is asked for."""
+"""Blocks of tokens as models read them, in which documents may be kept apart."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Separator:
-    """The token that documents are told apart by in a stream of tokens: it leads each document, or ends it."""
+    """The token that separates documents in a stream of tokens: it begins each document, or ends it."""
 
     token: int
     leads: bool
@@ -17,11 +17,11 @@ class Separator:
 
 @dataclass(frozen=True)
 class Samples:
-    """Blocks of tokens that a streamed pass reads, one block a sample."""
+    """The blocks of tokens that a streamed pass reads; each block is a sample."""
 
     tokens: Int[Tensor, "samples tokens"]
     separator: Separator | None = None
-    """Tells the documents of a sample apart; without one a sample is one document."""
+    """Separates the documents of a sample; without it, a sample is one document."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,24 +39,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward call reads: attention, positions and predictions are as if each document stood alone.
+    """The input of a forward call, in which attention, positions and predictions stay within each document.
 
-    Without a separator each block is one document. A document cut by the block boundary starts at the block.
+    Without a separator each block is one document. A document that crosses a block boundary begins anew there.
     """
 
     tokens: Int[Tensor, "blocks tokens"]
     separator: Separator | None = None
 
     def split(self, size: int) -> "list[Batch]":
-        """Batches of at most `size` blocks."""
+        """Split into batches of at most `size` blocks."""
         return [Batch(tokens, self.separator) for tokens in self.tokens.split(size)]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a model's forward.
+        """The keyword arguments of a model's forward.
 
-        transformers keeps documents apart whose position ids begin anew, but only while there is neither an attention
-        mask nor a cache: call the model with use_cache=False.
+        transformers keeps documents apart where position ids begin anew, but only without an attention mask and a
+        cache: call the model with use_cache=False.
         """
         if self.separator is None:
             return {"input_ids": self.tokens}
@@ -64,13 +64,13 @@ class Batch:
 
     @property
     def positions(self) -> Int[Tensor, "blocks tokens"]:
-        """Of each token in its document."""
-        places = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
-        return places - torch.where(self._starts, places, 0).cummax(1).values
+        """The position of each token in its document."""
+        in_block = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
+        return in_block - torch.where(self._starts, in_block, 0).cummax(1).values
 
     @property
     def predicted(self) -> Bool[Tensor, "blocks tokens"]:
-        """Which tokens are predicted: all of a document but its first, which nothing in it comes before."""
+        """Which tokens are predicted: all tokens of a document except the first."""
         return ~self._starts
 
     @property
@@ -85,7 +85,7 @@ class Batch:
         return self._following(self.tokens[:, 1:])
 
     def predicting(self, states: Float[Tensor, "blocks tokens hidden"]) -> Float[Tensor, "predicted hidden"]:
-        """The states that `targets` are predicted from."""
+        """The states from which `targets` are predicted."""
         return self._following(states[:, :-1])
 
     def _following(self, values: Tensor) -> Tensor:

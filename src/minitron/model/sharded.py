@@ -1,4 +1,4 @@
-"""A model in memory, that of one process or divided among several (FSDP2), none of which ever holds it whole."""
+"""A model in memory, whole in one process or sharded among several (FSDP2), each of which only reads its part."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from minitron.model.stream import skeleton
 
 
 def load_for_training(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The checkpoint's model, in evaluation mode; among several processes without its weights, see `shard_into`.
+    """Load the checkpoint's model in evaluation mode; with several processes without weights, see `shard_into`.
 
-    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite. So does `shard_into`.
+    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite; so does `shard_into`.
     """
     if parallel.joined().size == 1:
         return load_model(checkpoint.path, dtype)
@@ -31,20 +31,20 @@ def shard_into(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Divide a module among the processes, read each one's part of the weights, and bring it to the device.
+    """Shard a module among the processes, read the weights of this process's shards, and move them to the device.
 
     Args:
-        root: what is divided: the model, a part of it, or what holds it.
-        model: of `load_for_training`, or with weights of its own.
-        layers: of the model, see `parallel.shard`.
-        dtype: that the layers are gathered in.
+        root: the module to shard: the model, a part of it, or a module that contains it.
+        model: a model of `load_for_training`, or a model with weights.
+        layers: the model's layers, see `parallel.shard`.
+        dtype: the dtype in which the layers are gathered.
     """
     without_weights = any(parameter.is_meta for parameter in model.parameters())
     parallel.shard(root, layers, dtype, device)
     if without_weights:
         architecture = checkpoint.architecture
         tied = {architecture.head: architecture.embedding} if architecture.tied(checkpoint.config) else {}
-        # Dividing a part of the model unties it from what is outside.
+        # Sharding a part of the model unties it from modules outside.
         parallel.fill(model, lambda name, *rows: checkpoint.read_rows(tied.get(name, name), *rows), device)
     for module in (root, model):
         module.to(device)

@@ -1,7 +1,7 @@
-"""Run a model one decoder layer at a time, so that a model larger than memory can be read, scored and evaluated.
+"""Run a model one decoder layer at a time, so that models larger than memory can be read, scored and evaluated.
 
-The skeleton is transformers' own model with its matrices on the meta device. Each layer gets exactly the arguments
-that the model would give it: they are recorded from the model's own forward with stand-ins for the layers.
+The skeleton is transformers' own model with its matrices on the meta device. Each layer is called with exactly the
+arguments of the model's own forward, which are recorded with stand-ins for the layers.
 """
 
 import ctypes
@@ -29,34 +29,34 @@ from minitron.model.hub import CPU, empty_model
 from minitron.model.samples import Samples
 from minitron.model.weights import bytes_of, require_fits
 
-# Hidden states between layers live on an accelerator up to this share of its free memory, else in memory up to this
+# Hidden states between layers are kept on an accelerator up to this share of its free memory, else in memory up to this
 # size, else in a memory-mapped file.
 STATES_SHARE_OF_DEVICE = 0.25
 STATES_IN_MEMORY_BYTES = 512 << 20
-# Rows of the embedding in memory at a time.
+# The rows of the embedding that are in memory at a time.
 EMBEDDING_BYTES = 512 << 20
-# Rows of the output projection in memory at a time, in float32.
+# The rows of the output projection that are in memory at a time, in float32.
 HEAD_BYTES = 256 << 20
-# The next layer is read ahead where free memory is this many times its size.
+# The next layer is read in advance if free memory is this many times its size.
 ROOM_TO_READ_AHEAD = 3
-# Larger batches are no faster: a call computes on thousands of tokens as it is.
+# Larger batches are no faster: a call has thousands of tokens already.
 LARGEST_DEFAULT_BATCH = 8
 ACTIVATION_BYTES = 256 << 20
 
 
 def default_batch(shape: Shape, num_tokens: int, dtype: torch.dtype) -> int:
-    """Samples per forward call whose widest activations, three of ffn at once in a gated MLP, fit ACTIVATION_BYTES."""
+    """The samples per forward call whose widest activations, three of ffn in a gated MLP, fit ACTIVATION_BYTES."""
     return max(1, min(LARGEST_DEFAULT_BATCH, ACTIVATION_BYTES // (3 * shape.ffn * num_tokens * dtype.itemsize)))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """How a streamed pass over samples runs. What it computes does not depend on this, but for rounding.
+    """The settings of a streamed pass over samples, on which its results depend only through rounding.
 
-    dtype: of weights and states while they run.
-    batch: samples per forward call; default `default_batch`.
-    device: where the layers run; default `pick_device`.
-    scratch: an existing directory for what does not fit into memory; default the system's temporary directory.
+    dtype: the dtype of weights and states during the pass.
+    batch: the samples per forward call; default `default_batch`.
+    device: the device of the layers; default `pick_device`.
+    scratch: an existing directory for states that do not fit into memory; default the system's temporary directory.
     progress: called with (layers done, layers).
     """
 
@@ -67,25 +67,25 @@ class Pass:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def batch_of(self, shape: Shape, samples: Samples) -> int:
-        """Samples per forward call."""
+        """The samples per forward call."""
         return self.batch or default_batch(shape, samples.block_tokens, self.dtype)
 
     def at(self, scratch: Path) -> "Pass":
-        """The same with its scratch files in another directory."""
+        """The same, with scratch files in another directory."""
         return replace(self, scratch=scratch)
 
 
 class Stream:
-    """A checkpoint and the token blocks on their way through it.
+    """A pass of samples through a checkpoint, one layer at a time.
 
-    `states` [samples, tokens, hidden] holds the residual stream before the next layer; `rows` are the samples whose
-    states are on their way through a module.
+    `states` [samples, tokens, hidden] is the residual stream before the next layer; `rows` are the samples of the
+    current batch.
     """
 
     def __init__(self, checkpoint: Checkpoint, samples: Samples, pass_: Pass, *, num_states: int = 1):
         """
         Args:
-            num_states: sets of states that live at once (see `more_states`) and share the room for states.
+            num_states: the number of sets of states (see `more_states`) that share the memory for states.
         """
         self.checkpoint, self.samples, self.tokens = checkpoint, samples, samples.tokens
         self.dtype, self.device = pass_.dtype, pass_.device
@@ -94,16 +94,16 @@ class Stream:
         self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
         self._scratch, self._num_states = pass_.scratch, num_states
-        # Keyword arguments of each layer, by the size of the batch; those of documents kept apart by the batch's first
-        # sample, and only of the last batch: masks of all batches would be larger than their states.
-        self._calls: dict[int, list[dict[str, Any]]] = {}
+        # The keyword arguments of each layer by the size of the batch. If documents are kept apart, they belong to a batch
+        # and its first sample: the masks of all batches would be larger than their states.
+        self._calls: dict[int, list[Mapping[str, Any]]] = {}
 
     @torch.no_grad()
     def embed(self) -> None:
-        """Fill `states` with what the first layer reads."""
+        """Fill `states` with the inputs of the first layer."""
         self.states = self.more_states()
         weight = self.checkpoint.architecture.embedding
-        # Its index is one of the whole vocabulary, and only gradients depend on it.
+        # Its index refers to the whole vocabulary, and only gradients depend on it.
         self.model.get_submodule(weight.removesuffix(".weight")).padding_idx = None
         with self._stand_ins() as stand_ins:
             for slices, known in self._parts_of_vocabulary(self.slices):
@@ -118,13 +118,13 @@ class Stream:
         _return_freed_memory()
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Each decoder layer in turn, with its weights; they are gone when the next one comes.
+        """Yield each decoder layer with its weights, which it has until the next layer is asked for.
 
-        The next one is read while this one computes, where there is room for both.
+        The next layer is read while this one computes, if memory suffices for both.
 
-        Raises: CheckpointError if a layer cannot be read, when its turn comes.
+        Raises: CheckpointError if a layer cannot be read, when it would be yielded.
         """
-        unused: list[dict[str, Tensor]] = [{}, {}]  # room for two layers, taken when it is first needed
+        unused: list[dict[str, Tensor]] = [{}, {}]  # memory for two layers, allocated when it is first needed
         largest = max(self.checkpoint.stored[name].num_bytes for name in self._names(0))
         read = partial(self._read_layer, staging=aligned_bytes(largest + 2 * ALIGNED))
         with helper_thread() as reader:
@@ -139,7 +139,7 @@ class Stream:
                 unused.append(weights)
 
     def batches(self, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The samples of each batch, and their states on the device; of `states` where those are not this stream's."""
+        """Yield the samples of each batch and their states on the device; `states` defaults to this stream's states."""
         states = self.states if states is None else states
         for rows in self.slices:
             self.rows = rows
@@ -149,31 +149,31 @@ class Stream:
     def peek(
         self, index: int, layer: nn.Module, states: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Run one layer over all samples: yields (samples, states before, states after).
+        """Run one layer over all samples, and yield (samples, states before, states after) of each batch.
 
-        Hooks on the layer's modules see each batch just before it is yielded.
+        Hooks on the layer's modules run just before their batch is yielded.
 
         Args:
-            states: a set of states from `more_states` instead of this stream's own.
+            states: a set of states from `more_states`, instead of this stream's states.
         """
         for rows, before in self.batches(states):
             after = layer(before, **self._arguments(rows, before)[index])
             yield rows, before, after[0] if isinstance(after, tuple) else after
 
     def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """`peek`, and keep the states after."""
+        """Run one layer as `peek` does, and store the states after it."""
         kept = self.states if states is None else states
         for rows, before, after in self.peek(index, layer, states):
             yield rows, before, after
             kept[rows] = after
 
     def advance(self, index: int, layer: nn.Module, states: Tensor | None = None) -> None:
-        """`run` for its effect alone."""
+        """Run one layer over all samples, and store the states after it."""
         for _ in self.run(index, layer, states):
             pass
 
     def run_to_end(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Fill `states` with what the last layer gives.
+        """Fill `states` with the outputs of the last layer.
 
         Args:
             progress: called with (layers done, layers).
@@ -184,12 +184,12 @@ class Stream:
             progress(index + 1, self.checkpoint.shape.layers)
 
     def more_states(self) -> Tensor:
-        """Room for another set of states, for samples that take several ways through the layers."""
+        """Allocate another set of states, for samples that pass through the layers in several ways."""
         return self._buffer((*self.tokens.shape, self.checkpoint.shape.hidden))
 
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:
-        """The norm before the output projection, with its weights."""
+        """Yield the norm before the output projection, with its weights."""
         name = self.checkpoint.architecture.final_norm
         names = [spec.name for spec in self.checkpoint.specs() if spec.name.startswith(f"{name}.")]
         module = self.model.get_submodule(name)
@@ -198,9 +198,9 @@ class Stream:
             yield module
 
     def head_pieces(self) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
-        """The output projection in float32, in runs of rows of HEAD_BYTES, each with the number of its first.
+        """Yield the output projection in float32, HEAD_BYTES at a time, with the number of the first row.
 
-        One that is stored in more bits than the embedding is rounded to its dtype, as it is in memory.
+        If it is stored in more bits than the embedding, it is rounded to the embedding's dtype, as in memory.
         """
         checkpoint, dtype = self.checkpoint, torch.promote_types(self.checkpoint.dtype, self.dtype)
         vocab, hidden = checkpoint.stored[checkpoint.head].shape
@@ -212,8 +212,8 @@ class Stream:
     def _inputs(self, rows: slice) -> dict[str, Tensor]:
         return self.samples.batch(rows, self.device).inputs
 
-    def _arguments(self, rows: slice, states: Tensor) -> list[dict[str, Any]]:
-        """What each layer is called with for a batch."""
+    def _arguments(self, rows: slice, states: Tensor) -> list[Mapping[str, Any]]:
+        """The keyword arguments of each layer for a batch."""
         if self._key(rows) not in self._calls:
             inputs = self._inputs(rows)
             del inputs["input_ids"]
@@ -237,7 +237,7 @@ class Stream:
         return layers
 
     def _parts_of_vocabulary(self, slices: list[slice]) -> Iterator[tuple[list[slice], Tensor]]:
-        """Batches, and the ids that occur in them, so few that their embeddings fit EMBEDDING_BYTES."""
+        """Yield batches with the token ids in them, so few that their embeddings fit EMBEDDING_BYTES."""
         if not slices:
             return
         known = self.tokens[slices[0].start : slices[-1].stop].unique()
@@ -251,10 +251,10 @@ class Stream:
     def _read_layer(
         self, index: int, weights: dict[str, Tensor], staging: UInt8[Tensor, " bytes"]
     ) -> dict[str, Tensor]:
-        """`weights` by their names in the layer, on the device, in place of those of another layer that it holds.
+        """Read a layer's weights, by their names in the layer, into the memory of another layer's weights.
 
-        The same memory again and again: fresh pages cost as much as reading, and blocks of many sizes that come and go
-        would make the heap grow with the number of layers.
+        The memory is reused: fresh pages cost as much time as reading, and blocks of many sizes would make the heap
+        grow with the number of layers.
         """
         prefix = self.checkpoint.architecture.layer.format(layer=index) + "."
         with copying_beside(self.device):
@@ -271,7 +271,7 @@ class Stream:
         return [spec.name for spec in self.checkpoint.specs() if spec.layer == index]
 
     def _has_room(self) -> bool:
-        """For one more layer."""
+        """Whether memory suffices for one more layer."""
         stored = (self.checkpoint.stored[name] for name in self._names(0))
         size = sum(bytes_of(self.dtype, tensor.shape) for tensor in stored)
         return all(free_bytes(device) > ROOM_TO_READ_AHEAD * size for device in {CPU, self.device})
@@ -287,7 +287,7 @@ class Stream:
         stand_ins = [_StandIn(layer) for layer in originals]
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
-        setattr(core, name, nn.Identity())  # its weights are not loaded, and its output is not needed
+        setattr(core, name, nn.Identity())  # its weights are not loaded, and its output is not used
         try:
             yield stand_ins
         finally:
@@ -303,7 +303,7 @@ class Stream:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         if of_all <= STATES_IN_MEMORY_BYTES:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        # Unlinked once mapped: the space returns when the tensor goes, even if the process is killed.
+        # The file is unlinked once mapped: its space is freed with the tensor, even if the process is killed.
         at = self._scratch or temporary_directory()
         with (
             scratch_errors(self._scratch),
@@ -314,8 +314,8 @@ class Stream:
 
 
 def _take_room(file: int, num_bytes: int) -> None:
-    """Make a file so long. Its blocks are taken at once where the system can: a mapped file that finds no room later
-    ends the process."""
+    """Extend a file, and allocate its blocks now where the system can: if the disk were full later, a write to the
+    mapped file would kill the process."""
     if sys.platform == "linux":
         os.posix_fallocate(file, 0, num_bytes)
     else:
@@ -324,7 +324,7 @@ def _take_room(file: int, num_bytes: int) -> None:
 
 @contextmanager
 def _filled(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters of `module`, by their names in it, have these values in the block."""
+    """In this block, parameters of the module, by their names, have these values."""
     before = {name: module.get_parameter(name) for name in weights}
     _set_parameters(module, weights)
     try:
@@ -340,10 +340,7 @@ def _set_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Give freed heap pages back to the system.
-
-    Without this, holes between blocks of different sizes make the heap grow with the number of layers.
-    """
+    """Return freed heap pages to the system: else gaps between blocks make the heap grow with the number of layers."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except OSError:
@@ -356,11 +353,11 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = 
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place, records what it was called with, and answers for its attributes."""
+    """Replaces a layer: records the arguments of its call, and returns the layer's attributes."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.__dict__["layer"] = layer  # not a child: its parameters are not ours
+        self.__dict__["layer"] = layer  # no submodule, so that its parameters are not found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)

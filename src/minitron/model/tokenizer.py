@@ -1,8 +1,8 @@
-"""Which tokenizer a model directory means: tokenizer.json, as the tokenizers library reads it.
+"""The tokenizer of a model directory: tokenizer.json, as the tokenizers library reads it.
 
-The class that tokenizer_config.json names is not asked: some of transformers' classes rebuild the tokenizer from its
-vocabulary by a rule of their own, and a class of the directory's own would be code to run. What the other files say is
-which tokens have a role (BOS, EOS, ...) and how a chat is written.
+The class in tokenizer_config.json is not used: some classes of transformers rebuild the tokenizer from its vocabulary
+by other rules, and a class in the directory would be code to run. The other files only name the tokens with a role
+(BOS, EOS, ...) and the chat template.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.errors import CheckpointError
-from minitron.core.reading import parse_json, read_json, read_text
+from minitron.core.reading import Json, parse_json, read_json, read_text
 from minitron.model.tokens import put_around, require_rows
 
 FILE = "tokenizer.json"
@@ -22,10 +22,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 GENERAL_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
 TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-# Files that another kind of tokenizer consists of, and what it is called.
+# The files of other kinds of tokenizers, and the names of these kinds.
 _OTHERS = {"tokenizer.model": "SentencePiece", "*.tiktoken": "tiktoken", "tekken.json": "Mistral", "vocab.txt": ""}
 _MAKE = "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
-# What tells two ways to read a tokenizer.json apart: spaces in front, in a row and at the end, lines, digits, scripts.
+# Texts that tell readings of a tokenizer.json apart: by leading, repeated and trailing spaces, lines, digits, scripts.
 PROBES = (
     "a",
     " lead",
@@ -36,9 +36,9 @@ PROBES = (
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The directory's tokenizer, as an object of transformers' general class.
+    """Load the directory's tokenizer as transformers' general class.
 
-    Raises: CheckpointError if there is none, it is damaged, or tells of tokens that the model has no rows for.
+    Raises: CheckpointError if it is missing or damaged, or has tokens for which the model has no rows.
     """
     file = path / FILE
     tokenizer = _of_json(path) if file.exists() or file.is_symlink() else _of_merges(path)
@@ -52,9 +52,9 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def end_ids(path: Path) -> list[int]:
-    """The tokens that end a model's text, by generation_config.json, or by config.json where there is none of those.
+    """The tokens that end a model's text, by generation_config.json, or by config.json if there is no such file.
 
-    Raises: CheckpointError if what is named there are no ids.
+    Raises: CheckpointError if the value there is no token id and no list of ids.
     """
     file = next(file for name in ("generation_config.json", "config.json") if (file := path / name).exists())
     named = _object(file).get("eos_token_id")
@@ -65,10 +65,10 @@ def end_ids(path: Path) -> list[int]:
 
 
 def make_portable(path: Path) -> None:
-    """Have transformers' AutoTokenizer read the tokenizer.json of a directory as it is, by its tokenizer_config.json.
+    """Change tokenizer_config.json so that transformers' AutoTokenizer reads the directory's tokenizer.json as it is.
 
-    Where that is not enough, since transformers has a class of its own for the model type, a warning says so. A
-    tokenizer that cannot be loaded stays as it is: a cut needs none.
+    If transformers reads it otherwise for this model type in any case, a warning says so. A tokenizer that cannot be
+    loaded is not changed: a cut needs none.
     """
     if not (path / FILE).exists():
         return
@@ -85,8 +85,8 @@ def make_portable(path: Path) -> None:
     }
     said |= {"tokenizer_class": GENERAL_CLASS} | {key: token for key, token in roles.items() if token is not None}
     (path / TOKENIZER_CONFIG).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
-    (path / SPECIAL_TOKENS).unlink(missing_ok=True)  # all that it said is in the other now
-    if not _read_alike(path, ours):  # such as where only tokenizer_config.json said that BOS is put before a text
+    (path / SPECIAL_TOKENS).unlink(missing_ok=True)  # the other file has all of its content now
+    if not _read_alike(path, ours):  # if only tokenizer_config.json named BOS before a text
         (path / FILE).write_text(ours.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if not _read_alike(path, ours):
         warnings.warn(
@@ -101,14 +101,14 @@ def _read_alike(path: Path, ours: Any) -> bool:
 
     try:
         other = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception:  # whatever is wrong there, it is not read as ours is
+    except Exception:  # of any kind: then it is not read alike
         return False
     roles = all(getattr(other, f"{role}_token_id") == getattr(ours, f"{role}_token_id") for role in ("bos", "eos"))
     return roles and all(_ids(other, text) == _ids(ours, text) for text in PROBES)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int] | None:
-    """None for a text that has letters for which the tokenizer has no tokens, and none for unknown ones."""
+    """The ids of a text; None if the tokenizer cannot encode it."""
     try:
         ids: list[int] = tokenizer(text).input_ids
         return ids
@@ -132,7 +132,7 @@ def _of_json(path: Path) -> Any:
         )
     with _damage_named(file):
         core = Tokenizer.from_str(text)
-        core.no_truncation()  # which some files have from training, and which would cut documents
+        core.no_truncation()  # some files keep it from training, and it would cut documents
         core.no_padding()
     _require_template(file, stored)
     with _damage_named(file):
@@ -150,7 +150,7 @@ def _of_json(path: Path) -> Any:
 
 
 def _of_merges(path: Path) -> Any:
-    """The tokenizer of a vocab.json and merges.txt, which transformers has a class of its own for."""
+    """The tokenizer of a vocab.json and merges.txt, by the class of transformers for its model type."""
     from transformers import AutoTokenizer
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -191,7 +191,7 @@ def _of_merges(path: Path) -> Any:
 
 
 def _roles(path: Path, stored: Mapping[str, Any], core: Any) -> dict[str, str]:
-    """Which tokens have a role: by tokenizer_config.json and special_tokens_map.json; where neither names a BOS or EOS
+    """The tokens with a role, by tokenizer_config.json and special_tokens_map.json, or if neither names a BOS or EOS
     token, by the ids in config.json."""
     added = {token["content"]: token for token in stored.get("added_tokens") or []}
     files = [path / TOKENIZER_CONFIG, path / SPECIAL_TOKENS]
@@ -229,7 +229,7 @@ def _content(file: Path, role: str) -> str | None:
 
 
 def _put_by_config(path: Path) -> dict[str, bool]:
-    """What tokenizer_config.json says is put around a text, which counts where tokenizer.json puts nothing."""
+    """The keys of tokenizer_config.json about tokens around a text, which count if tokenizer.json puts none."""
     said = _object(path / TOKENIZER_CONFIG)
     return {key: True for key in ("add_bos_token", "add_eos_token") if said.get(key) is True}
 
@@ -252,7 +252,7 @@ def _chat_template(path: Path) -> str | dict[str, str] | None:
 
 
 def _require_template(file: Path, stored: Mapping[str, Any]) -> None:
-    """The library ends in a panic for a post_processor that names a token it does not describe."""
+    """Check the post_processor: the library panics if it names a token that it does not describe."""
     for part in _templates(stored):
         known = part["special_tokens"]
         if sum(piece.get("Sequence", {}).get("id") == "A" for piece in part["single"]) != 1:
@@ -271,7 +271,7 @@ def _templates(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _require_ids(file: Path, stored: Mapping[str, Any], core: Any) -> None:
-    """The library gives an added token the next free id, whatever the file says."""
+    """Check the ids of added tokens: the library gives them the next free ids, whatever the file says."""
     vocabulary: dict[str, int] = core.get_vocab()
     by_id: dict[int, str] = {}
     for text, id in vocabulary.items():
@@ -296,7 +296,7 @@ def _require_ids(file: Path, stored: Mapping[str, Any], core: Any) -> None:
 
 
 def _require_same_added(path: Path, core: Any) -> None:
-    """Raises: CheckpointError where another file gives an added token another id."""
+    """Raises: CheckpointError if another file gives an added token another id."""
     said = _object(path / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
     try:
         tokens = {path / TOKENIZER_CONFIG: {int(id): token["content"] for id, token in said.items()}}
@@ -314,8 +314,8 @@ def _require_same_added(path: Path, core: Any) -> None:
                 )
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON file of the directory; one that is not there says nothing."""
+def _object(file: Path) -> Json:
+    """Read a JSON file of the directory; empty if it is missing."""
     if not file.exists() and not file.is_symlink():
         return {}
     value = read_json(file, CheckpointError)
@@ -326,8 +326,8 @@ def _object(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _damage_named(file: Path) -> Iterator[None]:
-    """What the tokenizers library raises of a damaged file is a plain `Exception`, or a panic, which is no `Exception`
-    and is printed by itself; either becomes one line."""
+    """In this block, errors of the tokenizers library about a damaged file become one line. They are plain `Exception`s
+    or panics, which are no `Exception`s and print a message."""
     with _stderr_silent():
         try:
             yield
@@ -344,7 +344,7 @@ def _damage_named(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _stderr_silent() -> Iterator[None]:
-    """What the library itself prints goes nowhere."""
+    """Discard messages that the library prints."""
     try:
         kept = os.dup(2)
     except OSError:  # it is closed

@@ -1,9 +1,9 @@
 """Text to token ids, by one rule for special tokens.
 
-Text is text. What spells a special token (`</s>`, `<|im_end|>`) becomes the tokens of its letters, in documents,
-prompts, questions and benchmark requests alike. Special tokens come from three places only: the delimiters that
-`data.delimiter` puts around documents, what the tokenizer itself puts before a text, and a chat template. Nothing is
-put behind a prompt: a model that has read the end of a text begins another one.
+Text that spells a special token (`</s>`, `<|im_end|>`) becomes the tokens of its letters, in documents, prompts,
+questions and benchmark requests alike. Special tokens come only from the delimiters that `data.delimiter` puts around
+documents, from the tokens that the tokenizer itself puts before a text, and from a chat template. No token is put
+behind a prompt: after the end of a text, a model begins another one.
 """
 
 import re
@@ -14,12 +14,12 @@ from typing import Any
 
 from minitron.core.errors import CheckpointError, DataError
 
-# Around what spells a special token within a chat's messages, so that it is told from those of the template.
+# Quotes around spelled special tokens in the messages of a chat, which tell them from the template's special tokens.
 _QUOTES = ("\U000f1e00", "\U000f1e01")
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text alone: nothing is put around it.
+    """The ids of a text, without special tokens around it.
 
     Raises: DataError for text that the tokenizer cannot read.
     """
@@ -27,7 +27,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def texts_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """`text_ids` of several texts, faster than one by one."""
+    """The ids of several texts, faster than one by one."""
     found: list[list[int]] = _encoded(tokenizer, list(texts)).input_ids
     for text, ids in zip(texts, found, strict=True):
         _require_no_special(tokenizer, text, ids)
@@ -35,19 +35,19 @@ def texts_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def text_ends(tokenizer: Any, text: str) -> list[int]:
-    """Where in the text each of its tokens ends, in characters."""
-    (places,) = _encoded(tokenizer, [text], return_offsets_mapping=True)["offset_mapping"]
-    return [end for _, end in places]
+    """The position in the text at which each of its tokens ends, in characters."""
+    (offsets,) = _encoded(tokenizer, [text], return_offsets_mapping=True)["offset_mapping"]
+    return [end for _, end in offsets]
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that a model goes on from: behind what the tokenizer puts before every text, one BOS at most."""
+    """The ids of a prompt, after the tokens that the tokenizer puts before every text, with at most one BOS."""
     return [*put_around(tokenizer)[0], *text_ids(tokenizer, text)]
 
 
 def chat_ids(tokenizer: Any, chat: str) -> list[int]:
-    """Ids of a chat as its template wrote it: special tokens of the template are such, those that `quoted` marked are
-    text. BOS is put before it where the tokenizer does so and the template has not."""
+    """The ids of a chat in its template: special tokens of the template are special, those marked by `quoted` are text.
+    BOS is put before it if the tokenizer does so and the template does not."""
     start, end = _QUOTES
     pieces = re.split(f"{start}(.*?){end}", chat, flags=re.DOTALL)
     ids: list[int] = []
@@ -64,7 +64,7 @@ def chat_ids(tokenizer: Any, chat: str) -> list[int]:
 
 
 def quoted(tokenizer: Any, text: str) -> str:
-    """The text of a message with what spells a special token marked, for `chat_ids`."""
+    """The text of a message with quotes around spelled special tokens, for `chat_ids`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not special:
         return text
@@ -74,9 +74,9 @@ def quoted(tokenizer: Any, text: str) -> str:
 
 @lru_cache(16)
 def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and behind every text; of several BOS in a row, one.
+    """The tokens that the tokenizer itself puts before and behind every text, with several BOS in a row as one.
 
-    Raises: CheckpointError for a tokenizer that leaves the text itself out.
+    Raises: CheckpointError for a tokenizer that drops the text itself.
     """
     with _readable("a"):
         whole, bare = (tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
@@ -85,16 +85,15 @@ def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
         raise CheckpointError("the tokenizer's post_processor gives other tokens with special ones around than without")
     before, behind = whole[:at], whole[at + len(bare) :]
     bos = tokenizer.bos_token_id
-    kept = [id for place, id in enumerate(before) if id != bos or place == 0 or before[place - 1] != bos]
+    kept = [id for index, id in enumerate(before) if id != bos or index == 0 or before[index - 1] != bos]
     return kept, behind
 
 
 def first_token(tokenizer: Any, need: str, way_out: str) -> int:
-    """What a text begins with where nothing else stands before it: BOS, or EOS where there is no BOS, as it is behind
-    another text.
+    """The token before a text without context: BOS, or EOS if there is no BOS, as behind another text.
 
     Args:
-        need, way_out: of the message.
+        need, way_out: the beginning and the end of the error message.
 
     Raises: DataError if the tokenizer has neither.
     """
@@ -105,15 +104,17 @@ def first_token(tokenizer: Any, need: str, way_out: str) -> int:
 
 
 def num_rows_needed(tokenizer: Any) -> int:
-    """Rows of an embedding that has one for every token: the largest id and one."""
+    """The number of rows of an embedding for all tokens: the largest id plus one."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def require_rows(tokenizer: Any, rows: int) -> None:
-    """Special tokens beyond the embedding are no fault by themselves: some models have such, for images that they never
-    read, and no text is made of them. Where one occurs, in a chat, `require_within` refuses it.
+    """Check that the embedding has a row for every token of texts.
 
-    Raises: CheckpointError if a token that text is made of, or that stands around texts, has no row.
+    Special tokens beyond the embedding are allowed: some models have them for images, and no text contains them. If one
+    occurs in a chat, `require_within` refuses it.
+
+    Raises: CheckpointError if a token of texts, or a token that is put around texts, has no row.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     around = {*(id for ids in put_around(tokenizer) for id in ids), tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -141,7 +142,7 @@ def require_within(ids: Iterable[int], rows: int, tokenizer: Any, where: str) ->
 
 
 def require_unicode(text: str) -> None:
-    """Raises: DataError for half of a surrogate pair, which a byte that is no UTF-8 becomes on a command line."""
+    """Raises: DataError for half of a surrogate pair, to which a command line decodes a byte that is no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -170,8 +171,8 @@ def _require_no_special(tokenizer: Any, text: str, ids: list[int]) -> None:
 
 @lru_cache(16)
 def _spelled_by_letters(tokenizer: Any) -> frozenset[int]:
-    """Special tokens that come out of text though none is looked for: entries of the vocabulary that are found or
-    merged like any other. White space and single characters are ordinary text even where they are named special."""
+    """The special tokens that text can produce even without special tokens: vocabulary entries that are merged like any
+    other. White space and single characters are ordinary text even if they are declared special."""
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = {id: text for id, text in special.items() if len(text.strip()) > 1 and id != tokenizer.unk_token_id}
     if not special:
@@ -182,7 +183,7 @@ def _spelled_by_letters(tokenizer: Any) -> frozenset[int]:
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """The tokenizers library raises plain `Exception` for what a tokenizer has no tokens for."""
+    """In this block, errors of the tokenizers library, which are plain `Exception`s, become DataErrors."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Which files of a model directory are its weights, and where in them each tensor lies.
+"""The files of a model directory: its weights, with the location of each tensor, and the files that are copied along.
 
-Decided here for everyone: streamed or in memory, a tensor has one place.
+All readers use this module, so streamed or in memory, a tensor is read from the same file.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,7 @@ from typing import Any
 from minitron.core.errors import CheckpointError
 from minitron.core.reading import read_json
 from minitron.model.config_json import ADAPTER, CODE_KEYS, CONFIG, adapter_alone
-from minitron.model.weights import (
-    StoredTensor,
-    read_header,
-    same_values,
-)
+from minitron.model.weights import StoredTensor, read_header, same_values
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,20 +21,20 @@ _WEIGHTS = ("*.safetensors", WEIGHT_INDEX, *_PICKLES)
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a model directory names weights, whole or in part and in any format; links to nothing count too."""
+    """Whether a model directory has files of weights, of any format, complete or not; dangling links count too."""
     return any(fnmatch(file.name, pattern) for file in path.iterdir() for pattern in _WEIGHTS)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights: those of the index, or the single one.
+    """The weight files of a model: the files of the index, or the single file.
 
-    Raises: CheckpointError if there are none, some are missing, or both are there and not the same.
+    Raises: CheckpointError if there are none, if some are missing, or if there are two different sets.
     """
     return [path / name for name in _decided(path)[0]]
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory by its name, from the files' headers.
+    """Every tensor of a model directory by its name, from the headers of the files.
 
     Raises: CheckpointError; also for a tensor that is stored twice with different values.
     """
@@ -64,7 +60,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _decided(path: Path) -> tuple[list[str], Mapping[str, str]]:
-    """The names of the files that are the weights, and what the index says of each tensor."""
+    """The names of the weight files, and the file of each tensor by the index."""
     index, single = _is_file(path / WEIGHT_INDEX), _is_file(path / SINGLE)
     said = _read_index(path) if index else {}
     names = sorted(set(said.values()))
@@ -108,9 +104,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_file(file: Path) -> bool:
-    """Whether a file is there.
+    """Whether a file exists.
 
-    Raises: CheckpointError for what has its name and is no file, or is a link to one that is gone.
+    Raises: CheckpointError if it is no file, or a dangling link.
     """
     if file.is_symlink() and not file.exists():
         raise CheckpointError(
@@ -122,7 +118,7 @@ def _is_file(file: Path) -> bool:
 
 
 def _nothing(path: Path) -> str:
-    """What a directory without weights that can be read has in their place."""
+    """The message about a directory without readable weights."""
     if (path / ADAPTER).is_file():
         return adapter_alone(path)
     others = sorted(path.glob("*.safetensors"))
@@ -144,21 +140,21 @@ def _nothing(path: Path) -> str:
 GENERATION = "generation_config.json"
 
 
-# Files that travel with the weights: tokenizer, chat template, generation config, licence.
+# The files that are copied along with the weights: tokenizer, chat template, generation config, licence.
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template*", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
-# Carried files of tables of tokens, in which no key is code; what loads the tokenizer checks them.
+# Carried files with tables of tokens, in which no key names code; they are checked when the tokenizer is loaded.
 LARGE_TABLES = ("tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json")
 
 
 def without_code(file: Path) -> Any:
-    """What a carried JSON file says without the keys that name code; None where the file stays as it is.
+    """The content of a carried JSON file without the keys that name code; None if the file is copied as it is.
 
-    Raises: CheckpointError for a file that is named .json and is none, and for a generation_config.json without keys.
+    Raises: CheckpointError for a .json file without JSON, and for a generation_config.json that is no object.
     """
     if file.suffix != ".json" or file.name in LARGE_TABLES:
         return None
@@ -170,16 +166,16 @@ def without_code(file: Path) -> Any:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files that make a model what it is: config, weights, and what is carried along. No README, no records."""
+    """The files that define a model: config, weights, and the carried files, but no README and no records."""
     weights = weight_files(path)
     index = [path / WEIGHT_INDEX] if [file.name for file in weights] != [SINGLE] else []
     return [path / CONFIG, *weights, *index, *carried_files(path)]
 
 
 def carried_files(path: Path) -> list[Path]:
-    """The files of a directory that travel with its weights. Python files are none of them, whatever their names.
+    """The files of a directory that are copied along with its weights, except for Python files.
 
-    Raises: CheckpointError for a link whose file is gone: the model would go on without it.
+    Raises: CheckpointError for a dangling link, as the copy would lack the file.
     """
     named = (file for file in path.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in CARRIED))
     found = sorted(file for file in named if file.suffix != ".py" and not file.is_dir())

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: found by their headers, read by rows, written in shards."""
+"""Tensors in safetensors files: located by the headers, read by rows, written in shards."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Int, UInt8
@@ -20,7 +20,7 @@ from minitron.core.reading import decode, parse_json
 from minitron.model.config_json import QUANTIZE_AFTER
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What can be written besides: the state of a training holds more than weights.
+# More dtypes can be written than read: the state of a training contains more than weights.
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -28,9 +28,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-GAP_BYTES = 256 << 10  # unwanted bytes that are read rather than skipped: a read of its own costs about as much
+GAP_BYTES = 256 << 10  # unwanted bytes are read up to this number, which costs about as much as another read
 _HEADER_BYTES = 100_000_000  # the format's own limit
-# Part of a tensor's name that only one kind of quantized checkpoint has -> what made it.
+# Part of a tensor's name that only one kind of quantized checkpoint has -> its quantization.
 QUANTIZED_NAMES = {
     ".qweight": "gptq or awq",
     ".qzeros": "gptq or awq",
@@ -42,13 +42,21 @@ QUANTIZED_NAMES = {
     ".scales": "mlx",
 }
 
-# Dtype and shape.
+# The dtype and the shape of a tensor.
 TensorType = tuple[torch.dtype, tuple[int, ...]]
+
+
+class _Entry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` bytes from the start of a file that had this stamp when its header was read."""
+    """The location of a tensor: `offset` bytes into a file that had this stamp when its header was read."""
 
     file: Path
     name: str  # in the file
@@ -71,9 +79,9 @@ def bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, which must be as long as its header says.
+    """Read the header of a safetensors file, and check it against the length of the file.
 
-    Raises: CheckpointError; also for dtypes other than those of DTYPES, with the quantization that they are a sign of.
+    Raises: CheckpointError; also for dtypes that are not in DTYPES, with the quantization that uses them.
     """
     try:
         with file.open("rb") as data:
@@ -100,7 +108,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors are equal in dtype, shape and every value."""
+    """Whether two stored tensors are equal in dtype, shape and all values."""
     parts = runs(torch.arange(one.shape[0]), one.row_bytes) if one.shape and one.num_bytes else [(0, 1)]
     return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
         torch.equal(read_tensor_rows(one, start, stop), read_tensor_rows(other, start, stop)) for start, stop in parts
@@ -110,7 +118,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 def read_tensor_rows(
     stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
 ) -> Tensor:
-    """Rows [start, stop) of a tensor, in its stored dtype; in `buffer` if they fit there.
+    """Read the rows [start, stop) of a tensor in its stored dtype, into `buffer` if they fit.
 
     Raises: CheckpointError if they cannot be read or hold NaN or infinity.
     """
@@ -132,9 +140,9 @@ def read_tensor_rows(
 
 
 def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
-    """The given rows of a tensor, which must be in ascending order; those that lie together are read together.
+    """Read some rows of a tensor, given in ascending order; neighbours are read together.
 
-    Raises: CheckpointError for a row that the tensor does not have: behind it lies another one.
+    Raises: CheckpointError for a row that the tensor does not have.
     """
     if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < stored.shape[0]:
         wrong = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])
@@ -150,9 +158,9 @@ def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
 
 
 def runs(rows: Int[Tensor, " rows"], row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Split ascending rows into parts [start, stop) that are best read in one go each.
+    """Split ascending rows into parts [start, stop), each of which is read at once.
 
-    A part spans at most CHUNK_BYTES (or one row) of the tensor and has no gap of more than GAP_BYTES.
+    A part spans at most CHUNK_BYTES (or one row) of the tensor, and has no gap of more than GAP_BYTES.
     """
     gaps = (rows.diff() > 1 + GAP_BYTES // row_bytes).nonzero().flatten() + 1
     longest = max(1, CHUNK_BYTES // row_bytes)
@@ -164,14 +172,14 @@ def runs(rows: Int[Tensor, " rows"], row_bytes: int) -> Iterator[tuple[int, int]
 
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:
-    # The sum is finite unless a value is not, or it overflows: one pass and no mask the size of the tensor. Not in
-    # float32: that would convert a copy of the whole tensor first.
+    # The sum is finite unless a value is not, or it overflows: this is one pass, without a mask of the tensor's size. A
+    # sum in float32 would first convert a copy of the whole tensor.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity: the checkpoint is damaged")
 
 
 def require_fits(tensor: Tensor, stored: StoredTensor, dtype: torch.dtype) -> None:
-    """Raises: CheckpointError for values that become infinite in float16, whose largest is 65,504."""
+    """Raises: CheckpointError for values beyond 65,504, which become infinite in float16."""
     if dtype == torch.float16 and stored.dtype != dtype and tensor.abs().max() > torch.finfo(dtype).max:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name} holds values beyond 65,504, the largest in float16, which the "
@@ -180,7 +188,7 @@ def require_fits(tensor: Tensor, stored: StoredTensor, dtype: torch.dtype) -> No
 
 
 def plan_shards(tensors: Mapping[str, TensorType], shard_bytes: int) -> list[dict[str, TensorType]]:
-    """The tensors in their order, in shards of at most `shard_bytes` (or one tensor)."""
+    """Distribute the tensors in their order to shards of at most `shard_bytes` (or one tensor)."""
     shards: list[dict[str, TensorType]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -194,7 +202,7 @@ def plan_shards(tensors: Mapping[str, TensorType], shard_bytes: int) -> list[dic
 
 
 def write_shard(file: Path, tensors: Mapping[str, TensorType], pieces: Iterator[Tensor]) -> str:
-    """Write one safetensors file, taking its tensors from `pieces`, whole or in runs of rows; returns its sha256."""
+    """Write a safetensors file with tensors from `pieces`, whole or some rows at a time; returns its sha256."""
     return write_file(file, _shard_bytes(tensors, pieces))
 
 
@@ -217,7 +225,7 @@ def _num_rows(shape: tuple[int, ...]) -> int:
 
 
 def _header(tensors: Mapping[str, TensorType]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, _Entry | dict[str, str]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + bytes_of(dtype, shape)
@@ -228,8 +236,8 @@ def _header(tensors: Mapping[str, TensorType]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _entries(file: Path, header: bytes) -> dict[str, dict[str, Any]]:
-    """The table in a file's header, its values of the types that the format has."""
+def _entries(file: Path, header: bytes) -> dict[str, _Entry]:
+    """Parse a file's header, and check the types of its values."""
     where = f"{file} is not a safetensors file: its header"
     damaged = f"{where} is no table of tensors"
     entries = parse_json(decode(header, where, CheckpointError), where, CheckpointError, keys_once=True)
@@ -247,11 +255,11 @@ def _entries(file: Path, header: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _is_sizes(value: Any) -> bool:
-    """A list of integers that torch can take for sizes, true and 64.0 not among them."""
+    """Whether a value is a list of integers that torch can take as sizes; true and 64.0 are no integers."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**62 for size in value)
 
 
-def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, status: os.stat_result) -> StoredTensor:
+def _stored(file: Path, name: str, entry: _Entry, data: int, status: os.stat_result) -> StoredTensor:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != bytes_of(dtype, shape):
@@ -263,7 +271,7 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, status: 
 
 
 def _require_apart(file: Path, tensors: list[StoredTensor]) -> None:
-    """No byte may belong to two tensors: one of them would not be what was stored."""
+    """Check that no byte belongs to two tensors: one of them would have wrong values."""
     filled = sorted((tensor for tensor in tensors if tensor.num_bytes), key=lambda tensor: tensor.offset)
     for one, other in pairwise(filled):
         if one.offset + one.num_bytes > other.offset:
@@ -283,7 +291,7 @@ def _require_supported(file: Path, dtypes: Mapping[str, str]) -> None:
 
 
 def _quantized_by(dtypes: Mapping[str, str]) -> str | None:
-    """What quantized a file's tensors, by its dtypes and by the names of the tensors it adds."""
+    """The quantization of a file's tensors, by their dtypes and names."""
     if any(str(dtype).startswith("F8_") for dtype in dtypes.values()):
         return "fp8"
     return next((method for mark, method in QUANTIZED_NAMES.items() if any(mark in name for name in dtypes)), None)

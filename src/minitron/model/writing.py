@@ -1,4 +1,4 @@
-"""A model directory, written whole: weights in shards, config.json, and the files that are carried along."""
+"""Write a model directory: weights in shards, config.json, and the files that are copied along."""
 
 import json
 import shutil
@@ -8,16 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from minitron.core.reading import Json
 from minitron.model.config_json import CODE_KEYS, CONFIG, DTYPE_KEYS
 from minitron.model.families import family_of
 from minitron.model.tokenizer import make_portable
 from minitron.model.weight_files import SINGLE, WEIGHT_INDEX, carried_files, without_code
-from minitron.model.weights import (
-    TensorType,
-    bytes_of,
-    plan_shards,
-    write_shard,
-)
+from minitron.model.weights import TensorType, bytes_of, plan_shards, write_shard
 
 SHARD_BYTES = 5_000_000_000  # the hub's own shard size
 
@@ -31,14 +27,14 @@ def write_checkpoint(
     carry_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
-    """Write a model into the existing directory `out`; returns the sha256 of each file of weights by its name.
+    """Write a model into the existing directory `out`; returns the sha256 of each weight file by its name.
 
-    What is written says the dtype of its embedding, and names no code, for none comes along. Dtypes and shapes are
-    given in advance, so a shard's header is written before its data and no shard is ever held.
+    Its config.json contains the dtype of the embedding, and no keys that name code, as no code is copied. Dtypes and
+    shapes are known in advance, so a shard's header is written before its data, and no shard is ever in memory.
 
     Args:
-        pieces: the tensors in the order of `tensors`, each whole or in runs of rows. They are asked for in another
-            thread, and each is used up before the next is asked for.
+        pieces: the tensors in the order of `tensors`, each whole or some rows at a time. They are made in another
+            thread, and each is written before the next is made.
     """
     shards = plan_shards(tensors, shard_bytes)
     names = (
@@ -65,8 +61,8 @@ def write_checkpoint(
     return digests
 
 
-def _as_written(config: Mapping[str, Any], tensors: Mapping[str, TensorType]) -> dict[str, Any]:
-    """A config.json that says the dtype that is stored, under the keys that said one, and no code."""
+def _as_written(config: Mapping[str, Any], tensors: Mapping[str, TensorType]) -> Json:
+    """The config.json with the stored dtype, under the keys that held the dtype, and without keys that name code."""
     said = {key: value for key, value in config.items() if key not in CODE_KEYS}
     dtype = str(tensors[family_of(config).embedding][0]).removeprefix("torch.")
     return said | dict.fromkeys([key for key in DTYPE_KEYS if key in said] or [DTYPE_KEYS[-1]], dtype)

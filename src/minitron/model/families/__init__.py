@@ -1,4 +1,4 @@
-"""The families, one table each. `FAMILIES` maps the `model_type` of a config.json to its table."""
+"""The tables of the families. `FAMILIES` maps the `model_type` of a config.json to a table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ FAMILIES: dict[str, Architecture] = {table.name: table for table in TABLES}
 def family_of(config: Mapping[str, Any]) -> Architecture:
     """The table for a config.json.
 
-    Raises: UnsupportedArchitecture for a model type without one.
+    Raises: UnsupportedArchitecture for a model type without a table.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -38,11 +38,7 @@ from minitron.pruning.plan import Plan
 from minitron.pruning.repair import REPAIRS, Repair, Step, needed_steps, require_enough_tokens
 from minitron.pruning.repair.columns import Surgeon
 from minitron.pruning.repair.refit import row_runs
-from minitron.pruning.repair.residual_basis import (
-    Channels,
-    Residual,
-    read_norm,
-)
+from minitron.pruning.repair.residual_basis import Channels, Residual, read_norm
 
 
 @dataclass(frozen=True)
