@@ -157,7 +157,7 @@ def test_an_error_of_the_first_process_ends_both_with_one_message(desk: Path) ->
 @pytest.mark.parametrize("failing", [1])
 def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int) -> None:
     (tmp_path / "job.py").write_text(ONE_FAILS, encoding="utf-8")
-    ended = start(*TORCHRUN, 2, "job.py", failing, cwd=tmp_path)
+    ended = forked(2, "job.py", failing, cwd=tmp_path)
     assert ended.returncode == 1
     heard = [(tmp_path / f"heard{rank}").read_text(encoding="utf-8") for rank in range(2)]
     assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
@@ -320,12 +320,13 @@ SHARED_RUN = {
     "prune": {"target": "70%", "iterations": 2, "layer_criterion": "loss"},
     "search": {"level": "distilled", "cut_candidates": 2, "distill_candidates": 2, "window": 0.4, "judge_blocks": 8}
     | {"dims": {"ffn": "16,24", "hidden": "24,32"}},
-    "distill": {"tokens": 640, "batch_blocks": 3, "precision": "float32", "evaluate_blocks": 4}
+    "distill": {"tokens": 384, "batch_blocks": 3, "precision": "float32", "evaluate_blocks": 4}
     | {"correction": "before", "correction_learning_rate": 1e-3},
     "evaluate": {"blocks": 8, "new_tokens": 2, "prompts": ["the"], "speed": False},
 }
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_is_that_of_one(desk: Path) -> None:
     """Calibration, correction, search and training are shared; what is cut, measured and written the first one does."""
     (desk / "recipe.yaml").write_text(json.dumps(SHARED_RUN))

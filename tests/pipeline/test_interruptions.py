@@ -22,6 +22,7 @@ import tiny
 from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
+from minitron.core import parallel
 from minitron.core.direct_io import ahead
 from minitron.core.worker import Child
 from minitron.distillation import train
@@ -85,6 +86,7 @@ def ended(processes: list[multiprocessing.context.ForkServerProcess], codes: lis
     assert not any("Traceback" in text for text in said), said
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_between_any_two_operations_ends_with_the_same_files(desk: Path, tmp_path: Path) -> None:
     recipe = recipe_of(
         desk,
@@ -122,6 +124,7 @@ def test_a_distillation_killed_while_its_work_is_moved_is_whole_with_the_next_co
         assert made(path) == expected, operation
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_of_which_either_is_killed_goes_on_to_the_same_files(desk: Path) -> None:
     """The first in the shared training, the second while the first measures; the other says so in one line."""
     command = ("minitron", "run", str(recipe_of(desk, evaluate={"blocks": 4, "speed": False})), "--out", "out", "-q")
@@ -166,6 +169,16 @@ def test_a_signal_that_nobody_heeded_in_a_training_comes_after_it(number: int) -
     with pytest.raises(Stopped), graceful_stop() as request:
         os.kill(os.getpid(), number)
         heard = request.requested
+    assert heard
+
+
+@pytest.mark.usefixtures("stop_raises")
+def test_a_signal_that_comes_while_processes_part_acts_after_it() -> None:
+    """Not in a callback of the garbage collection, where its exception would be printed and lost."""
+    heard = False
+    with pytest.raises(Stopped), parallel._signals_held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard = True
     assert heard
 
 
