@@ -29,9 +29,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/chunked_loss.py
 
-# docs/reference/recipe.md is generated from the recipe's own field descriptions, the notebook from the tutorial.
+# The reference pages are generated from the code that they describe, the notebook from the tutorial.
 docs: $(INSTALLED)
 	$(BIN)/python docs/recipe_reference.py > docs/reference/recipe.md
+	$(BIN)/python docs/cli_reference.py > docs/reference/cli.md
+	$(BIN)/python docs/api_reference.py > docs/reference/api.md
 	$(BIN)/python docs/notebook.py > examples/demo.ipynb
 
 # Trains the model that ships in src/minitron/assets/demo-teacher again; about an hour on two cores.

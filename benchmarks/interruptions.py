@@ -1,15 +1,16 @@
-"""Does everything that was interrupted end with the bits of what was not, and is nothing half-written taken as whole?
+"""Does an interrupted command end with the bits of an undisturbed one, and is no half-written file taken as whole?
 
-    python benchmarks/interruptions.py [--trials 510] [--found NOTES.md] [--out FILE]
+    python benchmarks/interruptions.py [--trials 510] [--jobs NAME ...] [--found NOTES.md] [--out FILE]
 
-Runs of a tiny model with every stage, and the verbs that write, are killed, sent signals, and robbed of the room on
-their disk: at the n-th operation on files, n drawn from all of the run, or at a time drawn from its length. What is
-there after that is held against an undisturbed run, the same command is given again, and what it makes is held against
-the undisturbed run, by sha256, but for times, memory and the names of machines.
+Runs of a tiny model with every stage, and the commands that write, are killed, sent signals, and robbed of the room on
+their disk: at the n-th operation on files, n drawn from all of the run, or at a time drawn from its length. The files
+that are left are compared with those of an undisturbed run, the same command is given again, and its results are
+compared with the undisturbed run's, by sha256, except for times, memory and the names of machines.
 
 Each command is a fork of one process that has imported everything, so that a trial costs only the work. The full disk
 is a tmpfs in a namespace of the trial's own, filled to the last page at that moment and emptied before the command is
-given again.
+given again. The job "run, 2 processes" is started by torchrun's own agent, one of its two processes is killed, and all
+of them must be over within a minute.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -47,6 +49,7 @@ ALONE_SECONDS = (
     20.0  # then the launcher ends it, as torchrun does: with SIGTERM, and with SIGKILL after 30 seconds more
 )
 ORPHAN_SECONDS = 10.0  # for the processes that a command started, once it is gone
+OVER_SECONDS = 60.0  # under torchrun, from the death of one process to the end of all
 DISK = "32m"
 # Stages that keep what they go on from, and are no results.
 UNFINISHED = ("distill", "distill-corrected", "distill-scratch", "search-state", "data-state")
@@ -61,6 +64,7 @@ class Job:
     words: tuple[str, ...]
     share: int  # of the trials
     processes: int = 1
+    torchrun: bool = False  # whether torchrun's own agent starts the processes, and ends the other when one is gone
     seconds: float = 0.0
     operations: int = 0  # on files, of the first process
     made: dict[str, str] = field(default_factory=dict)
@@ -84,6 +88,7 @@ class Outcome:
     said: str = ""  # the last line
     ended_before: bool = False
     by_launcher: bool = False  # one that was left alone did not end by itself
+    over_seconds: float | None = None  # under torchrun: from the death of one process to the end of all
     violations: list[str] = field(default_factory=list)
 
 
@@ -147,6 +152,7 @@ def given(work: Path) -> list[Job]:
         Job("quantize", quantize, 6),
         Job("distill, 2 processes", (*distill, *corrected, "--set", "distill.precision=float32"), 12, processes=2),
         Job("calibrate, 2 processes", calibrate, 4, processes=2),
+        Job("run, 2 processes", ("run", str(desk / "shared.yaml")), 8, processes=2, torchrun=True),
     ]
 
 
@@ -183,7 +189,11 @@ def furnish(desk: Path) -> dict[str, Any]:
     before = {"teacher": "recorded", "correction": "before", "correction_tokens": 640}
     lessons = base | {"evaluate": base["evaluate"] | tasks, "distill": base["distill"] | before}
     lessons["prune"] = base["prune"] | {"iterations": 2}
+    shared = base | {"scratch_baseline": True, "prune": {"target": "70%"}}
+    shared["distill"] = base["distill"] | before | {"tokens": 640, "correction_tokens": 320, "precision": "float32"}
+    shared["search"] = search | {"cut_candidates": 2, "distill_candidates": 2}
     return {
+        "shared": shared,
         "search": base | {"prune": {"target": "70%"}, "search": search},
         "lessons": lessons,
         "sampled": base | {"data": sampled, "scratch_baseline": True},
@@ -224,7 +234,7 @@ def measured(job: Job, place: "Place") -> dict[str, Any]:
     run = Running.begin(job, place, job.processes, prepare)
     codes = run.codes(PATIENCE_SECONDS)
     seconds = time.monotonic() - started
-    assert codes == [0] * job.processes, (job.name, codes, place.texts("stderr"))
+    assert not any(codes), (job.name, codes, place.texts("stderr"))
     facts = {"seconds": seconds, "operations": counted.stat().st_size, "made": made(place.here)}
     return facts | {"modules": json.loads((place.said / "modules").read_text())}
 
@@ -239,7 +249,7 @@ def drawn(jobs: Sequence[Job], count: int, seed: int) -> list[Trial]:
     total = sum(job.share for job in jobs)
     for job in jobs:
         for number in range(round(count * job.share / total)):
-            kind = kinds[(len(trials) * 7) % len(kinds)]
+            kind = "kill" if job.torchrun else kinds[(len(trials) * 7) % len(kinds)]
             by = "operation" if draw.random() < 0.55 else "time"
             rank = None
             if job.processes > 1:
@@ -247,7 +257,7 @@ def drawn(jobs: Sequence[Job], count: int, seed: int) -> list[Trial]:
                 # Another process than the first does other operations, and a signal meets all at the same time.
                 by = "time" if rank == 1 or kind not in ("kill", "disk") else by
             at = draw.randrange(job.operations) if by == "operation" else draw.uniform(0.02, job.seconds)
-            resumed_with = 1 if job.processes > 1 and number % 3 == 2 else job.processes
+            resumed_with = 1 if job.processes > 1 and number % 3 == 2 and not job.torchrun else job.processes
             trials.append(Trial(len(trials), job, kind, by, at, rank, resumed_with))
         if job.name == "distill":
             trials += [Trial(len(trials) + n, job, kind, "time", n) for n, kind in enumerate(DAMAGES)]
@@ -292,15 +302,25 @@ class Running:
             port = free.getsockname()[1]
         reading, writing = os.pipe()
         begun: dict[int, int | None] = {}
-        for rank in range(size):
+        if job.torchrun:
+            pid = forked()
+            if pid == 0:
+                os.close(writing)
+                launch(job, place, size, prepare)
+            begun[pid] = None
+        for rank in range(0 if job.torchrun else size):
             pid = forked()
             if pid == 0:
                 os.close(reading)
-                become(job, place, rank, size, port, lambda rank=rank: (prepare(rank), os.close(writing)))
+                group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+                group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if size > 1 else {}
+                os._exit(become(job, place, group, lambda rank=rank: (prepare(rank), os.close(writing))))
             begun[pid] = None
         os.close(writing)
         os.read(reading, 1)  # ends when every process has closed its side
         os.close(reading)
+        while job.torchrun and not all((place.said / f"pid{rank}").is_symlink() for rank in range(size)):
+            time.sleep(0.003)
         return cls(begun, reading, time.monotonic())
 
     def pids(self, rank: int | None) -> list[int]:
@@ -340,21 +360,47 @@ class Running:
         return ["slow" if pid in slow else code for pid, code in self.processes.items()]
 
 
-def become(job: Job, place: Place, rank: int, size: int, port: int, prepare: Callable[[], object]) -> NoReturn:
-    """Be the command, as if Python had been started for it."""
+def launch(job: Job, place: Place, size: int, prepare: Callable[[int], object]) -> NoReturn:
+    """Be `torchrun --standalone`: its agent, but for workers that are forks of this process."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def work() -> None:
+        rank = int(os.environ["RANK"])
+        code = become(job, place, {"RANK": rank}, lambda: (prepare(rank), note(place, rank)))
+        if code:
+            os._exit(code)
+
+    code = 1
+    (place.said / "agent").touch()
+    for number in (1, 2):
+        os.dup2(os.open(place.said / "agent", os.O_WRONLY | os.O_APPEND), number)
+    config = LaunchConfig(1, 1, size, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config.start_method = "fork"
+    with suppress(BaseException):
+        elastic_launch(config, work)()
+        code = 0
+    os._exit(code)
+
+
+def become(job: Job, place: Place, group: Mapping[str, object], prepare: Callable[[], object]) -> int:
+    """Be the command, as if Python had been started for it; returns its exit code.
+
+    Args:
+        group: the environment variables that say which process of how many this is.
+    """
     code: Any = 70
+    rank = group["RANK"]
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(place.said / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
         os.chdir(place.here)
         os.environ["TMPDIR"], tempfile.tempdir = str(place.tmp), None
-        if size > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {name: str(value) for name, value in group.items()}
         sys.argv = ["minitron", *job.words, "--out", "out"]
         # Of a command that is started in the background a shell has the first ignored, and nohup the second.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         atexit._clear()  # what this process has to clean up is not the child's
         prepare()
         runpy.run_module("minitron", run_name="__main__", alter_sys=True)
@@ -368,7 +414,7 @@ def become(job: Job, place: Place, rank: int, size: int, port: int, prepare: Cal
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 72)
+    return code if isinstance(code, int) else 0 if code is None else 72
 
 
 def tried(trial: Trial, work: Path) -> Outcome:
@@ -376,16 +422,19 @@ def tried(trial: Trial, work: Path) -> Outcome:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what commands leave behind is seen here
     path = work / f"trial-{trial.number}"
     place = Place.new(path)
+    over_seconds = None
     if trial.kind == "disk":
         with_own_disk(place.here)
     run = Running.begin(trial.job, place, trial.job.processes, lambda rank: meeting(trial, place, rank))
     if trial.by == "time":
         meet_in_time(trial, place, run)
-    if trial.rank is not None and trial.kind == "kill":
+    if trial.job.torchrun:
+        over_seconds = seconds_to_the_end(trial, place, run)
+    elif trial.rank is not None and trial.kind == "kill":
         while not run.poll() and all(code is None for code in run.processes.values()):
             time.sleep(0.003)
     alone = trial.rank is not None and any(code not in (None, 0) for code in run.processes.values())
-    outcome = Outcome("", [])
+    outcome = Outcome("", [], over_seconds=over_seconds)
     if alone and not run.wait(ALONE_SECONDS):
         outcome.by_launcher = True
         run.send(signal.SIGTERM, None)
@@ -432,10 +481,34 @@ def meet_in_time(trial: Trial, place: Place, run: Running) -> None:
     run.wait(trial.at)
     if trial.kind == "disk":
         return fill(place.here)
+    if trial.job.torchrun:
+        with suppress(ProcessLookupError):
+            os.kill(pid_of(place, trial.rank or 0), signal.SIGKILL)
+        return
     run.send(number_of(trial.kind), trial.rank)
     if "twice" in trial.kind:
         run.wait(0.02)
         run.send(signal.SIGINT, trial.rank)
+
+
+def note(place: Place, rank: int) -> None:
+    """Keep the number of this process: a link, which is there at once and has no file's operations."""
+    os.symlink(str(os.getpid()), place.said / f"pid{rank}")
+
+
+def pid_of(place: Place, rank: int) -> int:
+    return int(os.readlink(place.said / f"pid{rank}"))
+
+
+def seconds_to_the_end(trial: Trial, place: Place, run: Running) -> float:
+    """How long torchrun, and with it every process, lives on after one process was killed."""
+    worker, gone = Path(f"/proc/{pid_of(place, trial.rank or 0)}/stat"), time.monotonic()
+    while not run.poll() and time.monotonic() - gone < PATIENCE_SECONDS:
+        with suppress(OSError):  # it is gone altogether
+            if worker.read_text().rpartition(") ")[2][0] != "Z":
+                gone = time.monotonic()
+        time.sleep(0.01)
+    return time.monotonic() - gone
 
 
 def with_own_disk(path: Path) -> None:
@@ -498,6 +571,12 @@ def ended_wrongly(trial: Trial, place: Place, outcome: Outcome) -> list[str]:
     if any("Traceback" in text for text in said):
         found.append(f"a traceback: {[text.splitlines()[-1] for text in said if 'Traceback' in text]}")
     if outcome.ended_before:
+        return found
+    if trial.job.torchrun:
+        if outcome.codes != [1]:
+            found.append(f"torchrun ends with {outcome.codes}")
+        if (outcome.over_seconds or 0) > OVER_SECONDS:
+            found.append(f"ends {outcome.over_seconds:.0f} s after a process was killed")
         return found
     expected: dict[str, set[Any]] = {"kill": {-9}, "disk": {1}} | {name: {-9} for name in DAMAGES}
     codes = outcome.codes if trial.rank is None else [outcome.codes[trial.rank]]
@@ -574,7 +653,7 @@ def resumed_wrongly(trial: Trial, place: Place) -> list[str]:
     said = "".join(place.texts("stderr"))
     if "exists and is not empty" in said and made(place.here) == job.made:
         return []  # it was done but for clearing up, which the command did first
-    if codes != [0] * trial.resumed_with:
+    if any(codes):
         return [f"the same command ends with {codes}: {said.splitlines()[-1:]}"]
     warned = said.count("cannot be used")
     wanted = len([act for act in DAMAGES.get(trial.kind, []) if act])
@@ -682,6 +761,7 @@ def report(
         f"{sum(outcome.by_launcher for outcome in outcomes)} a process that was left alone was ended as torchrun ends "
         f"it, since the other was killed before the two had met. It took {seconds / 60:.0f} minutes.",
         "",
+        *spread(met),
         "By command, with the seconds and the operations on files of an undisturbed one:",
         "",
         table(["command", "seconds", "operations", *heads], by_job),
@@ -694,10 +774,13 @@ def report(
         "",
         table(["moment", *heads], by_moment),
         "",
-        "On the full disk commands said that they cannot write these, where the disk was `DIR`:",
-        "",
+        *(
+            ["On the full disk commands said that they cannot write these, where the disk was `DIR`:", ""]
+            if disk
+            else []
+        ),
         *(f"- {count}x {text}" for text, count in sorted(plain(disk).items(), key=lambda item: -item[1])[:12]),
-        "",
+        *([""] if disk else []),
         "## Violations",
         "",
         *(
@@ -712,6 +795,16 @@ def report(
         *(["## What it found", "", found.read_text(encoding="utf-8").strip(), ""] if found else []),
     ]
     return "\n".join(lines)
+
+
+def spread(met: Sequence[tuple[Trial, Outcome]]) -> list[str]:
+    """The seconds from the death of a process under torchrun to the end of all."""
+    lines = []
+    for rank in sorted({trial.rank or 0 for trial, outcome in met if outcome.over_seconds is not None}):
+        over = [outcome.over_seconds or 0 for trial, outcome in met if trial.job.torchrun and trial.rank == rank]
+        seconds = f"{min(over):.1f} to {max(over):.1f} s, median {median(over):.1f} s"
+        lines.append(f"- process {rank} killed, {len(over)} times: {seconds}")
+    return ["Under torchrun, from the death of a process to the end of all processes:", "", *lines, ""] if lines else []
 
 
 def plain(said: Counter[str]) -> Counter[str]:

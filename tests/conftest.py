@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # Not the table: the search for a shape counts thousands of candidates, and checks would take most of the tests' time.
 UNCHECKED = {"minitron.model.architecture"}
 MODULES = {".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in SOURCE.rglob("*.py")}
-install_import_hook(sorted(m for m in MODULES - UNCHECKED if not m.endswith("__init__")), "beartype.beartype")
+install_import_hook(sorted(m for m in MODULES - UNCHECKED if not m.endswith("__init__")), "checks.checked")
 
 import pytest
 import tiny

@@ -1,9 +1,16 @@
 """What `import minitron` offers."""
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
+
+import pytest
 
 import minitron
 
@@ -39,3 +46,50 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
 def test_the_package_alone_does_not_wait_for_torch() -> None:
     ended = subprocess.run([sys.executable, "-c", "import minitron, sys; sys.exit('torch' in sys.modules)"])
     assert ended.returncode == 0
+
+
+CONSUMER = Path(__file__).parent / "helpers" / "consumer.py"
+# Types of other packages are taken as they come: to read all of torch would take a minute.
+STRICT = """[mypy]
+strict = True
+[mypy-torch.*,transformers.*,numpy.*,safetensors.*,pydantic.*,huggingface_hub.*,tokenizers.*,rich.*,yaml.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+
+
+def test_the_consumer_uses_every_public_name_but_helpers_of_types() -> None:
+    used = set(re.findall(r"\bminitron\.(\w+)", CONSUMER.read_text()))
+    assert set(minitron.__all__) - used == {"EvaluateConfig", "Evaluation", "Scores"}
+
+
+@pytest.mark.slow
+def test_a_strict_type_checker_accepts_the_consumer_of_an_installed_package(tmp_path: Path) -> None:
+    """The package lies in site-packages as a wheel puts it there, and py.typed gives its types."""
+    venv.create(tmp_path / "venv")
+    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    shutil.copytree(INIT.parent, packages / "minitron", ignore=shutil.ignore_patterns("__pycache__"))
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    (tmp_path / "mypy.ini").write_text(STRICT)
+    shutil.copy(CONSUMER, tmp_path / "consumer.py")
+
+    def checked() -> subprocess.CompletedProcess[str]:
+        python = tmp_path / "venv" / "bin" / "python"
+        words = [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--python-executable",
+            python,
+            "--config-file",
+            "mypy.ini",
+            "consumer.py",
+        ]
+        environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    ended = checked()
+    assert ended.returncode == 0, ended.stdout
+    wrong = CONSUMER.read_text().replace("temperature=0.0, seed=0", 'temperature="hot", seed=0')
+    (tmp_path / "consumer.py").write_text(wrong)
+    assert 'Argument "temperature" to "generate" has incompatible type "str"' in checked().stdout

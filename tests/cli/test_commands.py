@@ -380,7 +380,7 @@ def test_an_interrupted_distill_exits_with_130_and_the_same_command_goes_on(
 ) -> None:
     student = desk.path / "pruned"
     desk.json("prune", desk.teacher, "--shape", SHAPE, "--data", desk.text, "--out", student)
-    command = ("distill", "--teacher", desk.teacher, "--student", student, "--data", desk.text, "--tokens", "8K")
+    command = ("distill", "--teacher", desk.teacher, "--student", student, "--data", desk.text, "--tokens", "4K")
     steps: list[int] = []
 
     def interrupt_at_third_step(console: cli.Console, done: int, total: int, note: str = "") -> None:

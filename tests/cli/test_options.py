@@ -35,7 +35,8 @@ from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
-from minitron.data.config import DataConfig
+from minitron.data.corpus import DataConfig
+from minitron.pipeline import estimate
 from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects
 from minitron.pruning.config import PruneConfig
@@ -665,7 +666,7 @@ def without_times(value: Any) -> Any:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     path = tmp_path_factory.mktemp("options")
     teacher = small.teacher(path / "teacher")
-    rows = [json.loads(line)["text"] for line in small.text(path / "words.jsonl", 300).read_text().splitlines()]
+    rows = [json.loads(line)["text"] for line in small.text(path / "words.jsonl", 240).read_text().splitlines()]
     short = [" ".join(text.split()[:4]) for text in rows]  # several documents in a block
     both = [json.dumps({"text": text, "body": text.upper()}) for text in short]
     (path / "text.jsonl").write_text("\n".join(both))
@@ -702,6 +703,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     }
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "matmul_flops_per_second", lambda *_: 1e10)  # a measurement, of half a second each
         patch.setattr(constants, "HF_HUB_CACHE", str(hub(path / "hub", teacher)))
         patch.setenv("MINITRON_CACHE", str(path / "cache"))
         patch.chdir(path)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -160,7 +160,7 @@ def test_an_error_of_the_first_process_ends_both_with_one_message(desk: Path) ->
 @pytest.mark.parametrize("failing", [1])
 def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int) -> None:
     (tmp_path / "job.py").write_text(ONE_FAILS, encoding="utf-8")
-    ended = start(*TORCHRUN, 2, "job.py", failing, cwd=tmp_path)
+    ended = forked(2, "job.py", failing, cwd=tmp_path)
     assert ended.returncode == 1
     heard = [(tmp_path / f"heard{rank}").read_text(encoding="utf-8") for rank in range(2)]
     assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
@@ -323,12 +323,13 @@ SHARED_RUN = {
     "prune": {"target": "70%", "iterations": 2, "layer_criterion": "loss"},
     "search": {"level": "distilled", "cut_candidates": 2, "distill_candidates": 2, "window": 0.4, "judge_blocks": 8}
     | {"dims": {"ffn": "16,24", "hidden": "24,32"}},
-    "distill": {"tokens": 640, "batch_blocks": 3, "precision": "float32", "evaluate_blocks": 4}
+    "distill": {"tokens": 384, "batch_blocks": 3, "precision": "float32", "evaluate_blocks": 4}
     | {"correction": "before", "correction_learning_rate": 1e-3},
     "evaluate": {"blocks": 8, "new_tokens": 2, "prompts": ["the"], "speed": False},
 }
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_is_that_of_one(desk: Path) -> None:
     """Calibration, correction, search and training are shared; what is cut, measured and written the first one does."""
     (desk / "recipe.yaml").write_text(json.dumps(SHARED_RUN))
@@ -360,15 +361,14 @@ def test_other_commands_refuse_several_processes(
     assert capsys.readouterr() == ("", "" if rank else message)
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 8, 9, 100])
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_are_whole_batches_that_follow_each_other(num_samples: int, size: int) -> None:
-    shares = [Ranks(rank, size).share(num_samples, 4) for rank in range(size)]
-    assert [shares[0].start, shares[-1].stop] == [0, num_samples]
-    assert all(one.stop == other.start for one, other in pairwise(shares))
-    assert all(share.start % 4 == 0 for share in shares if share.start < num_samples)
-    lengths = [-(-(share.stop - share.start) // 4) for share in shares]
-    assert max(lengths) - min(lengths) <= 1
+def test_shares_are_whole_batches_that_follow_each_other() -> None:
+    for size, num_samples in product((1, 2, 3, 7), (0, 1, 8, 9, 100)):
+        shares = [Ranks(rank, size).share(num_samples, 4) for rank in range(size)]
+        assert [shares[0].start, shares[-1].stop] == [0, num_samples]
+        assert all(one.stop == other.start for one, other in pairwise(shares)), (size, num_samples)
+        assert all(share.start % 4 == 0 for share in shares if share.start < num_samples)
+        lengths = [-(-(share.stop - share.start) // 4) for share in shares]
+        assert max(lengths) - min(lengths) <= 1, (size, num_samples)
 
 
 def test_one_process_alone_exchanges_nothing() -> None:

@@ -32,6 +32,9 @@ def draws(documents: int, tokens: int, seed: int = 0) -> np.ndarray:
 # --- the distribution ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "directory", ["llama", "mistral-window", "qwen2", "gemma2", "gemma3", "smollm3"], indirect=True
+)
 @torch.no_grad()
 def test_tokens_are_where_the_draws_lie_in_the_models_distribution(directory: Path) -> None:
     """Against the whole sequence again for every token, without a cache, one document at a time."""

@@ -77,12 +77,13 @@ def test_every_loss_is_held_against_a_naive_one() -> None:
     assert NAIVE.keys() == LOSSES.keys()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAIVE)
-def test_value_and_gradients_are_those_of_the_naive_loss(name: str, dtype: torch.dtype, chunk: int | None) -> None:
+def test_value_and_gradients_are_those_of_the_naive_loss(name: str, dtype: torch.dtype) -> None:
     parts = inputs(dtype)
-    assert_equal(chunked(name, parts, chunk=chunk), naive(name, parts))
+    expected = naive(name, parts)
+    for chunk in (1, 7, 1000, None):
+        assert_equal(chunked(name, parts, chunk=chunk), expected)
 
 
 @pytest.mark.parametrize("name", NAIVE)

@@ -113,6 +113,7 @@ def test_every_round_visits_each_model_with_each_load_from_the_smallest_on() -> 
 
 
 @pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+@pytest.mark.slow
 def test_teacher_and_student_are_measured_in_processes_of_their_own(
     pair: tuple[Path, Path], files: tuple[Path, Path], engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

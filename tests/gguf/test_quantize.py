@@ -138,6 +138,7 @@ def test_mixtures_are_those_of_llama_cpps_own_tool(name: str, golden: dict[str, 
             require_importance(model, mixed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines may round otherwise")
 def test_tensors_are_those_of_llama_cpps_own_tool_byte_for_byte(golden: dict[str, Any], tmp_path: Path) -> None:
     model, file = golden_models.model("small", tmp_path), tmp_path / "x.gguf"

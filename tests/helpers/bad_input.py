@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import good_input
 import mutations
 import tiny
-from bad_targets import SET_DISTILL_KEYS, SET_KEYS, Target
+from bad_targets import SET_DISTILL_KEYS, SET_KEYS, TARGETS, Target
 from forks import CRASHED, Ended, Forks
 from hypothesis import strategies as st
 from mutations import Mutation
@@ -46,10 +46,11 @@ class Outcome:
 class Room:
     """Good inputs of every kind in one directory, from which each command gets a desk of its own."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, targets: Collection[Target] = tuple(TARGETS.values())):
         """
         Args:
             base: an empty directory.
+            targets: the targets whose files are made.
         """
         self.base, self.desk, self.good = base, base / "desk", base / "good"
         self.forks = Forks(base)
@@ -57,7 +58,8 @@ class Room:
         self.desk.mkdir()
         for name in PLACES.values():
             (self.desk / name).mkdir(exist_ok=True)
-        good_input.make(self.desk, self.made)
+        files = [name for target in targets for name in (*target.needs, target.file or "")]
+        good_input.make(self.desk, self.made, {name.split("/")[0] for name in files})
         for name in set(PLACES.values()):
             shutil.rmtree(self.desk / name)
         self.desk.rename(self.good)

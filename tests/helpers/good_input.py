@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "nu
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 
 
-def make(desk: Path, run: Callable[..., None]) -> None:
-    """Make it all in the directory `desk`, in which `run` runs a command."""
+def make(desk: Path, run: Callable[..., None], wanted: Set[str]) -> None:
+    """Make good input in the directory `desk`, in which `run` runs a command.
+
+    Args:
+        wanted: files and directories; the slow ones that are not among them may be left out.
+    """
     tiny.checkpoint("llama", desk / "teacher", **SIZES)
     tiny.tokenizer(desk / "teacher")
     tiny.checkpoint("llama", desk / "sharded", **SIZES, shard="40KB")
@@ -46,6 +50,8 @@ def make(desk: Path, run: Callable[..., None]) -> None:
     run("calibrate", "teacher", *TEXT, *calibration)
     run("prune", "teacher", *SHAPE, "--statistics", "statistics", "--out", "pruned")
     shutil.copy(desk / "pruned" / "plan.json", desk / "plan.json")
+    if wanted.isdisjoint(("model.gguf", "imatrix.gguf", "imatrix.dat", "student.work", "recorded", "run", "other")):
+        return
     quantize = ("quantize", "teacher", "--types", "Q8_0", "--calibration", *TEXT[1:], "--no-verify")
     run(*quantize, "--out", "gguf")
     next((desk / "gguf").glob("*Q8_0.gguf")).rename(desk / "model.gguf")

@@ -81,6 +81,7 @@ def test_tensors_may_lie_in_any_file_in_any_order_anywhere(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.tensors(copied).items())
 
 
+@pytest.mark.parametrize("directory", ["llama-bfloat16", "llama-tied", "llama-sharded"], indirect=True)
 @pytest.mark.parametrize(("chunk_bytes", "gap_bytes"), [(1, 0), (1000, 300), (10**7, 10**6)])
 def test_rows_that_are_gathered_are_the_tensors_rows(
     directory: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, gap_bytes: int
@@ -105,7 +106,11 @@ def test_rows_that_lie_together_are_read_together_and_those_between_are_not(monk
     assert parts == [[0, 1], [4, 5, 7], [8, 9], [20, 23], [30]]
 
 
-@pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
+@pytest.mark.parametrize(
+    ("directory", "shard_bytes"),
+    [*((variant, 20_000) for variant in tiny.VARIANTS), ("llama", 10**9), ("llama-tied", 10**9)],
+    indirect=["directory"],
+)
 def test_what_is_written_is_what_transformers_loads(directory: Path, tmp_path: Path, shard_bytes: int) -> None:
     checkpoint = open_checkpoint(directory)
     out = copy(checkpoint, tmp_path / "copy", shard_bytes=shard_bytes)

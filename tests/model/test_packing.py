@@ -44,6 +44,7 @@ def separator(request: pytest.FixtureRequest) -> Separator:
     return Separator(TOKEN, leads=request.param)
 
 
+@pytest.mark.parametrize("directory", tiny.FIRST.values(), indirect=True)
 def test_logits_of_a_packed_document_are_those_of_the_document_alone(
     directory: Path, tokens: Tensor, separator: Separator
 ) -> None:

@@ -30,13 +30,16 @@ def by_transformers(path: Path, tokens: Tensor, separator: Separator | None = No
     return [*hidden[:-1], last[0], hidden[-1]]  # transformers lists the last layer's states only after the norm
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+OF_BATCHES = [*((variant, 2) for variant in tiny.VARIANTS), ("mistral-window", 1), ("gemma2", 5)]
+
+
+@pytest.mark.parametrize(("directory", "batch"), OF_BATCHES, indirect=["directory"])
 def test_states_after_every_layer_are_those_of_transformers(directory: Path, batch: int) -> None:
     tokens = tiny.tokens(5, 11)
     torch.testing.assert_close(streamed(directory, tokens, batch), by_transformers(directory, tokens), **CLOSE)
 
 
-@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize(("directory", "batch"), OF_BATCHES, indirect=["directory"])
 def test_states_of_documents_kept_apart_are_those_of_transformers(directory: Path, batch: int) -> None:
     tokens, separator = tiny.tokens(5, 12), Separator(7, leads=True)
     for row, column in ((0, 5), (1, 2), (1, 9), (2, 11), (4, 6)):
@@ -57,6 +60,7 @@ def test_states_in_a_file_are_the_states_in_memory(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("directory", ["llama", "gemma2", "llama-sharded"], indirect=True)
 def test_embeddings_are_read_of_tokens_that_occur_and_in_parts(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +79,7 @@ def test_embeddings_are_read_of_tokens_that_occur_and_in_parts(
     assert gathered == [sorted(set(part.flatten().tolist())) for part in tokens.split(2)]
 
 
+@pytest.mark.parametrize("directory", ["llama", "phi3"], indirect=True)
 def test_only_the_layer_at_hand_has_matrices_in_memory(directory: Path) -> None:
     flow = Stream(open_checkpoint(directory), Samples(tiny.tokens(1, 5)), Pass(torch.float32, batch=1))
     flow.embed()

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -21,7 +22,7 @@ import tiny
 from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
-from minitron.core import interrupts
+from minitron.core import interrupts, parallel
 from minitron.core.direct_io import ahead
 from minitron.core.interrupts import STOPPING, graceful_stop
 from minitron.core.worker import Child
@@ -33,6 +34,7 @@ from minitron.pruning.cut import cut
 INTERRUPTIONS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP] * 2
 DISTILL = ("minitron", "distill", "--teacher", "../teacher", "--student", "../student", "--data", "../text.jsonl")
 DISTILL += ("--block-tokens", "16", "--tokens", "640", "--set", "distill.batch_blocks=4", "--out", "out", "--quiet")
+TRAINING = {"tokens": 640, "batch_blocks": 4, "evaluate_blocks": 4}
 CORRECTED = ("--set", "distill.correction=before", "--set", "distill.correction_tokens=320")
 
 
@@ -45,6 +47,19 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut(teacher, tiny.plan(teacher.shape, hidden=24, ffn=24, layers=3), path / "student")
     small.text(path / "text.jsonl")
     return path
+
+
+def recipe_of(desk: Path, **sections: dict[str, Any]) -> Path:
+    """Write the recipe of a short run of the desk's teacher and text."""
+    recipe = {
+        "model": str(desk / "teacher"),
+        "data": {"source": str(desk / "text.jsonl"), "heldout_fraction": 0.2, "block_tokens": 16},
+        "calibrate": {"samples": 8},
+        "prune": {"shape": {"hidden": 24, "ffn": 24, "layers": 3}},
+        "distill": TRAINING,
+    }
+    (desk / "recipe.yaml").write_text(json.dumps(recipe | sections))
+    return desk / "recipe.yaml"
 
 
 def undisturbed(size: int, *command: str, at: Path) -> int:
@@ -70,18 +85,15 @@ def ended(processes: list[multiprocessing.context.ForkServerProcess], codes: lis
     assert not any("Traceback" in text for text in said), said
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_between_any_two_operations_ends_with_the_same_files(desk: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": str(desk / "teacher"),
-        "data": {"source": str(desk / "text.jsonl"), "heldout_fraction": 0.2, "block_tokens": 16},
-        "calibrate": {"samples": 8},
-        "prune": {"shape": {"hidden": 24, "ffn": 24, "layers": 3}},
-        "distill": {"tokens": 640, "batch_blocks": 4, "evaluate_blocks": 4, "teacher": "recorded"},
-        "evaluate": {"blocks": 8, "prompts": ["the rain in"], "new_tokens": 8, "speed": False},
-        "gguf": {"types": ["Q8_0"], "verify": False, "samples": 4},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = ("minitron", "run", "../recipe.yaml", "--out", "out", "--quiet")
+    recipe = recipe_of(
+        desk,
+        distill=TRAINING | {"teacher": "recorded"},
+        evaluate={"blocks": 8, "prompts": ["the rain in"], "new_tokens": 8, "speed": False},
+        gguf={"types": ["Q8_0"], "verify": False, "samples": 4},
+    )
+    command = ("minitron", "run", str(recipe), "--out", "out", "--quiet")
     operations, draw = undisturbed(1, *command, at=tmp_path / "undisturbed"), random.Random(0)
     expected, here = made(tmp_path / "undisturbed"), tmp_path / "here"
     here.mkdir()
@@ -111,22 +123,25 @@ def test_a_distillation_killed_while_its_work_is_moved_is_whole_with_the_next_co
         assert made(path) == expected, operation
 
 
-def test_a_process_whose_other_is_killed_ends_with_one_line_and_both_go_on(desk: Path) -> None:
-    path, killed = desk / "two", 0  # the first, which else speaks for both
-    undisturbed(2, *DISTILL, at=path)
+@pytest.mark.slow
+def test_a_run_of_two_processes_of_which_either_is_killed_goes_on_to_the_same_files(desk: Path) -> None:
+    """The first in the shared training, the second while the first measures; the other says so in one line."""
+    command = ("minitron", "run", str(recipe_of(desk, evaluate={"blocks": 4, "speed": False})), "--out", "out", "-q")
+    path = desk / "two"
+    undisturbed(2, *command, at=path)
     expected = made(path)
     shutil.rmtree(path)
     path.mkdir()
-    processes = begun(2, *DISTILL, cwd=path)
-    while not any(path.glob("out.work/distill/state-*")):
-        assert processes[0].is_alive()
-        time.sleep(0.002)
-    processes[killed].kill()
-    codes = {killed: -signal.SIGKILL, 1 - killed: 1}
-    ended(processes, [codes[0], codes[1]], path)
-    (line,) = (path / f".stderr{1 - killed}").read_text().splitlines()
-    assert "another of the 2 processes was ended; run the same command to go on (" in line
-    done = forked(2, *DISTILL, cwd=path)
+    for killed, moment in ((0, "out/distill/state-*"), (1, "out/evaluations.partial")):
+        processes = begun(2, *command, cwd=path)
+        while not any(path.glob(moment)):
+            assert processes[0].is_alive()
+            time.sleep(0.002)
+        processes[killed].kill()
+        ended(processes, [-signal.SIGKILL if rank == killed else 1 for rank in range(2)], path)
+        (line,) = (path / f".stderr{1 - killed}").read_text().splitlines()
+        assert "another of the 2 processes was ended; run the same command to go on (" in line
+    done = forked(2, *command, cwd=path)
     assert done.returncode == 0, done.stderr
     assert made(path) == expected
 
@@ -153,6 +168,16 @@ def test_a_signal_that_nobody_heeded_in_a_training_comes_after_it(number: int) -
     with pytest.raises(Stopped), graceful_stop() as request:
         os.kill(os.getpid(), number)
         heard = request.requested
+    assert heard
+
+
+@pytest.mark.usefixtures("stop_raises")
+def test_a_signal_that_comes_while_processes_part_acts_after_it() -> None:
+    """Not in a callback of the garbage collection, where its exception would be printed and lost."""
+    heard = False
+    with pytest.raises(Stopped), parallel._signals_held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard = True
     assert heard
 
 

@@ -77,7 +77,7 @@ def raw_recipe(path: Path, variant: str, **changes: Any) -> dict[str, Any]:
         "data": {"source": str(small.text(path / "text.jsonl")), "heldout_fraction": 0.2, "block_tokens": 16},
         "calibrate": {"samples": 8},
         "prune": {"shape": {"hidden": 24, "ffn": 24, "layers": 3}},
-        "distill": {"tokens": 40 * 4 * 16, "batch_blocks": 4, "evaluate_blocks": 4},
+        "distill": {"tokens": 20 * 4 * 16, "batch_blocks": 4, "evaluate_blocks": 4},
         "evaluate": {"blocks": 8, "prompts": [PROMPT], "new_tokens": 12, "speed": False},
     } | changes
 

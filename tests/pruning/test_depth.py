@@ -46,6 +46,7 @@ def log_likelihoods(model: Any, tokens: Tensor) -> Tensor:
     return torch.stack([nats, (logits.argmax(-1) == tokens[:, 1:]).float()])
 
 
+@pytest.mark.parametrize("directory", tiny.FIRST.values(), indirect=True)
 def test_the_likelihoods_of_every_variant_are_those_of_the_cut_model(directory: Path, tmp_path: Path) -> None:
     tokens = tiny.tokens(3, 9)
     scored = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.6

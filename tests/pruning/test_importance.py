@@ -95,6 +95,7 @@ def test_scores_have_one_number_per_unit(measured: Any, criterion: str) -> None:
     }
 
 
+@pytest.mark.parametrize("directory", tiny.FIRST.values(), indirect=True)
 def test_the_magnitude_of_a_unit_is_the_norm_of_what_goes_with_it(directory: Path) -> None:
     """Without the unit, the squares of the layers' matrices sum to so much less."""
     checkpoint = open_checkpoint(directory)

@@ -29,7 +29,7 @@ from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
 TOKENS = tiny.tokens(8, 24)
 CUT = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 3, "layers": 3}
 FILLED = {"hidden": 24, "ffn": 23, "kv_heads": 3, "heads": 6, "layers": 3}
-FLOAT32 = [name for name, (_, differs) in tiny.VARIANTS.items() if "dtype" not in differs]
+BASES = [*tiny.FIRST.values(), "llama-tied", "llama-biases", "nemotron-biases", "gemma2-untied"]
 
 
 def known(checkpoint: Checkpoint) -> Evidence:
@@ -77,7 +77,7 @@ def logits_differ_by(one: Path, other: Path) -> float:
     return ((tiny.logits(tiny.model(other), tokens) - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("variant", FLOAT32)
+@pytest.mark.parametrize("variant", BASES)
 def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tmp_path: Path) -> None:
     path = tiny.checkpoint(variant, tmp_path / "teacher")
     checkpoint = open_checkpoint(path)
@@ -93,6 +93,7 @@ def test_a_model_in_a_full_residual_basis_gives_the_same_logits(variant: str, tm
     assert not torch.allclose(tiny.tensors(out)[name], tiny.tensors(path)[name], atol=1e-2)
 
 
+@pytest.mark.parametrize("directory", tiny.FIRST.values(), indirect=True)
 def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
     made = repaired(
@@ -103,6 +104,7 @@ def test_with_nothing_removed_every_repair_leaves_the_same_bits(directory: Path,
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("directory", tiny.FIRST.values(), indirect=True)
 def test_a_repaired_student_has_the_planned_shape_and_loads(directory: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
     plan = a_plan(checkpoint)

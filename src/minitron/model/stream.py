@@ -94,8 +94,8 @@ class Stream:
         self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
         self._scratch, self._num_states = pass_.scratch, num_states
-        # The keyword arguments of each layer by the size of the batch. If documents are kept apart, they belong to a batch
-        # and its first sample: the masks of all batches would be larger than their states.
+        # The keyword arguments of each layer by the size of the batch. If documents are kept apart, they belong to a
+        # batch and its first sample: the masks of all batches would be larger than their states.
         self._calls: dict[int, list[Mapping[str, Any]]] = {}
 
     @torch.no_grad()
