@@ -99,8 +99,8 @@ def test_help_of_every_verb_shows_its_example(desk: Desk, verb: str, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = desk.run(verb, "--help")
     assert code == 0
-    assert " ".join(cli.COMMANDS[verb].EXAMPLE.split()) in " ".join(out.split())
-    assert cli.COMMANDS[verb].HELP in " ".join(out.split())
+    assert " ".join(cli.COMMANDS[verb].example.split()) in " ".join(out.split())
+    assert cli.COMMANDS[verb].help in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

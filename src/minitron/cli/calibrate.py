@@ -3,18 +3,16 @@
 import argparse
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import ROWS, Rules
+from minitron.cli.rules import ROWS
 
-HELP = "collect activation statistics in one streamed pass"
-EXAMPLE = "minitron calibrate ./my-model --data corpus.jsonl --out statistics"
-RULES: Rules = (ROWS,)
 # A run knows whether its repair needs the second moment; statistics by themselves may be for any repair.
-PRESET = {"calibrate.second_moment": True}
+_PRESET = {"calibrate.second_moment": True}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(preset=PRESET)
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(preset=_PRESET)
     options.add_model(parser)
     options.add_data(parser)
     options.add_key(parser, "calibrate.samples", "--samples", type=parse.count, metavar="N")
@@ -30,10 +28,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=parse.path, required=True, metavar="DIR", help="directory of the statistics")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked, data = args.asked, options.data_config(args, console)
     statistics = api.calibrate(args.model, data, asked.calibrate, seed=asked.seed, out=args.out, listener=console)
     facts = {"out": str(args.out), "samples": statistics.samples, "tokens": statistics.tokens}
     console.result(facts, f"statistics of {statistics.samples} samples, {statistics.tokens:,} tokens: {args.out}")
+
+
+COMMAND = Command(
+    help="collect activation statistics in one streamed pass",
+    example="minitron calibrate ./my-model --data corpus.jsonl --out statistics",
+    add_options=_add_options,
+    run=_run,
+    rules=(ROWS,),
+)

@@ -3,21 +3,25 @@
 import argparse
 
 from minitron.cli import parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import Rules
-
-HELP = "write the student's model card again"
-EXAMPLE = "minitron card runs/half"
-RULES: Rules = ()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=parse.path, metavar="RUN", help="directory of a finished run")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron.report.card import write_card
     from minitron.report.records import read_run
 
     path = write_card(read_run(args.run))
     console.result({"card": str(path)}, str(path))
+
+
+COMMAND = Command(
+    help="write the student's model card again",
+    example="minitron card runs/half",
+    add_options=_add_options,
+    run=_run,
+)

@@ -4,15 +4,12 @@ import argparse
 from dataclasses import asdict
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import ROWS, Rules
-
-HELP = "train a student on a teacher's logits; the same command again resumes it"
-EXAMPLE = "minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student"
-RULES: Rules = (ROWS,)
+from minitron.cli.rules import ROWS
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_key(parser, "model", "--teacher", type=parse.named, required=True, metavar="MODEL")
     parser.add_argument(
         "--student", type=parse.named, required=True, metavar="MODEL", help="a model with the teacher's tokenizer"
@@ -25,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=parse.path, required=True, metavar="DIR", help="directory of the student")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked, data = args.asked, options.data_config(args, console)
@@ -36,3 +33,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     corrected = {"corrected": str(made.corrected)} if made.corrected else {}
     facts = {"out": str(made.out)} | corrected | made.description.to_dict() | {"training": asdict(made.training)}
     console.result(facts, text + (f"\ncorrected teacher: {made.corrected}" if made.corrected else ""))
+
+
+COMMAND = Command(
+    help="train a student on a teacher's logits; the same command again resumes it",
+    example="minitron distill --teacher ./my-model --student pruned --data corpus.jsonl --tokens 20M --out student",
+    add_options=_add_options,
+    run=_run,
+    rules=(ROWS,),
+)

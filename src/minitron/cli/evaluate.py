@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import ROWS, Rules
 from minitron.core.effects import Rule
 
 if TYPE_CHECKING:
     from minitron.evaluation.tasks.suite import BenchmarkResult
-
-HELP = "loss, perplexity, bits per byte, KL to a teacher on held-out text; or benchmarks"
-EXAMPLE = "minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json"
 
 
 def _has_benchmarks(args: argparse.Namespace) -> bool:
@@ -31,7 +29,7 @@ def _is_checkpoint(args: argparse.Namespace) -> bool:
     return not is_gguf(args.model)
 
 
-RULES: Rules = (
+_RULES: Rules = (
     Rule(
         ("evaluate.prompts", "evaluate.new_tokens", "evaluate.speed"),
         lambda args: False,
@@ -60,7 +58,7 @@ RULES: Rules = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument(
         "--teacher", type=parse.named, metavar="MODEL", help="a model with the same tokenizer to compare with"
@@ -116,7 +114,7 @@ def _add_benchmarks(group: options.Container) -> None:
     )
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked, facts, lines = args.asked.evaluate, dict[str, object](), list[str]()
@@ -179,3 +177,12 @@ def _benchmark_lines(result: "BenchmarkResult") -> list[str]:
         kept = [] if teacher is None else [shown(result.kept[name], percent)]
         cells.append([*own, *([] if teacher is None else [score(teacher[name])]), score(row), *kept])
     return [*aligned(cells), "", BENCHMARK_NOTE]
+
+
+COMMAND = Command(
+    help="loss, perplexity, bits per byte, KL to a teacher on held-out text; or benchmarks",
+    example="minitron evaluate student --teacher ./my-model --data heldout.jsonl --whole --json",
+    add_options=_add_options,
+    run=_run,
+    rules=_RULES,
+)

@@ -3,18 +3,17 @@
 import argparse
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
 from minitron.cli.rules import Rules
 from minitron.core.effects import Rule
 
-HELP = "continue a prompt"
-EXAMPLE = "minitron generate student --prompt 'Once upon a time'"
-RULES: Rules = (
+_RULES: Rules = (
     Rule(("seed",), lambda args: args.temperature != 0, "where tokens are drawn", "give a --temperature above 0"),
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate_text
 
     options.add_model(parser, options.MODEL_OR_FILE)
@@ -29,10 +28,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_parameter(parser, generate_text, "--seed", type=parse.seed, metavar="N", help="of the draw")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     text = api.generate(
         args.model, args.prompt, new_tokens=args.new_tokens, temperature=args.temperature, seed=args.seed
     )
     console.result({"prompt": args.prompt, "text": text}, args.prompt + text)
+
+
+COMMAND = Command(
+    help="continue a prompt",
+    example="minitron generate student --prompt 'Once upon a time'",
+    add_options=_add_options,
+    run=_run,
+    rules=_RULES,
+)

@@ -4,25 +4,22 @@ import argparse
 from typing import TYPE_CHECKING
 
 from minitron.cli import options
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import REVISION, Rules
+from minitron.cli.rules import REVISION
 from minitron.core.errors import MinitronError
 
 if TYPE_CHECKING:
     from minitron.api import Inspected
     from minitron.gguf.reader import GgufFacts
 
-HELP = "family, shape, exact parameters, bytes, and what can be pruned"
-EXAMPLE = "minitron inspect meta-llama/Llama-3.1-8B"
-RULES: Rules = (REVISION,)
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, options.MODEL_OR_FILE)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
     from minitron.core.errors import UnsupportedArchitecture
     from minitron.gguf.reader import GgufFacts, is_gguf
@@ -76,3 +73,12 @@ def _file_lines(file: str, facts: "GgufFacts") -> list[str]:
 def _spelled(number: int | list[int]) -> str:
     """Write a size, or the sizes of layers that differ in it."""
     return f"{number:,}" if isinstance(number, int) else ", ".join(f"{each:,}" for each in sorted(set(number)))
+
+
+COMMAND = Command(
+    help="family, shape, exact parameters, bytes, and what can be pruned",
+    example="minitron inspect meta-llama/Llama-3.1-8B",
+    add_options=_add_options,
+    run=_run,
+    rules=(REVISION,),
+)

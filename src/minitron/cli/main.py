@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from minitron.cli import (
     calibrate,
@@ -26,44 +25,29 @@ from minitron.cli import (
     search,
     speed,
 )
+from minitron.cli.command import Command
 from minitron.cli.console import Console, complain, flush_result, open_streams
 from minitron.cli.process import keep_freed_memory, quiet_libraries
-from minitron.cli.rules import Rules, given_options, require_options
+from minitron.cli.rules import given_options, require_options
 from minitron.core.errors import Interrupted, MinitronError
-
-
-class Command(Protocol):
-    """A command is a module of this package that defines these names.
-
-    `add_options` and `run` import the libraries that they use: `minitron --help` does not wait for torch.
-    """
-
-    HELP: str
-    EXAMPLE: str
-    RULES: Rules
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, args: argparse.Namespace, console: Console) -> None: ...
-
 
 # In the order of `minitron --help`.
 COMMANDS: Mapping[str, Command] = {
-    "demo": demo,
-    "inspect": inspect,
-    "compress": compress,
-    "run": run,
-    "calibrate": calibrate,
-    "search": search,
-    "prune": prune,
-    "distill": distill,
-    "evaluate": evaluate,
-    "generate": generate,
-    "quantize": quantize,
-    "speed": speed,
-    "report": report,
-    "card": card,
-    "push": push,
+    "demo": demo.COMMAND,
+    "inspect": inspect.COMMAND,
+    "compress": compress.COMMAND,
+    "run": run.COMMAND,
+    "calibrate": calibrate.COMMAND,
+    "search": search.COMMAND,
+    "prune": prune.COMMAND,
+    "distill": distill.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "generate": generate.COMMAND,
+    "quantize": quantize.COMMAND,
+    "speed": speed.COMMAND,
+    "report": report.COMMAND,
+    "card": card.COMMAND,
+    "push": push.COMMAND,
 }
 SHARED = ("demo", "compress", "run", "calibrate", "distill")  # by several processes
 # In what torch says where it gets no memory.
@@ -158,10 +142,10 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(
-            name, help=command.HELP, description=command.HELP, epilog=f"example: {command.EXAMPLE}"
+            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
         )
         # says, preset, sections: see options.add_key, options.add_set and rules.require_options.
-        sub.set_defaults(parser=sub, rules=command.RULES, says={}, preset={}, sections=None)
+        sub.set_defaults(parser=sub, rules=command.rules, says={}, preset={}, sections=None)
         if named in (None, name):
             options.add_common(sub)
             command.add_options(sub)

@@ -4,13 +4,11 @@ import argparse
 from typing import Any
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import NOT_KEPT, ROWS, Rules, require_rules
+from minitron.cli.rules import NOT_KEPT, ROWS, require_rules
 from minitron.core.effects import Rule
 
-HELP = "cut a model to a shape, a plan or a parameter target, and repair the cut"
-EXAMPLE = "minitron prune ./my-model --shape hidden=3072,ffn=9216 --data corpus.jsonl --out pruned"
-RULES: Rules = (NOT_KEPT, ROWS)
 # Of what the cut needs, which is known once the model is open.
 OF_CUT: tuple[Rule[Any], ...] = (
     Rule(
@@ -32,7 +30,7 @@ OF_CUT: tuple[Rule[Any], ...] = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_target(parser)
     options.add_key(
@@ -86,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=parse.path, required=True, metavar="DIR", help="directory of the student")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked = args.asked
@@ -139,3 +137,12 @@ def require_cut_options(args: argparse.Namespace, needs: Any) -> None:
     require_rules(args, OF_CHOICE, needs.choice)
     nothing_asked = () if args.asked.repair.steps else ("repair.steps",)
     require_rules(args, OF_CUT, needs, besides=nothing_asked)
+
+
+COMMAND = Command(
+    help="cut a model to a shape, a plan or a parameter target, and repair the cut",
+    example="minitron prune ./my-model --shape hidden=3072,ffn=9216 --data corpus.jsonl --out pruned",
+    add_options=_add_options,
+    run=_run,
+    rules=(NOT_KEPT, ROWS),
+)

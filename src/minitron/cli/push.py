@@ -3,15 +3,11 @@
 import argparse
 
 from minitron.cli import parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console
-from minitron.cli.rules import Rules
-
-HELP = "upload the student, its card and its GGUF files to the Hugging Face hub"
-EXAMPLE = "minitron push runs/half me/my-model-4b --private --dry-run"
-RULES: Rules = ()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=parse.path, metavar="RUN", help="directory of a finished run")
     parser.add_argument(
         "repo", metavar="REPO", help="a name on the hub, such as me/my-model-4b; made if it is not there"
@@ -20,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron.core.text import size
     from minitron.report.hub import planned_uploads, push, require_repo_id
     from minitron.report.records import read_run
@@ -39,3 +35,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return console.result(facts | {"url": url}, f"{len(files)} files, {size(total)}: {url}")
     lines = [f"{size(num_bytes):>10}  {args.repo}/{upload.destination}" for upload, num_bytes in uploads]
     console.result(facts, "\n".join([*lines, f"{len(files)} files, {size(total)}; nothing was sent"]))
+
+
+COMMAND = Command(
+    help="upload the student, its card and its GGUF files to the Hugging Face hub",
+    example="minitron push runs/half me/my-model-4b --private --dry-run",
+    add_options=_add_options,
+    run=_run,
+)

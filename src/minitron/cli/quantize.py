@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import ROWS, Rules
 from minitron.core.effects import Rule
@@ -11,9 +12,6 @@ from minitron.core.effects import Rule
 if TYPE_CHECKING:
     from minitron.gguf.layouts import QuantizedModel
     from minitron.gguf.quantize import PlannedFile
-
-HELP = "write GGUF files for llama.cpp, run them, and print what each costs"
-EXAMPLE = "minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf"
 
 
 def _mixes(args: argparse.Namespace) -> bool:
@@ -30,7 +28,7 @@ def _takes_importance(args: argparse.Namespace) -> bool:
     return _mixes(args) or any(name not in UNINFORMED for name in args.asked.gguf.types)
 
 
-RULES: Rules = (
+_RULES: Rules = (
     Rule(
         ("data.separate_documents",),
         lambda args: False,
@@ -66,7 +64,7 @@ RULES: Rules = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.gguf.config import QUANTIZE_TOKENS
 
     options.add_model(parser)
@@ -123,7 +121,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     config = args.asked.gguf
@@ -162,3 +160,12 @@ def _file_lines(table: "QuantizedModel") -> list[str]:
         own = [file.name, size(file.bytes), f"{file.bits_per_weight:.2f}", "yes" if file.informed else "no"]
         cells.append([*own, *measured, other])
     return aligned(cells)
+
+
+COMMAND = Command(
+    help="write GGUF files for llama.cpp, run them, and print what each costs",
+    example="minitron quantize student --types Q4_K_M,IQ4_XS --calibration corpus.jsonl --out gguf",
+    add_options=_add_options,
+    run=_run,
+    rules=_RULES,
+)

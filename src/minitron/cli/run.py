@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import Rules
 from minitron.core.effects import Rule
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from minitron.recipe import Recipe
     from minitron.report.records import RunRecords
 
-HELP = "run a recipe; the same command again resumes it"
-EXAMPLE = "minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64"
 DRY_RUN: Rules = (
     Rule(("gpus",), lambda args: args.dry_run, "with --dry-run", "add --dry-run"),
     Rule(
@@ -27,10 +26,9 @@ DRY_RUN: Rules = (
         "add both",
     ),
 )
-RULES: Rules = DRY_RUN
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         type=parse.named,
@@ -67,7 +65,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron.recipe import find_recipe, load_recipe
 
     path = find_recipe(args.recipe)
@@ -167,3 +165,12 @@ def _cost_lines(found: "Estimate") -> list[str]:
             "sharded"
         )
     return lines
+
+
+COMMAND = Command(
+    help="run a recipe; the same command again resumes it",
+    example="minitron run llama-3.1-8b-to-4b-width --set model=./Llama-3.1-8B --dry-run --gpus 64",
+    add_options=_add_options,
+    run=_run,
+    rules=DRY_RUN,
+)

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import NOT_KEPT, ROWS, Rules
 from minitron.core.effects import Rule
@@ -12,10 +13,8 @@ from minitron.core.errors import MinitronError
 if TYPE_CHECKING:
     from minitron.shapes.rank import Ranking
 
-HELP = "every shape within the budgets, ranked"
-EXAMPLE = "minitron search ./my-model --statistics statistics --target-params 50% --dims layers=24-32 ffn=2x,3x"
 # A run does not search unless told to; this command does nothing else.
-PRESET = {"search.level": "predicted"}
+_PRESET = {"search.level": "predicted"}
 
 
 def _cuts(args: argparse.Namespace) -> bool:
@@ -26,7 +25,7 @@ def _reads_text(args: argparse.Namespace) -> bool:
     return args.statistics is None or _cuts(args)
 
 
-RULES: Rules = (
+_RULES: Rules = (
     NOT_KEPT,
     Rule(
         ("data.*", "calibrate.*"),
@@ -51,8 +50,8 @@ RULES: Rules = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(preset=PRESET)
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(preset=_PRESET)
     options.add_model(parser)
     options.add_target(parser, help="most parameters: 50%% of the non-embedding ones, or a total such as 4.5B")
     _add_budgets(parser)
@@ -128,7 +127,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
 
     asked = args.asked
@@ -166,3 +165,12 @@ def _lines(ranking: "Ranking", top: int) -> list[str]:
         f"times are modelled from {machine.bytes_per_second / 1e9:,.1f} GB/s and "
         f"{machine.flops_per_second / 1e12:,.3g} TFLOP/s.",
     ]
+
+
+COMMAND = Command(
+    help="every shape within the budgets, ranked",
+    example="minitron search ./my-model --statistics statistics --target-params 50% --dims layers=24-32 ffn=2x,3x",
+    add_options=_add_options,
+    run=_run,
+    rules=_RULES,
+)

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from minitron.cli import options, parse
+from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
 from minitron.cli.rules import Rules
 from minitron.core.effects import Rule
@@ -11,9 +12,7 @@ from minitron.core.effects import Rule
 if TYPE_CHECKING:
     from minitron.evaluation.engines import SpeedResult
 
-HELP = "prefill and decode tokens per second and peak memory, teacher and student in turn"
-EXAMPLE = "minitron speed runs/half/student --teacher ./my-model --batch 1,8 --context 128,1024"
-RULES: Rules = (
+_RULES: Rules = (
     Rule(
         ("threads",),
         lambda args: args.engine != "vllm",
@@ -23,7 +22,7 @@ RULES: Rules = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.core.device import Precision
     from minitron.evaluation.engines import DEFAULT_CONTEXTS, Engine, SpeedOptions
 
@@ -64,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=parse.count, metavar="N", help="of the CPU; default as many as torch takes")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
     from minitron.evaluation.engines import SpeedOptions
 
@@ -97,3 +96,12 @@ def speed_lines(result: "SpeedResult") -> list[str]:
         f"{result.engine} on {result.device}, CPU threads: {result.threads}; median of {result.rounds} rounds, "
         f"slowest to fastest in brackets; {result.new_tokens} new tokens{busy}",
     ]
+
+
+COMMAND = Command(
+    help="prefill and decode tokens per second and peak memory, teacher and student in turn",
+    example="minitron speed runs/half/student --teacher ./my-model --batch 1,8 --context 128,1024",
+    add_options=_add_options,
+    run=_run,
+    rules=_RULES,
+)

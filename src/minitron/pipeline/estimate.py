@@ -10,7 +10,7 @@ from minitron.distillation.optim import Optimizer, Weights, training_bytes
 from minitron.model.checkpoint import ModelConfig, open_config
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
 from minitron.model.hub import resolve_model
-from minitron.pipeline.run import resolve
+from minitron.pipeline.run import resolve_recipe
 from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
@@ -103,7 +103,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
     does a step of a teacher that is corrected; in parallel, its forward pass is the one that the student learns from.
     """
     teacher = open_config(resolve_model(recipe.model, recipe.revision, config_only=True))
-    recipe, shape = resolve(recipe, teacher)
+    recipe, shape = resolve_recipe(recipe, teacher)
     student = describe_shape(teacher.architecture, teacher.config, shape, teacher.dtype)
     block_tokens = block_length(recipe.data, teacher)
     calibration_tokens, tokens = recipe.calibrate.samples * block_tokens, recipe.distill.tokens

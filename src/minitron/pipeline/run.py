@@ -63,7 +63,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
             exporter.require()
     teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
     tokenizer = teacher.tokenizer
-    recipe, shape = resolve(recipe, teacher)
+    recipe, shape = resolve_recipe(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
@@ -75,7 +75,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
                 export_student(run, name)
 
 
-def resolve(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
+def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
     """Fill in every default that the teacher's config decides, and find the student's shape: for a search, the largest.
 
     Raises: NoEffect for a key that could not change anything.
@@ -126,4 +126,4 @@ def _whole_path(source: str) -> str:
     """Make a local path absolute, so that the stored recipe runs from anywhere; leave a hub id and the like alone."""
     is_path = source.strip() and source not in (BUILTIN, TEACHER)
     path = local_path(source)
-    return str(path.resolve()) if is_path and os.path.exists(path) else source
+    return str(path.resolve_recipe()) if is_path and os.path.exists(path) else source

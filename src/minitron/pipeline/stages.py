@@ -305,7 +305,7 @@ def _criterion(run: Run, first: Shape) -> tuple[StageResult, dict[str, str]]:
     return facts, measured | _task_digest(run.directory, config)
 
 
-def score_units(run: Run) -> None:
+def score_teacher(run: Run) -> None:
     """Which units matter, for the first step of the cut.
 
     The shape is known now, and with it all of the training: settings that cannot be are refused before the cut.
@@ -568,7 +568,7 @@ PIPELINE: dict[str, Stage] = {
     "statistics": Stage(collect_statistics),
     "lessons": Stage(record_teacher, lambda recipe: recipe.distill.teacher == "recorded"),
     "search": Stage(search_shape, searches),
-    "scores": Stage(score_units),
+    "scores": Stage(score_teacher),
     "plan": Stage(make_plan),
     "pruned": Stage(cut_teacher),
     "student": Stage(train_student),
