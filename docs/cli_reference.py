@@ -42,7 +42,7 @@ def main() -> None:
     for name, parser in commands.choices.items():
         own = [action for action in parser._actions if action.dest not in common]
         heading = f"\n## {name}\n\n{parser.description[:1].upper()}{parser.description[1:]}."
-        print(f"{heading}\n\n```\n{COMMANDS[name].EXAMPLE}\n```\n")
+        print(f"{heading}\n\n```\n{COMMANDS[name].example}\n```\n")
         print("| argument | meaning |\n| --- | --- |")
         print("\n".join(row(action) for action in own))
 

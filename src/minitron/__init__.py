@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minitron.api import Distilled as Distilled
+    from minitron.api import Inspected as Inspected
+    from minitron.api import Pruned as Pruned
     from minitron.api import benchmark as benchmark
     from minitron.api import calibrate as calibrate
     from minitron.api import distill as distill
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from minitron.api import generate as generate
     from minitron.api import inspect as inspect
     from minitron.api import measure_speed as measure_speed
+    from minitron.api import needs_of_prune as needs_of_prune
     from minitron.api import plan_quantized as plan_quantized
     from minitron.api import prune as prune
     from minitron.api import quantize as quantize
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from minitron.core.progress import Listener as Listener
     from minitron.data.config import DataConfig as DataConfig
     from minitron.distillation.config import DistillConfig as DistillConfig
+    from minitron.distillation.train import Trained as Trained
     from minitron.evaluation.engines import SpeedModel as SpeedModel
     from minitron.evaluation.engines import SpeedOptions as SpeedOptions
     from minitron.evaluation.engines import SpeedResult as SpeedResult
@@ -43,30 +48,37 @@ if TYPE_CHECKING:
     from minitron.gguf.layouts import QuantizedModel as QuantizedModel
     from minitron.gguf.layouts import WrittenFile as WrittenFile
     from minitron.gguf.quantize import PlannedFile as PlannedFile
+    from minitron.gguf.reader import GgufFacts as GgufFacts
     from minitron.model.architecture import Architecture as Architecture
     from minitron.model.architecture import Shape as Shape
     from minitron.model.checkpoint import Checkpoint as Checkpoint
     from minitron.model.checkpoint import open_checkpoint as open_checkpoint
+    from minitron.model.describe import Description as Description
     from minitron.model.families import FAMILIES as FAMILIES
     from minitron.pruning.config import PruneConfig as PruneConfig
     from minitron.pruning.importance import Scores as Scores
     from minitron.pruning.plan import Plan as Plan
     from minitron.pruning.repair import RepairConfig as RepairConfig
+    from minitron.pruning.steps import CutNeeds as CutNeeds
     from minitron.recipe import DEMO_TEACHER as DEMO_TEACHER
     from minitron.recipe import Recipe as Recipe
     from minitron.recipe import build_recipe as build_recipe
     from minitron.recipe import load_recipe as load_recipe
+    from minitron.report.records import RunRecords as RunRecords
+    from minitron.shapes.rank import Ranked as Ranked
+    from minitron.shapes.rank import Ranking as Ranking
     from minitron.shapes.space import SearchConfig as SearchConfig
 
 # Module -> the names that `minitron` has of it. Imported when used, so that `minitron --help` does not wait for torch.
 _PUBLIC = {
-    "minitron.api": "benchmark calibrate distill evaluate generate inspect "
-    "measure_speed plan_quantized prune quantize run search",
+    "minitron.api": "Distilled Inspected Pruned benchmark calibrate distill evaluate generate inspect "
+    "measure_speed needs_of_prune plan_quantized prune quantize run search",
     "minitron.calibration.statistics": "CalibrateConfig Statistics",
     "minitron.core.errors": "MinitronError",
     "minitron.core.progress": "Listener",
     "minitron.data.config": "DataConfig",
     "minitron.distillation.config": "DistillConfig",
+    "minitron.distillation.train": "Trained",
     "minitron.evaluation.engines": "SpeedModel SpeedOptions SpeedResult",
     "minitron.evaluation.layouts": "Ratios Speed TaskResult",
     "minitron.evaluation.quality": "EvaluateConfig Evaluation",
@@ -76,14 +88,19 @@ _PUBLIC = {
     "minitron.gguf.config": "QuantizeConfig",
     "minitron.gguf.layouts": "Measured QuantizedModel WrittenFile",
     "minitron.gguf.quantize": "PlannedFile",
+    "minitron.gguf.reader": "GgufFacts",
     "minitron.model.architecture": "Architecture Shape",
     "minitron.model.checkpoint": "Checkpoint open_checkpoint",
+    "minitron.model.describe": "Description",
     "minitron.model.families": "FAMILIES",
     "minitron.pruning.config": "PruneConfig",
     "minitron.pruning.importance": "Scores",
     "minitron.pruning.plan": "Plan",
     "minitron.pruning.repair": "RepairConfig",
+    "minitron.pruning.steps": "CutNeeds",
     "minitron.recipe": "DEMO_TEACHER Recipe build_recipe load_recipe",
+    "minitron.report.records": "RunRecords",
+    "minitron.shapes.rank": "Ranked Ranking",
     "minitron.shapes.space": "SearchConfig",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -7,44 +7,43 @@ import minitron
 
 def shrink(model: str, work: Path) -> Path:
     """Run the steps one by one, and return the student's directory."""
+    described = minitron.inspect(model)
+    assert isinstance(described, minitron.Inspected)
+    shape: minitron.Shape = described.description.shape
     text = minitron.DataConfig(source="corpus.jsonl", block_tokens=128)
     statistics: minitron.Statistics = minitron.calibrate(
-        model, text, minitron.CalibrateConfig(samples=64), seed=0, out=work / "statistics"
+        model, text, minitron.CalibrateConfig(samples=64), out=work / "statistics"
     )
-    ranking = minitron.search(
-        model,
-        prune=minitron.PruneConfig(target="50%"),
-        search=minitron.SearchConfig(window=0.3),
-        statistics_dir=work / "statistics",
-        data_config=None,
+    half = minitron.PruneConfig(target="50%")
+    ranking: minitron.Ranking = minitron.search(
+        model, prune=half, search=minitron.SearchConfig(window=0.3), statistics_dir=work / "statistics"
     )
-    plan, facts = minitron.prune(
-        model,
-        config=minitron.PruneConfig(target="50%"),
-        repair=minitron.RepairConfig(),
-        plan_file=None,
-        statistics_dir=work / "statistics",
-        data_config=lambda: text,
-        out=work / "pruned",
-    )
-    shape: minitron.Shape = plan.student
+    found: minitron.Shape = ranking.candidates[0].candidate.shape
+    needs = minitron.needs_of_prune(model, half)
+    cut: minitron.Pruned = minitron.prune(model, half, text if needs.text else None, out=work / "pruned")
+    plan: minitron.Plan = cut.plan
     config = minitron.DistillConfig(tokens=1_000_000, loss="forward_kl")
-    trained = minitron.distill(model, str(work / "pruned"), text, config, seed=0, out=work / "student")
-    print(statistics.tokens + shape.hidden, ranking["candidates"], facts, trained["training"])
-    return work / "student"
+    trained = minitron.distill(model, cut.out, text, config, out=work / "student")
+    assert trained is not None
+    steps: int = trained.training.steps
+    print(shape.hidden, found.hidden, plan.student.hidden, statistics.tokens, steps, cut.repairs, trained.corrected)
+    return trained.out
 
 
-def measure(student: str, teacher: str, work: Path) -> str:
+def measure(student: Path, teacher: str, work: Path) -> str:
     """Measure the student, quantize it and write a text."""
     text = minitron.DataConfig(source="heldout.jsonl")
-    tasks = minitron.benchmark(student, teacher, ["piqa"], None, minitron.TaskOptions(limit=10), cache=None)
-    quality = minitron.evaluate(student, teacher, text, blocks=None)
-    files = minitron.quantize(
-        student, minitron.QuantizeConfig(types=["Q8_0"]), text, importance_file=None, out=work / "gguf"
+    tasks: minitron.BenchmarkResult = minitron.benchmark(
+        student, ["piqa"], minitron.TaskOptions(limit=10), teacher=teacher
     )
-    speed = minitron.measure_speed(student, teacher, rounds=3)
-    print(tasks["tasks"], quality["lm_loss"], files["files"], speed["rows"])
-    return minitron.generate(student, "Once", new_tokens=10, temperature=0.0, seed=0)
+    quality: minitron.Evaluation = minitron.evaluate(student, text, teacher=teacher)
+    types = minitron.QuantizeConfig(types=["Q8_0"])
+    planned: int = minitron.plan_quantized(student, types)[0].bytes
+    files: minitron.QuantizedModel = minitron.quantize(student, types, text, out=work / "gguf")
+    speed: minitron.SpeedResult = minitron.measure_speed(str(student), teacher)
+    loss: float = quality.lm_loss
+    print(tasks.tasks["piqa"].n, loss, planned, files.files[0].bytes, speed.rows[0].speeds)
+    return minitron.generate(student, "Once", new_tokens=10)
 
 
 class Lines:
@@ -71,10 +70,11 @@ def run(path: Path, listener: minitron.Listener) -> float:
 
 
 def sizes(path: Path) -> tuple[int, minitron.Architecture]:
+    """Count a checkpoint's parameters."""
     checkpoint: minitron.Checkpoint = minitron.open_checkpoint(path)
-    print(minitron.inspect(path)["parameters"], minitron.FAMILIES["llama"].tied(checkpoint.config))
+    print(minitron.FAMILIES["llama"].tied(checkpoint.config))
     recipe = minitron.build_recipe({"model": str(minitron.DEMO_TEACHER), "prune": {"target": "50%"}})
-    print(recipe.prune.target, minitron.Plan.load(path / "plan.json").layers, Lines())
+    print(recipe.prune.target, minitron.Plan.load(path / "plan.json").layers)
     return checkpoint.parameters.total, checkpoint.architecture
 
 

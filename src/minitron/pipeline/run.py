@@ -126,4 +126,4 @@ def _whole_path(source: str) -> str:
     """Make a local path absolute, so that the stored recipe runs from anywhere; leave a hub id and the like alone."""
     is_path = source.strip() and source not in (BUILTIN, TEACHER)
     path = local_path(source)
-    return str(path.resolve_recipe()) if is_path and os.path.exists(path) else source
+    return str(path.resolve()) if is_path and os.path.exists(path) else source
