@@ -1,4 +1,4 @@
-"""The verbs: what minitron does with models, each a function that opens its inputs and writes its result whole."""
+"""The verbs of minitron: each is a function that opens its inputs, calls a step, and writes its result whole."""
 
 import shutil
 from collections.abc import Sequence
@@ -225,7 +225,7 @@ def needs_of_prune(
     plan_file: Path | None = None,
     statistics_dir: Path | None = None,
 ) -> CutNeeds:
-    """What `prune` with the same arguments reads: statistics, text, or neither."""
+    """Tell what `prune` with the same arguments reads: statistics, text, or neither."""
     return _asked_cut(model, config, repair, plan_file, statistics_dir).needs
 
 
@@ -282,7 +282,10 @@ def prune(
 
 
 def _require_free_space(teacher: Checkpoint, student: Shape, out: Path, at: Path) -> None:
-    """Raises: RunError if the disk has no room for a student of that shape."""
+    """Refuse a disk that has no room for a student of that shape.
+
+    Raises: RunError.
+    """
     counts = [teacher.architecture.count(shape, teacher.config) for shape in (student, teacher.shape)]
     # By share, for not every tensor need have the dtype of the embedding.
     require_free_space(out, round(teacher.weight_bytes * counts[0].total / counts[1].total), at)
@@ -366,7 +369,7 @@ def _keep_beside(run: Run, trained: Path) -> None:
 
 
 def _is_complete(out: Path, work: Path) -> bool:
-    """Whether what `work` was for is done, but for moving it to `out` and beside it."""
+    """Tell whether the training in `work` is done and only its result is still to be moved."""
     return work.is_dir() and any((student / "record.json").exists() for student in (work / "student", out))
 
 
@@ -376,7 +379,7 @@ def _keep_metrics(work: Path, made: Path) -> None:
 
 
 def _leftover(work: Path) -> Path:
-    """The name of a `work` that is no longer needed."""
+    """Name a `work` that is no longer needed."""
     return work.with_name(f"{work.name}.partial")
 
 
@@ -532,7 +535,7 @@ def quantize(
 
 
 def _bytes_of(checkpoint: Checkpoint, config: QuantizeConfig, *, informed: bool) -> int:
-    """Of all files that the config asks for; of a mixture of so many bits, of its matrices alone."""
+    """Return the bytes of all files that the config asks for; a mixture counts by its matrices alone."""
     from minitron.gguf.quantize import plan_files
 
     mixtures = [bits * checkpoint.parameters.total / 8 for bits in config.bits_per_weight]

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import RecipeError, did_you_mean
+from minitron.core.reading import Json
 from minitron.core.typed_files import key_of, parse_yaml, read_yaml, short
 from minitron.data.config import DataConfig
 from minitron.distillation.config import DistillConfig
@@ -105,7 +106,7 @@ def demo_recipe(overrides: Iterable[str] = ()) -> Recipe:
     return load_recipe(SHIPPED / "demo.yaml", overrides)
 
 
-def build_recipe(raw: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
+def build_recipe(raw: Json, overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe, after overrides.
 
     Raises: RecipeError.
@@ -122,14 +123,14 @@ def build_asked(values: Mapping[str, Any], overrides: Iterable[str], spelled: Ma
 
     Raises: RecipeError.
     """
-    raw: dict[str, Any] = {"prune": {}}
+    raw: Json = {"prune": {}}
     for key, value in values.items():
         *sections, name = key.split(".")
         _section_at(raw, sections)[name] = value
     return _build(Recipe, raw, overrides, where="--set", spelled=spelled)
 
 
-def _section_at(raw: dict[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+def _section_at(raw: Json, sections: Sequence[str]) -> Json:
     for section in sections:
         raw = raw.setdefault(section, {})
     return raw
@@ -141,7 +142,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _build(
     kind: type[SectionKind],
-    raw: dict[str, Any],
+    raw: Json,
     overrides: Iterable[str],
     *,
     where: str,
@@ -178,7 +179,7 @@ def _said_by(error: Any, overrides: list[str]) -> str | None:
     return None
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply(raw: Json, override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator:
         raise RecipeError(f"--set {override!r}: write it as section.key=value")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from minitron.data.config import DataConfig
 
 MODEL_OR_FILE = "a local directory, a hub id, or a GGUF file"
+KeyValues = dict[str, object]  # recipe keys, such as distill.tokens, and their values
 Container = argparse._ActionsContainer  # a parser, or a group of its options
 
 
@@ -25,7 +26,7 @@ class Said:
     """
 
     key: str
-    values: Callable[[Any], dict[str, Any]]
+    values: Callable[[Any], KeyValues]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_key(
     parser: Container,
     key: str,
     *flags: str,
-    says: Callable[[Any], dict[str, Any]] | None = None,
+    says: Callable[[Any], KeyValues] | None = None,
     more: str = "",
     **settings: Any,
 ) -> None:

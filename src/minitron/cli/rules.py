@@ -112,7 +112,7 @@ def _keys(args: Args, dest: str) -> Iterable[str]:
     return args.says[dest].values(getattr(args, dest)) if dest in args.says else (dest,)
 
 
-def _said(args: Args) -> dict[str, dict[str, Any]]:
+def _said(args: Args) -> dict[str, dict[str, object]]:
     """Map each option that says recipe keys to these keys and their values."""
     return {dest: args.says[dest].values(getattr(args, dest)) for dest in args.given if dest in args.says}
 
@@ -148,11 +148,14 @@ def _asked(args: Args, said: Mapping[str, Mapping[str, Any]]) -> Any:
     """Make the recipe that options and `--set` say, with defaults for the rest."""
     from minitron.recipe import build_asked
 
-    values: dict[str, Any] = dict(args.preset)
+    values = dict(args.preset)
     spelled: dict[str, str] = {}
     for dest, keys in said.items():
         for key, value in keys.items():  # two options that list tasks add up
-            values[key] = [*values[key], *value] if key in spelled and isinstance(value, list) else value
+            before = values.get(key)
+            if key in spelled and isinstance(before, list) and isinstance(value, list):
+                value = [*before, *value]
+            values[key] = value
             spelled[key] = option(dest)
     return build_asked(values, args.set, spelled)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -96,7 +96,7 @@ class DistillConfig(Section):
     change them."""
 
     @property
-    def for_record(self) -> dict[str, Any]:
+    def for_record(self) -> dict[str, object]:
         """The settings that a record holds: all that change the student, without the trackers that only watch."""
         return self.model_dump(mode="json", exclude={"log_to"})
 

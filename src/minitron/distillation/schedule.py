@@ -1,4 +1,4 @@
-"""A training as resolved: its batch, its steps and its learning rates, and what they follow from."""
+"""The schedule of a training: its batch, its steps and its learning rates, resolved from settings, models and text."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as far as a schedule follows from it.
+    """The size of a model, from which learning rates follow.
 
     weights_rms: the root mean square of its weights, see `Checkpoint.weights_rms`.
     """
@@ -45,7 +45,7 @@ class Rates:
     warmup_steps: int
 
     def at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -55,7 +55,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A training as resolved: every number of it is known.
+    """A schedule holds every number of a training.
 
     config: the resolved settings, from which the numbers are taken; records of the training hold them.
     seed: decides the order of the blocks, the noise of rounding, and the first weights of a student from scratch.
@@ -87,7 +87,7 @@ class Schedule:
 
     @classmethod
     def of_student(cls, config: DistillConfig, block_tokens: int, seed: int) -> "Schedule":
-        """The schedule of a distillation whose settings are resolved."""
+        """Make the schedule of a distillation whose settings are resolved."""
         schedule = cls._of(config, block_tokens, seed)
         if config.correction != "parallel":
             return schedule
@@ -95,13 +95,13 @@ class Schedule:
 
     @classmethod
     def of_scratch(cls, config: DistillConfig, block_tokens: int, seed: int) -> "Schedule":
-        """The schedule of the baseline: the student's shape, trained from random weights on the same text."""
+        """Make the schedule of the baseline, a model of the student's shape that starts from random weights."""
         schedule = cls._of(of_scratch(config), block_tokens, seed)
         return replace(schedule, initialize="random", rate_key="distill.scratch_learning_rate")
 
     @classmethod
     def of_correction(cls, config: DistillConfig, block_tokens: int, seed: int) -> "Schedule":
-        """The schedule of a teacher that is corrected before it teaches."""
+        """Make the schedule of a teacher that is corrected before it teaches."""
         schedule = cls._of(of_correction(config), block_tokens, seed)
         return replace(schedule, rate_key="distill.correction_learning_rate")
 
@@ -135,7 +135,7 @@ def resolve(
     train_tokens: int,
     repaired: bool = False,
 ) -> DistillConfig:
-    """Fill in what derives from the shapes, the size of the weights and the token budget.
+    """Fill in the settings that follow from the shapes, the size of the weights and the number of tokens.
 
     Args:
         student: where it is yet to be cut, its shape with the teacher's `weights_rms`.
@@ -230,7 +230,7 @@ def _require_a_batch(key: str, tokens: int, batch: int, block_tokens: int) -> No
 
 
 def of_scratch(config: DistillConfig) -> DistillConfig:
-    """The resolved settings of a training of the same shape from random weights, on text alone."""
+    """Return the resolved settings of a training of the same shape from random weights, on text alone."""
     assert config.learning_rate and config.scratch_learning_rate and config.min_learning_rate is not None
     share = config.min_learning_rate / config.learning_rate
     rate = config.scratch_learning_rate
@@ -257,7 +257,7 @@ _OF_BOTH = (
 
 
 def of_correction(config: DistillConfig) -> DistillConfig:
-    """The resolved settings of the training of the teacher itself, on the text alone; see `resolve_without_student`."""
+    """Return the resolved settings of the training of the teacher itself, on the text alone."""
     assert config.correction_learning_rate is not None
     return DistillConfig(
         **{name: getattr(config, name) for name in _OF_BOTH},
@@ -270,5 +270,5 @@ def of_correction(config: DistillConfig) -> DistillConfig:
 
 
 def num_steps(tokens: int, batch_blocks: int, block_tokens: int) -> int:
-    """The number of optimizer steps that read about so many tokens."""
+    """Return the number of optimizer steps that read about so many tokens."""
     return max(1, round(tokens / (batch_blocks * block_tokens)))

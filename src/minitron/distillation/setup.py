@@ -25,7 +25,7 @@ def trainable_model(
     initialize: Literal["weights", "random"] = "weights",
     seed: int = 0,
 ) -> Any:
-    """The checkpoint's model, or one of its shape with random weights, set up to be trained."""
+    """Load the checkpoint's model, or make one of its shape with random weights, and set it up to be trained."""
     if initialize == "weights":
         model = load_for_training(checkpoint, torch.float32)
     else:
@@ -50,7 +50,10 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raises: RecipeError if this machine has no compiler for what torch.compile writes for a CPU."""
+    """Refuse a machine without a compiler for the code that torch.compile writes for a CPU.
+
+    Raises: RecipeError.
+    """
     command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(command) is None:
         raise RecipeError(
@@ -60,5 +63,5 @@ def require_compiler(device: torch.device) -> None:
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, matrix products of float32 weights are made in `dtype`: bfloat16, or float32 as they are."""
+    """Make matrix products of float32 weights in `dtype` while the block runs: in bfloat16, or as they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

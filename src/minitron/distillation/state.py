@@ -82,7 +82,7 @@ class States:
             with self._writing(self._metrics), self._metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Mapping[str, Any]]:
         """The metrics so far."""
         if self._metrics.exists():
             yield from map(json.loads, read_text(self._metrics, RunError).splitlines())

@@ -21,8 +21,7 @@ from minitron.model.samples import Batch
 
 
 class StudentModule(nn.Module):
-    """The parameters that are trained: the student and, where hidden states of other widths are compared, the maps
-    between them."""
+    """The trained parameters: the student's and, where hidden states of other widths are compared, the maps'."""
 
     def __init__(
         self,
@@ -44,7 +43,7 @@ class StudentModule(nn.Module):
         self.objective, self.dtype, self.transform = objective, dtype, logit_transform(model)
 
     def forward(self, batch: Batch, output: TeacherOutput | None, *, fitting: bool = False) -> Any:
-        """The objective, and while training the loss of hidden states, each as a sum over tokens.
+        """Return the objective, and while training the loss on hidden states, each as a sum over tokens.
 
         The second is 0 where no hidden states are compared.
 
@@ -90,7 +89,7 @@ class StudentModule(nn.Module):
 def student_module(
     checkpoint: Checkpoint, teacher: TeacherSource, schedule: Schedule, dtype: torch.dtype
 ) -> StudentModule:
-    """The student of a checkpoint, set up to be trained."""
+    """Make the student of a checkpoint, set up to be trained."""
     config, shape, intermediate = schedule.config, checkpoint.shape, None
     model = trainable_model(checkpoint, config, schedule.initialize, schedule.seed)
     if config.intermediate not in (None, "off"):

@@ -30,7 +30,7 @@ ON_TEXT = Objective({"cross_entropy": 1.0})
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a student's teacher lies: a checkpoint, or a directory of logits that one has recorded.
+    """The source of a student's teacher: a checkpoint, or a directory of recorded logits.
 
     Without both, the student is trained on the text alone.
     """
@@ -42,7 +42,7 @@ class TeacherSource:
 def open_teacher(
     source: TeacherSource, student: Checkpoint, config: DistillConfig, dtype: torch.dtype, device: torch.device
 ) -> Teacher | None:
-    """The teacher that the settings ask for; None where no loss of the objective asks a teacher.
+    """Open the teacher that the settings ask for; return None where no loss of the objective asks a teacher.
 
     Raises: MinitronError if its logits cannot be compared with the student's.
     """
@@ -146,7 +146,7 @@ class LearningTeacher:
         return self._output(hidden, states)
 
     def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[TeacherOutput, float]:
-        """The output of a call, and the sum of the cross-entropy over the batch's tokens, in nats.
+        """Return the output of a call, and the sum of the cross-entropy over the batch's tokens, in nats.
 
         The gradient of that sum, times `weight` and divided by `num_predicted`, is added to the parameters'.
         """
@@ -209,7 +209,7 @@ def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint, *, padding
 
 
 def require_same_tokenizer(teacher: Checkpoint, student: Checkpoint) -> bool:
-    """Refuse two models to which a token is not the same text; returns whether there is a tokenizer to compare by.
+    """Refuse two models to which a token is not the same text; return whether there is a tokenizer to compare by.
 
     A student whose directory has no tokenizer is taken to have its teacher's.
 

@@ -184,7 +184,7 @@ TRACKERS: dict[TrackerName, Callable[[Path, Mapping[str, Any]], AbstractContextM
 }
 
 
-def _values(row: MetricsRow) -> dict[str, Any]:
+def _values(row: MetricsRow) -> MetricsRow:
     return {name: value for name, value in row.items() if name != "step"}
 
 

@@ -38,7 +38,7 @@ EVALUATION_BLOCKS = 8  # in one forward pass
 
 @dataclass(frozen=True)
 class Training:
-    """A training: who learns, from whom, from which text, and when.
+    """A training: its student, its teacher, its text and its schedule.
 
     student: the checkpoint to start from.
     schedule: of a teacher that is corrected before, `Schedule.of_correction`, and the teacher is the student here.
@@ -229,7 +229,7 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
 
 
 def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
-    """This process's part of a batch, in pieces of at most `size` blocks, each with the weight of its losses.
+    """Divide this process's part of a batch into pieces of at most `size` blocks, each with the weight of its losses.
 
     All processes have as many pieces, for they go in step: one that has no blocks left runs the batch's first one with
     weight 0. So a batch need not be a multiple of the processes.
@@ -245,7 +245,7 @@ def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
 
 
 def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
-    """Scale the gradients down to the largest norm that the config allows; returns what it was."""
+    """Scale the gradients down to the largest norm that the config allows; return their norm before."""
     return parallel.full(torch.nn.utils.clip_grad_norm_(list(parameters), config.gradient_clip)).item()
 
 
@@ -259,7 +259,7 @@ def _require_finite(what: str, step: int, loss: float, norm: float, rows: np.nda
 
 
 def blocks_read(corpus: Corpus, schedule: Schedule) -> Int[np.ndarray, "blocks tokens"]:
-    """The blocks that a training under the schedule reads, to learn from and for its evaluations."""
+    """Return the blocks that a training under the schedule reads, to learn from and for its evaluations."""
     batch = schedule.batch_blocks
     drawn = min(schedule.steps, -(-len(corpus.train) // batch))  # by then every block was
     batches = [batch_rows(len(corpus.train), seed=schedule.seed, step=step, batch=batch) for step in range(drawn)]
@@ -291,7 +291,7 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 
 @torch.no_grad()
 def mean_loss(student: StudentModule, teacher: Teacher | None, blocks: Blocks) -> float:
-    """The objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
+    """Return the objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
     device, here = next(student.parameters()).device, parallel.joined()
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from minitron.core import parallel
 from minitron.core.config import Section
 from minitron.core.errors import CheckpointError, RunError
 from minitron.core.files import (
+    Digests,
     atomic_directory,
     digest_files,
     read_digests,
@@ -48,7 +48,7 @@ class RunDirectory:
     recipe: Recipe | None = None  # to store; None for the work of one verb
     listener: Listener = SILENT
     final: Mapping[str, Path] = field(default_factory=dict)  # where stages go in the end, and may be already
-    _digests: dict[str, Any] = field(default_factory=dict)
+    _digests: Digests = field(default_factory=dict)
 
     @property
     def layout(self) -> RunLayout:

@@ -61,7 +61,7 @@ StageResult = dict[str, object]  # what a record says of a stage
 
 @dataclass
 class Run:
-    """A run in progress: its settings as far as they are resolved, and what its stages have made.
+    """A run in progress holds its settings, as far as they are resolved, and what its stages have made.
 
     teacher: one that is corrected before takes the place of the recipe's from that stage on.
     shape: the student's; until a search has found it, the largest within the budgets.
@@ -123,7 +123,7 @@ class Run:
 
 
 def prepare_data(run: Run) -> None:
-    """Text becomes token blocks, a part of its documents held out."""
+    """Make token blocks of the text, and hold out a part of its documents."""
     config, seed, directory = run.recipe.data, run.recipe.seed, run.directory
     inputs = {
         "text": directory.digest(source_files(config)),
@@ -150,7 +150,7 @@ def prepare_data(run: Run) -> None:
 
 
 def correct_teacher(run: Run) -> None:
-    """The teacher learns the text that it is going to teach, the first of it, and takes the teacher's place."""
+    """Train the teacher on the first part of the text that it is going to teach; it takes the teacher's place."""
     resolved = resolve_without_student(
         run.recipe.distill,
         ModelSize(run.teacher.shape, run.teacher.weights_rms()),
@@ -167,7 +167,7 @@ def correct_teacher(run: Run) -> None:
 
 
 def collect_statistics(run: Run) -> None:
-    """One pass over the calibration samples."""
+    """Collect the statistics of the calibration samples in one pass."""
     config, seed, directory = run.recipe.calibrate, run.recipe.seed, run.directory
 
     def collect(scratch: Path | None = None) -> Statistics:
@@ -192,7 +192,7 @@ def collect_statistics(run: Run) -> None:
 
 
 def _pruner(run: Run) -> Pruner:
-    """The maker of the pruned checkpoint, and of a search's candidates."""
+    """Make the pruner of the run, which also cuts a search's candidates."""
     recipe = run.recipe
     assert recipe.repair.steps is not None, "resolve fills them in"
     samples = draw_samples(run.corpus, recipe.calibrate.samples, recipe.seed)
@@ -202,7 +202,7 @@ def _pruner(run: Run) -> Pruner:
 
 
 def record_teacher(run: Run) -> None:
-    """The teacher's logits of every block that will be trained on or looked at, on disk."""
+    """Record the teacher's logits for every block that will be trained on or evaluated."""
     config, corpus, seed = run.resolved_training(), run.corpus, run.recipe.seed
 
     def work(out: Path) -> StageResult:
@@ -230,7 +230,7 @@ def record_teacher(run: Run) -> None:
 
 
 def search_shape(run: Run) -> None:
-    """Shapes within the budgets are ranked, and the best is the student's; search/candidates.json holds all of them."""
+    """Rank the shapes within the budgets, and give the student the best; search/candidates.json holds all of them."""
     recipe, directory, layout = run.recipe, run.directory, run.directory.layout
     trials = Trials(
         recipe.distill, run.source, run.corpus, recipe.seed, layout.work("search-state"), directory.listener
@@ -282,13 +282,16 @@ def search_shape(run: Run) -> None:
 
 
 def _task_digest(directory: RunDirectory, config: PruneConfig) -> dict[str, str]:
-    """The digest of the file of questions that layers are scored by, if there is one."""
+    """Return the digest of the file of questions that layers are scored by, if there is one."""
     file = Path(config.layer_task or "").expanduser()
     return {"task": directory.digest([file])} if file.is_file() else {}
 
 
 def _criterion(run: Run, first: Shape) -> tuple[StageResult, dict[str, str]]:
-    """What units are scored by, and the digests of what layers are scored on, where that takes a pass of its own."""
+    """Return the settings that units are scored by, and the digests of the inputs of layers' scores.
+
+    The digests are empty where the statistics hold the layers' scores.
+    """
     config, teacher = run.pruner.scoring.config, run.teacher.shape
     facts: StageResult = {
         "criterion": config.criterion,
@@ -306,9 +309,9 @@ def _criterion(run: Run, first: Shape) -> tuple[StageResult, dict[str, str]]:
 
 
 def score_teacher(run: Run) -> None:
-    """Which units matter, for the first step of the cut.
+    """Score the teacher's units for the first step of the cut.
 
-    The shape is known now, and with it all of the training: settings that cannot be are refused before the cut.
+    The shape is known now, and so is all of the training: impossible settings are refused before the cut.
     """
     run.update(distill=run.resolved_training())
     first, *_ = run.pruner.shapes(run.shape, given_layers(run.pruner.scoring.config, run.teacher.shape))
@@ -323,7 +326,7 @@ def score_teacher(run: Run) -> None:
 
 
 def make_plan(run: Run) -> None:
-    """Which units stay, at once or in steps."""
+    """Choose the units that stay, at once or in steps."""
     config, directory = run.pruner.scoring.config, run.directory
     given = given_layers(config, run.teacher.shape)
     first, *further = run.pruner.shapes(run.shape, given)
@@ -345,7 +348,7 @@ def make_plan(run: Run) -> None:
 
 
 def cut_teacher(run: Run) -> None:
-    """The cut, with its repairs."""
+    """Cut the teacher, and repair the cut."""
     needed, directory = needed_steps(run.pruner.repairs, run.plan.teacher, run.plan.student), run.directory
     digests: dict[str, str] = {}
 
@@ -367,7 +370,7 @@ def cut_teacher(run: Run) -> None:
 
 
 def _adopt_search_state(run: Run) -> None:
-    """Let the distillation go on from the state of the search's winner, if there is one, and clear the others."""
+    """Let the distillation resume from the state of the search's winner, if there is one, and remove the others."""
     layout = run.directory.layout
     record = layout.record("search")
     if not record.exists() or not parallel.is_first():
@@ -381,27 +384,27 @@ def _adopt_search_state(run: Run) -> None:
 
 
 def train_student(run: Run) -> None:
-    """The student is distilled; a teacher that learnt in parallel is another model in the end, beside it."""
+    """Distil the student; a teacher that is corrected in parallel is written beside it."""
     run.update(distill=run.resolved_training())
     source, directory, config = run.source, run.directory, run.recipe.distill
     pruned = run.models["pruned"] if run.origin is None else run.origin.path
     inputs = {"pruned": run.digest(pruned), "data": run.corpus.digest}
-    names: dict[str, Path] = {}
+    named: dict[str, Path] = {}
     if source.recording is not None:
-        names = {"teacher": source.recording / LESSONS_INDEX}
-        inputs["teacher"] = directory.digest([*names.values()])
+        named = {"teacher": source.recording / LESSONS_INDEX}
+        inputs["teacher"] = directory.digest([*named.values()])
     else:
         inputs["teacher"] = run.digest(run.teacher.path)
     facts: StageResult = {"distill": config.for_record, "seed": run.recipe.seed}
     schedule, state = run.schedule(Schedule.of_student), directory.layout.work("distill")
     training = Training(pruned, source, run.corpus, schedule, state, run.listener)
-    made = _train(run, "student", training, inputs, facts, names)
+    made = _train(run, "student", training, inputs, facts, named)
     corrected = {CORRECTED: directory.layout.stage(CORRECTED)} if config.correction else {}
     run.models = {"teacher": run.models["teacher"]} | corrected | run.models | {"student": made}
 
 
 def train_from_scratch(run: Run) -> None:
-    """The baseline: the student's shape, trained from random weights on the same text."""
+    """Train the baseline, a model of the student's shape from random weights, on the same text."""
     schedule, state = run.schedule(Schedule.of_scratch), run.directory.layout.work("distill-scratch")
     pruned = run.models["pruned"]
     training = Training(pruned, TeacherSource(), run.corpus, schedule, state, run.listener)
@@ -416,12 +419,12 @@ def _train(
     training: Training,
     inputs: Mapping[str, str],
     facts: StageResult,
-    names: Mapping[str, Path] | None = None,
+    named: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Do a stage that trains, with all processes; returns the model's directory.
+    """Make a stage that trains, with all processes; return the model's directory.
 
     Args:
-        names: files that inputs are told by, as `RunDirectory.do` takes them.
+        named: files that errors name for inputs, as `RunDirectory.do` takes them.
     """
     layout, state = run.directory.layout, training.work
 
@@ -436,14 +439,14 @@ def _train(
             (state / CORRECTED).rename(corrected)
         return describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
 
-    made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=names, assist=learn)
+    made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=named, assist=learn)
     if parallel.is_first():
         forget_states(state)
     return made
 
 
 def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | None:
-    """What the evaluations measure besides text; asked before the work begins, so that it does not end in an error."""
+    """Plan the benchmarks of the evaluations, or return None; a plan that cannot work is refused before the run."""
     if not config.benchmarks:
         return None
     directory = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
@@ -452,7 +455,7 @@ def plan_benchmarks(config: EvaluateConfig, listener: Listener) -> TaskPlan | No
 
 
 def evaluate_models(run: Run) -> None:
-    """All models on held-out text and prompts; teacher and student in speed and benchmarks too."""
+    """Measure all models on held-out text and prompts, and teacher and student in speed and benchmarks too."""
     config = run.recipe.evaluate
 
     def work(out: Path) -> StageResult:
@@ -517,7 +520,7 @@ def _measure_tasks(run: Run, benchmarks: TaskPlan, out: Path) -> None:
 
 
 def _chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
-    """Tasks of which questions decided what layers stay: what they say of the student is no result."""
+    """Return the tasks whose questions decided which layers stay; their scores of the student are no result."""
     if config.layer_task is None:
         return []
     file = Path(config.layer_task)
@@ -526,7 +529,7 @@ def _chosen_by(config: PruneConfig, tasks: Sequence[str]) -> list[str]:
 
 
 def export_student(run: Run, name: str) -> None:
-    """The student in another format, proven by the program that the format is for.
+    """Write the student in another format, proven by the program that the format is for.
 
     Args:
         name: of a row of EXPORTERS.

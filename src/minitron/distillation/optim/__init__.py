@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.core.config import choice
-from minitron.distillation.optim.low_precision import BFloat16AdamW, KahanAdamW, StochasticAdamW
+from minitron.distillation.optim.low_precision import BFloat16AdamW, Group, KahanAdamW, StochasticAdamW
 from minitron.distillation.optim.soap import Soap, axes_bytes, turned_sides
 from minitron.model.architecture import Architecture, Shape
 
@@ -27,9 +27,6 @@ LOW_PRECISION: dict[Weights, type[BFloat16AdamW]] = {
     "bfloat16_kahan": KahanAdamW,
     "bfloat16_stochastic": StochasticAdamW,
 }
-
-
-Group = dict[str, Any]  # torch's: the parameters that are moved in one way, and how
 
 
 def _adamw(groups: list[Group], betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -24,6 +24,7 @@ from minitron.core import parallel
 
 CHUNK = 1 << 22  # weights moved at a time, for each of which there are some 30 bytes of float32 values meanwhile
 EPSILON = 1e-8  # torch's default
+Group = dict[str, Any]  # torch's own: parameters that are moved alike, and their settings
 
 
 def stochastically_rounded(values: Float32[Tensor, "*shape"], noise: torch.Generator) -> BFloat16[Tensor, "*shape"]:
@@ -49,7 +50,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
 
     buffers: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], seed: int):
+    def __init__(self, groups: Iterable[Group], *, betas: tuple[float, float], seed: int):
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.seed = seed
 
@@ -62,7 +63,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
             if parameter.grad is not None:
                 self._move(parameter, group, index)
 
-    def _move(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
+    def _move(self, parameter: Tensor, group: Group, index: int) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -73,7 +74,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         for rows in _chunks({name: parallel.local_shard(tensor) for name, tensor in tensors.items()}):
             self._move_rows(rows, group, int(state["step"]), noise)
 
-    def _move_rows(self, rows: dict[str, Tensor], group: dict[str, Any], step: int, noise: torch.Generator) -> None:
+    def _move_rows(self, rows: dict[str, Tensor], group: Group, step: int, noise: torch.Generator) -> None:
         (slow, slower), rate = group["betas"], group["lr"]
         gradient = rows["gradient"].float()
         mean = rows["exp_avg"].float().lerp(gradient, 1 - slow)

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from minitron.core import parallel
 from minitron.core.numerics import matmul_precision
-from minitron.distillation.optim.low_precision import EPSILON
+from minitron.distillation.optim.low_precision import EPSILON, Group
 
 # Steps from one change of the axes to the next, as in the paper.
 AXES_STEPS = 10
@@ -59,9 +59,7 @@ class Soap(torch.optim.Optimizer):
     Among several processes, each holds the state of some of the turned matrices, and moves these for all.
     """
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, groups: Iterable[Group], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32):
         """Share the turned matrices out among the processes.
 
         Args:
@@ -103,7 +101,7 @@ class Soap(torch.optim.Optimizer):
             if not group["turned"]:
                 self._move_as_torch_does(group)
 
-    def _move_as_torch_does(self, group: dict[str, Any]) -> None:
+    def _move_as_torch_does(self, group: Group) -> None:
         members = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not members:
             return
@@ -139,7 +137,7 @@ class Soap(torch.optim.Optimizer):
             self.state[parameter] |= {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self.state[parameter]["step"] += 1
 
-    def _to_change(self, gradient: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _to_change(self, gradient: Tensor, parameter: Tensor, group: Group) -> None:
         """Replace a matrix's gradient, where its state is held, by the step to subtract at a learning rate of 1."""
         if gradient.is_meta:
             return
@@ -161,7 +159,7 @@ class Soap(torch.optim.Optimizer):
             self._follow(state, sides, first=step == AXES_STEPS)
 
     @staticmethod
-    def _follow(state: dict[str, Any], sides: Iterable[str], *, first: bool) -> None:
+    def _follow(state: dict[str, Tensor], sides: Iterable[str], *, first: bool) -> None:
         """Bring the axes nearer to the moments' eigenvectors, and Adam's moments along."""
         changes = {}
         for side in sides:
