@@ -370,12 +370,12 @@ def _keep_beside(run: Run, trained: Path) -> None:
 
 def _is_complete(out: Path, work: Path) -> bool:
     """Tell whether the training in `work` is done and only its result is still to be moved."""
-    return work.is_dir() and any((student / "record.json").exists() for student in (work / "student", out))
+    return work.is_dir() and any((student / RECORD_FILE).exists() for student in (work / "student", out))
 
 
 def _keep_metrics(work: Path, made: Path) -> None:
-    if (work / "metrics.jsonl").exists():
-        (work / "metrics.jsonl").replace(made / "metrics.jsonl")
+    if (work / METRICS_FILE).exists():
+        (work / METRICS_FILE).replace(made / METRICS_FILE)
 
 
 def _leftover(work: Path) -> Path:

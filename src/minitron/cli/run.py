@@ -85,11 +85,12 @@ def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: C
 
 def show_run(records: "RunRecords", console: Console) -> None:
     """Print the table of a finished run."""
+    from minitron.core.run_layout import RunLayout
     from minitron.report.records import result_table
     from minitron.report.tables import RESULT_COLUMNS, result_cells
 
-    rows = result_table(records)
-    facts = {"run": str(records.path), "report": str(records.path / "report.html"), "models": rows}
+    rows, layout = result_table(records), RunLayout(records.path)
+    facts = {"run": str(records.path), "report": str(layout.report), "models": rows}
     cells = [["", *(column.heading for column in RESULT_COLUMNS)], ["", *(column.unit for column in RESULT_COLUMNS)]]
     cells += [[row["model"], *result_cells(row)] for row in rows]
     hidden = {"non_embedding_share", "bits_per_byte"}  # in the report and in --json; a terminal is narrow
@@ -100,7 +101,7 @@ def show_run(records: "RunRecords", console: Console) -> None:
         "",
         f"Measured on {tokens:,} tokens of held-out text.",
         f"student: {records.path / 'student'}",
-        f"report:  {records.path / 'report.html'}",
+        f"report:  {layout.report}",
     ]
     console.result(facts, "\n".join(lines + notes))
 

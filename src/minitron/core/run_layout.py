@@ -9,6 +9,7 @@ from pydantic import AfterValidator, TypeAdapter
 from minitron.core.layouts import Amount, Count, Layout
 from minitron.core.typed_files import FileKind
 
+RECORD_FILE, METRICS_FILE = "record.json", "metrics.jsonl"  # of a stage, and of a training
 # The order in which models and stages are shown.
 MODELS = ("teacher", "corrected", "pruned", "student", "scratch")
 # Stage -> what its directory holds, in the order in which they are made and shown.
@@ -44,7 +45,7 @@ class RunLayout:
 
     def record(self, name: str) -> Path:
         """The record of a stage's inputs and result."""
-        return self.stage(name) / "record.json"
+        return self.stage(name) / RECORD_FILE
 
     def work(self, name: str) -> Path:
         """A directory that a stage works in beside its own, one of WORK."""
@@ -93,7 +94,7 @@ class RunLayout:
     @property
     def metrics(self) -> Path:
         """A row for each step of the student's training and for each evaluation in it."""
-        return self.out / "distill" / "metrics.jsonl"
+        return self.work("distill") / METRICS_FILE
 
     @property
     def scores(self) -> Path:

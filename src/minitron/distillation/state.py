@@ -22,6 +22,7 @@ from minitron.core.files import atomic_directory, readable_os_errors, write_text
 from minitron.core.machine import versions
 from minitron.core.parallel import at_owner, from_owner, joined, shard_like
 from minitron.core.reading import parse_json, read_text
+from minitron.core.run_layout import METRICS_FILE
 from minitron.core.typed_files import as_typed
 from minitron.distillation import layouts
 from minitron.model.weights import write_shard
@@ -144,7 +145,7 @@ class States:
 
     @property
     def _metrics(self) -> Path:
-        return self.work / "metrics.jsonl"
+        return self.work / METRICS_FILE
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
         return readable_os_errors(path, way_out=self._way_out())
@@ -329,7 +330,7 @@ def _metrics_text(file: Path) -> str:
 def _tokens_of(line: str) -> int | None:
     """Return the tokens seen at a row of metrics; None for a line that is no row, such as one that a kill cut short."""
     try:
-        row = parse_json(line, "metrics.jsonl", RunError)
-        return as_typed(row, layouts.LOGGED, "metrics.jsonl", RunError).tokens
+        row = parse_json(line, METRICS_FILE, RunError)
+        return as_typed(row, layouts.LOGGED, METRICS_FILE, RunError).tokens
     except RunError:
         return None

@@ -31,7 +31,7 @@ from minitron.core.files import (
 )
 from minitron.core.machine import EnergyCounter, forget_peak_memory, hardware, peak_memory, versions
 from minitron.core.progress import SILENT, Listener
-from minitron.core.run_layout import INPUTS, RECORD, STAGES, WORK, Inputs, Record, RunLayout
+from minitron.core.run_layout import INPUTS, RECORD, RECORD_FILE, STAGES, WORK, Inputs, Record, RunLayout
 from minitron.core.typed_files import read_typed
 from minitron.recipe import Recipe, dump_recipe
 from minitron.report.exporters import EXPORTERS
@@ -157,7 +157,7 @@ class RunDirectory:
         Raises: RunError if it was made from other inputs.
         """
         for made in (self.out / name, self.final.get(name, self.out / name)):
-            if (made / "record.json").exists():
+            if (made / RECORD_FILE).exists():
                 _require_same(made, read_record(made), inputs, config, named)
                 return made
         return None
@@ -175,7 +175,7 @@ class RunDirectory:
         with atomic_directory(self.out / name) as partial:
             result = work(partial)
             write_json(
-                partial / "record.json",
+                partial / RECORD_FILE,
                 {
                     "stage": name,
                     "inputs": dict(inputs),
@@ -202,7 +202,7 @@ def read_record(stage: Path) -> Record:
     Raises: RunError if it cannot be read or is no record.
     """
     again = f"remove {stage} and run the same command to make it again"
-    return read_typed(stage / "record.json", RECORD, RunError, way_out=again)
+    return read_typed(stage / RECORD_FILE, RECORD, RunError, way_out=again)
 
 
 def _plain(value: object) -> object:
