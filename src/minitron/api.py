@@ -24,6 +24,7 @@ from minitron.core.files import (
     scratch_directory,
 )
 from minitron.core.progress import SILENT, Listener, layer_progress
+from minitron.core.run_layout import METRICS_FILE, RECORD_FILE
 from minitron.data.corpus import SAMPLED, DataConfig, draw_samples, separator
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
