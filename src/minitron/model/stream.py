@@ -94,8 +94,8 @@ class Stream:
         self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
         self._scratch, self._num_states = pass_.scratch, num_states
-        # The keyword arguments of each layer by the size of the batch. If documents are kept apart, they belong to a batch
-        # and its first sample: the masks of all batches would be larger than their states.
+        # The keyword arguments of each layer, by the size of the batch. With documents kept apart, only of the last batch,
+        # by its first sample: the masks of all batches would be larger than their states.
         self._calls: dict[int, list[Mapping[str, Any]]] = {}
 
     @torch.no_grad()
@@ -305,10 +305,7 @@ class Stream:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # The file is unlinked once mapped: its space is freed with the tensor, even if the process is killed.
         at = self._scratch or temporary_directory()
-        with (
-            scratch_errors(self._scratch),
-            tempfile.NamedTemporaryFile(dir=at, prefix="minitron-states-") as file,
-        ):
+        with scratch_errors(self._scratch), tempfile.NamedTemporaryFile(dir=at, prefix="minitron-states-") as file:
             _take_room(file.fileno(), num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
 
