@@ -1,6 +1,7 @@
 """`minitron inspect` says what a model is."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     except UnsupportedArchitecture:
         draft = api.draft(path)
         if draft is not None:
-            console.result({"draft": draft.to_dict()}, draft.text())
+            console.result({"draft": asdict(draft)}, draft.text())
         raise
     console.result(facts, "\n".join(_lines(args.model, facts)))
 

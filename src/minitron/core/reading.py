@@ -177,8 +177,8 @@ def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -
     try:
         return json.loads(text, object_pairs_hook=table if keys_once else None)
     except json.JSONDecodeError as problem:
-        place = f"line {problem.lineno}, column {problem.colno}" if "\n" in text else f"column {problem.colno}"
-        raise error(f"{where} is not JSON: {problem.msg} at {place}") from None
+        position = f"line {problem.lineno}, column {problem.colno}" if "\n" in text else f"column {problem.colno}"
+        raise error(f"{where} is not JSON: {problem.msg} at {position}") from None
     except ValueError as problem:  # an integer of more digits than Python converts
         raise error(f"{where} is no JSON that can be read: {str(problem).split(';')[0]}") from None
     except RecursionError:

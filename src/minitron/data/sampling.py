@@ -91,7 +91,7 @@ def sample_text(
             lines.flush()
             os.fsync(lines.fileno())
     del loaded
-    torch.cuda.empty_cache()  # passes that follow look at what is free
+    torch.cuda.empty_cache()  # later passes measure the free memory
     return documents
 
 

@@ -79,14 +79,10 @@ class Stream:
     """A pass of samples through a checkpoint, one layer at a time.
 
     `states` [samples, tokens, hidden] is the residual stream before the next layer; `rows` are the samples of the
-    current batch.
+    current batch. `num_states` sets of states (see `more_states`) share the memory for states.
     """
 
     def __init__(self, checkpoint: Checkpoint, samples: Samples, pass_: Pass, *, num_states: int = 1):
-        """
-        Args:
-            num_states: the number of sets of states (see `more_states`) that share the memory for states.
-        """
         self.checkpoint, self.samples, self.tokens = checkpoint, samples, samples.tokens
         self.dtype, self.device = pass_.dtype, pass_.device
         self.model = skeleton(checkpoint, self.dtype, self.device)
@@ -94,8 +90,8 @@ class Stream:
         self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
         self._scratch, self._num_states = pass_.scratch, num_states
-        # The keyword arguments of each layer, by the size of the batch. With documents kept apart, only of the last batch,
-        # by its first sample: the masks of all batches would be larger than their states.
+        # The keyword arguments of each layer by the size of the batch. Where documents are kept apart, they are stored
+        # by first sample, for the last batch only: the masks of all batches would be larger than their states.
         self._calls: dict[int, list[Mapping[str, Any]]] = {}
 
     @torch.no_grad()
@@ -110,8 +106,8 @@ class Stream:
                 rows = self.checkpoint.gather_rows(weight, known)
                 with _filled(self.model, {weight: rows.to(self.device, self.dtype)}):
                     for samples in slices:
-                        places = torch.searchsorted(known, self.tokens[samples])
-                        inputs = self._inputs(samples) | {"input_ids": places.to(self.device)}
+                        indices = torch.searchsorted(known, self.tokens[samples])
+                        inputs = self._inputs(samples) | {"input_ids": indices.to(self.device)}
                         self.model.model(**inputs, use_cache=False)
                         self.states[samples] = stand_ins[0].seen
                         self._remember(samples, stand_ins)
@@ -173,11 +169,7 @@ class Stream:
             pass
 
     def run_to_end(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Fill `states` with the outputs of the last layer.
-
-        Args:
-            progress: called with (layers done, layers).
-        """
+        """Fill `states` with the outputs of the last layer; `progress` is called with (layers done, layers)."""
         self.embed()
         for index, layer in self.layers():
             self.advance(index, layer)

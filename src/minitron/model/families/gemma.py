@@ -1,5 +1,5 @@
-"""Gemma 1 to 3 (text): norm gains stored as w for 1 + w, embeddings times sqrt(hidden); from 2 on norms on both sides
-of attention and MLP, capped logits, and layers with a sliding window between those without."""
+"""Gemma 1 to 3 (text): norm gains stored as w for 1 + w, embeddings times sqrt(hidden); from 2 on norms before and
+after attention and MLP, capped logits, and layers with a sliding window between layers without."""
 
 from dataclasses import replace
 
