@@ -16,7 +16,8 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, draw_samples, prepare
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.evaluation.quality import Evaluation, evaluate
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint

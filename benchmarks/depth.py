@@ -18,7 +18,8 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, draw_samples, prepare
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, resolve
 from minitron.evaluation.quality import evaluate

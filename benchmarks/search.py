@@ -25,7 +25,8 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, draw_samples, prepare
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.distillation.config import DistillConfig, num_steps, resolve, resolve_without_student
 from minitron.distillation.train import distill, distill_until
 from minitron.evaluation.quality import evaluate

@@ -37,7 +37,7 @@ STAGES = {
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "config", "overlap", "corpus", "sampling", "supply"),
+    "data": ("layouts", "sources", "config", "overlap", "corpus", "writing", "sampling", "supply"),
     "report": ("published", "html", "tables", "layouts", "records", "plots", "choices", "page", "comparison", "card"),
     "cli": (
         *(

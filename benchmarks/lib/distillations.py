@@ -21,7 +21,8 @@ from minitron.calibration.statistics import Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, draw_samples, open_corpus, prepare
+from minitron.data.corpus import Corpus, draw_samples, open_corpus
+from minitron.data.writing import prepare
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, num_steps, resolve
 from minitron.distillation.recording import record_logits

@@ -23,9 +23,10 @@ from minitron.core.files import (
 )
 from minitron.core.progress import SILENT, Listener, layer_progress
 from minitron.data.config import DataConfig
-from minitron.data.corpus import SAMPLED, Corpus, draw_samples, separator
+from minitron.data.corpus import SAMPLED, Corpus, draw_samples
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
+from minitron.data.writing import separator
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable, resolve
 from minitron.distillation.teachers import require_same_tokenizer, require_same_vocabulary

@@ -14,9 +14,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data import sampling
 from minitron.data.config import DataConfig
-from minitron.data.corpus import is_heldout, prepare, read_documents
 from minitron.data.sampling import Sampling, draw, end_tokens, probabilities, sample_batch, sample_text, start_token
 from minitron.data.sources import keyed
+from minitron.data.writing import is_heldout, prepare, read_documents
 from minitron.model.tokenizer import load_tokenizer
 
 BLOCK = 16

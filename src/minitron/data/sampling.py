@@ -24,8 +24,8 @@ from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.reading import read_rows
 from minitron.data.config import DataConfig
-from minitron.data.corpus import delimiters, is_heldout
 from minitron.data.sources import keyed
+from minitron.data.writing import delimiters, is_heldout
 from minitron.model.checkpoint import load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
 

@@ -9,9 +9,10 @@ from minitron.core.errors import DataError, RunError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import Listener
 from minitron.data.config import DataConfig
-from minitron.data.corpus import SAMPLED, Corpus, hold_out_all, open_corpus, prepare, read_documents
+from minitron.data.corpus import SAMPLED, Corpus, open_corpus
 from minitron.data.sampling import sample_text
 from minitron.data.sources import TEACHER, is_hub_id
+from minitron.data.writing import hold_out_all, prepare, read_documents
 from minitron.model.checkpoint import Checkpoint, ModelConfig
 
 LARGEST_DEFAULT_BLOCK = 2048

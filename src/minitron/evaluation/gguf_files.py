@@ -17,7 +17,8 @@ from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, hold_out_all, prepare
+from minitron.data.corpus import Corpus
+from minitron.data.writing import hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
 from minitron.evaluation.quality import Evaluation
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime

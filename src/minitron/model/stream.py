@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hub import CPU, empty_model
-from minitron.model.samples import Samples
+from minitron.model.samples import Batch, Samples
 from minitron.model.weights import bytes_of, require_fits
 
 # Hidden states between layers are kept on an accelerator up to this share of its free memory, else in memory up to this
@@ -69,10 +69,6 @@ class Pass:
     def batch_of(self, shape: Shape, samples: Samples) -> int:
         """The samples per forward call."""
         return self.batch or default_batch(shape, samples.block_tokens, self.dtype)
-
-    def at(self, scratch: Path) -> "Pass":
-        """The same, with scratch files in another directory."""
-        return replace(self, scratch=scratch)
 
 
 class Stream:
@@ -202,7 +198,7 @@ class Stream:
             yield first, piece.to(dtype).to(self.device).float()
 
     def _inputs(self, rows: slice) -> dict[str, Tensor]:
-        return self.samples.batch(rows, self.device).inputs
+        return Batch(self.tokens[rows].to(self.device), self.samples.separator).inputs
 
     def _arguments(self, rows: slice, states: Tensor) -> list[Mapping[str, Any]]:
         """The keyword arguments of each layer for a batch."""

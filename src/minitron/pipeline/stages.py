@@ -18,9 +18,10 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.core.files import write_json
 from minitron.core.progress import Listener, layer_progress
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Blocks, Corpus, draw_samples, open_corpus, require_undamaged, source_files
+from minitron.data.corpus import Blocks, Corpus, draw_samples, open_corpus, require_undamaged
 from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
+from minitron.data.writing import source_files
 from minitron.distillation import train
 from minitron.distillation.config import DistillConfig, of_correction, of_scratch, resolve, resolve_without_student
 from minitron.distillation.recording import DEFAULT_TOP_K, record_logits

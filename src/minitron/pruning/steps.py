@@ -47,10 +47,6 @@ class Scoring:
         assert self.samples is not None, "cut_needs says that text is read"
         return self.samples
 
-    def at(self, scratch: Path) -> "Scoring":
-        """The same, with scratch files in another directory."""
-        return replace(self, pass_=self.pass_.at(scratch))
-
 
 @dataclass(frozen=True)
 class Pruner:
@@ -69,7 +65,8 @@ class Pruner:
 
     def at(self, scratch: Path) -> "Pruner":
         """The same, with scratch files in another directory."""
-        return replace(self, scoring=self.scoring.at(scratch))
+        pass_ = replace(self.scoring.pass_, scratch=scratch)
+        return replace(self, scoring=replace(self.scoring, pass_=pass_))
 
     @cached_property
     def unit_scores(self) -> Scores:
