@@ -120,10 +120,7 @@ def open_corpus(path: Path) -> Corpus:
 
 
 def require_undamaged(corpus: Corpus) -> None:
-    """Read all tokens of a corpus.
-
-    Raises: DataError if they are not the tokens that were written.
-    """
+    """Raises: DataError if the tokens of a corpus, all of which are read, differ from the tokens that were written."""
     path = corpus.path
     if corpus_digest(path, corpus.block_tokens, corpus.separator) != corpus.digest:
         raise DataError(

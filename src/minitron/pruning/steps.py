@@ -92,12 +92,12 @@ class Pruner:
             given: the units that the user lists.
             scores: the scores for the first step, if they are known.
         """
-        teacher = self.teacher
-        if scores is None and not needs_scores(teacher.shape, student, given):
-            return choose(even_scores(teacher.shape), teacher.shape, student, given)
+        teacher = self.teacher.shape
+        if scores is None and not needs_scores(teacher, student, given):
+            return choose(even_scores(teacher), teacher, student, given)
         first, *further = self.shapes(student, given)
-        plan = choose(scores or self.score(first), teacher.shape, first, given)
-        return refine(teacher, plan, further, self.scoring)
+        plan = choose(scores or self.score(first), teacher, first, given)
+        return refine(self.teacher, plan, further, self.scoring)
 
     def cut(self, plan: Plan, out: Path) -> Repaired:
         """Write the pruned checkpoint into the existing directory `out`, with the repairs that it needs."""

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron.core.config import expanded
 from minitron.core.device import free_bytes, pick_device
 from minitron.core.errors import RunError, TaskError
 from minitron.core.files import digest_files, read_digests, readable_os_errors, write_json
-from minitron.core.paths import expanded
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.rows import LocalTask, find_folders, read_task, task_of
 from minitron.evaluation.tasks.sandbox import require_sandbox
