@@ -62,14 +62,12 @@ def make_corpus(
 
     Returns the result of the stage, for its record.
     """
-    block_tokens, tokenizer = block_length(config, teacher), teacher.tokenizer
+    block_tokens = block_length(config, teacher)
     facts: dict[str, object] = {}
     documents = None
     if config.source == TEACHER:
         file = (state or out) / SAMPLED
-        rows = sample_text(
-            teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
-        )
+        rows = sample_text(teacher, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress)
         if state is not None:
             shutil.copyfile(file, out / SAMPLED)
         facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
@@ -77,7 +75,7 @@ def make_corpus(
         config = config.model_copy(update={"max_tokens": None})  # all of it is read
     corpus = prepare(
         config,
-        tokenizer,
+        teacher.tokenizer,
         vocab=teacher.shape.vocab,
         block_tokens=block_tokens,
         out=out,
