@@ -15,7 +15,9 @@ from lib.measure import header, publish, table
 
 from minitron.calibration.collect import Statistics, measure_statistics
 from minitron.calibration.statistics import CalibrateConfig
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.evaluation.quality import Evaluation, measure_quality
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint

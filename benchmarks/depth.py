@@ -17,7 +17,9 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, Schedule, resolve
 from minitron.distillation.teachers import TeacherSource

@@ -15,7 +15,7 @@ from pathlib import Path
 from lib.measure import header, publish, table
 
 from minitron import api
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.gguf.config import GGUF_TYPES, QuantizeConfig
 from minitron.gguf.file import bits_per_weight, describe_gguf
 from minitron.gguf.quantize import TABLE

@@ -24,7 +24,9 @@ from lib.measure import header, publish, table
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
 from minitron.cli.process import keep_freed_memory
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples
+from minitron.data.writing import prepare
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
 from minitron.distillation.teachers import TeacherSource

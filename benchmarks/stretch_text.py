@@ -16,7 +16,7 @@ from lib.distillations import BLOCK_TOKENS, token_counts
 from minitron.cli.process import keep_freed_memory
 from minitron.data.config import DataConfig
 from minitron.data.sampling import sample_text
-from minitron.model.tokenizer import load_tokenizer
+from minitron.model.checkpoint import open_checkpoint
 
 SAMPLE_BATCH = 256
 
@@ -34,8 +34,7 @@ def main() -> None:
     config = DataConfig(source="teacher", heldout=str(args.data), max_tokens=tokens, sample_batch=SAMPLE_BATCH)
     samples = args.out.with_suffix(".samples.jsonl")
     rows = sample_text(
-        args.model,
-        load_tokenizer(args.model),
+        open_checkpoint(args.model),
         config,
         samples,
         block_tokens=BLOCK_TOKENS,

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron.cli.process import keep_freed_memory
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, batch_rows, is_heldout, prepare
+from minitron.data.corpus import Corpus, batch_rows
 from minitron.data.sources import builtin_documents
+from minitron.data.writing import is_heldout, prepare
 
 SEED = 1407
 VOCAB = 4096

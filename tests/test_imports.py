@@ -26,7 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 # Inside a room, the stages follow each other too.
 STAGES = {
     "core": (
-        *("errors", "text", "direct_io", "paths", "config", "files", "reading", "device", "machine", "parallel"),
+        *("errors", "text", "direct_io", "config", "files", "reading", "device", "machine", "parallel"),
         *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
     "pruning": ("layouts", "importance", "depth", "config", "given", "target", "plan", "cut", "repair", "steps"),
@@ -37,7 +37,7 @@ STAGES = {
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
         *("verify", "mixtures", "quantize"),
     ),
-    "data": ("layouts", "sources", "config", "overlap", "corpus", "sampling", "supply"),
+    "data": ("layouts", "sources", "config", "overlap", "corpus", "writing", "sampling", "supply"),
     "report": (
         "published",
         "html",

@@ -20,7 +20,9 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import Corpus, DataConfig, draw_samples, open_corpus, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus, draw_samples, open_corpus
+from minitron.data.writing import prepare
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resolve

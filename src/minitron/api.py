@@ -25,9 +25,11 @@ from minitron.core.files import (
 )
 from minitron.core.progress import SILENT, Listener, layer_progress
 from minitron.core.run_layout import METRICS_FILE, RECORD_FILE
-from minitron.data.corpus import SAMPLED, DataConfig, draw_samples, separator
+from minitron.data.config import DataConfig
+from minitron.data.corpus import SAMPLED, draw_samples
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
+from minitron.data.writing import separator
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable
 from minitron.distillation.teachers import TeacherSource, require_same_tokenizer, require_same_vocabulary

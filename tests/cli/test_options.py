@@ -35,7 +35,7 @@ from minitron.core import effects
 from minitron.core.config import Section
 from minitron.core.effects import changed_keys
 from minitron.core.errors import NoEffect, RecipeError
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.pipeline import estimate
 from minitron.pipeline import rules as recipe_rules
 from minitron.pipeline.rules import OF_CHOICE, OF_DISTILL, OF_DISTILL_ALONE, OF_RECIPE, require_recipe_effects

@@ -14,6 +14,7 @@ from minitron.cli import card, console
 from minitron.cli.main import build_parser, main
 from minitron.cli.parse import words
 from minitron.core import files
+from minitron.core.config import expanded
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.files import (
     PROBE,
@@ -29,7 +30,6 @@ from minitron.core.files import (
     scratch_errors,
     write_text,
 )
-from minitron.core.paths import expanded
 from minitron.data.config import DataConfig
 
 needs_dev_full = pytest.mark.skipif(

@@ -22,18 +22,9 @@ from minitron.core.files import digest_files
 from minitron.core.progress import Silent
 from minitron.data import sources
 from minitron.data.config import DataConfig
-from minitron.data.corpus import (
-    Corpus,
-    batch_rows,
-    hold_out_all,
-    is_heldout,
-    next_rows,
-    open_corpus,
-    prepare,
-    read_documents,
-    source_files,
-)
+from minitron.data.corpus import Corpus, batch_rows, next_rows, open_corpus
 from minitron.data.sources import builtin_documents, is_hub_id
+from minitron.data.writing import hold_out_all, is_heldout, prepare, read_documents, source_files
 from minitron.model.samples import Batch
 from minitron.model.tokenizer import load_tokenizer
 

@@ -14,9 +14,10 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from minitron.core.errors import CheckpointError, DataError
 from minitron.data import sampling
 from minitron.data.config import DataConfig
-from minitron.data.corpus import is_heldout, prepare, read_documents
 from minitron.data.sampling import Sampling, draw, end_tokens, probabilities, sample_batch, sample_text, start_token
 from minitron.data.sources import keyed
+from minitron.data.writing import is_heldout, prepare, read_documents
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.tokenizer import load_tokenizer
 
 BLOCK = 16
@@ -130,7 +131,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampled(teacher: Path, file: Path, seed: int = 0, **changes: Any) -> list[dict[str, Any]]:
     """The rows of the file."""
     config = CONFIG.model_copy(update=changes)
-    made = sample_text(teacher, load_tokenizer(teacher), config, file, block_tokens=BLOCK, seed=seed)
+    made = sample_text(open_checkpoint(teacher), config, file, block_tokens=BLOCK, seed=seed)
     rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
     assert rows == [vars(row) for row in made]
     return rows
@@ -169,7 +170,7 @@ def test_there_is_as_much_text_as_asked_for_and_a_block_to_hold_out(
     heldout = str(small.text(tmp_path / "text.jsonl")) if own_heldout else None
     config = CONFIG.model_copy(update={"heldout": heldout})
     file = tmp_path / "sampled.jsonl"
-    sample_text(teacher, tokenizer, config, file, block_tokens=BLOCK, seed=0)
+    sample_text(open_checkpoint(teacher), config, file, block_tokens=BLOCK, seed=0)
     documents = list(read_documents(str(file), DataConfig()))
     (tmp_path / "out").mkdir()
     whole = config.model_copy(update={"max_tokens": None})
@@ -197,7 +198,6 @@ class PowerCut(Exception):
 def test_an_interrupted_sampling_ends_with_the_bytes_of_an_undisturbed_one(
     teacher: Path, tmp_path: Path, steps: tuple[int, ...]
 ) -> None:
-    tokenizer = load_tokenizer(teacher)
     for most in steps:
         calls, before = 0, 1
 
@@ -210,7 +210,9 @@ def test_an_interrupted_sampling_ends_with_the_bytes_of_an_undisturbed_one(
                 raise PowerCut
 
         with pytest.raises(PowerCut):
-            sample_text(teacher, tokenizer, CONFIG, tmp_path / "cut", block_tokens=BLOCK, seed=0, progress=interrupt)
+            sample_text(
+                open_checkpoint(teacher), CONFIG, tmp_path / "cut", block_tokens=BLOCK, seed=0, progress=interrupt
+            )
     with (tmp_path / "cut").open("a") as file:
         file.write('{"text": "half a li')
     sampled(teacher, tmp_path / "cut")

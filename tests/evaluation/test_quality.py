@@ -15,7 +15,8 @@ import torch
 
 import minitron
 from minitron.core.errors import CheckpointError, DataError, MinitronError
-from minitron.data.corpus import Blocks, Corpus, DataConfig
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Blocks, Corpus
 from minitron.evaluation import quality
 from minitron.evaluation.quality import Evaluation, measure_quality
 from minitron.model.samples import Batch, Separator

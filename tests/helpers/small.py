@@ -8,7 +8,8 @@ from typing import Any
 import tiny
 
 from minitron.data.config import DataConfig
-from minitron.data.corpus import Corpus, prepare
+from minitron.data.corpus import Corpus
+from minitron.data.writing import prepare
 from minitron.model.tokenizer import load_tokenizer
 
 WORDS = "the rain in the plain remains while a grey boat sails home over some wide and windy sea again"

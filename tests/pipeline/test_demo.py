@@ -6,8 +6,8 @@ import pytest
 
 from minitron.core.errors import RecipeError
 from minitron.data.config import DataConfig
-from minitron.data.corpus import is_heldout
 from minitron.data.sources import builtin_documents
+from minitron.data.writing import is_heldout
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.tokenizer import load_tokenizer
 from minitron.pruning.target import target_shape

@@ -1,6 +1,7 @@
 """Runs that score layers by a pass of their own, and that cut in steps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def test_every_step_is_chosen_by_scores_of_what_is_left(teacher: Path, tmp_path:
         scores = score_layers(left, score_units(statistics, left.shape, asked.config), shape, asked)
         return choose(scores, left.shape, shape)
 
-    plan = refine(checkpoint, step(teacher, shapes[0]), shapes[1:], asked.at(tmp_path))
+    plan = refine(
+        checkpoint, step(teacher, shapes[0]), shapes[1:], replace(asked, pass_=replace(asked.pass_, scratch=tmp_path))
+    )
     path = teacher
     for number, shape in enumerate(shapes):
         out = tmp_path / str(number)

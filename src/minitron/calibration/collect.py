@@ -71,13 +71,9 @@ def measure_statistics(
 
 
 class _Collector:
-    """Hooks that reduce the activations of modules sample by sample, and the sums that they add to."""
+    """Hooks that reduce the activations of each sample over its `lengths` real tokens, and sums of the results."""
 
     def __init__(self, stream: Stream, lengths: list[int], second_moment: bool):
-        """
-        Args:
-            lengths: the number of real tokens in each sample.
-        """
         self.stream, self.lengths = stream, lengths
         self.shape, self.architecture = stream.checkpoint.shape, stream.checkpoint.architecture
         zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(stream.device))

@@ -1,6 +1,7 @@
 """`minitron inspect` says what a model is."""
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from minitron.cli import options
@@ -31,7 +32,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     except UnsupportedArchitecture:
         draft = api.draft(args.model, args.revision)
         if draft is not None:
-            console.result({"draft": draft.to_dict()}, draft.text())
+            console.result({"draft": asdict(draft)}, draft.text())
         raise
     lines = _file_lines(args.model, found) if isinstance(found, GgufFacts) else _lines(args.model, found)
     console.result(found.to_dict(), "\n".join(lines))

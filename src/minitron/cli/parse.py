@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from minitron.core.config import expanded
 from minitron.core.effects import require_once
 from minitron.core.errors import MinitronError, did_you_mean
-from minitron.core.paths import expanded
 
 
 def count(text: str) -> int:

@@ -1,5 +1,6 @@
 """The base of every section of a recipe, and fields whose values are the keys of a table."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_args, runtime_checkable
@@ -8,8 +9,29 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from minitron.core.paths import expanded
+from minitron.core.errors import MinitronError
 from minitron.core.text import either
+
+
+def expanded(text: str) -> str:
+    """Replace `~` and `~user` at the beginning of a path by the home directory.
+
+    A shell does not replace them in `--out=~/x`, in quotes and in files.
+
+    Raises: MinitronError for text that can be no path, and for an unknown home directory.
+    """
+    if not text:
+        raise MinitronError("a path is empty: give one, such as . for the current directory")
+    if "\0" in text:
+        raise MinitronError(f"the path {text!r} has a NUL character, which no path has: leave it out")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise MinitronError(
+            f"{text}: the home directory that {text.split('/')[0]} stands for is not known: write it out, or ./{text} "
+            "for a name that begins with ~"
+        )
+    return path
+
 
 UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name such as a hub id
 
@@ -68,8 +90,7 @@ def _keys_in(annotation: Any) -> Iterator[KeyOf]:
 class Section(BaseModel):
     """A section of a recipe: frozen, strict in its types, and without unknown keys.
 
-    Each package defines its sections. If the values of a field are the keys of a table, its description ends with the
-    clauses of the rows.
+    If the values of a field are the keys of a table, its description ends with the clauses of the rows.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)

@@ -99,7 +99,12 @@ def digest_file(path: Path) -> str:
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
     """Open a file whose reads and writes bypass the page cache, where the file system supports it."""
-    file = _open(path, flags | os.O_CLOEXEC)
+    try:
+        file = os.open(path, flags | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the answer of file systems and devices without O_DIRECT
+            raise
+        file = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         yield file
     finally:
@@ -109,16 +114,6 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 def stamp(status: os.stat_result) -> tuple[int, int, int]:
     """Size, modification time and inode: while they are the same, so is the content, as git's index assumes too."""
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _open(path: Path, flags: int) -> int:
-    if sys.platform == "linux":
-        try:
-            return os.open(path, flags | os.O_DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # the answer of file systems and devices without O_DIRECT
-                raise
-    return os.open(path, flags, 0o666)
 
 
 def _transfer(call: Callable[..., int], file: int, *arguments: Any) -> int:

@@ -21,8 +21,7 @@ class MinitronError(Exception):
     """The base of every error that a user can act on."""
 
 
-class CheckpointError(MinitronError):
-    pass
+class CheckpointError(MinitronError): ...
 
 
 class UnsupportedArchitecture(CheckpointError):
@@ -30,36 +29,28 @@ class UnsupportedArchitecture(CheckpointError):
         super().__init__(f"model_type {model_type!r} is not supported{did_you_mean(model_type, known)}")
 
 
-class DataError(MinitronError):
-    pass
+class DataError(MinitronError): ...
 
 
-class PlanError(MinitronError):
-    pass
+class PlanError(MinitronError): ...
 
 
-class RecipeError(MinitronError):
-    pass
+class RecipeError(MinitronError): ...
 
 
-class GgufError(MinitronError):
-    pass
+class GgufError(MinitronError): ...
 
 
-class TaskError(MinitronError):
-    pass
+class TaskError(MinitronError): ...
 
 
-class NoEffect(MinitronError):
-    pass
+class NoEffect(MinitronError): ...
 
 
-class RunError(MinitronError):
-    pass
+class RunError(MinitronError): ...
 
 
-class Interrupted(RunError):
-    pass
+class Interrupted(RunError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -494,7 +494,7 @@ def _is_about(error: OSError, path: Path) -> bool:
 def _belongs(named: Path, path: Path) -> bool:
     end = Path(os.path.realpath(path))
     within = {each.name.removesuffix(".partial") for each in (named, *named.parents) if each.parent == end.parent}
-    own = named in end.parents or end in named.parents or end.name in within  # a parent may be what cannot be made
+    own = named in end.parents or end in named.parents or end.name in within  # perhaps a parent cannot be made
     return own or any(part.startswith(PROBE) for part in named.parts)
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -58,14 +59,8 @@ class EnergyCounter:
 
 def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048) -> float:
     """The speed of a large square matrix product on this device, as the best of several."""
-    device = pick_device()
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    matrix = torch.ones(size, size, dtype=dtype, device=pick_device())
+    return 2 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item())
 
 
 def bytes_per_second(megabytes: int = 128) -> float:
@@ -73,12 +68,16 @@ def bytes_per_second(megabytes: int = 128) -> float:
     device = pick_device()
     matrix = torch.ones(megabytes << 8, 1024, device=device)
     vector = torch.ones(1024, device=device)
-    best = float("inf")
+    return matrix.nbytes / _best_seconds(lambda: (matrix @ vector)[0].item())
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        (matrix @ vector)[0].item()
-        best = min(best, time.perf_counter() - start)
-    return matrix.nbytes / best
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def hardware() -> dict[str, str | int]:

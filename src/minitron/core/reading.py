@@ -52,7 +52,11 @@ def read_text(path: Path, error: Kind) -> str:
 
     Raises: `error` if the file cannot be read, or is not UTF-8.
     """
-    return decode(_read_bytes(path, error), str(path), error)
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise error(_unreadable(path, problem)) from None
+    return decode(data, str(path), error)
 
 
 def decode(data: bytes, where: str, error: Kind) -> str:
@@ -173,8 +177,8 @@ def parse_json(text: str, where: str, error: Kind, *, keys_once: bool = False) -
     try:
         return json.loads(text, object_pairs_hook=table if keys_once else None)
     except json.JSONDecodeError as problem:
-        place = f"line {problem.lineno}, column {problem.colno}" if "\n" in text else f"column {problem.colno}"
-        raise error(f"{where} is not JSON: {problem.msg} at {place}") from None
+        position = f"line {problem.lineno}, column {problem.colno}" if "\n" in text else f"column {problem.colno}"
+        raise error(f"{where} is not JSON: {problem.msg} at {position}") from None
     except ValueError as problem:  # an integer of more digits than Python converts
         raise error(f"{where} is no JSON that can be read: {str(problem).split(';')[0]}") from None
     except RecursionError:
@@ -263,13 +267,6 @@ def _left_out(folder: Path, count: int, others: dict[str, list[Path]], suffixes:
 def _printable(path: Path) -> str:
     """A path as printable text in one line."""
     return str(path) if str(path).isprintable() else ascii(str(path))
-
-
-def _read_bytes(path: Path, error: Kind) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise error(_unreadable(path, problem)) from None
 
 
 def _unreadable(path: Path, problem: OSError) -> str:

@@ -17,7 +17,6 @@ from minitron.core.files import scratch_errors, temporary_directory
 
 _Result = TypeVar("_Result")
 
-
 _last_words: int | None = None  # in a child process: the file that its parent reads after it has ended
 
 

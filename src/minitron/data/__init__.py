@@ -2,4 +2,4 @@
 
 from minitron.core.errors import DataError as DataError
 from minitron.data.config import DataConfig as DataConfig
-from minitron.data.corpus import prepare as prepare
+from minitron.data.writing import prepare as prepare

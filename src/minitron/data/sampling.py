@@ -24,9 +24,9 @@ from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.reading import read_rows
 from minitron.data.config import DataConfig
-from minitron.data.corpus import delimiters, is_heldout
 from minitron.data.sources import keyed
-from minitron.model.checkpoint import load_model
+from minitron.data.writing import delimiters, is_heldout
+from minitron.model.checkpoint import Checkpoint, load_model
 from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
 # Sampling ends at this multiple of the expected tokens: documents may be so short that the held-out part never fills.
@@ -44,8 +44,7 @@ class SampledDocument:
 
 
 def sample_text(
-    model: Path,
-    tokenizer: Any,
+    model: Checkpoint,
     config: DataConfig,
     file: Path,
     *,
@@ -58,19 +57,20 @@ def sample_text(
     Text that an interrupted call left in the file is continued, and ends with the bytes of an undisturbed call.
 
     Args:
-        model: a model directory, which is loaded whole in its own dtype.
+        model: the model, which is loaded whole in its own dtype.
         block_tokens: the most tokens of a document, with its start token.
         progress: called with (training tokens, how many there will be, speed).
 
     Raises: DataError for a tokenizer without a token to start from, CheckpointError for logits that are not finite.
     """
+    tokenizer = model.tokenizer
     goal, start = _Goal(config, tokenizer, block_tokens), start_token(tokenizer)
     documents = _resume(file, config.sample_batch)
     for document in documents:
         goal.count(document)
     if goal.reached:
         return documents
-    loaded = load_model(model).to(pick_device())
+    loaded = load_model(model.path).to(pick_device())
     sampling = Sampling(
         start,
         end_tokens(tokenizer, loaded),
@@ -91,7 +91,7 @@ def sample_text(
             lines.flush()
             os.fsync(lines.fileno())
     del loaded
-    torch.cuda.empty_cache()  # passes that follow look at what is free
+    torch.cuda.empty_cache()  # later passes measure the free memory
     return documents
 
 

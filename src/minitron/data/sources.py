@@ -202,8 +202,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, column {field!r} after row {number}, is not UTF-8 text: {error.reason}") from None
     except (pyarrow.ArrowException, OSError) as error:  # of damaged and of encrypted files: its OSError has no number
-        place = f" after row {number}" if number else ""
-        raise DataError(f"{path} is not a readable Parquet file{place}: {error}") from None
+        reached = f" after row {number}" if number else ""
+        raise DataError(f"{path} is not a readable Parquet file{reached}: {error}") from None
 
 
 def _require_text_column(schema: Any, field: str, path: Path) -> None:

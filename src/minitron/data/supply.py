@@ -9,9 +9,10 @@ from minitron.core.errors import DataError, RunError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import Listener
 from minitron.data.config import DataConfig
-from minitron.data.corpus import SAMPLED, Corpus, hold_out_all, open_corpus, prepare, read_documents
+from minitron.data.corpus import SAMPLED, Corpus, open_corpus
 from minitron.data.sampling import sample_text
 from minitron.data.sources import TEACHER, is_hub_id
+from minitron.data.writing import hold_out_all, prepare, read_documents
 from minitron.model.checkpoint import Checkpoint, ModelConfig
 
 LARGEST_DEFAULT_BLOCK = 2048
@@ -61,14 +62,12 @@ def make_corpus(
 
     Returns the result of the stage, for its record.
     """
-    block_tokens, tokenizer = block_length(config, teacher), teacher.tokenizer
+    block_tokens = block_length(config, teacher)
     facts: dict[str, object] = {}
     documents = None
     if config.source == TEACHER:
         file = (state or out) / SAMPLED
-        rows = sample_text(
-            teacher.path, tokenizer, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress
-        )
+        rows = sample_text(teacher, config, file, block_tokens=block_tokens, seed=seed, progress=listener.progress)
         if state is not None:
             shutil.copyfile(file, out / SAMPLED)
         facts["sampled"] = {"documents": len(rows), "ended": sum(row.ended for row in rows)}
@@ -76,7 +75,7 @@ def make_corpus(
         config = config.model_copy(update={"max_tokens": None})  # all of it is read
     corpus = prepare(
         config,
-        tokenizer,
+        teacher.tokenizer,
         vocab=teacher.shape.vocab,
         block_tokens=block_tokens,
         out=out,

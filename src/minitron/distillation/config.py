@@ -10,7 +10,7 @@ from minitron.core.config import Section
 from minitron.core.device import Precision
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.text import either
-from minitron.data.corpus import DataConfig
+from minitron.data.config import DataConfig
 from minitron.data.sources import TEACHER
 from minitron.distillation.hidden_loss import Depths
 from minitron.distillation.losses import LOSSES, LossName

@@ -16,7 +16,9 @@ from minitron.core.errors import GgufError, MinitronError
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.core.progress import SILENT, Listener
 from minitron.core.worker import Child, ChildEnded
-from minitron.data.corpus import Corpus, DataConfig, hold_out_all, prepare
+from minitron.data.config import DataConfig
+from minitron.data.corpus import Corpus
+from minitron.data.writing import hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
 from minitron.evaluation.quality import Evaluation, predicted_bytes
 from minitron.gguf.config import QUANTIZE_TOKENS

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from minitron.core.config import expanded
 from minitron.core.errors import GgufError
-from minitron.core.paths import expanded
 from minitron.core.worker import say_last
 
 PARTS = 4  # runs of rows for each thread that quantizes

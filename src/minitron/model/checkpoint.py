@@ -135,10 +135,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """The directory's model in memory, in evaluation mode; `dtype` None keeps that of the checkpoint.
+    """Load the directory's model in evaluation mode, by default in the dtype of the checkpoint.
 
-    Its tensors are read as those of a streamed model are, so both are the same model: transformers' own loading would
-    choose files and dtype by rules of its own, fill in what is missing at random, and add an adapter that lies beside.
+    Its tensors are read in the same way as those of a streamed model. transformers' own loading would choose files and
+    dtype by other rules, would initialise missing tensors at random, and would add an adapter in the directory.
 
     Raises: CheckpointError if a weight cannot be read, or is NaN or infinite.
     """

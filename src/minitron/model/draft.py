@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -99,9 +99,6 @@ class Draft:
     norms: Mapping[str, str]
     fields: Mapping[str, str]  # the Architecture's layer, embedding, head and final_norm, where not the usual
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
 
     def text(self) -> str:
         """The Python source of the table, then as comments the tensors without a line, the notes and the next steps."""

@@ -33,9 +33,6 @@ class Samples:
     def block_tokens(self) -> int:
         return self.tokens.shape[1]
 
-    def batch(self, rows: slice, device: torch.device) -> "Batch":
-        return Batch(self.tokens[rows].to(device), self.separator)
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from minitron.core.files import scratch_errors, temporary_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hub import CPU, empty_model
-from minitron.model.samples import Samples
+from minitron.model.samples import Batch, Samples
 from minitron.model.weights import bytes_of, require_fits
 
 # Hidden states between layers are kept on an accelerator up to this share of its free memory, else in memory up to this
@@ -70,23 +70,15 @@ class Pass:
         """The samples per forward call."""
         return self.batch or default_batch(shape, samples.block_tokens, self.dtype)
 
-    def at(self, scratch: Path) -> "Pass":
-        """The same, with scratch files in another directory."""
-        return replace(self, scratch=scratch)
-
 
 class Stream:
     """A pass of samples through a checkpoint, one layer at a time.
 
     `states` [samples, tokens, hidden] is the residual stream before the next layer; `rows` are the samples of the
-    current batch.
+    current batch. `num_states` sets of states (see `more_states`) share the memory for states.
     """
 
     def __init__(self, checkpoint: Checkpoint, samples: Samples, pass_: Pass, *, num_states: int = 1):
-        """
-        Args:
-            num_states: the number of sets of states (see `more_states`) that share the memory for states.
-        """
         self.checkpoint, self.samples, self.tokens = checkpoint, samples, samples.tokens
         self.dtype, self.device = pass_.dtype, pass_.device
         self.model = skeleton(checkpoint, self.dtype, self.device)
@@ -94,8 +86,8 @@ class Stream:
         self.slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
         self.rows = slice(0, 0)
         self._scratch, self._num_states = pass_.scratch, num_states
-        # The keyword arguments of each layer by the size of the batch. If documents are kept apart, they belong to a
-        # batch and its first sample: the masks of all batches would be larger than their states.
+        # The keyword arguments of each layer by the size of the batch. Where documents are kept apart, they are stored
+        # by first sample, for the last batch only: the masks of all batches would be larger than their states.
         self._calls: dict[int, list[Mapping[str, Any]]] = {}
 
     @torch.no_grad()
@@ -110,8 +102,8 @@ class Stream:
                 rows = self.checkpoint.gather_rows(weight, known)
                 with _filled(self.model, {weight: rows.to(self.device, self.dtype)}):
                     for samples in slices:
-                        places = torch.searchsorted(known, self.tokens[samples])
-                        inputs = self._inputs(samples) | {"input_ids": places.to(self.device)}
+                        indices = torch.searchsorted(known, self.tokens[samples])
+                        inputs = self._inputs(samples) | {"input_ids": indices.to(self.device)}
                         self.model.model(**inputs, use_cache=False)
                         self.states[samples] = stand_ins[0].seen
                         self._remember(samples, stand_ins)
@@ -173,11 +165,7 @@ class Stream:
             pass
 
     def run_to_end(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Fill `states` with the outputs of the last layer.
-
-        Args:
-            progress: called with (layers done, layers).
-        """
+        """Fill `states` with the outputs of the last layer; `progress` is called with (layers done, layers)."""
         self.embed()
         for index, layer in self.layers():
             self.advance(index, layer)
@@ -210,7 +198,7 @@ class Stream:
             yield first, piece.to(dtype).to(self.device).float()
 
     def _inputs(self, rows: slice) -> dict[str, Tensor]:
-        return self.samples.batch(rows, self.device).inputs
+        return Batch(self.tokens[rows].to(self.device), self.samples.separator).inputs
 
     def _arguments(self, rows: slice, states: Tensor) -> list[Mapping[str, Any]]:
         """The keyword arguments of each layer for a batch."""
@@ -305,10 +293,7 @@ class Stream:
             return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         # The file is unlinked once mapped: its space is freed with the tensor, even if the process is killed.
         at = self._scratch or temporary_directory()
-        with (
-            scratch_errors(self._scratch),
-            tempfile.NamedTemporaryFile(dir=at, prefix="minitron-states-") as file,
-        ):
+        with scratch_errors(self._scratch), tempfile.NamedTemporaryFile(dir=at, prefix="minitron-states-") as file:
             _take_room(file.fileno(), num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(shape)
 

@@ -47,8 +47,6 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 
 class _Entry(TypedDict):
-    """A tensor in the header of a safetensors file."""
-
     dtype: str
     shape: list[int]
     data_offsets: list[int]

@@ -9,8 +9,8 @@ from pathlib import Path
 from minitron.core.effects import Rule, changed_keys, require_effects
 from minitron.core.text import both, either
 from minitron.data.config import DataConfig
-from minitron.data.corpus import source_files
 from minitron.data.sources import BUILTIN, TEACHER, is_hub_id
+from minitron.data.writing import source_files
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.losses import LOSSES, losses_that_read
 from minitron.model.architecture import PRUNABLE

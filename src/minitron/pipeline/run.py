@@ -89,7 +89,7 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
         shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     repair = resolve_repair(recipe.repair, teacher)
     given = given_layers(recipe.prune, teacher.shape)
-    left = choice_left(teacher.architecture, recipe.prune, teacher.shape, shape, given, repair.steps or [])
+    left = choice_left(teacher, recipe.prune, shape, given, repair.steps or [])
     require_choice_effects(recipe, left)
     basis = replaces_channels(repair.steps) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)

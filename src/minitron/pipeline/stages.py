@@ -18,9 +18,10 @@ from minitron.core.errors import RunError
 from minitron.core.files import write_json
 from minitron.core.progress import Listener, layer_progress
 from minitron.core.typed_files import as_typed, read_typed
-from minitron.data.corpus import Corpus, draw_samples, open_corpus, require_undamaged, source_files
+from minitron.data.corpus import Corpus, draw_samples, open_corpus, require_undamaged
 from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
+from minitron.data.writing import source_files
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import DEFAULT_TOP_K, LESSONS_INDEX, record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student

@@ -33,8 +33,8 @@ class PruneConfig(Section):
     layer_samples: int = Field(default=128, ge=1)
     """Calibration blocks on which layers are scored by loss, or questions by task; at most."""
     iterations: int = Field(default=1, ge=1)
-    """Steps of the cut, each on scores of what the one before left. More than one gained nothing after retraining
-    in P1."""
+    """Steps of the cut, each on new scores of the model that is left. More than one step gained nothing after
+    retraining in P1."""
     hidden_multiple: int | None = Field(default=None, ge=1)
     """The student's hidden size is a multiple of this. Default by the teacher's size, see `default_multiple`."""
     ffn_multiple: int | None = Field(default=None, ge=1)

@@ -4,8 +4,6 @@ A variant is the model without some of its layers. All variants run in the same 
 dropped the same layers their states are the same, and are computed and stored once: the pass is a tree that branches
 where variants begin to differ. So the L models without one layer each take half the time of L passes, and the weights
 are read once.
-
-To add a criterion: a function, a row of LAYER_CRITERIA, and a row of the tests.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,4 @@
-"""The importance of every unit: pure functions from statistics to scores. Units with higher scores stay.
-
-To add a criterion: a function, a row of CRITERIA, and a row of the tests.
-"""
+"""The importance of every unit: pure functions from statistics to scores. Units with higher scores stay."""
 
 import json
 from collections.abc import Callable
@@ -57,10 +54,7 @@ class Scores:
 
 
 def activation_scores(
-    statistics: Statistics,
-    shape: Shape,
-    sequence_aggregate: Aggregate = "mean",
-    batch_aggregate: Aggregate = "l2",
+    statistics: Statistics, shape: Shape, sequence_aggregate: Aggregate = "mean", batch_aggregate: Aggregate = "l2"
 ) -> Scores:
     """Scores by the size of activations.
 

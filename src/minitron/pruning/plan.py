@@ -16,8 +16,6 @@ from minitron.pruning.given import NOTHING_GIVEN, Given, Units
 from minitron.pruning.importance import Scores
 from minitron.pruning.target import require_cuttable
 
-SIZES_OF = ("teacher", "student")  # keys of a whole plan file
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,8 +60,7 @@ class Plan:
 def _read_plan_file(path: Path) -> object:
     if not path.exists() and not path.is_symlink():
         raise PlanError(f"plan {path} does not exist")
-    value: object = read_json(path, PlanError)
-    return value
+    return read_json(path, PlanError)
 
 
 def _whole_plan(raw: object, path: Path) -> Plan:
@@ -164,7 +161,7 @@ def load_given(path: Path, teacher: Shape) -> Plan | Given:
     raw = _read_plan_file(path)
     if not isinstance(raw, dict) or not raw:
         raise PlanError(f"{path} is not a plan file: it must be an object that lists the units to keep of some dims")
-    if raw.keys() & set(SIZES_OF):
+    if raw.keys() & {"teacher", "student"}:
         return _whole_plan(raw, path)
     unknown = [dim for dim in raw if dim not in PRUNABLE]
     if unknown:

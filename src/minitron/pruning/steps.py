@@ -13,8 +13,8 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory, scratch_errors
 from minitron.evaluation.tasks.questions import read_questions
-from minitron.model.architecture import PRUNABLE, Architecture, Shape
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.config import PruneConfig
@@ -47,10 +47,6 @@ class Scoring:
         assert self.samples is not None, "cut_needs says that text is read"
         return self.samples
 
-    def at(self, scratch: Path) -> "Scoring":
-        """The same, with scratch files in another directory."""
-        return replace(self, pass_=self.pass_.at(scratch))
-
 
 @dataclass(frozen=True)
 class Pruner:
@@ -69,7 +65,8 @@ class Pruner:
 
     def at(self, scratch: Path) -> "Pruner":
         """The same, with scratch files in another directory."""
-        return replace(self, scoring=self.scoring.at(scratch))
+        pass_ = replace(self.scoring.pass_, scratch=scratch)
+        return replace(self, scoring=replace(self.scoring, pass_=pass_))
 
     @cached_property
     def unit_scores(self) -> Scores:
@@ -95,12 +92,12 @@ class Pruner:
             given: the units that the user lists.
             scores: the scores for the first step, if they are known.
         """
-        teacher = self.teacher
-        if scores is None and not needs_scores(teacher.shape, student, given):
-            return choose(even_scores(teacher.shape), teacher.shape, student, given)
+        teacher = self.teacher.shape
+        if scores is None and not needs_scores(teacher, student, given):
+            return choose(even_scores(teacher), teacher, student, given)
         first, *further = self.shapes(student, given)
-        plan = choose(scores or self.score(first), teacher.shape, first, given)
-        return refine(teacher, plan, further, self.scoring)
+        plan = choose(scores or self.score(first), teacher, first, given)
+        return refine(self.teacher, plan, further, self.scoring)
 
     def cut(self, plan: Plan, out: Path) -> Repaired:
         """Write the pruned checkpoint into the existing directory `out`, with the repairs that it needs."""
@@ -141,13 +138,14 @@ class CutNeeds:
 
 
 def choice_left(
-    architecture: Architecture, config: PruneConfig, teacher: Shape, student: Shape, given: Given, steps: Sequence[Step]
+    model: Checkpoint | ModelConfig, config: PruneConfig, student: Shape, given: Given, steps: Sequence[Step]
 ) -> Choice:
     """
     Args:
         given: units that are listed, layers by number among them.
         steps: repairs, such as `resolve_repair` gives.
     """
+    teacher = model.shape
     repairs = needed_steps(steps, teacher, student)
     open_dims = {dim for dim in cut_dims(teacher, student) if getattr(given, dim) is None}
     chosen_by_repair = {dim for step in repairs for dim in REPAIRS[step].chooses}
@@ -155,7 +153,7 @@ def choice_left(
     return Choice(
         by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
         layers="layers" in open_dims,
-        steps=len(step_shapes(architecture, teacher, student, config.iterations, given)) if open_dims else 1,
+        steps=len(step_shapes(model.architecture, teacher, student, config.iterations, given)) if open_dims else 1,
         repairs=tuple(repairs),
     )
 
@@ -183,7 +181,7 @@ def cut_needs(
     Args:
         with_statistics: whether the teacher's statistics exist already.
     """
-    choice = choice_left(teacher.architecture, config, teacher.shape, student, given, repairs)
+    choice = choice_left(teacher, config, student, given, repairs)
     passes = choice.steps > 1 or (choice.layers and LAYER_CRITERIA[config.layer_criterion].needs_a_pass)
     scored = needs_scores(teacher.shape, student, given)
     return CutNeeds(

@@ -12,10 +12,7 @@ from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
 
 
 def require_cuttable(teacher: Shape, student: Shape) -> None:
-    """Check that pruning can make the one shape from the other.
-
-    Raises: PlanError that names the first size that it cannot reach.
-    """
+    """Raises: PlanError that names the first size of the student that pruning cannot reach."""
     for dim in PRUNABLE:
         wanted, have = getattr(student, dim), getattr(teacher, dim)
         if wanted > have:

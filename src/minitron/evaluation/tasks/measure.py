@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron.core.config import expanded
 from minitron.core.device import free_bytes, pick_device
 from minitron.core.errors import RunError, TaskError
 from minitron.core.files import digest_files, read_digests, readable_os_errors, write_json
-from minitron.core.paths import expanded
 from minitron.core.progress import SILENT, Listener
 from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks import definitions, harness

@@ -1,5 +1,5 @@
-"""Gemma 1 to 3 (text): norm gains stored as w for 1 + w, embeddings times sqrt(hidden); from 2 on norms on both sides
-of attention and MLP, capped logits, and layers with a sliding window between those without."""
+"""Gemma 1 to 3 (text): norm gains stored as w for 1 + w, embeddings times sqrt(hidden); from 2 on norms before and
+after attention and MLP, capped logits, and layers with a sliding window between layers without."""
 
 from dataclasses import replace
 
@@ -32,12 +32,7 @@ GEMMA2 = replace(
         "model.layers.{layer}.pre_feedforward_layernorm": "model.layers.{layer}.mlp",
         "model.norm": "lm_head",
     },
-    defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "final_logit_softcapping": 30.0,
-    },
+    defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "final_logit_softcapping": 30.0},
     hidden_multiple_of_heads=True,
     logits_softcap="final_logit_softcapping",
     gguf=Gguf(
@@ -68,10 +63,7 @@ GEMMA3 = replace(
     rope_per_layer_kind=True,
     gguf=Gguf(
         "gemma3",
-        keys={
-            "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
+        keys={"attention.layer_norm_rms_epsilon": "rms_norm_eps", "final_logit_softcapping": "final_logit_softcapping"},
         computes={"hidden_activation": TANH_GELU},
         windows=True,
         query_scale="query_pre_attn_scalar",

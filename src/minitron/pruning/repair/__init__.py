@@ -3,8 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,31 +23,9 @@ from minitron.pruning.repair.columns import (
     drop_planned_ffn,
     drop_planned_heads,
 )
-from minitron.pruning.repair.refit import refit_layers, require_refit
+from minitron.pruning.repair.refit import Output, refit_layers, require_refit
 from minitron.pruning.repair.residual_basis import Residual, leading_directions, require_basis, scale_of
 from minitron.pruning.repair.residual_heads import add_residual_heads
-
-
-class NormScale(Protocol):
-    def __call__(self, residual: Residual, states: Tensor, *, centred: bool) -> Tensor: ...
-
-
-class SecondPass(Protocol):
-    def __call__(
-        self,
-        teacher: Stream,
-        student: Stream,
-        plan: Plan,
-        residual: Residual,
-        out: Path,
-        *,
-        shard_bytes: int,
-        progress: Callable[[int, int], None],
-    ) -> dict[str, str]: ...
-
-
-def _require_nothing(architecture: Architecture, tied: bool) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -70,13 +47,15 @@ class Repair:
 
     residual: makes the student's residual stream, in place of the channels that the plan keeps, from the teacher, the
         plan and the statistics with a second moment.
-    norm_scale: the factor of each token for the gains of norms that read the stream.
+    norm_scale: the factor of each token for the gains of norms that read the stream, from the states and whether norms
+        subtract the mean.
     site: the site of the architecture whose matrix the next two functions change in every layer.
     change: changes a tensor of the teacher before it is cut: from the tensor, the plan, the number of the student's
         layer and the scores.
     remove: removes columns of the matrix at the site, where their inputs were measured: from a Surgeon, the plan and
         the number of the student's layer. Returns the units that it chose, by dim.
-    second_pass: writes the student once more, from both models side by side; returns the sha256 of each weight file.
+    second_pass: writes the student once more, from teacher and student side by side; returns the sha256 of each weight
+        file.
     """
 
     dims: tuple[str, ...]
@@ -88,13 +67,13 @@ class Repair:
     without_choice: str | None = None
     usual: bool = False
     columns: tuple[str, ...] = ()
-    require: Callable[[Architecture, bool], None] = _require_nothing
+    require: Callable[[Architecture, bool], None] = lambda architecture, tied: None
     residual: Callable[[Checkpoint, Plan, Statistics], Residual] | None = None
-    norm_scale: NormScale | None = None
+    norm_scale: Callable[[Residual, Tensor, bool], Tensor] | None = None
     site: str = ""
     change: Callable[[Tensor, Plan, int, Scores], Tensor] | None = None
     remove: Callable[[Surgeon, Plan, int], Mapping[str, Units]] | None = None
-    second_pass: SecondPass | None = None
+    second_pass: Callable[[Stream, Stream, Plan, Residual, Output], dict[str, str]] | None = None
 
 
 REPAIRS: dict[str, Repair] = {

@@ -10,7 +10,9 @@ This goes beyond the papers.
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,7 +24,7 @@ from minitron.model.architecture import Architecture, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.stream import Stream
 from minitron.model.weights import runs
-from minitron.model.writing import SHARD_BYTES, write_checkpoint
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.cut import embedding_gain, kept_rows, writing_order
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair.columns import correlation_factor
@@ -42,36 +44,35 @@ def require_refit(architecture: Architecture, tied: bool) -> None:
         )
 
 
-def refit_layers(
-    teacher: Stream,
-    student: Stream,
-    plan: Plan,
-    residual: Residual,
-    out: Path,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, str]:
-    """Write the refitted student into the existing directory `out`; returns the sha256 of each weight file.
+@dataclass(frozen=True)
+class Output:
+    """The existing directory for a student, and the function that is called with (layers done, layers)."""
+
+    path: Path
+    shard_bytes: int
+    progress: Callable[[int, int], None]
+
+
+def refit_layers(teacher: Stream, student: Stream, plan: Plan, residual: Residual, out: Output) -> dict[str, str]:
+    """Write the refitted student; returns the sha256 of each weight file.
 
     Args:
         teacher, student: streams of the same tokens in the same batches, before `embed`.
         plan: the plan by which the student was cut.
         residual: the student's residual stream.
-        progress: called with (student's layers done, layers).
     """
-    work = _Refit(teacher, student, plan, residual, progress)
+    work = _Refit(teacher, student, plan, residual, out.progress)
     checkpoint = student.checkpoint
     with closing(work.pieces()) as pieces:
         return write_checkpoint(
-            out,
+            out.path,
             config=checkpoint.config,
             tensors={
                 spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in work.specs
             },
             pieces=pieces,
             carry_from=checkpoint.path,
-            shard_bytes=shard_bytes,
+            shard_bytes=out.shard_bytes,
         )
 
 
@@ -104,12 +105,7 @@ class _Regression:
 
 class _Refit:
     def __init__(
-        self,
-        teacher: Stream,
-        student: Stream,
-        plan: Plan,
-        residual: Residual,
-        progress: Callable[[int, int], None],
+        self, teacher: Stream, student: Stream, plan: Plan, residual: Residual, progress: Callable[[int, int], None]
     ):
         self.teacher, self.student, self.plan, self.progress = teacher, student, plan, progress
         self.residual, self.held = residual, residual.to(student.device)
@@ -255,23 +251,20 @@ class _Refit:
         return self.architecture.sites[site].removeprefix(self.prefix)
 
 
-@dataclass
-class _Tap:
-    input: Tensor = field(default_factory=lambda: torch.empty(0))
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
+class _Tap(NamedTuple):
+    input: Tensor
+    output: Tensor
 
 
 @contextmanager
 def _tapped(layer: nn.Module, names: list[str]) -> Iterator[dict[str, _Tap]]:
     """Record the latest input and output of some modules of a layer, by name."""
-    taps = {name: _Tap() for name in names}
+    taps: dict[str, _Tap] = {}
 
-    def note(tap: _Tap, input: Tensor, output: Tensor) -> None:
-        tap.input, tap.output = input, output
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        taps[name] = _Tap(args[0], output)
 
     with ExitStack() as stack:
-        for name, tap in taps.items():
-            module = layer.get_submodule(name)
-            handle = module.register_forward_hook(lambda _, args, output, tap=tap: note(tap, args[0], output))
-            stack.callback(handle.remove)
+        for name in names:
+            stack.callback(layer.get_submodule(name).register_forward_hook(partial(record, name)).remove)
         yield taps

@@ -179,7 +179,7 @@ def require_basis(architecture: Architecture, tied: bool) -> None:
         )
 
 
-def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], *, centred: bool) -> Float[Tensor, " tokens"]:
+def scale_of(residual: Residual, states: Float[Tensor, "tokens hidden"], centred: bool) -> Float[Tensor, " tokens"]:
     """The factor of each token for the student's norm, so that it gives its part of the teacher's normalised state."""
     return residual.embed(normalized(states, centred=centred)).square().mean(-1).sqrt()
 

@@ -37,7 +37,7 @@ from minitron.pruning.importance import Scores
 from minitron.pruning.plan import Plan
 from minitron.pruning.repair import REPAIRS, Repair, Step, needed_steps, require_enough_tokens
 from minitron.pruning.repair.columns import Surgeon
-from minitron.pruning.repair.refit import row_runs
+from minitron.pruning.repair.refit import Output, row_runs
 from minitron.pruning.repair.residual_basis import Channels, Residual, read_norm
 
 
@@ -105,9 +105,8 @@ def repaired_cut(
             digests = cut(checkpoint, plan, outputs[0], shard_bytes=shard_bytes)
         for second_pass, (before, after) in zip(second_passes, pairwise(outputs), strict=True):
             student = stream(open_checkpoint(before))
-            digests = second_pass(
-                stream(checkpoint), student, plan, residual, after, shard_bytes=shard_bytes, progress=pass_.progress
-            )
+            output = Output(after, shard_bytes, pass_.progress)
+            digests = second_pass(stream(checkpoint), student, plan, residual, output)
     return Repaired(plan, digests)
 
 
@@ -206,7 +205,7 @@ class _Repair:
 
         def add(states: Float[Tensor, "samples tokens hidden"]) -> None:
             for sample in states:
-                scales = norm_scale(self.held, sample, centred=self.architecture.centred_norms)
+                scales = norm_scale(self.held, sample, self.architecture.centred_norms)
                 seen.scales.setdefault(name, []).append(scales.double().mean().item())
 
         stack.callback(module.register_forward_pre_hook(lambda _, args: add(args[0])).remove)
