@@ -215,10 +215,7 @@ def curves_section(named: Mapping[str, RunRecords]) -> str:
         f"The loss is {next(iter(losses.values()))}."
         if same
         else "The runs were trained for different losses: "
-        + (
-            "; ".join(f"{name}: {loss}" for name, loss in losses.items())
-            + ". Their curves cannot be held against each other."
-        )
+        + ("; ".join(f"{name}: {loss}" for name, loss in losses.items()) + ". Their curves cannot be compared.")
     )
     return html.section("Distillation", html.note(note), html.figures(figures))
 
