@@ -19,6 +19,7 @@ from minitron.core.progress import Silent
 from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks import definitions, harness
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.evaluation.tasks.rows import task_of
 from minitron.evaluation.tasks.suite import SUITE, chosen, kept
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 
@@ -130,7 +131,7 @@ def test_items_are_those_of_the_harness_called_directly(
     result, samples = measured(in_memory(model), rows, folder)
     direct, items = by_hand
     name = f"by_hand_{subject or folder}"
-    own = samples[f"mmlu_{subject}" if subject else result.task]
+    own = samples[f"mmlu_{subject}" if subject else task_of(folder)]
     assert len(own) == len(items[name]) == 6 * (2 if task == "gsm8k" else 1)  # of two ways to read an answer
     for one, other in zip(own, items[name], strict=True):
         prompts = [[arguments[0] for arguments in item["arguments"]] for item in (one, other)]

@@ -68,7 +68,7 @@ def test_the_chain_of_licences_goes_back_to_the_parents_parent(tmp_path: Path) -
         (run / "student" / name).write_text("terms")
     card = card_of(run)
     assert card.data.license == "llama3.1" and card.data.base_model is None
-    assert "names `acme/first`, `acme/second` as what it was made from in turn" in card.text
+    assert "names `acme/first`, `acme/second` as its base" in card.text
     assert "The parent's terms are in `LICENSE`, `NOTICE`, `USE_POLICY.md`." in card.text
 
 

@@ -307,10 +307,12 @@ def _licence_text(records: RunRecords) -> str:
     stated, before = parent_licence(records), parent_card(records).get("base_model")
     text = "Licence: the parent's applies; this card does not state it because the run did not know it."
     if stated:
-        text = f"Licence: {stated.get('license_name', stated.get('license'))}, the parent's, which applies to it."
+        text = (
+            f"Licence: {stated.get('license_name', stated.get('license'))}, the parent's, which applies to this model."
+        )
     if before:
         names = ", ".join(f"`{name}`" for name in ([before] if isinstance(before, str) else before))
-        text += f" The parent names {names} as what it was made from in turn, whose terms may apply too."
+        text += f" The parent names {names} as its base, whose terms may apply too."
     terms = [file.name for pattern in TERMS for file in sorted((records.path / "student").glob(pattern))]
     if terms:
         text += f" The parent's terms are in {', '.join(f'`{name}`' for name in terms)}."

@@ -311,5 +311,5 @@ def describe_repair(records: RunRecords) -> str:
         return ""
     if not steps:
         return html.subsection("Repair", html.note("None: what was kept was left as it was in the teacher."))
-    note = "What was done at the cut against what it loses, fitted to the calibration samples, without training."
+    note = "Steps at the cut that make up for removed units, fitted to the calibration samples, without training."
     return html.subsection("Repair", html.note(note), html.facts({step: REPAIRS[step].text for step in steps}))

@@ -133,8 +133,8 @@ def results(records: RunRecords) -> str:
     note += scratch if "scratch" in records.evaluations else ""
     if how := correction(records):
         note += (
-            f" The corrected model is the teacher, {how}. KL and agreement are those with the teacher as it was given; "
-            "that it has learnt counts as distance there. KL to the corrected model: "
+            f" The corrected model is the teacher, {how}. KL and agreement are to the teacher as it was given, so the "
+            "correction counts as distance. KL to the corrected model: "
             + ", ".join(
                 f"{name} {shown(found.kl_to_corrected, nats)}"
                 for name, found in records.evaluations.items()
@@ -144,8 +144,8 @@ def results(records: RunRecords) -> str:
         )
     if heldout_source(records) == TEACHER:
         note += (
-            " The text was sampled from the teacher itself: its loss there is the entropy of what it writes, and says "
-            "nothing of text by others."
+            " The text was sampled from the teacher itself: its loss there is the entropy of its own text, and tells "
+            "nothing about other text."
         )
     return html.section("Results", table, html.note(note), html.figures(figures))
 
