@@ -28,6 +28,7 @@ from minitron.model.families import FAMILIES
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("directory", ["llama", "llama-bfloat16", "llama-sharded"], indirect=True)
 def test_reading_is_safetensors_own_reading(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
     expected = tiny.tensors(directory)
