@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 SETTINGS, SMALL = re.compile(r"^SAMPLES, TOKENS, BLOCKS = .*$", re.MULTILINE), "SAMPLES, TOKENS, BLOCKS = 8, 1_200, 2"
+# A part of the files that `builtin` reads, for each step reads its text again.
+SOURCES = sorted(Path(os.__file__).with_name("email").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,9 @@ def test_the_notebook_is_the_tutorial(maker: ModuleType) -> None:
 def test_every_block_of_code_runs(maker: ModuleType, tmp_path: Path) -> None:
     blocks = maker.code_blocks(TUTORIAL)
     code, changed = SETTINGS.subn(SMALL, "\n".join(blocks))
-    # A part of what `builtin` reads: each step reads its text again.
-    (tmp_path / "text").mkdir()
-    for module in Path(os.__file__).with_name("email").glob("*.py"):
-        shutil.copyfile(module, tmp_path / "text" / f"{module.stem}.txt")
-    for said, smaller in (("rounds=3", "rounds=1"), ('source="builtin"', f"source={str(tmp_path / 'text')!r}")):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": file.read_text()}) for file in SOURCES))
+    for said, smaller in (("rounds=3", "rounds=1"), ('source="builtin"', f"source={str(text)!r}")):
         assert changed == 1 and said in code
         code = code.replace(said, smaller)
     # As a notebook has it, `__main__` has no file: processes that are started do not run it again.

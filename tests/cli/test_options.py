@@ -598,9 +598,9 @@ def options_of(command: str) -> set[str]:
     return {found[0] for found in names if found}
 
 
-@pytest.mark.parametrize("command", subparsers())
-def test_every_option_has_a_row(command: str) -> None:
-    assert options_of(command) == OPTIONS[command].keys() | COMMON
+def test_every_option_has_a_row() -> None:
+    for command in subparsers():
+        assert options_of(command) == OPTIONS[command].keys() | COMMON
 
 
 def test_every_command_has_rows() -> None:
@@ -734,17 +734,16 @@ def hub(path: Path, teacher: Path) -> Path:
     return path
 
 
-def rows_of(kind: type) -> list[Any]:
-    return [
-        pytest.param(command, row, id=f"{command} {option} {number}")
-        for command, options in OPTIONS.items()
-        for option, rows in options.items()
-        for number, row in enumerate(rows)
-        if isinstance(row, kind)
-    ]
+CHANGES = [
+    pytest.param(command, row, id=f"{command} {option} {number}")
+    for command, options in OPTIONS.items()
+    for option, rows in options.items()
+    for number, row in enumerate(rows)
+    if isinstance(row, Changes)
+]
 
 
-@pytest.mark.parametrize(("command", "row"), rows_of(Changes))
+@pytest.mark.parametrize(("command", "row"), CHANGES)
 def test_an_option_changes_what_comes_of_a_command(
     desk: Desk, capsys: pytest.CaptureFixture[str], command: str, row: Changes
 ) -> None:
@@ -752,14 +751,15 @@ def test_an_option_changes_what_comes_of_a_command(
     assert desk.outcome(f"{row.base} {row.more}", capsys) != desk.outcome(without.strip(), capsys)
 
 
-@pytest.mark.parametrize(("command", "row"), rows_of(Refused))
+@pytest.mark.parametrize("command", OPTIONS)
 def test_an_option_that_could_not_have_an_effect_is_refused_by_its_name(
-    desk: Desk, capsys: pytest.CaptureFixture[str], command: str, row: Refused
+    desk: Desk, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     before = desk.files()
-    code, out, err = desk.run(f"{row.command} --quiet", capsys)
-    assert code in (1, 2) and out == "" and row.says in err, err
-    assert err.startswith("usage: " if code == 2 else "error: ") and (code == 2 or err.count("\n") == 1)
+    for row in (row for rows in OPTIONS[command].values() for row in rows if isinstance(row, Refused)):
+        code, out, err = desk.run(f"{row.command} --quiet", capsys)
+        assert code in (1, 2) and out == "" and row.says in err, (row, err)
+        assert err.startswith("usage: " if code == 2 else "error: ") and (code == 2 or err.count("\n") == 1), row
     assert desk.files() == before
 
 
@@ -877,14 +877,14 @@ def test_what_is_said_twice_in_the_same_way_is_not(desk: Desk, capsys: pytest.Ca
     assert desk.run("inspect {M} --json --json -q -q", capsys)[0] == 0
 
 
-@pytest.mark.parametrize("command", subparsers())
-def test_an_option_that_says_a_key_has_its_default(command: str) -> None:
+def test_an_option_that_says_a_key_has_its_default() -> None:
     """But for what the command presets, and for options that say nothing until they are given."""
-    parser = subparsers()[command]
-    for dest, said in parser.get_default("says").items():
-        field, found = recipe_field(said.key), parser.get_default(dest)
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        assert found in (parser.get_default("preset").get(said.key, default), None, [])
+    for command in subparsers():
+        parser = subparsers()[command]
+        for dest, said in parser.get_default("says").items():
+            field, found = recipe_field(said.key), parser.get_default(dest)
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            assert found in (parser.get_default("preset").get(said.key, default), None, [])
 
 
 def test_a_default_that_is_stated_is_an_option_that_was_given() -> None:
@@ -964,17 +964,17 @@ KEY_ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KEY_ROWS)
-def test_a_key_that_could_not_have_an_effect_is_refused_by_its_name(name: str) -> None:
-    row = KEY_ROWS[name]
-    said = f"{name}={row.value}"
-    with pytest.raises(NoEffect, match=rf"^{name} has an effect only .*; leave it out, or "):
-        require_recipe_effects(build_recipe(BASE, [*row.idle, said]))
-    require_recipe_effects(build_recipe(BASE, [*row.used, said]))
-    section, _, key = name.rpartition(".")
-    default = build_recipe(BASE).model_dump(mode="json")
-    stated = json.dumps((default[section] if section else default)[key])
-    require_recipe_effects(build_recipe(BASE, [*row.idle, f"{name}={stated}"]))
+def test_a_key_that_could_not_have_an_effect_is_refused_by_its_name() -> None:
+    for name in KEY_ROWS:
+        row = KEY_ROWS[name]
+        said = f"{name}={row.value}"
+        with pytest.raises(NoEffect, match=rf"^{name} has an effect only .*; leave it out, or "):
+            require_recipe_effects(build_recipe(BASE, [*row.idle, said]))
+        require_recipe_effects(build_recipe(BASE, [*row.used, said]))
+        section, _, key = name.rpartition(".")
+        default = build_recipe(BASE).model_dump(mode="json")
+        stated = json.dumps((default[section] if section else default)[key])
+        require_recipe_effects(build_recipe(BASE, [*row.idle, f"{name}={stated}"]))
 
 
 def test_every_rule_of_keys_has_a_row() -> None:
@@ -1103,9 +1103,9 @@ def documented() -> list[str]:
     return [re.sub(r"\bN\b", "64", line.strip()) for line in whole if line.split()[0] in OPTIONS] + examples
 
 
-@pytest.mark.parametrize("line", sorted({line for line in documented() if "..." not in line}))
-def test_no_option_of_a_documented_command_is_without_effect(line: str) -> None:
-    words, parser = shlex.split(line), build_parser()
-    args = parser.parse_args(words)
-    args.given = given_options(args.parser, args, words[1:])
-    require_options(args)
+def test_no_option_of_a_documented_command_is_without_effect() -> None:
+    for line in sorted({line for line in documented() if "..." not in line}):
+        words, parser = shlex.split(line), build_parser()
+        args = parser.parse_args(words)
+        args.given = given_options(args.parser, args, words[1:])
+        require_options(args)

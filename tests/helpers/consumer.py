@@ -78,4 +78,5 @@ def sizes(path: Path) -> tuple[int, minitron.Architecture]:
     return checkpoint.parameters.total, checkpoint.architecture
 
 
-run(Path("recipe.yaml"), Lines())
+if __name__ == "__main__":
+    run(Path("recipe.yaml"), Lines())

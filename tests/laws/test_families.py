@@ -37,6 +37,7 @@ def test_an_ffn_size_that_disagrees_with_the_tensors_is_named(model: Path) -> No
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("model", ["llama", "nemotron", "phi3"], indirect=True)
 def test_a_vocabulary_that_disagrees_with_the_tensors_is_named(model: Path) -> None:
     change_config(model, vocab_size=321)
     message = r"tensor model.embed_tokens.weight is \[320, (\d+)\], .* must be \[321, \1\]: axis 0 is vocab, by .*=321"
@@ -51,6 +52,7 @@ def test_key_value_heads_that_disagree_with_the_tensors_are_named(model: Path) -
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("model", ["llama", "nemotron", "phi3"], indirect=True)
 @pytest.mark.parametrize(
     ("layers", "message"), [(5, "are missing in .*, first model.layers.4"), (3, "not part of the")]
 )
@@ -94,8 +96,8 @@ def test_a_whole_run_makes_a_student_of_the_same_family(family: str, tmp_path: P
         "data": {"source": str(small.text(tmp_path / "text.jsonl", 40)), "block_tokens": 16},
         "calibrate": {"samples": 8},
         "prune": {"target": "60%"},
-        "distill": {"tokens": 512},
-        "evaluate": {"blocks": 4, "new_tokens": 4, "prompts": ["the rain"]},
+        "distill": {"tokens": 512, "batch_blocks": 4},
+        "evaluate": {"blocks": 4, "new_tokens": 4, "prompts": ["the rain"], "speed": False},
     }
     records = run(build_recipe(recipe), tmp_path / "run")
     rows = {row: records.evaluations[row] for row in ("teacher", "pruned", "student")}

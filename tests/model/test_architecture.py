@@ -58,33 +58,35 @@ def test_cache_bytes_are_those_that_transformers_keeps(directory: Path) -> None:
     assert kv_cache_bytes(checkpoint.shape) * 2 == kv_cache_bytes(checkpoint.shape, bytes_per_value=4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
-    table, theirs = FAMILIES[family], AutoConfig.for_model(family)
-    conditions = {line.partition("?")[2].lstrip("!") for line in table.tensors.values()} - {""}
-    for key in conditions:
-        assert table.defaults.get(key, False) == getattr(theirs, key, False), key
-    assert not table.logits_softcap or table.defaults.get(table.logits_softcap) == getattr(theirs, table.logits_softcap)
-    left_out = {"num_key_value_heads", "head_dim"}
-    config = {name: size for name, size in tiny.SIZES.items() if name not in left_out} | {"num_attention_heads": 32}
-    config |= {"hidden_size": 2048, "pad_token_id": 0}
-    theirs = AutoConfig.for_model(family, **config)
-    shape = table.shape(config)
-    assert shape.kv_heads == (theirs.num_key_value_heads or 32)
-    assert shape.head_dim == getattr(theirs, "head_dim", 2048 // 32)
-    assert table.shape(config | {"num_key_value_heads": None}).kv_heads == 32
+def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+    for family in FAMILIES:
+        table, theirs = FAMILIES[family], AutoConfig.for_model(family)
+        conditions = {line.partition("?")[2].lstrip("!") for line in table.tensors.values()} - {""}
+        for key in conditions:
+            assert table.defaults.get(key, False) == getattr(theirs, key, False), key
+        assert not table.logits_softcap or table.defaults.get(table.logits_softcap) == getattr(
+            theirs, table.logits_softcap
+        )
+        left_out = {"num_key_value_heads", "head_dim"}
+        config = {name: size for name, size in tiny.SIZES.items() if name not in left_out} | {"num_attention_heads": 32}
+        config |= {"hidden_size": 2048, "pad_token_id": 0}
+        theirs = AutoConfig.for_model(family, **config)
+        shape = table.shape(config)
+        assert shape.kv_heads == (theirs.num_key_value_heads or 32)
+        assert shape.head_dim == getattr(theirs, "head_dim", 2048 // 32)
+        assert table.shape(config | {"num_key_value_heads": None}).kv_heads == 32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_shape_goes_into_a_config_and_comes_back(family: str) -> None:
-    head_dim = 8 if FAMILIES[family].heads_fill_hidden else 10
-    shape = Shape(2, 48, 20, 6, 3, head_dim, 99)
-    config = {name: size for name, size in tiny.SIZES.items() if name in FAMILIES[family].config_keys.values()}
-    config |= {"rope_theta": 7.0}
-    before = dict(config)
-    new = FAMILIES[family].config_for(config, shape, [0, 3])
-    assert FAMILIES[family].shape(new) == shape
-    assert new["rope_theta"] == 7.0 and config == before
+def test_a_shape_goes_into_a_config_and_comes_back() -> None:
+    for family in FAMILIES:
+        head_dim = 8 if FAMILIES[family].heads_fill_hidden else 10
+        shape = Shape(2, 48, 20, 6, 3, head_dim, 99)
+        config = {name: size for name, size in tiny.SIZES.items() if name in FAMILIES[family].config_keys.values()}
+        config |= {"rope_theta": 7.0}
+        before = dict(config)
+        new = FAMILIES[family].config_for(config, shape, [0, 3])
+        assert FAMILIES[family].shape(new) == shape
+        assert new["rope_theta"] == 7.0 and config == before
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -25,6 +25,7 @@ from minitron.model.weight_files import carried_files, model_files
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("directory", ["llama", "llama-bfloat16", "llama-sharded"], indirect=True)
 def test_reading_is_safetensors_own_reading(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
     expected = tiny.tensors(directory)

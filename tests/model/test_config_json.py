@@ -46,38 +46,38 @@ def model(llama: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama, tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_key_that_is_null_is_one_that_is_missing(family: str) -> None:
-    config = config_of(family)
-    for key in CONFIG_RULES.keys() - NULL_IS_A_VALUE:
-        answers = []
-        for changed in (config | {key: None}, {own: value for own, value in config.items() if own != key}):
-            try:
-                answers.append(facts(changed))
-            except CheckpointError as error:
-                answers.append(str(error))
-        assert answers[0] == answers[1], key
+def test_a_key_that_is_null_is_one_that_is_missing() -> None:
+    for family in FAMILIES:
+        config = config_of(family)
+        for key in CONFIG_RULES.keys() - NULL_IS_A_VALUE:
+            answers = []
+            for changed in (config | {key: None}, {own: value for own, value in config.items() if own != key}):
+                try:
+                    answers.append(facts(changed))
+                except CheckpointError as error:
+                    answers.append(str(error))
+            assert answers[0] == answers[1], key
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_where_null_has_a_meaning_in_transformers_it_keeps_it(family: str) -> None:
-    theirs = type(AutoConfig.for_model(family))
-    for field in fields(theirs):
-        if field.name in CONFIG_RULES and field.default is not None and "None" in str(field.type):
-            assert CONFIG_RULES[field.name].null or field.name == "attention_dropout", field.name
+def test_where_null_has_a_meaning_in_transformers_it_keeps_it() -> None:
+    for family in FAMILIES:
+        theirs = type(AutoConfig.for_model(family))
+        for field in fields(theirs):
+            if field.name in CONFIG_RULES and field.default is not None and "None" in str(field.type):
+                assert CONFIG_RULES[field.name].null or field.name == "attention_dropout", field.name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_value_of_a_wrong_kind_is_one_line_with_its_key_and_rule(family: str) -> None:
-    config = config_of(family)
-    for key, rule in CONFIG_RULES.items():
-        for value in WRONG:
-            if rule.holds(value):
-                continue
-            with pytest.raises(CheckpointError) as raised:
-                settled(config | {key: value})
-            message = str(raised.value)
-            assert message.startswith(f"config.json: {key} is ") and rule.text in message and "\n" not in message
+def test_a_value_of_a_wrong_kind_is_one_line_with_its_key_and_rule() -> None:
+    for family in FAMILIES:
+        config = config_of(family)
+        for key, rule in CONFIG_RULES.items():
+            for value in WRONG:
+                if rule.holds(value):
+                    continue
+                with pytest.raises(CheckpointError) as raised:
+                    settled(config | {key: value})
+                message = str(raised.value)
+                assert message.startswith(f"config.json: {key} is ") and rule.text in message and "\n" not in message
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -225,38 +225,38 @@ def test_the_draft_of_a_family_with_a_table_is_its_table(variant: str, sizes: st
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("family", FAMILY_OPTIONS)
-def test_the_draft_of_a_family_without_a_table(family: str, sizes: str, tmp_path: Path) -> None:
-    draft = draft_table(*model_of(family, sizes, tmp_path))
-    prefix, weights, biases = LAYERS[family]
-    inside = {f"{name}.weight": line for name, line in weights.items()}
-    inside |= {f"{name}.bias": line for name, line in biases.items()}
-    assert draft.tensors == OUTSIDE[family] | {f"{prefix}.{{layer}}.{name}": line for name, line in inside.items()}
-    always, if_equal = DOUBTFUL.get(family, (set(), set()))
-    doubtful = always | (if_equal if sizes == "equal" else set())
-    assert draft.ambiguous.keys() == {f"{prefix}.{{layer}}.{name}" for name in doubtful}
-    assert why(draft).keys() == UNPLACED.get(family, set())
+def test_the_draft_of_a_family_without_a_table(sizes: str, tmp_path: Path) -> None:
+    for family in FAMILY_OPTIONS:
+        draft = draft_table(*model_of(family, sizes, tmp_path / family))
+        prefix, weights, biases = LAYERS[family]
+        inside = {f"{name}.weight": line for name, line in weights.items()}
+        inside |= {f"{name}.bias": line for name, line in biases.items()}
+        assert draft.tensors == OUTSIDE[family] | {f"{prefix}.{{layer}}.{name}": line for name, line in inside.items()}
+        always, if_equal = DOUBTFUL.get(family, (set(), set()))
+        doubtful = always | (if_equal if sizes == "equal" else set())
+        assert draft.ambiguous.keys() == {f"{prefix}.{{layer}}.{name}" for name in doubtful}
+        assert why(draft).keys() == UNPLACED.get(family, set())
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("family", FAMILY_OPTIONS)
-def test_the_pasted_text_predicts_every_tensor_that_is_placed(family: str, sizes: str, tmp_path: Path) -> None:
-    config, shapes = model_of(family, sizes, tmp_path)
-    draft = draft_table(config, shapes)
-    table = pasted(draft)
-    assert (table.name, table.tensors, table.norms) == (family, draft.tensors, draft.norms)
-    assert table.config_keys == draft.config_keys
-    assert sorted(draft.sizes) == sorted(DIMS)
-    predicted = {spec.name: spec.shape(Shape(**draft.sizes)) for spec in table.specs(config, draft.sizes["layers"])}
-    assert predicted.items() <= shapes.items()
-    assert table.embedding in predicted
-    assert table.head in predicted or config["tie_word_embeddings"]
-    assert f"{table.final_norm}.weight" in predicted
-    assert all(f"{norm.format(layer=1)}.weight" in predicted for norm in table.norms)
-    left = shapes.keys() - predicted.keys()
-    patterns = [name.replace("{layer}", "*").split(".") for name in why(draft)]
-    for name in left:
-        assert ["*" if part.isdigit() else part for part in name.split(".")] in patterns
+def test_the_pasted_text_predicts_every_tensor_that_is_placed(sizes: str, tmp_path: Path) -> None:
+    for family in FAMILY_OPTIONS:
+        config, shapes = model_of(family, sizes, tmp_path / family)
+        draft = draft_table(config, shapes)
+        table = pasted(draft)
+        assert (table.name, table.tensors, table.norms) == (family, draft.tensors, draft.norms)
+        assert table.config_keys == draft.config_keys
+        assert sorted(draft.sizes) == sorted(DIMS)
+        predicted = {spec.name: spec.shape(Shape(**draft.sizes)) for spec in table.specs(config, draft.sizes["layers"])}
+        assert predicted.items() <= shapes.items()
+        assert table.embedding in predicted
+        assert table.head in predicted or config["tie_word_embeddings"]
+        assert f"{table.final_norm}.weight" in predicted
+        assert all(f"{norm.format(layer=1)}.weight" in predicted for norm in table.norms)
+        left = shapes.keys() - predicted.keys()
+        patterns = [name.replace("{layer}", "*").split(".") for name in why(draft)]
+        for name in left:
+            assert ["*" if part.isdigit() else part for part in name.split(".")] in patterns
 
 
 @pytest.mark.parametrize(
