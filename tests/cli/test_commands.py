@@ -315,7 +315,8 @@ def test_search_ranks_every_shape_within_the_budgets(desk: Desk) -> None:
     sizes = [str(found[0]["shape"][dim]) for dim in ("layers", "hidden", "ffn", "heads", "kv_heads")]
     assert code == 0 and out.splitlines()[2].split()[:5] == sizes and f"{len(found)} shapes fit" in out
     limit = sorted(one["weight_bytes"] for one in found)[2]
-    few = desk.json("search", desk.teacher, *options, *dims, "--max-memory", limit, "--cut", 2)["candidates"]
+    short = ("--max-memory", limit, "--cut", 2, "--set", "calibrate.samples=8")
+    few = desk.json("search", desk.teacher, *options, *dims, *short)["candidates"]
     assert {one["name"] for one in few} == {one["name"] for one in found if one["weight_bytes"] <= limit}
     losses = [one["losses"]["0"] for one in few[:2]]
     assert losses == sorted(losses) and not few[2]["losses"]
