@@ -1,7 +1,7 @@
 """Structured pruning and knowledge distillation of language models: the Minitron method.
 
 The verbs are functions (`minitron.prune(...)`), the packages are nouns (`minitron.pruning`). P1 in the docstrings is
-arXiv:2407.14679, P2 is arXiv:2408.11796. Start reading at `minitron.pipeline.run`.
+arXiv:2407.14679, P2 is arXiv:2408.11796. Start reading at `minitron.pipeline.stages`.
 """
 
 from importlib import import_module
