@@ -177,8 +177,8 @@ class GgufFacts:
 
     def to_dict(self) -> dict[str, object]:
         """The facts as `minitron inspect --json` prints them."""
-        known: dict[str, object] = {"family": self.family, "shape": self.shape, "parameters": {"total": self.weights}}
-        return known | vars(self)
+        counts = {"parameters": {"total": self.weights}}
+        return {"family": self.family, "shape": self.shape, **counts, **vars(self)}
 
 
 def inspect_gguf(file: Path) -> GgufFacts:

@@ -8,20 +8,7 @@ from typing import Any
 
 from minitron.core.errors import RunError
 from minitron.core.files import prove_file, write_text
-from minitron.core.text import (
-    MISSING,
-    count,
-    duration,
-    flops,
-    nats,
-    percent,
-    perplexity,
-    ratio,
-    share,
-    short_count,
-    shown,
-    size,
-)
+from minitron.core.text import MISSING, count, duration, flops, nats, ratio, short_count, shown, size
 from minitron.evaluation.layouts import Evaluated, Ratios
 from minitron.report import html, plots
 from minitron.report.records import (
@@ -34,7 +21,7 @@ from minitron.report.records import (
     result_table,
     stage_flops,
 )
-from minitron.report.tables import SHAPE_DIMS, source_name
+from minitron.report.tables import RESULT_COLUMNS, SHAPE_DIMS, result_cells, source_name
 
 
 def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
@@ -93,25 +80,16 @@ def comparison_headline(students: Mapping[str, ResultRow]) -> str:
     )
 
 
-Cell = Callable[[RunRecords, ResultRow], str]
-# Heading -> the cell of a run and its student.
-QUALITY: dict[html.Heading, Cell] = {
-    ("Parameters", "total"): lambda run, row: count(row["total"]),
-    ("Parameters", "non-embedding"): lambda run, row: count(row["non_embedding"]),
-    ("Share", "non-embedding"): lambda run, row: share(row["non_embedding_share"]),
-    ("LM loss", "nats/token"): lambda run, row: shown(row["lm_loss"], nats),
-    ("Perplexity", "per token"): lambda run, row: shown(row["perplexity"], perplexity),
-    ("KL to teacher", "nats/token"): lambda run, row: shown(row["kl_to_teacher"], nats),
-    ("Top-1", "agreement"): lambda run, row: shown(row["top1_agreement"], percent),
-    ("KL after cut", "nats/token"): lambda run, row: shown(run.evaluations["pruned"].kl_to_teacher, nats),
-}
-COSTS: dict[html.Heading, Cell] = {
-    ("Distilled", "tokens"): lambda run, row: count(run.results.student.training.tokens),
-    ("Compute", "of all stages"): lambda run, row: flops(sum(stage_flops(run).values())),
-    ("Time", "of all stages"): lambda run, row: duration(sum(stage.seconds for stage in run.stages.values())),
-    ("Weights", "all tensors"): lambda run, row: size(row["weight_bytes"]),
-    ("Prefill", "of teacher's"): lambda run, row: shown(_ratios(run).prefill, ratio),
-    ("Decode", "of teacher's"): lambda run, row: shown(_ratios(run).decode, ratio),
+# The columns that are compared, without those that depend on the text or stand among the costs.
+KEPT_COLUMNS = [column for column in RESULT_COLUMNS if column.key not in ("bits_per_byte", "weight_bytes")]
+# Heading -> the cell of a run.
+COSTS: dict[html.Heading, Callable[[RunRecords], str]] = {
+    ("Distilled", "tokens"): lambda run: count(run.results.student.training.tokens),
+    ("Compute", "of all stages"): lambda run: flops(sum(stage_flops(run).values())),
+    ("Time", "of all stages"): lambda run: duration(sum(stage.seconds for stage in run.stages.values())),
+    ("Weights", "all tensors"): lambda run: size(run.evaluations["student"].weight_bytes),
+    ("Prefill", "of teacher's"): lambda run: shown(_ratios(run).prefill, ratio),
+    ("Decode", "of teacher's"): lambda run: shown(_ratios(run).decode, ratio),
 }
 
 
@@ -120,17 +98,16 @@ def _ratios(run: RunRecords) -> Ratios:
 
 
 def results_section(named: Mapping[str, RunRecords], students: Mapping[str, ResultRow]) -> str:
-    tables = {"What each student kept": QUALITY, "What each student cost, and how fast it is": COSTS}
+    head: list[html.Heading] = ["Student of", *((column.heading, column.unit) for column in KEPT_COLUMNS)]
+    kept = [
+        [name, *result_cells(students[name], KEPT_COLUMNS), shown(run.evaluations["pruned"].kl_to_teacher, nats)]
+        for name, run in named.items()
+    ]
+    costs = [[name, *(cell(run) for cell in COSTS.values())] for name, run in named.items()]
     return html.section(
         "Results",
-        *(
-            html.table(
-                title,
-                ["Student of", *cells],
-                [[name, *(cell(run, students[name]) for cell in cells.values())] for name, run in named.items()],
-            )
-            for title, cells in tables.items()
-        ),
+        html.table("What each student kept", [*head, ("KL after cut", "nats/token")], kept),
+        html.table("What each student cost, and how fast it is", ["Student of", *COSTS], costs),
         *(html.note(text) for text in cautions(named)),
         html.figures(_result_figures(students)),
     )

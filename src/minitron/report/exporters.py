@@ -68,7 +68,10 @@ class Exporter:
 
     def wanted(self, recipe: BaseModel) -> bool:
         """Whether a recipe, or what a report reads of it, asks for the files."""
-        return self.section is None or bool(getattr(getattr(recipe, self.section, None), "wanted", False))
+        if self.section is None:
+            return True
+        section = vars(recipe).get(self.section)
+        return section is not None and bool(section.wanted)
 
 
 def _write_gguf(export: Export, out: Path) -> Mapping[str, object]:

@@ -51,9 +51,9 @@ RESULT_COLUMNS = (
 )
 
 
-def result_cells(row: Mapping[str, Any]) -> list[str]:
-    """The row's values in the order of RESULT_COLUMNS."""
-    return [shown(row[column.key], column.form) for column in RESULT_COLUMNS]
+def result_cells(row: Mapping[str, Any], columns: Iterable[Column] = RESULT_COLUMNS) -> list[str]:
+    """The row's values in the order of the columns."""
+    return [shown(row[column.key], column.form) for column in columns]
 
 
 _CANDIDATE_COLUMNS = (
