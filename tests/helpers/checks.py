@@ -6,6 +6,6 @@ from beartype import beartype
 
 
 def checked(function: Any) -> Any:
-    """Check a function's calls, unless it is made inside another: its checker would be built anew at each call of that
-    one, which took a third of the time of all tests."""
+    """Check the calls of a function, but not of a nested function: its checker would be built at each call of the outer
+    function, which took a third of the time of all tests."""
     return function if "<locals>" in getattr(function, "__qualname__", "") else beartype(function)
