@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,12 @@ from minitron.core.device import pick_device
 def versions() -> dict[str, str]:
     """The versions of the software that results depend on."""
     names = ("minitron", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    return {"python": platform.python_version()} | {name: _version_of(name) for name in names}
+
+
+@cache
+def _version_of(package: str) -> str:
+    return version(package)
 
 
 def forget_peak_memory() -> None:
