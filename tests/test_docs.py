@@ -106,7 +106,7 @@ def test_every_page_is_in_an_index() -> None:
 GENERATED = {
     "recipe": ("| `gguf.types` | list[str] | `[]` |", "| `model` | str | required |"),
     "cli": ("\n## quantize\n", "| `--target-params` SIZE | ", "\nminitron demo --out runs/demo\n"),
-    "api": ("\nminitron.prune(\n    model: str | Path,\n", "\n### DistillConfig\n", "\nvocab: int\n"),
+    "api": ("\nminitron.prune(\n    model: Model,\n", "\n### DistillConfig\n", "\nvocab: int\n"),
 }
 
 

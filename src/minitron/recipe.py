@@ -74,7 +74,7 @@ _Loader.add_implicit_resolver(
 
 
 def find_recipe(name: str) -> Path:
-    """Find the file of that name, or the recipe that ships under that name.
+    """Find the file of that name, or the recipe that comes with minitron under that name.
 
     Raises: RecipeError if there is neither.
     """
@@ -82,7 +82,7 @@ def find_recipe(name: str) -> Path:
         if path.exists():
             return path
     known = [file.stem for file in SHIPPED.glob("*.yaml")]
-    raise RecipeError(f"there is no recipe file {name}, and none ships under that name{did_you_mean(name, known)}")
+    raise RecipeError(f"there is no recipe file {name}, and none comes with minitron under that name{did_you_mean(name, known)}")
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -93,7 +93,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path, _Loader, RecipeError)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must be a mapping of recipe keys")
-    if path.parent == SHIPPED and str(raw.get("model")).startswith("../"):  # a model that ships too
+    if path.parent == SHIPPED and str(raw.get("model")).startswith("../"):  # a model that comes with minitron too
         raw["model"] = str((SHIPPED / raw["model"]).resolve())
     return build_recipe(raw, overrides, where=str(path))
 

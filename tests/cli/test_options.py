@@ -27,6 +27,7 @@ import yaml
 from huggingface_hub import constants
 
 from minitron import api
+from minitron.calibration.statistics import CalibrateConfig
 from minitron.cli.main import COMMANDS, build_parser, main
 from minitron.cli.options import recipe_field
 from minitron.cli.prune import OF_CUT
@@ -788,15 +789,16 @@ def test_a_criterion_is_refused_exactly_where_the_student_is_the_same_without_it
 ) -> None:
     students, by_criterion = [], []
     for criterion in ("activation", "random"):
+        config, repair = PruneConfig(shape=shape, criterion=criterion), RepairConfig(steps=steps)
+        needs = api.needs_of_prune(desk.names["M"], config, repair=repair, statistics_dir=desk.names["S"])
+        by_criterion.append(bool(needs.choice.by_criterion))
         api.prune(
-            str(desk.names["M"]),
-            config=PruneConfig(shape=shape, criterion=criterion),
-            repair=RepairConfig(steps=steps),
-            plan_file=None,
+            desk.names["M"],
+            config,
+            DataConfig(source=str(desk.names["T"])),
+            repair=repair,
             statistics_dir=desk.names["S"],
-            data_config=lambda: DataConfig(source=str(desk.names["T"])),
-            samples=8,
-            check=lambda needs: by_criterion.append(bool(needs.choice.by_criterion)),
+            calibration=CalibrateConfig(samples=8),
             out=tmp_path / criterion,
         )
         students.append(digests(tmp_path / criterion)["model.safetensors"])
@@ -805,7 +807,7 @@ def test_a_criterion_is_refused_exactly_where_the_student_is_the_same_without_it
 
 
 def test_every_rule_has_a_row_that_it_refuses() -> None:
-    rules = {name: [*command.RULES] for name, command in COMMANDS.items()}
+    rules = {name: [*command.rules] for name, command in COMMANDS.items()}
     rules["prune"] += [*OF_CUT, *OF_CHOICE]
     for command, rule in ((command, rule) for command, found in rules.items() for rule in found):
         named = names_of(command)
@@ -1098,7 +1100,7 @@ def documented() -> list[str]:
     root = Path(__file__).parents[2]
     text = "\n".join(file.read_text() for file in (root / "README.md", *sorted((root / "docs").rglob("*.md"))))
     found = re.findall(r"(?:^|[ /`])minitron ([a-z]+ [^`|\n#]*)", text.replace("\\\n", " "), re.MULTILINE)
-    examples = [command.EXAMPLE.removeprefix("minitron ") for command in COMMANDS.values()]
+    examples = [command.example.removeprefix("minitron ") for command in COMMANDS.values()]
     whole = [line for line in found if re.match(r"(distill --teacher|[a-z]+ [^- ]\S* .*--)", line)]
     return [re.sub(r"\bN\b", "64", line.strip()) for line in whole if line.split()[0] in OPTIONS] + examples
 

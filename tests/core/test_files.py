@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from minitron.cli import card, console
-from minitron.cli.main import build_parser, main
+from minitron.cli import console
+from minitron.cli.main import COMMANDS, build_parser, main
 from minitron.cli.parse import words
 from minitron.core import files
 from minitron.core.config import expanded
@@ -392,7 +393,7 @@ def test_what_the_machine_cannot_do_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(card, "run", fail)
+    monkeypatch.setitem(COMMANDS, "card", replace(COMMANDS["card"], run=fail))
     assert main(["card", "run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
@@ -402,7 +403,7 @@ def test_an_error_of_the_program_stays_one(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(card, "run", fail)
+    monkeypatch.setitem(COMMANDS, "card", replace(COMMANDS["card"], run=fail))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["card", "run"])
 

@@ -193,13 +193,13 @@ def test_models_that_differ_by_rows_of_padding_are_compared_on_the_rows_that_bot
 def test_the_verbs_take_a_gguf_file_for_a_model(tmp_path: Path) -> None:
     model, text = str(small.teacher(tmp_path / "model")), small.text(tmp_path / "text.jsonl", documents=20)
     files = minitron.QuantizeConfig(types=["F32"], verify=False)
-    table = minitron.quantize(model, files, None, importance_file=None, out=tmp_path / "gguf")
+    table = minitron.quantize(model, files, out=tmp_path / "gguf")
     file, data = str(tmp_path / "gguf" / table.files[0].file), DataConfig(source=str(text), block_tokens=16)
-    of_file, of_model = (minitron.evaluate(one, model, data, blocks=4, whole=True) for one in (file, model))
+    of_file, of_model = (minitron.evaluate(one, data, teacher=model, blocks=4, whole=True) for one in (file, model))
     assert of_file.tokens == of_model.tokens and of_file.kl_to_teacher == pytest.approx(0, abs=1e-4)
     assert of_file.lm_loss == pytest.approx(of_model.lm_loss, abs=1e-3)
     assert of_file.bits_per_byte == pytest.approx(of_model.bits_per_byte, abs=1e-3)
     how: dict[str, Any] = {"new_tokens": 8, "temperature": 0.0, "seed": 0}
     assert minitron.generate(file, "the rain", **how) == minitron.generate(model, "the rain", **how)
     with pytest.raises(MinitronError, match="benchmarks are measured on checkpoints, not on GGUF files"):
-        minitron.benchmark(file, None, ["piqa"], None, minitron.TaskOptions(), cache=None)
+        minitron.benchmark(file, ["piqa"])

@@ -286,7 +286,7 @@ def test_the_pruned_files_are_not_read_again_for_their_digests(llama: Path, tmp_
         small.corpus(tmp_path / "text", small.teacher(tmp_path / "teacher")),
     )
     with RunDirectory(tmp_path / "run") as stages:
-        run = Run(stages, recipe, checkpoint, None, plan.student)
+        run = Run(stages, recipe, checkpoint, plan.student)
         run.corpus, run.pruner, run.plan = corpus, plainly, plan
         (stages.out / "plan").mkdir()
         plan.save(stages.out / "plan" / "plan.json")

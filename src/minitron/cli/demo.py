@@ -1,4 +1,4 @@
-"""`minitron demo` runs the whole pipeline on the teacher that ships."""
+"""`minitron demo` runs the whole pipeline on the teacher that comes with minitron."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    help="the whole pipeline on the small teacher that ships with minitron, in minutes on two CPU cores",
+    help="the whole pipeline on the small teacher that comes with minitron, in minutes on two CPU cores",
     example="minitron demo --out runs/demo",
     add_options=_add_options,
     run=_run,

@@ -33,7 +33,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "recipe",
         type=parse.named,
         metavar="RECIPE",
-        help="a .yaml file, or the name of a recipe that ships with minitron",
+        help="a .yaml file, or the name of a recipe that comes with minitron",
     )
     parser.add_argument("--out", type=parse.path, metavar="DIR", help="run directory; default runs/RECIPE")
     add_dry_run(parser)

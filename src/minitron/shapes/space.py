@@ -77,7 +77,7 @@ class SearchConfig(Section):
     """Candidates that the loss after the cut leaves for distillation. Default: all that were cut, for that loss ranks
     some models' shapes against their loss after distillation."""
     first_rung: float = Field(default=0.0625, gt=0, le=0.5)
-    """Share of the final distillation's steps after which the best quarter of these is kept; each later rung has eight
+    """Share of the final distillation's steps after which the best quarter of these is kept; each later round has eight
     times the steps, until one is left, which goes on to be the student."""
     judge_blocks: int = Field(default=64, ge=1)
     """Blocks that losses are compared on: those of the training text that its first pass reads last."""
