@@ -26,12 +26,15 @@ ORDER: tuple[tuple[str, ...], ...] = (
 # Inside a room, the stages follow each other too.
 STAGES = {
     "core": (
-        *("errors", "text", "direct_io", "config", "files", "reading", "device", "machine", "parallel"),
+        *("errors", "interrupts", "text", "direct_io", "config", "files", "reading", "device", "machine", "parallel"),
         *("worker", "effects", "progress", "typed_files", "layouts", "run_layout"),
     ),
     "pruning": ("layouts", "importance", "depth", "config", "given", "target", "plan", "cut", "repair", "steps"),
-    "shapes": ("layouts", "space", "rank"),
-    "distillation": ("layouts", "losses", "optim", "state", "trackers", "config", "train"),
+    "shapes": ("layouts", "space", "rank", "trial"),
+    "distillation": (
+        *("layouts", "losses", "objective", "chunked", "hidden_loss", "optim", "state", "trackers", "config"),
+        *("recording", "schedule", "setup", "teachers", "student", "train"),
+    ),
     "evaluation": ("layouts", "quality", "generate", "tasks", "speed", "gguf_files", "engines"),
     "gguf": (
         *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),

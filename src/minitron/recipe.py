@@ -82,7 +82,9 @@ def find_recipe(name: str) -> Path:
         if path.exists():
             return path
     known = [file.stem for file in SHIPPED.glob("*.yaml")]
-    raise RecipeError(f"there is no recipe file {name}, and none comes with minitron under that name{did_you_mean(name, known)}")
+    raise RecipeError(
+        f"there is no recipe file {name}, and none comes with minitron under that name{did_you_mean(name, known)}"
+    )
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

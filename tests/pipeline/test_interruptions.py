@@ -22,7 +22,7 @@ import tiny
 from interrupting import count, made, signal_at
 from processes import CONTEXT, PATIENCE_SECONDS, begun, forked
 
-from minitron.core import interrupts, parallel
+from minitron.core import interrupts
 from minitron.core.direct_io import ahead
 from minitron.core.interrupts import STOPPING, graceful_stop
 from minitron.core.worker import Child
@@ -175,7 +175,7 @@ def test_a_signal_that_nobody_heeded_in_a_training_comes_after_it(number: int) -
 def test_a_signal_that_comes_while_processes_part_acts_after_it() -> None:
     """Not in a callback of the garbage collection, where its exception would be printed and lost."""
     heard = False
-    with pytest.raises(Stopped), parallel._signals_held():
+    with pytest.raises(Stopped), interrupts.signals_held():
         os.kill(os.getpid(), signal.SIGTERM)
         heard = True
     assert heard

@@ -58,3 +58,25 @@ def graceful_stop() -> Iterator[StopRequest]:
         act_as_usual()
     if request.number is not None:
         signal.raise_signal(request.number)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let a signal that comes while the block runs act when it ends.
+
+    torchrun sends SIGTERM to the other processes when one was killed, and the exception that it raises would be printed
+    and lost if it came while Python collects garbage.
+    """
+    held: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOPPING if main}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        signal.raise_signal(held[0])

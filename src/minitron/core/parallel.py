@@ -7,8 +7,6 @@ error in one process ends all of them, and no process waits for another that has
 import gc
 import json
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from minitron.core.errors import RunError
+from minitron.core.interrupts import signals_held
 
 # The first process may tokenize for hours while the others wait for it.
 TIMEOUT = timedelta(days=7)
@@ -120,29 +119,10 @@ def process_group() -> Iterator[Ranks]:
             dist.all_reduce(torch.zeros(1))
         raise
     finally:
-        with _signals_held():
+        with signals_held():
             # Divided modules, which are full of cycles, hold the group: its threads must not outlive it.
             gc.collect()
             dist.destroy_process_group()
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let a signal that comes inside act at the end. torchrun sends SIGTERM to the others of a process that was killed,
-    and the exception that it raises would be printed and lost if it came while Python collects garbage."""
-    held: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main}
-    before = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in before:
-        signal.signal(number, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if held:
-        signal.raise_signal(held[0])
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
