@@ -209,7 +209,7 @@ def floor_with_heads(task: Task, model: Any, teacher: Any, tokens: Tensor) -> Ca
 def minitron(
     task: Task, model: Any, teacher: Any, tokens: Tensor, *, places: str = "off", compiled: bool = False
 ) -> Callable[[], Tensor]:
-    """Its student and its teacher, on logits alone or with states between layers too, as is its default."""
+    """Its student and its teacher, on logits alone or with hidden states too, as is its default."""
     from minitron.distillation.config import DistillConfig
     from minitron.distillation.hidden_loss import HiddenLoss, pairs_of
     from minitron.distillation.setup import compile_layers

@@ -90,7 +90,7 @@ def report(sizes: dict[str, int], seconds: dict[str, list[float]], rows: list[li
         [
             header("SOAP in a step of training"),
             f"Teacher: hidden {sizes['hidden']}, ffn {sizes['ffn']}, {sizes['layers']} layers, vocabulary "
-            f"{sizes['vocab']:,}; student: half of each width. Products in bfloat16, states between layers compared, "
+            f"{sizes['vocab']:,}; student: half of each width. Products in bfloat16, hidden states compared, "
             f"blocks of {sizes['block_tokens']} tokens on {args.device}. The optimizer's own step, a mean of "
             f"{AXES_STEPS} of which one changes the axes, median of {args.repetitions} turns: {own}.",
             "",

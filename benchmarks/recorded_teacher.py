@@ -3,7 +3,7 @@
     python benchmarks/recorded_teacher.py --cache /tmp/recorded [--model DIR --data train.jsonl --heldout valid.jsonl]
         [--ks 8,16,32,64,128,256,512] [--tokens 0.5M] [--rates 0.5] [--seeds 0,1] [--only-table] [--out FILE]
 
-The repaired width cut of `repair.py`, distilled from a teacher beside it, with and without the states between layers,
+The repaired width cut of `repair.py`, distilled from a teacher beside it, with and without hidden states,
 and from one that was recorded with its k likeliest tokens. Runs are kept in the cache and beside the result file.
 Speeds are worth something only where nothing else ran.
 """

@@ -348,7 +348,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
 {len(rows)} shapes of `{" ".join(settings["dims"])}` with at most {settings.get("target", TARGET)} of the teacher's
 non-embedding parameters and at least {1 - settings["window"]:.0%} of that, each cut {repaired} and distilled on
 {settings["tokens"]:,} tokens of `{settings["data"]}` in {steps} steps of {settings["batch_tokens"]:,} tokens, forward
-KL and states between layers, learning rate {settings.get("learning_rate", "by the default rule")},
+KL and hidden states, learning rate {settings.get("learning_rate", "by the default rule")},
 seed {settings["seed"]}. Final losses are means over {rows[0]["final"]["tokens"]:,} tokens of held-out text; the rules
 see losses on {JUDGE_BLOCKS} training blocks of {BLOCK_TOKENS} tokens that no run is trained on. All {len(rows)}
 trainings took {seconds / 60:.0f} minutes on a machine that did other work too. One seed.

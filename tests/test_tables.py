@@ -130,7 +130,7 @@ def test_a_loss_that_is_added_works_to_report_and_card(
     row = replace(LOSSES["mse"], of=absolute, title="absolute difference", options=("beta",))
     monkeypatch.setitem(LOSSES, "absolute", row)
     report, card = published(raw, tmp_path / "out", distill={"loss": {"absolute": 2.0, "forward_kl": 1.0}})
-    assert "2 absolute difference + forward KL, states between layers too" in report
+    assert "2 absolute difference + forward KL, hidden states too" in report
     assert "with the loss\n   2 absolute difference + forward KL" in card
 
 

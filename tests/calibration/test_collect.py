@@ -32,7 +32,7 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
     model = tiny.model(path, dtype)
     layers = model.model.layers
     seen: dict[tuple[str, int], Tensor] = {}
-    inputs: dict[str, Tensor] = {}  # states between layers, and the stream where a layer reads it
+    inputs: dict[str, Tensor] = {}  # hidden states, and the stream where a layer reads it
     for index, layer in enumerate(layers):
         _watch(layer.self_attn.o_proj, lambda x, y, i=index: seen.update({("attention_out", i): x}))
         _watch(layer.mlp.down_proj, lambda x, y, i=index: seen.update({("mlp_out", i): x}))

@@ -29,7 +29,7 @@ from minitron.model.hub import CPU, empty_model
 from minitron.model.samples import Batch, Samples
 from minitron.model.weights import bytes_of, require_fits
 
-# Hidden states between layers are kept on an accelerator up to this share of its free memory, else in memory up to this
+# Hidden states are kept on an accelerator up to this share of its free memory, else in memory up to this
 # size, else in a memory-mapped file.
 STATES_SHARE_OF_DEVICE = 0.25
 STATES_IN_MEMORY_BYTES = 512 << 20

@@ -358,4 +358,4 @@ def loss_name(distill: TrainingRecipe) -> str:
         name += f" over the teacher's {distill.top_k} likeliest tokens"
     if distill.temperature != 1:
         name += f" at temperature {distill.temperature:g}"
-    return name + (", states between layers too" if distill.intermediate not in (None, False, "off") else "")
+    return name + (", hidden states too" if distill.intermediate not in (None, False, "off") else "")
