@@ -200,7 +200,7 @@ def test_a_stage_that_is_added_works_to_report_and_card(
     monkeypatch.setitem(STAGES, "counted", "the number of layers")
     monkeypatch.setitem(PIPELINE, "counted", Stage(count_layers))
     report, card = published(raw, tmp_path / "out")
-    assert '<th scope="row">counted</th><td>the number of layers</td>' in report and card
+    assert "<dt>counted</dt><dd>the number of layers</dd>" in report and card
     assert json.loads((tmp_path / "out" / "counted" / "record.json").read_text())["result"] == {"layers": 3}
 
 

@@ -304,7 +304,6 @@ def _continuation(model: str, text: str) -> str:
 def provenance(records: RunRecords) -> str:
     head: list[html.Heading] = [
         "Stage",
-        "Makes",
         ("Started", "UTC"),
         ("Time", "wall clock"),
         "Tokens",
@@ -316,7 +315,6 @@ def provenance(records: RunRecords) -> str:
     rows = [
         [
             name,
-            STAGES[name] if name in STAGES else EXPORTERS[name].title,
             stage.started.replace("T", " ").removesuffix("Z"),
             duration(stage.seconds),
             shown(_stage_tokens(records, name), count),
@@ -332,11 +330,13 @@ def provenance(records: RunRecords) -> str:
         "Seed": str(records.recipe.seed),
         "Cost": _cost(records, sum(counted.values())),
     }
+    words = {name: STAGES[name] if name in STAGES else EXPORTERS[name].title for name in records.stages}
     recipe = yaml.safe_dump(records.whole_recipe, sort_keys=False, allow_unicode=True)
     return html.section(
         "Provenance",
         html.facts(facts | environments(records.stages)),
         html.table("Stages", head, rows),
+        html.details("What each stage makes", html.facts(words)),
         html.details("Full recipe", f"<pre><code>{escape(recipe)}</code></pre>"),
     )
 
