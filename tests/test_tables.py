@@ -24,6 +24,8 @@ from minitron.distillation.objective import Objective
 from minitron.distillation.optim import OPTIMIZERS, OptimizerRow
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.families import FAMILIES
+from minitron.model.families.llama import MISTRAL
 from minitron.pipeline.run import run
 from minitron.pipeline.stages import PIPELINE, Run, Stage
 from minitron.pruning.config import PruneConfig
@@ -119,6 +121,21 @@ def published(raw: dict[str, Any], out: Path, **sections: dict[str, Any]) -> tup
     changed = raw | {name: raw[name] | section for name, section in sections.items()}
     run(build_recipe(changed), out)
     return (out / "report.html").read_text(), (out / "student" / "README.md").read_text()
+
+
+def test_a_family_that_is_added_works_to_report_and_card(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model type of transformers that has no table is given one."""
+    assert "seed_oss" not in FAMILIES
+    monkeypatch.setitem(FAMILIES, "seed_oss", replace(MISTRAL, name="seed_oss", gguf=None))
+    monkeypatch.setitem(tiny.VARIANTS, "seed_oss", ("seed_oss", {"attention_bias": False}))
+    (tmp_path / "teacher").mkdir()
+    teacher = small.teacher(tmp_path / "teacher", "seed_oss")
+    report, card = published(raw | {"model": str(teacher)}, tmp_path / "out")
+    assert "<h2>Why this student</h2>" in report and "\n- seed_oss\n" in card
+    student = tiny.model(tmp_path / "out" / "student")
+    assert type(student).__name__ == "SeedOssForCausalLM" and student.config.num_hidden_layers == 3
 
 
 def test_a_loss_that_is_added_works_to_report_and_card(
