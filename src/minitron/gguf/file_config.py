@@ -33,23 +33,24 @@ _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "ext_factor": 1.0, "attn_factor": 
 
 
 def family_of_file(model: GgufFile) -> tuple[Architecture, Gguf]:
-    """The table of a file's family; Mistral models are llama models there.
+    """The table of a file's family: the first of that name in llama.cpp that can have such heads.
 
     Raises: GgufError for another family, and for a mixture of experts.
     """
-    found = {table.gguf.name: table for table in reversed(TABLES) if table.gguf is not None}
-    if model.family not in found:
+    tables = [(table, table.gguf) for table in TABLES if table.gguf is not None and table.gguf.name == model.family]
+    if not tables:
+        known = either(sorted({table.gguf.name for table in TABLES if table.gguf is not None}))
         raise GgufError(
-            f"{model.path} is a {model.family} model, which cannot be pruned here; files of {either(sorted(found))} "
-            "models can"
+            f"{model.path} is a {model.family} model, which cannot be pruned here; files of {known} models can"
         )
     if model.of_family("expert_count"):
         raise GgufError(
             f"{model.path} is a mixture of {model.of_family('expert_count')} experts, which cannot be pruned here"
         )
-    table = found[model.family]
-    assert table.gguf is not None
-    return table, table.gguf
+    stated = Stated(model)
+    uneven = stated.size("embedding_length") % stated.size("attention.head_count")
+    # transformers refuses such llama models, and computes Mistral models in the same way.
+    return next((pair for pair in tables if not (uneven and pair[0].hidden_multiple_of_heads)), tables[0])
 
 
 class Stated:
@@ -63,7 +64,7 @@ class Stated:
         self._asked.add(key)
         return self.model.of_family(key)
 
-    def number(self, key: str, default: float | None = None) -> float | None:
+    def number(self, key: str, default: int | float | None = None) -> int | float | None:
         """A number, in the fewest digits that mean the same in float32."""
         value = self.get(key)
         if value is None:
@@ -200,7 +201,7 @@ def is_tied(tensors: Mapping[str, FileTensor]) -> bool:
 
 def _windows(stated: Stated, table: Gguf, shape: Shape) -> Json:
     if not table.windows:
-        return {}
+        return {"sliding_window": None}  # some families have one where their config says nothing
     default = _GEMMA2_WINDOW if table.name == "gemma2" else None
     window, pattern = stated.size("attention.sliding_window", default), stated.get("attention.sliding_window_pattern")
     if pattern is None or (isinstance(pattern, int) and not isinstance(pattern, bool)):

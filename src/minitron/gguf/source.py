@@ -89,19 +89,19 @@ def _make(model: GgufFile, out: Path) -> None:
     from minitron.gguf.file_config import config_of_file
     from minitron.gguf.tokenizer import file_tokenizer
 
-    architecture, config = config_of_file(model)
-    table = _table(model, architecture, config)
     out.mkdir()
-    _write(out / CONFIG, config | {"architectures": [_class_of(architecture)], "dtype": table.dtype})
-    _write(out / GGUF_TABLE, table.model_dump())
-    _write(out / GENERATION, _generation(model.said))
     try:
+        architecture, config = config_of_file(model)
+        table = _table(model, architecture, config)
+        _write(out / CONFIG, config | {"architectures": [_class_of(architecture)], "dtype": table.dtype})
+        _write(out / GGUF_TABLE, table.model_dump())
+        _write(out / GENERATION, _generation(model.said))
         if model.said.get("tokenizer.ggml.model", "no_vocab") not in _NO_VOCABULARY:
             file_tokenizer(model.path, model.said).save_pretrained(out)
             open_checkpoint(out).tokenizer  # noqa: B018 (it is loaded, and checked)
         open_checkpoint(out)
     except MinitronError as error:
-        said = str(error).replace(f"{out}/", "its ").replace(str(out), str(model.path))
+        said = str(error).replace(f"{out}/", "").replace(str(out), str(model.path)).removeprefix(f"{CONFIG}: ")
         raise GgufError(said if str(model.path) in said else f"{model.path}: {said}") from None
 
 
