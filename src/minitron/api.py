@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from minitron.gguf.quantize import PlannedFile
 
 
-Model = str | Path  # a local directory, a hub id, or (to measure and to read) a GGUF file
+Model = str | Path  # a local directory, a hub id, or a GGUF file
 
 
 @dataclass(frozen=True)
@@ -454,7 +454,7 @@ def benchmark(
     cache: Path | None = None,
     listener: Listener = SILENT,
 ) -> BenchmarkResult:
-    """Measure one model in benchmarks, and its teacher on the same items.
+    """Measure one model in benchmarks, and its teacher, which may be a GGUF file, on the same items.
 
     Args:
         directory: the rows of the tasks, for a machine without the hub.

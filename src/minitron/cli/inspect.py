@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, options.MODEL_OR_FILE)
+    options.add_model(parser)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
 
 
