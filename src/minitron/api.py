@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +42,12 @@ from minitron.evaluation.tasks.suite import BenchmarkResult
 from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig, require_gguf
 from minitron.gguf.layouts import QuantizedModel
 from minitron.gguf.reader import GgufFacts, inspect_gguf, is_gguf
+from minitron.gguf.source import model_directory
 from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_config
 from minitron.model.config_json import read_config
 from minitron.model.describe import Description, describe
 from minitron.model.draft import Draft, draft_table
-from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.tokenizer import load_tokenizer
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from minitron.gguf.quantize import PlannedFile
 
 
-Model = str | Path  # a local directory, a hub id, or (to measure and to read) a GGUF file
+Model = str | Path  # a local directory, a hub id, or a GGUF file
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,20 @@ def inspect(model: Model, revision: str | None = None) -> Inspected | GgufFacts:
     """Describe a directory, a model of the hub (by its config alone), or a GGUF file."""
     if is_gguf(str(model)):
         require_gguf()
-        return inspect_gguf(Path(model))
-    path = resolve_model(str(model), revision, config_only=True)
+        facts = inspect_gguf(Path(model))
+        try:
+            made = describe(open_checkpoint(model_directory(str(model), revision)))
+        except MinitronError as error:
+            return replace(facts, obstacle=str(error))
+        return replace(facts, prunable=made.prunable)
+    path = model_directory(str(model), revision, config_only=True)
     weights = has_weights(path)
     return Inspected(describe(open_checkpoint(path) if weights else open_config(path)), weights)
 
 
 def draft(model: Model, revision: str | None = None) -> Draft | None:
     """Draft the table of a model type that has none; None without weights, whose shapes it is drawn from."""
-    path = resolve_model(str(model), revision, config_only=True)
+    path = model_directory(str(model), revision, config_only=True)
     if not has_weights(path):
         return None
     shapes = {name: stored.shape for name, stored in stored_tensors(path).items()}
@@ -119,7 +124,7 @@ def calibrate(
     with parallel.process_group() as here:
         if here.rank == 0:
             prove_directory(out, inputs=[str(model)])
-        teacher = open_checkpoint(resolve_model(str(model)))
+        teacher = open_checkpoint(model_directory(str(model)))
         if here.rank > 0:
             told_by = separator(data, teacher.tokenizer)
             samples = Samples(parallel.broadcast(None), told_by)
@@ -151,11 +156,11 @@ def search(
     Args:
         data: needed without statistics, and for the level `cut`.
     """
-    teacher = open_checkpoint(resolve_model(str(model)))
+    teacher = open_checkpoint(model_directory(str(model)))
     steps = resolve_repair(repair or RepairConfig(), teacher).steps or []
     calibration = calibration or CalibrateConfig()
     calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
-    machine = machine_for(search, teacher.dtype)
+    machine = machine_for(search, teacher.written_dtype)
     feasible_for(teacher, prune, search, machine)  # an empty search need not read text first
     with ExitStack() as stack:
         corpus, samples, tokenizer = None, None, None
@@ -209,7 +214,7 @@ class _Cut:
 def _asked_cut(
     model: Model, config: PruneConfig, repair: RepairConfig | None, plan_file: Path | None, statistics_dir: Path | None
 ) -> _Cut:
-    teacher = open_checkpoint(resolve_model(str(model)))
+    teacher = open_checkpoint(model_directory(str(model)))
     listed = Given() if plan_file is None else load_given(plan_file, teacher.shape)
     if isinstance(listed, Plan) and (config.shape or config.drop_layers or config.keep_layers):
         raise PlanError(f"{plan_file} is a whole plan, which says what stays of every dim: give no sizes or layers too")
@@ -291,7 +296,7 @@ def _require_free_space(teacher: Checkpoint, student: Shape, out: Path, at: Path
     """
     counts = [teacher.architecture.count(shape, teacher.config) for shape in (student, teacher.shape)]
     # By share, for not every tensor need have the dtype of the embedding.
-    require_free_space(out, round(teacher.weight_bytes * counts[0].total / counts[1].total), at)
+    require_free_space(out, round(teacher.written_bytes * counts[0].total / counts[1].total), at)
 
 
 @dataclass(frozen=True)
@@ -336,7 +341,10 @@ def distill(
                     prove_directory(made, inputs=inputs)
             prove_directory(work, inputs=inputs, holds=True, writes=RUN_ENTRIES)
         require_correctable(config, data)
-        of_teacher, origin = open_checkpoint(resolve_model(str(teacher))), open_checkpoint(resolve_model(str(student)))
+        of_teacher, origin = (
+            open_checkpoint(model_directory(str(teacher))),
+            open_checkpoint(model_directory(str(student))),
+        )
         require_same_vocabulary(of_teacher, origin)
         require_same_tokenizer(of_teacher, origin)
         asked = Recipe(
@@ -419,10 +427,10 @@ def evaluate(
             "text is sampled from the teacher to prune or distil it, and not to evaluate: "
             f"give text, such as data/{SAMPLED} of a run that sampled some"
         )
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(model_directory(str(model)))
     loaded_teacher = None
     if teacher is not None:
-        reference = open_checkpoint(resolve_model(str(teacher)))
+        reference = open_checkpoint(model_directory(str(teacher)))
         require_same_vocabulary(reference, checkpoint, padding=True)
         require_same_tokenizer(reference, checkpoint)
         loaded_teacher = load_model(reference.path).to(pick_device())
@@ -446,7 +454,7 @@ def benchmark(
     cache: Path | None = None,
     listener: Listener = SILENT,
 ) -> BenchmarkResult:
-    """Measure one model in benchmarks, and its teacher on the same items.
+    """Measure one model in benchmarks, and its teacher, which may be a GGUF file, on the same items.
 
     Args:
         directory: the rows of the tasks, for a machine without the hub.
@@ -455,14 +463,13 @@ def benchmark(
     Raises: MinitronError for a GGUF file; TaskError for a task that cannot be measured.
     """
     model, teacher = str(model), None if teacher is None else str(teacher)
-    for named in (model, teacher):
-        if named is not None and is_gguf(named):
-            raise MinitronError(
-                f"{named}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
-                "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
-            )
+    if is_gguf(model):
+        raise MinitronError(
+            f"{model}: benchmarks are measured on checkpoints, not on GGUF files; measure the checkpoint, and what "
+            "the file loses against it with `minitron evaluate FILE --teacher CHECKPOINT --data D`"
+        )
     plan = plan_tasks(tasks, directory, options or TaskOptions(), listener=listener)
-    paths = {"model": resolve_model(str(model))} | ({"teacher": resolve_model(str(teacher))} if teacher else {})
+    paths = {"model": model_directory(str(model))} | ({"teacher": model_directory(str(teacher))} if teacher else {})
     listener.stage("benchmarks", "running")
     results = measure_tasks(paths, plan, cache=cache, listener=listener)
     listener.stage("benchmarks", "done")
@@ -485,7 +492,7 @@ def generate(
 
         return generate_gguf(Path(model), prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
     require_temperature(temperature)
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(model_directory(str(model)))
     tokenizer, context = load_tokenizer(checkpoint.path), checkpoint.config.get("max_position_embeddings")
     num_ids = len(prompt_of(tokenizer, prompt, context, rows=checkpoint.shape.vocab))
     new_tokens = num_new_tokens(num_ids, new_tokens, context)
@@ -513,7 +520,7 @@ def quantize(
     from minitron.gguf.quantize import QuantizeText, require_possible, write_ladder
 
     prove_directory(out, inputs=[str(model)])
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(model_directory(str(model)))
     informed = data is not None or importance_file is not None
     require_possible(checkpoint, config, informed=informed, importance_file=importance_file)
     with ExitStack() as stack:
@@ -551,4 +558,4 @@ def plan_quantized(model: Model, config: QuantizeConfig, *, informed: bool = Fal
     require_gguf()
     from minitron.gguf.quantize import plan_files
 
-    return plan_files(open_checkpoint(resolve_model(str(model))), config, informed=informed)
+    return plan_files(open_checkpoint(model_directory(str(model))), config, informed=informed)

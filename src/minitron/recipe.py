@@ -30,7 +30,7 @@ DEMO_TEACHER = Path(__file__).parent / "assets" / "demo-teacher"
 
 class Recipe(Section):
     model: UserPath
-    """The teacher: a local directory, or a Hugging Face hub id."""
+    """The teacher: a local directory, a Hugging Face hub id, or a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     seed: int = Field(default=0, ge=0)

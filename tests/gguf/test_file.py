@@ -382,7 +382,7 @@ def said(path: Path, architecture: str, **keys: Any) -> Path:
     [
         ("llama", {"general__type": "adapter"}, "is a LoRA adapter"),
         ("clip", {"general__type": "mmproj"}, "is the image or sound encoder of a model"),
-        ("llama", {"split__no": 0, "split__count": 2}, "is part 1 of 2 of a model: join them"),
+        ("llama", {"split__no": 0, "split__count": 2}, "is one of 2 parts of a model: join them"),
         ("bert", {}, "is a bert model, which reads text and does not continue it"),
         ("qwen3", {"qwen3__attention__causal": False}, "is a qwen3 model, which reads text"),
         ("llama", {"tokenizer__ggml__model": "no_vocab"}, "has no tokenizer, so it reads no text"),

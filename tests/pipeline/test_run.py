@@ -12,6 +12,7 @@ import small
 import tiny
 import torch
 import yaml
+from gguf import GGMLQuantizationType as BlockType
 
 from minitron.calibration.statistics import Statistics
 from minitron.cli.main import main
@@ -20,7 +21,7 @@ from minitron.data.config import DataConfig
 from minitron.data.corpus import draw_samples, open_corpus
 from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
-from minitron.gguf.file import describe_gguf
+from minitron.gguf.file import describe_gguf, plain_types, write_gguf
 from minitron.gguf.types import mixture, write_quantized
 from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import open_checkpoint
@@ -181,6 +182,27 @@ def test_the_stored_recipe_is_resolved_and_makes_the_same_student_again(finished
     assert_same_student(finished, tmp_path / "again")
     rows = [(out / "distill" / "metrics.jsonl").read_text() for out in (finished, tmp_path / "again")]
     assert rows[0] == rows[1]
+
+
+def test_a_gguf_file_makes_the_student_of_the_checkpoint_that_it_was_written_from(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "teacher.gguf"
+    described = describe_gguf(open_checkpoint(finished.parent / "teacher"))
+    write_gguf(described, file, plain_types(described, BlockType.F32), keys={})
+    changes = [f"model={file}", "scratch_baseline=false", "gguf={}", "evaluate.speed=false"]
+    recipe, heard = load_recipe(finished / "recipe.yaml", changes), Heard()
+    run(recipe, tmp_path / "out")
+    assert_same_student(finished, tmp_path / "out")
+    file.touch()  # what counts is the content
+    run(recipe, tmp_path / "out", heard)
+    assert {state for _, state in heard.stages} == {"unchanged"}
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match="was made from other inputs; changed: "):
+        run(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

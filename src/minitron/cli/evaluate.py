@@ -59,7 +59,7 @@ _RULES: Rules = (
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, options.MODEL_OR_FILE)
+    options.add_model(parser)
     parser.add_argument(
         "--teacher", type=parse.named, metavar="MODEL", help="a model with the same tokenizer to compare with"
     )

@@ -16,7 +16,7 @@ _RULES: Rules = (
 def _add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.evaluation.generate import USUAL_NEW_TOKENS, generate_text
 
-    options.add_model(parser, options.MODEL_OR_FILE)
+    options.add_model(parser)
     parser.add_argument("--prompt", type=parse.words, required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(
         "--new-tokens",

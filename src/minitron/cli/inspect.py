@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, options.MODEL_OR_FILE)
+    options.add_model(parser)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
 
 
@@ -68,6 +68,8 @@ def _file_lines(file: str, facts: "GgufFacts") -> list[str]:
         "",
         f"  {'weights':<14}{facts.weights:>16,}",
         *(f"  {kind:<14}{count:>16,}  {share(count / facts.weights)}" for kind, count in facts.types.items()),
+        "",
+        f"  cannot be pruned: {facts.obstacle}" if facts.obstacle else f"  can be pruned: {', '.join(facts.prunable)}",
     ]
 
 

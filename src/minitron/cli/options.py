@@ -12,7 +12,6 @@ from minitron.cli.console import Console
 if TYPE_CHECKING:
     from minitron.data.config import DataConfig
 
-MODEL_OR_FILE = "a local directory, a hub id, or a GGUF file"
 KeyValues = dict[str, object]  # recipe keys, such as distill.tokens, and their values
 Container = argparse._ActionsContainer  # a parser, or a group of its options
 
@@ -108,7 +107,8 @@ def add_parameter(
     parser.add_argument(flag, default=default, help=f"{help}; default {shown}", **settings)
 
 
-def add_model(parser: argparse.ArgumentParser, help: str = "a local directory or a hub id") -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    help = "a local directory, a hub id, or a GGUF file"
     parser.add_argument("model", type=parse.named, metavar="MODEL", help=help)
     parser.get_default("says")["model"] = Said("model", lambda value: {"model": value})
 

@@ -26,7 +26,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from minitron.core.device import Precision
     from minitron.evaluation.engines import DEFAULT_CONTEXTS, Engine, SpeedOptions
 
-    options.add_model(parser, options.MODEL_OR_FILE)
+    options.add_model(parser)
     parser.add_argument(
         "--teacher", type=parse.named, metavar="MODEL", help="measured in turn with MODEL: of the same kind"
     )

@@ -272,7 +272,8 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
     """Write a trained model in the dtypes of the checkpoint it started from; the first of several processes does."""
     state = model.state_dict()
     pieces = (
-        parallel.full(state[spec.name]).to("cpu", checkpoint.stored[spec.name].dtype) for spec in checkpoint.specs()
+        parallel.full(state[spec.name]).to("cpu", checkpoint.stored[spec.name].written_dtype)
+        for spec in checkpoint.specs()
     )
     if parallel.joined().rank > 0:
         for _ in pieces:
@@ -282,7 +283,8 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
         out,
         config=checkpoint.config,
         tensors={
-            spec.name: (checkpoint.stored[spec.name].dtype, spec.shape(checkpoint.shape)) for spec in checkpoint.specs()
+            spec.name: (checkpoint.stored[spec.name].written_dtype, spec.shape(checkpoint.shape))
+            for spec in checkpoint.specs()
         },
         pieces=pieces,
         carry_from=checkpoint.path,

@@ -32,9 +32,10 @@ from minitron.evaluation.speed import (
     with_memory,
 )
 from minitron.gguf.reader import inspect_gguf, is_gguf
+from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.describe import describe
-from minitron.model.hub import new_model, resolve_model
+from minitron.model.hub import new_model
 
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 DEFAULT_CONTEXTS = (128, 1024)
@@ -184,7 +185,7 @@ def _described(source: str, engine: Engine) -> SpeedModel:
     if in_file:
         facts = inspect_gguf(Path(source))
         return SpeedModel(str(Path(source)), facts.weights, facts.bytes, ", ".join(facts.types), facts.context)
-    checkpoint = open_checkpoint(resolve_model(source))
+    checkpoint = open_checkpoint(model_directory(source))
     said = describe(checkpoint)
     return SpeedModel(
         str(checkpoint.path),

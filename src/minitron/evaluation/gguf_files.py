@@ -24,10 +24,10 @@ from minitron.evaluation.quality import Evaluation, predicted_bytes
 from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
+from minitron.gguf.source import model_directory
 from minitron.gguf.tokenizer import file_tokenizer
 from minitron.gguf.verify import first_difference, llama_cpp_logits, logits_of, process_ended, readable
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from minitron.model.hub import resolve_model
 from minitron.model.quality_sums import QualitySums
 from minitron.model.samples import Batch, Separator
 from minitron.model.tokens import require_unicode, text_ids
@@ -146,7 +146,7 @@ def _reference(teacher: str, model: GgufFile) -> Path:
         require_language_model(other)
         path, rows, tokens = other.path, other.vocab, dict(enumerate(_texts(other)))
     else:
-        checkpoint = open_checkpoint(resolve_model(teacher))
+        checkpoint = open_checkpoint(model_directory(teacher))
         path, rows = checkpoint.path, checkpoint.shape.vocab
         tokens = {index: text for text, index in load_tokenizer(path).get_vocab().items()}
     for index, text in enumerate(_texts(model)):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from minitron.core.files import atomic_file
 from minitron.gguf.model_config import query_factor, require_runnable, rope, table_of, windows
 from minitron.gguf.reader import Keys
 from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
-from minitron.model.architecture import Gguf, TensorSpec
+from minitron.model.architecture import Architecture, Gguf, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hub import transformers_config
 from minitron.model.naming import model_name
@@ -94,7 +95,7 @@ class GgufModel:
 
     def in_heads(self, tensor: GgufTensor) -> bool:
         """Whether the rows within each head have another order than in the checkpoint."""
-        return self.table.interleaved and any(part in tensor.name for part in (".attn_q.", ".attn_k."))
+        return self.table.in_heads(tensor.name)
 
     def _queries(self, tensor: GgufTensor) -> tuple[str, ...]:
         """The tensors that carry the scale of a layer's queries."""
@@ -209,19 +210,29 @@ def plain_types(model: GgufModel, kind: BlockType) -> dict[str, BlockType]:
     return {tensor.name: kind if tensor.is_matrix else BlockType.F32 for tensor in model.tensors}
 
 
-def names_of(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, str]]:
-    """Yield every tensor of a checkpoint with its name in llama.cpp."""
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[table_of(checkpoint).name], checkpoint.shape.layers)
-    for spec in checkpoint.specs():
-        name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
+def names_of(architecture: Architecture, config: Mapping[str, Any], layers: int) -> Iterator[tuple[TensorSpec, str]]:
+    """Yield every tensor of a model with its name in llama.cpp, which must know the family."""
+    assert architecture.gguf is not None
+    for spec in architecture.specs(config, layers):
+        name = name_in_file(architecture.gguf, layers, spec.name)
         assert name is not None, f"the gguf package has no name for {spec.name}"
         yield spec, name
 
 
+def name_in_file(table: Gguf, layers: int, name: str) -> str | None:
+    """llama.cpp's name of a tensor of a model with so many layers; None if it has none."""
+    return _names(table.name, layers).get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+@cache
+def _names(family: str, layers: int) -> gguf.TensorNameMap:
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(known[family], layers)
+
+
 def _tensors(checkpoint: Checkpoint) -> Iterator[GgufTensor]:
     table = table_of(checkpoint)
-    for spec, name in names_of(checkpoint):
+    for spec, name in names_of(checkpoint.architecture, checkpoint.config, checkpoint.shape.layers):
         yield GgufTensor(name, spec.shape(checkpoint.shape), spec)
         if name == "token_embd.weight" and table.head == "own" and checkpoint.head == spec.name:
             yield GgufTensor("output.weight", spec.shape(checkpoint.shape), spec)

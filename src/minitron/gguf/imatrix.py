@@ -62,7 +62,7 @@ def importance_of(
         squares: of this model's activations at the sites of calibration, summed over `tokens` in `samples` blocks.
     """
     sums: dict[str, Tensor] = {}
-    for spec, name in names_of(checkpoint):
+    for spec, name in names_of(checkpoint.architecture, checkpoint.config, checkpoint.shape.layers):
         if spec.layer is not None and len(spec.axes) == 2:
             sums[name] = squares[_site(spec)][spec.layer].float()
     return ImportanceMatrix(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron.core.errors import GgufError
 from minitron.gguf.reader import Keys
-from minitron.model.architecture import Gguf
+from minitron.model.architecture import Gguf, Shape
 from minitron.model.checkpoint import Checkpoint
 
 # Keys that do not change the logits: numbers of tokens, training, and how transformers runs the model.
@@ -123,7 +123,7 @@ def rope(checkpoint: Checkpoint, config: Any) -> tuple[Keys, dict[str, Float[Ten
         case "linear":
             return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rule["factor"])}, {}, []
         case "llama3":
-            return keys, {"rope_freqs.weight": _llama3_factors(rule, base, turned)}, []
+            return keys, {"rope_freqs.weight": llama3_factors(rule, base, turned)}, []
         case "yarn":
             return keys | _yarn(checkpoint, rule, before or config.max_position_embeddings), {}, []
         case "longrope":
@@ -137,8 +137,12 @@ def query_factor(checkpoint: Checkpoint) -> float:
     wanted = checkpoint.config.get(table.query_scale) if table.query_scale else None
     if wanted is None:
         return 1.0
-    its = shape.hidden // shape.heads if _SCALED_BY_HIDDEN.get(table.name) == shape.layers else shape.head_dim
-    return math.sqrt(its / wanted)
+    return math.sqrt(scaled_by(table, shape) / wanted)
+
+
+def scaled_by(table: Gguf, shape: Shape) -> int:
+    """The number by whose square root llama.cpp divides the queries."""
+    return shape.hidden // shape.heads if _SCALED_BY_HIDDEN.get(table.name) == shape.layers else shape.head_dim
 
 
 def _require_computed(checkpoint: Checkpoint, config: Any) -> None:
@@ -212,7 +216,7 @@ def _longrope(
     return keys, tensors, [note] if config.max_position_embeddings > before else []
 
 
-def _llama3_factors(rule: Mapping[str, Any], base: float, turned: int) -> Float[Tensor, " half"]:
+def llama3_factors(rule: Mapping[str, Any], base: float, turned: int) -> Float[Tensor, " half"]:
     """The divisor of each frequency: 1 for short waves, `factor` for long waves, and a mean of both between."""
     wave = 2 * math.pi * base ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     factor, low, high = (float(rule[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))

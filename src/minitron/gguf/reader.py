@@ -1,13 +1,18 @@
 """A GGUF file of any model: its keys and tensors, and an error in one line for a file that is no language model."""
 
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.core.errors import GgufError
+from minitron.core.text import both
 from minitron.gguf.config import require_gguf
+
+if TYPE_CHECKING:
+    from minitron.gguf.parse import FileTensor
 
 # The keys of a GGUF file: name -> string, bool, int (32 bits), float (32 bits), or a list of one of these.
 Keys = dict[str, Any]
@@ -31,23 +36,29 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "{family}.attention.head_count_kv": (int, list),
     "tokenizer.ggml.model": str,
     "tokenizer.ggml.pre": str,
+    "tokenizer.chat_template": str,
     **dict.fromkeys((f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "scores")), list),
-    **dict.fromkeys((f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "padding", "unknown")), int),
+    **dict.fromkeys((f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "eot", "padding", "unknown")), int),
 }
 _ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5encoder", "eurobert", "clip")
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A readable GGUF file of a model.
+    """A readable GGUF file of a model, or several that are its parts.
 
+    path: as it was given.
     said: key -> value.
-    tensors: as the gguf package reads them.
+    parts: file -> its tensors.
     """
 
     path: Path
     said: Keys
-    tensors: list[Any]
+    parts: "Mapping[Path, list[FileTensor]]"
+
+    @property
+    def tensors(self) -> "list[FileTensor]":
+        return [tensor for tensors in self.parts.values() for tensor in tensors]
 
     @property
     def family(self) -> str:
@@ -75,20 +86,74 @@ def is_gguf(model: str) -> bool:
     return path.suffix.lower() == SUFFIX or (path.is_file() and _begins(path, 4) == MAGIC)
 
 
-def read_gguf(file: Path) -> GgufFile:
+def read_gguf(file: Path, *, joined: bool = False) -> GgufFile:
     """Read the keys and the list of tensors of a model's GGUF file.
 
-    Raises: GgufError for a file that is not GGUF, is damaged, or is no model.
-    """
-    require_gguf()
-    import gguf
+    Args:
+        joined: whether all parts of a model are read, where the file is one of several; else such a file is refused.
 
-    _require_readable(file)
+    Raises: GgufError for a file that is not GGUF, is damaged, or is no model, and for a part that is missing.
+    """
+    said, tensors = _read(file)
+    count = said.get("split.count", 0)
+    if not isinstance(count, int) or count <= 1:
+        parts = {file: tensors}
+    elif joined:
+        first, *others = _names_of_parts(file, count)
+        said, tensors = _read(first)
+        parts = {first: tensors} | {other: _read(other)[1] for other in others}
+    else:
+        raise GgufError(
+            f"{file} is one of {count} parts of a model: join them with llama.cpp's `llama-gguf-split --merge`, and "
+            "give the whole file"
+        )
+    model = GgufFile(file, said, parts)
+    _require_model(model)
+    return model
+
+
+def _read(file: Path) -> tuple[Keys, "list[FileTensor]"]:
+    """The keys and tensors of one file."""
+    require_gguf()
+    from minitron.gguf.parse import parse
+
+    require_readable(file)
     try:
-        reader = gguf.GGUFReader(file)
-        said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
+        return parse(file)
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise GgufError(f"{file} is damaged or cut short: {error}") from None
+
+
+def parts_beside(file: Path) -> list[Path]:
+    """The files that have the name of a part of the same model, or the file alone; they need not exist."""
+    end = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file.name, re.IGNORECASE)
+    if end is None:
+        return [file]
+    return [file.with_name(f"{end[1]}-{number:05d}-of-{end[2]}.gguf") for number in range(1, int(end[2]) + 1)]
+
+
+def _names_of_parts(file: Path, count: int) -> list[Path]:
+    """The files of all parts, of which one is given.
+
+    Raises: GgufError if the file has no name of a part, or if a part is missing.
+    """
+    parts = parts_beside(file)
+    if len(parts) != count:
+        raise GgufError(
+            f"{file} is one of {count} parts of a model, but has not the name of one (name-00001-of-{count:05d}.gguf): "
+            "give the parts the names that they were made with"
+        )
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise GgufError(
+            f"{file} is one of {count} parts of a model, and beside it {both(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: download all parts"
+        )
+    return parts
+
+
+def _require_model(model: GgufFile) -> None:
+    file, said = model.path, model.said
     family = said.get("general.architecture")
     if other := _OTHER_KINDS.get(str(said.get("general.type"))):
         raise GgufError(f"{file} is {other}")
@@ -98,14 +163,8 @@ def read_gguf(file: Path) -> GgufFile:
         value = said.get(key.format(family=family))
         if value is not None and not isinstance(value, kind):
             raise GgufError(f"{file} is damaged: its {key.format(family=family)} is {value!r}")
-    if said.get("split.count", 0) > 1:
-        raise GgufError(
-            f"{file} is part {said.get('split.no', 0) + 1} of {said['split.count']} of a model: join them with "
-            "llama.cpp's `llama-gguf-split --merge`, and give the whole file"
-        )
-    if not any(tensor.n_elements for tensor in reader.tensors):
+    if not any(tensor.count for tensor in model.tensors):
         raise GgufError(f"{file} holds no weights: it is no model")
-    return GgufFile(file, said, reader.tensors)
 
 
 def require_language_model(model: GgufFile) -> None:
@@ -116,7 +175,7 @@ def require_language_model(model: GgufFile) -> None:
         raise GgufError(f"{model.path} has no tokenizer, so it reads no text: write it from a model that has one")
 
 
-def _require_readable(file: Path) -> None:
+def require_readable(file: Path) -> None:
     if not file.exists():
         raise GgufError(f"{file} does not exist")
     if not file.is_file():
@@ -156,6 +215,8 @@ class GgufFacts:
     shape: dim -> its size, or a size for each layer; None where the file does not state it.
     types: type of tensors -> the number of their weights, most weights first.
     keys: every key but the long lists of the tokenizer.
+    prunable: the dims that can be cut; none where the file cannot be read as a checkpoint.
+    obstacle: the reason for that.
     """
 
     family: str
@@ -164,6 +225,8 @@ class GgufFacts:
     bits_per_weight: float
     types: Mapping[str, int]
     keys: Keys
+    prunable: Sequence[str] = ()
+    obstacle: str | None = None
 
     @property
     def weights(self) -> int:
@@ -182,15 +245,15 @@ class GgufFacts:
 
 
 def inspect_gguf(file: Path) -> GgufFacts:
-    """Read the facts of a GGUF file, without its weights.
+    """Read the facts of a GGUF file, or of all parts of a model, without weights.
 
     Raises: GgufError for a file that is no model in GGUF format.
     """
-    model = read_gguf(file)
+    model = read_gguf(file, joined=True)
     types: dict[str, int] = {}
     for tensor in model.tensors:
-        kind = tensor.tensor_type.name
-        types[kind] = types.get(kind, 0) + int(tensor.n_elements)
+        kind = tensor.kind.name
+        types[kind] = types.get(kind, 0) + tensor.count
     names = {
         "layers": "block_count",
         "hidden": "embedding_length",
@@ -205,8 +268,8 @@ def inspect_gguf(file: Path) -> GgufFacts:
     return GgufFacts(
         family=model.family,
         shape={dim: model.of_family(key) for dim, key in names.items()},
-        bytes=file.stat().st_size,
-        bits_per_weight=8 * sum(int(tensor.n_bytes) for tensor in model.tensors) / sum(types.values()),
+        bytes=sum(part.stat().st_size for part in model.parts),
+        bits_per_weight=8 * sum(tensor.num_bytes for tensor in model.tensors) / sum(types.values()),
         types=dict(sorted(types.items(), key=lambda item: -item[1])),
         keys={name: value for name, value in model.said.items() if name not in long},
     )

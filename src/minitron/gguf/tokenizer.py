@@ -45,10 +45,13 @@ SPLITTING_RULES: dict[tuple[tuple[str, ...], bool], str] = {
 # Other names of these rules.
 _ALIASES = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe"),
+    "dbrx": "smaug-bpe",
     **dict.fromkeys(("olmo", "phi-2"), "gpt-2"),
     **dict.fromkeys(("smollm", "refact", "command-r", "codeshell"), "starcoder"),
     **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez"), "qwen2"),
 }
+# Rules whose tokenizers put BOS before a text, where a file does not say whether.
+_START_WITH_BOS = ("llama-bpe", "tekken")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's kinds of tokens
 _SPACE = "\u2581"  # SentencePiece's
 
@@ -129,7 +132,13 @@ def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
         )
     if len(kinds) != len(texts) or (kind == "llama" and len(said.get("tokenizer.ggml.scores", ())) != len(texts)):
         raise GgufError(f"{file} is damaged: it has {len(texts)} tokens, and not as many kinds or scores of them")
+    texts, kinds = _without_padding(texts, kinds)
     vocab = {text: index for index, text in enumerate(texts)}
+    if len(vocab) < len(texts):
+        twice = next(text for index, text in enumerate(texts) if vocab[text] != index)
+        raise GgufError(
+            f"{file} has two tokens with the text {twice!r}: no tokenizer of transformers can be made of it"
+        )
     unknown = next((texts[index] for index, of in enumerate(kinds) if of == _UNKNOWN), None)
     if kind == "gpt2":
         assert rule is not None
@@ -150,19 +159,32 @@ def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
         core.decoder = decoders.Sequence(parts)
     core.add_special_tokens([AddedToken(text, normalized=False) for text in _of_kind(texts, kinds, _CONTROL)])
     core.add_tokens([AddedToken(text, normalized=False) for text in _of_kind(texts, kinds, _USER_DEFINED)])
-    roles = {"bos": "bos", "eos": "eos", "padding": "pad"}
+    roles = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
     ids = {short: said.get(f"tokenizer.ggml.{role}_token_id") for role, short in roles.items()}
     named = {f"{role}_token": texts[index] for role, index in ids.items() if index is not None and index < len(texts)}
+    # What llama.cpp does where the file does not say.
+    starts = kind == "llama" or (rule is not None and SPLITTING_RULES[rule] in _START_WITH_BOS)
     around = {
         role: named[f"{role}_token"]
         for role in ("bos", "eos")
-        if f"{role}_token" in named and said.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and kind == "llama")
+        if f"{role}_token" in named and said.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and starts)
     }
     if around:
         single = " ".join([*([around["bos"]] if "bos" in around else []), "$A", *filter(None, [around.get("eos")])])
         special = [(text, vocab[text]) for text in around.values()]
         core.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
+    template = said.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, chat_template=template, **named
+    )
+
+
+def _without_padding(texts: Sequence[str], kinds: Sequence[int]) -> tuple[Sequence[str], Sequence[int]]:
+    """The tokens without those at the end that only fill the embedding's rows."""
+    end = len(texts)
+    while end and kinds[end - 1] == _UNUSED and texts[end - 1] == f"[PAD{end - 1}]":
+        end -= 1
+    return texts[:end], kinds[:end]
 
 
 def _of_kind(texts: Sequence[str], kinds: Sequence[int], wanted: int) -> list[str]:

@@ -127,12 +127,18 @@ class Gguf:
     head: Literal["either", "embedding", "own"] = "either"
     # Layers with a sliding window see only the window; in other families llama.cpp lets every layer see all tokens.
     windows: bool = False
+    # Where a file does not say which layers these are, llama.cpp takes all but the last of so many.
+    window_step: int = 0
     # One of so many layers has no rotary positions, whatever the config says; 0 if all layers have them.
     no_rope_step: int = 0
     # llama.cpp divides queries by sqrt(head_dim), and the config by the square root of the number under this key.
     query_scale: str = ""
     # The endings of the names of tensors that llama.cpp cannot load.
     unknown: tuple[str, ...] = ()
+
+    def in_heads(self, name: str) -> bool:
+        """Whether the rows of a tensor of the file have another order within each head than in a checkpoint."""
+        return self.interleaved and any(part in name for part in (".attn_q.", ".attn_k."))
 
 
 # Part of the parameters -> product of dims -> how often it occurs: {"mlp": {("ffn", "hidden", "layers"): 3}, ...}.

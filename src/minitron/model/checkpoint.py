@@ -21,7 +21,7 @@ from minitron.model.families import family_of
 from minitron.model.hub import empty_model
 from minitron.model.tokenizer import end_ids, load_tokenizer
 from minitron.model.weight_files import carried_files, stored_tensors, without_code
-from minitron.model.weights import StoredTensor, gather_rows, read_tensor_rows, require_fits, same_values
+from minitron.model.weights import StoredTensor, bytes_of, gather_rows, require_fits, same_values
 
 FINGERPRINT_BYTES = 4096  # bytes of each tensor in a fingerprint
 RMS_ROWS = 64  # rows of each matrix that stand for all
@@ -41,6 +41,16 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The stored dtype of the embedding, which is the dtype of the model."""
         return self.stored[self.architecture.embedding].dtype
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype of a model that is made of this one: another than `dtype` where the weights are quantized."""
+        return self.stored[self.architecture.embedding].written_dtype
+
+    @property
+    def written_bytes(self) -> int:
+        """The bytes of this model written as a plain checkpoint."""
+        return sum(bytes_of(stored.written_dtype, stored.shape) for stored in self.stored.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -84,7 +94,7 @@ class Checkpoint:
 
     def read_rows(self, name: str, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
         """Read the rows [start, stop) of a tensor, into `buffer` if they fit."""
-        return read_tensor_rows(self.stored[name], start, stop, buffer)
+        return self.stored[name].rows(start, stop, buffer)
 
     def read_middle(self, name: str, rows: int) -> Tensor:
         """Read at most so many rows from the middle of a tensor, which stand for all."""
@@ -253,6 +263,11 @@ class ModelConfig:
     shape: Shape
     dtype: torch.dtype
     dtype_assumed: bool  # whether config.json has no dtype
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype of a model that is made of this one."""
+        return self.dtype
 
     @property
     def parameters(self) -> Parameters:

@@ -39,7 +39,7 @@ class Description:
 def describe(model: Checkpoint | ModelConfig) -> Description:
     """Describe a checkpoint, or a model of which only the config is there."""
     assumed = model.dtype_assumed if isinstance(model, ModelConfig) else None
-    return describe_shape(model.architecture, model.config, model.shape, model.dtype, assumed)
+    return describe_shape(model.architecture, model.config, model.shape, model.written_dtype, assumed)
 
 
 def describe_shape(

@@ -14,7 +14,8 @@ def model_name(model: str | Path) -> str:
     """The name of a directory or hub id, with letters, digits, dots, hyphens and underscores only.
 
     The name of a hub id, or of a snapshot in the hub's cache, is its last part. The name of a run's student consists of
-    the teacher's name and the target; the run's other models add the name of their directory.
+    the teacher's name and the target; the run's other models add the name of their directory. A GGUF file's is
+    without the suffix.
     """
     path = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: a link keeps its name
     cached = path.parent.parent.name
@@ -25,7 +26,7 @@ def model_name(model: str | Path) -> str:
         own = source if Path(source).name not in ("", "..") else path.parent
         name = model_name(own) if path.name == "corrected" else run_name(own, target)
         return name if path.name == "student" else f"{name}-{path.name}"
-    return _clean(path.name)
+    return _clean(path.name.removesuffix(".gguf"))
 
 
 def run_name(model: str | Path, target: str | None) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 from minitron.core.errors import CheckpointError
 from minitron.core.reading import read_json
 from minitron.model.config_json import ADAPTER, CODE_KEYS, CONFIG, adapter_alone
+from minitron.model.gguf_weights import GGUF_TABLE, gguf_parts, gguf_tensors
 from minitron.model.weights import StoredTensor, read_header, same_values
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_WEIGHTS = ("*.safetensors", WEIGHT_INDEX, *_PICKLES)
+_WEIGHTS = ("*.safetensors", WEIGHT_INDEX, GGUF_TABLE, *_PICKLES)
 
 
 def has_weights(path: Path) -> bool:
@@ -26,10 +27,12 @@ def has_weights(path: Path) -> bool:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a model: the files of the index, or the single file.
+    """The weight files of a model: the files of the index, the single file, or GGUF files elsewhere.
 
     Raises: CheckpointError if there are none, if some are missing, or if there are two different sets.
     """
+    if (path / GGUF_TABLE).exists():
+        return gguf_parts(path)
     return [path / name for name in _decided(path)[0]]
 
 
@@ -38,6 +41,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises: CheckpointError; also for a tensor that is stored twice with different values.
     """
+    if (path / GGUF_TABLE).exists():
+        return gguf_tensors(path)
     names, said = _decided(path)
     headers = {name: read_header(path / name) for name in names}
     tensors: dict[str, StoredTensor] = {}
@@ -168,7 +173,8 @@ def without_code(file: Path) -> Any:
 def model_files(path: Path) -> list[Path]:
     """The files that define a model: config, weights, and the carried files, but no README and no records."""
     weights = weight_files(path)
-    index = [path / WEIGHT_INDEX] if [file.name for file in weights] != [SINGLE] else []
+    single = [file.name for file in weights] == [SINGLE] or (path / GGUF_TABLE).exists()
+    index = [] if single else [path / WEIGHT_INDEX]
     return [path / CONFIG, *weights, *index, *carried_files(path)]
 
 

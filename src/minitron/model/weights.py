@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -68,8 +69,56 @@ class StoredTensor:
         return bytes_of(self.dtype, self.shape)
 
     @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype in which a model that is made of this one stores the tensor."""
+        return self.dtype
+
+    @property
     def row_bytes(self) -> int:
         return bytes_of(self.dtype, self.shape[1:])
+
+    def rows(self, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
+        """Read the rows [start, stop) in `dtype`, into `buffer` if they fit.
+
+        Raises: CheckpointError if they cannot be read or hold NaN or infinity.
+        """
+        first, wanted = self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
+        with self.opened() as file:
+            data = self.read_bytes(file, first, first + wanted, buffer)
+        if data.storage_offset() % self.dtype.itemsize:
+            data = data.clone()  # a header of odd length
+        tensor = data.view(self.dtype).view(stop - start, *self.shape[1:])
+        require_finite(tensor, self.name, self.file)
+        return tensor
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """In this block, the file is open.
+
+        Raises: CheckpointError if it is another file than when the header was read, or cannot be read.
+        """
+        try:
+            with opened(self.file, os.O_RDONLY) as file:
+                if stamp(os.fstat(file)) != self.stamp:
+                    raise CheckpointError(self._unreadable("the file was changed after the checkpoint was opened"))
+                yield file
+        except OSError as error:
+            raise CheckpointError(self._unreadable(error.strerror or str(error))) from None
+
+    def read_bytes(
+        self, file: int, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
+    ) -> UInt8[Tensor, " bytes"]:
+        """Read the bytes [start, stop) of the open file, into `buffer` if they fit.
+
+        Raises: CheckpointError if the file ends before.
+        """
+        data = read_range(file, start, stop, buffer)
+        if len(data) != stop - start:
+            raise CheckpointError(self._unreadable("the file ends before it"))
+        return data
+
+    def _unreadable(self, reason: str) -> str:
+        return f"{self.file}: cannot read tensor {self.name}: {reason}"
 
 
 def bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -109,32 +158,8 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal in dtype, shape and all values."""
     parts = runs(torch.arange(one.shape[0]), one.row_bytes) if one.shape and one.num_bytes else [(0, 1)]
     return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
-        torch.equal(read_tensor_rows(one, start, stop), read_tensor_rows(other, start, stop)) for start, stop in parts
+        torch.equal(one.rows(start, stop), other.rows(start, stop)) for start, stop in parts
     )
-
-
-def read_tensor_rows(
-    stored: StoredTensor, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None
-) -> Tensor:
-    """Read the rows [start, stop) of a tensor in its stored dtype, into `buffer` if they fit.
-
-    Raises: CheckpointError if they cannot be read or hold NaN or infinity.
-    """
-    first, wanted = stored.offset + start * stored.row_bytes, (stop - start) * stored.row_bytes
-    try:
-        with opened(stored.file, os.O_RDONLY) as file:
-            if stamp(os.fstat(file)) != stored.stamp:
-                raise CheckpointError(_unreadable(stored, "the file was changed after the checkpoint was opened"))
-            data = read_range(file, first, first + wanted, buffer)
-    except OSError as error:
-        raise CheckpointError(_unreadable(stored, error.strerror or str(error))) from None
-    if len(data) != wanted:
-        raise CheckpointError(_unreadable(stored, "the file ends before it"))
-    if data.storage_offset() % stored.dtype.itemsize:
-        data = data.clone()  # a header of odd length
-    tensor = data.view(stored.dtype).view(stop - start, *stored.shape[1:])
-    require_finite(tensor, stored.name, stored.file)
-    return tensor
 
 
 def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
@@ -151,7 +176,7 @@ def gather_rows(stored: StoredTensor, rows: Int[Tensor, " rows"]) -> Tensor:
     gathered = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
     for start, stop in runs(rows, stored.row_bytes):
         first = int(rows[start])
-        gathered[start:stop] = read_tensor_rows(stored, first, int(rows[stop - 1]) + 1)[rows[start:stop] - first]
+        gathered[start:stop] = stored.rows(first, int(rows[stop - 1]) + 1)[rows[start:stop] - first]
     return gathered
 
 
@@ -293,7 +318,3 @@ def _quantized_by(dtypes: Mapping[str, str]) -> str | None:
     if any(str(dtype).startswith("F8_") for dtype in dtypes.values()):
         return "fp8"
     return next((method for mark, method in QUANTIZED_NAMES.items() if any(mark in name for name in dtypes)), None)
-
-
-def _unreadable(stored: StoredTensor, reason: str) -> str:
-    return f"{stored.file}: cannot read tensor {stored.name}: {reason}"

@@ -7,9 +7,9 @@ from minitron.core.machine import matmul_flops_per_second
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
+from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import ModelConfig, open_config
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
-from minitron.model.hub import resolve_model
 from minitron.pipeline.run import resolve_recipe
 from minitron.recipe import Recipe
 
@@ -102,9 +102,9 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
     A training step of the student costs three forward passes: one forward, and two for the gradients of backward. So
     does a step of a teacher that is corrected; in parallel, its forward pass is the one that the student learns from.
     """
-    teacher = open_config(resolve_model(recipe.model, recipe.revision, config_only=True))
+    teacher = open_config(model_directory(recipe.model, recipe.revision, config_only=True))
     recipe, shape = resolve_recipe(recipe, teacher)
-    student = describe_shape(teacher.architecture, teacher.config, shape, teacher.dtype)
+    student = describe_shape(teacher.architecture, teacher.config, shape, teacher.written_dtype)
     block_tokens = block_length(recipe.data, teacher)
     calibration_tokens, tokens = recipe.calibrate.samples * block_tokens, recipe.distill.tokens
     forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)

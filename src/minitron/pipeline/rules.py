@@ -116,7 +116,7 @@ OF_RECIPE: tuple[Rule[Recipe], ...] = (
     Rule(
         ("revision",),
         lambda recipe: not is_local(recipe.model),
-        "with a hub id, and the model is a local directory",
+        "with a hub id, and the model is local",
         "give a hub id",
     ),
     Rule(

@@ -12,9 +12,9 @@ from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.evaluation.generate import prompt_of
+from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
-from minitron.model.hub import resolve_model
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import Run, export_student, make_stages, plan_benchmarks
@@ -61,7 +61,7 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
     for exporter in EXPORTERS.values():
         if exporter.wanted(recipe):
             exporter.require()
-    teacher = open_checkpoint(resolve_model(recipe.model, recipe.revision))
+    teacher = open_checkpoint(model_directory(recipe.model, recipe.revision))
     tokenizer = teacher.tokenizer
     recipe, shape = resolve_recipe(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
@@ -85,7 +85,7 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
     if recipe.search.level == "off":
         shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
     else:
-        machine = machine_for(recipe.search, teacher.dtype) if needs_machine(recipe.search) else None
+        machine = machine_for(recipe.search, teacher.written_dtype) if needs_machine(recipe.search) else None
         shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     repair = resolve_repair(recipe.repair, teacher)
     given = given_layers(recipe.prune, teacher.shape)

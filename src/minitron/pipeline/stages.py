@@ -238,7 +238,7 @@ def search_shape(run: Run) -> None:
     )
 
     def measure() -> Ranking:
-        return rank_shapes(run.pruner, recipe.search, machine_for(recipe.search, run.teacher.dtype), trials)
+        return rank_shapes(run.pruner, recipe.search, machine_for(recipe.search, run.teacher.written_dtype), trials)
 
     def work(out: Path) -> StageResult:
         ranking = measure()

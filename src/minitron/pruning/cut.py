@@ -53,7 +53,8 @@ def cut(
             out,
             config=config,
             tensors={
-                name: (checkpoint.stored[sources[name]].dtype, spec.shape(plan.student)) for name, spec in specs.items()
+                name: (checkpoint.stored[sources[name]].written_dtype, spec.shape(plan.student))
+                for name, spec in specs.items()
             },
             pieces=pieces,
             carry_from=checkpoint.path,
@@ -163,7 +164,8 @@ def _pieces(
     with closing(ahead(_runs(checkpoint, plan, specs, sources))) as read:
         for name, rows, kept in read:
             piece = _take(rows, kept)
-            yield changes[name](piece) if name in changes else piece
+            changed = changes[name](piece) if name in changes else piece
+            yield changed.to(checkpoint.stored[sources[name]].written_dtype)
 
 
 def _runs(

@@ -178,7 +178,7 @@ def feasible_for(
         teacher.shape,
         prune,
         search,
-        itemsize=teacher.dtype.itemsize,
+        itemsize=teacher.written_dtype.itemsize,
         machine=machine,
     )
 

@@ -161,7 +161,7 @@ class _Repair:
             )
 
     def stored_dtype(self, spec: TensorSpec) -> torch.dtype:
-        return self.checkpoint.stored[self.sources[spec.name]].dtype
+        return self.checkpoint.stored[self.sources[spec.name]].written_dtype
 
     def pieces(self) -> Generator[Tensor, None, None]:
         """The tensors of `specs` in order and in their stored dtypes, whole or some rows at a time."""
@@ -236,7 +236,7 @@ class _Repair:
             whole = [(0, self.checkpoint.stored[spec.name].shape[0])]
             for start, stop in row_runs(self.checkpoint, spec) if len(spec.axes) == 2 else whole:
                 rows = self.checkpoint.read_rows(spec.name, start, stop)
-                yield self._turned(spec, rows.float(), seen).to(rows.dtype)
+                yield self._turned(spec, rows.float(), seen).to(self.stored_dtype(spec))
 
     def _teacher_tensor(self, spec: TensorSpec) -> Tensor:
         """The teacher's tensor for one of the student's inside a layer, with the changes of the steps."""
