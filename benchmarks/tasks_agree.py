@@ -25,8 +25,9 @@ from transformers.utils.logging import set_verbosity_error
 
 from minitron.evaluation.tasks import harness
 from minitron.evaluation.tasks.definitions import FILES, SUBJECTS, version
+from minitron.evaluation.tasks.in_memory import InMemory
 from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
-from minitron.evaluation.tasks.models import InMemory, Streamed
+from minitron.evaluation.tasks.models import Streamed
 from minitron.evaluation.tasks.rows import LocalTask
 from minitron.evaluation.tasks.suite import BenchmarkTask
 from minitron.model.checkpoint import load_model, load_tokenizer, open_checkpoint

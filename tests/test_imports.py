@@ -126,7 +126,11 @@ def test_a_stage_imports_only_stages_before_it() -> None:
 
 
 # A module whose classes are of the library, and which is itself imported where it is used.
-BUILT_ON = {("evaluation", "tasks", "models"): "lm_eval"}
+BUILT_ON = {
+    ("evaluation", "tasks", "models"): "lm_eval",
+    ("evaluation", "tasks", "in_memory"): "lm_eval",
+    ("evaluation", "tasks", "caches"): "transformers",
+}
 HEAVY = ("transformers", "datasets", "pyarrow", "matplotlib", "lm_eval")
 
 

@@ -90,13 +90,21 @@ def num_new_tokens(num_ids: int, asked: int | None, context: int | None) -> int:
     return new_tokens
 
 
+def ending_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the model's generation settings, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    if ends in (None, []):
+        ends = tokenizer.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
 @contextmanager
 def only_ending(model: Any, tokenizer: Any) -> Iterator[None]:
     """In the block, the model's generation settings are the tokens that end a text and nothing else."""
     from transformers import GenerationConfig
 
     before = model.generation_config
-    ends = before.eos_token_id if before.eos_token_id not in (None, []) else tokenizer.eos_token_id
+    ends = ending_tokens(model, tokenizer) or None
     # By default transformers draws from the 50 likeliest tokens; 0 is all. It demands a pad token, which is not used.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0, top_k=0)
     try:

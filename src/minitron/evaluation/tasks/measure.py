@@ -160,7 +160,8 @@ def _require_chat_template(name: str, checkpoint: Checkpoint) -> None:
 def _open_model(
     name: str, checkpoint: Checkpoint, tasks: Sequence[harness.Task], options: TaskOptions, listener: Listener
 ) -> Any:
-    from minitron.evaluation.tasks.models import InMemory, Streamed
+    from minitron.evaluation.tasks.in_memory import InMemory
+    from minitron.evaluation.tasks.models import Streamed
 
     device, tokenizer = pick_device(), load_tokenizer(checkpoint.path)
     streamed = options.streamed

@@ -1,12 +1,10 @@
-"""Models as lm-evaluation-harness queries them: in memory, or one layer in memory at a time.
+"""Models as lm-evaluation-harness queries them, and the one that is read one layer at a time.
 
-Both are the harness's class for Hugging Face models, which tokenizes text and cuts prompts. In memory, it also
-computes, in batches whose size is found here. Streamed, the requests of a task go through the layers together, and the
-model is never loaded.
+All are the harness's class for Hugging Face models, which tokenizes text and cuts prompts. A streamed model is never
+loaded: the requests of a task go through its layers together. `in_memory.py` has the model that is loaded.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from jaxtyping import Bool, Float
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from minitron.core.device import free_bytes
 from minitron.core.errors import TaskError
 from minitron.core.progress import SILENT, Listener
-from minitron.evaluation.generate import only_ending
+from minitron.evaluation.tasks.packing import Row
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.likelihood import Scored, score_tokens
 from minitron.model.samples import Samples
@@ -28,20 +25,13 @@ from minitron.model.tokens import chat_ids, prompt_ids, quoted, require_within, 
 # A request of the harness: its two texts, and the tokens of each.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
-# Shares of free memory for activations and logits of one forward call.
-SHARE_OF_DEVICE = 0.5
-SHARE_OF_MEMORY = 0.25
-MOST_ON_CPU_BYTES = 1 << 30  # larger batches are no faster there
-MOST_ROWS = 64
-LOGIT_COPIES = 3  # logits, their log-probabilities, and one more in between, in float32
 ALL_AT_ONCE = 1 << 40  # rows: the harness must not split them, batches are made here
-BATCHES_AT_ONCE = 8  # between two measurements of free memory
 # Streamed rows are padded to the longest of a pass, and each pass reads the model once.
 LONGEST_OF_SHORTEST = 1.3
 PASS_BYTES = 16 << 30  # hidden states of one pass, in a file beyond what memory takes
 
 
-class _Model(HFLM):
+class HarnessModel(HFLM):
     """The common part: text becomes tokens by the rule of `model.tokens`, nothing is printed, and errors name the way
     out.
 
@@ -140,106 +130,7 @@ class _Model(HFLM):
             )
 
 
-class InMemory(_Model):
-    """A loaded model. Batches begin at the size that memory is estimated to allow, and are halved where that was too
-    much.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, *, batch: int | None = None, listener: Listener = SILENT):
-        super().__init__(tokenizer, pretrained=model, batch_size=batch or 1, softmax_dtype="float32")
-        self.listener, self._given = listener, batch
-        self._most = MOST_ROWS
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        self._require_room(requests)
-
-        def in_turn(index: int) -> tuple[int, list[int]]:
-            _, context, continuation = requests[index]
-            tokens = context + continuation
-            return -len(tokens), tokens  # equal contexts side by side: the harness computes them once
-
-        def compute(part: list[int]) -> list[tuple[float, bool]]:
-            return HFLM._loglikelihood_tokens(self, [requests[i] for i in part], disable_tqdm=True)
-
-        order = sorted(range(len(requests)), key=in_turn)
-        lengths = [min(self.max_length, -in_turn(index)[0]) for index in order]
-        return self._in_batches(order, lengths, compute)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        requests = [self._shortened(request) for request in requests]
-
-        def compute(part: list[int]) -> list[str]:
-            return HFLM.generate_until(self, [requests[i] for i in part], disable_tqdm=True)
-
-        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
-        return self._in_batches(order, [self.max_length] * len(order), compute)
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        with only_ending(self.model, self.tokenizer):
-            made: Tensor = super()._model_generate(context, max_length, stop, **options)
-            return made
-
-    def _in_batches(self, order: list[int], lengths: list[int], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
-        """Compute all requests in batches; returns the results in the requests' own order.
-
-        Args:
-            order: of computing, longest first.
-            lengths: the tokens of each request in that order.
-        """
-        results: list[Any] = [None] * len(order)
-        start = 0
-        while start < len(order):
-            self.batch_size_per_gpu = self._rows(lengths[start])
-            part = order[start : start + BATCHES_AT_ONCE * self.batch_size_per_gpu]
-            try:
-                found = compute(part)
-            except torch.OutOfMemoryError:
-                if self.batch_size_per_gpu == 1:
-                    raise TaskError(
-                        "the device has no memory for a batch of one row; measure likelihood tasks with --streamed"
-                    ) from None
-                self._most = self._given = self.batch_size_per_gpu // 2
-                torch.cuda.empty_cache()
-                continue
-            for index, result in zip(part, found, strict=True):
-                results[index] = result
-            start += len(part)
-            self.listener.progress(start, len(order), self.note)
-        return results
-
-    def _rows(self, num_tokens: int) -> int:
-        """The number of rows of `num_tokens` in a batch."""
-        if self._given:
-            return self._given
-        config, device = self.model.config, self.device
-        if device.type == "cpu":
-            budget = min(MOST_ON_CPU_BYTES, SHARE_OF_MEMORY * free_bytes(device))
-        else:
-            budget = SHARE_OF_DEVICE * free_bytes(device)
-        of_layer = 3 * config.intermediate_size + 8 * config.hidden_size
-        cache = 2 * config.num_hidden_layers * config.hidden_size
-        of_token = 4 * LOGIT_COPIES * config.vocab_size + self.model.dtype.itemsize * (of_layer + cache)
-        return max(1, min(self._most, int(budget / (num_tokens * of_token))))
-
-    def _shortened(self, request: Any) -> Any:
-        """Leave room for the prompt: ask for new tokens of at most half the context."""
-        context, options = request.args
-        wanted = options.get("max_gen_toks", self.max_gen_toks)
-        if wanted < self.max_length:
-            return request
-        most = self.max_length // 2
-        self.listener.warn(
-            f"task {request.task_name} wants up to {wanted} new tokens, and the model's context has {self.max_length}: "
-            f"at most {most} are generated"
-        )
-        shorter = copy.copy(request)
-        shorter.arguments = (context, options | {"max_gen_toks": most})
-        return shorter
-
-
-class Streamed(_Model):
+class Streamed(HarnessModel):
     """A checkpoint of any size: requests of a task go through its layers together, one layer in memory at a time."""
 
     def __init__(
@@ -267,11 +158,7 @@ class Streamed(_Model):
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self._require_room(requests)
-        # Row of tokens -> the requests that read it. Answers of one token share the row of their context.
-        readers: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            row = tuple((context + continuation)[-(self.max_length + 1) : -1])
-            readers.setdefault(row, []).append(index)
+        readers = rows_of(requests, self.max_length)
         results: list[Any] = [None] * len(requests)
         passes = self._passes(sorted(readers, key=len))
         for number, rows in enumerate(passes):
@@ -281,9 +168,9 @@ class Streamed(_Model):
                 results[index] = result
         return results
 
-    def _passes(self, rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Group rows in order of length, so that they need little padding and their states fit."""
-        passes: list[list[tuple[int, ...]]] = []
+        passes: list[list[Row]] = []
         of_token = self.checkpoint.shape.hidden * self.checkpoint.dtype.itemsize
         for row in rows:
             fits = bool(passes) and len(row) <= LONGEST_OF_SHORTEST * len(passes[-1][0]) + 8
@@ -294,7 +181,7 @@ class Streamed(_Model):
         return passes
 
     def _likelihoods(
-        self, rows: Sequence[tuple[int, ...]], asked: Sequence[tuple[list[int], int]], number: int, num_passes: int
+        self, rows: Sequence[Row], asked: Sequence[tuple[list[int], int]], number: int, num_passes: int
     ) -> list[tuple[float, bool]]:
         """Score continuations, given with the row that each ends, in one pass over rows in order of length."""
         tokens = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
@@ -307,11 +194,23 @@ class Streamed(_Model):
         )
         places = [(row, len(rows[row]) - len(ids) + i, token) for ids, row in asked for i, token in enumerate(ids)]
         nats, greedy = score_tokens(stream, [stream.states], Scored(*torch.tensor(places).T.contiguous()))
-        return _of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])
+        return of_requests(nats[0], greedy[0], [len(continuation) for continuation, _ in asked])
 
 
-def _of_requests(
+def rows_of(requests: Sequence[Request], max_length: int) -> dict[Row, list[int]]:
+    """Rows of tokens, each with the requests that read it: answers of one token share the row of their context.
+
+    A row ends before the last token of the answer, and loses its beginning where it is longer than the context.
+    """
+    readers: dict[Row, list[int]] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        readers.setdefault(tuple((context + continuation)[-(max_length + 1) : -1]), []).append(index)
+    return readers
+
+
+def of_requests(
     nats: Float[Tensor, " scored"], greedy: Bool[Tensor, " scored"], lengths: Sequence[int]
 ) -> list[tuple[float, bool]]:
+    """The likelihood of each answer, and whether it is the likeliest, from those of its tokens."""
     parts = zip(nats.split(list(lengths)), greedy.split(list(lengths)), strict=True)
     return [(part.sum().item(), bool(likeliest.all())) for part, likeliest in parts]

@@ -1,0 +1,81 @@
+"""Keys and values of earlier tokens, as transformers' models take them: kept as they are, or growing with a batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Keys and values of one layer.
+Keys = Float[Tensor, "rows kv_heads tokens head_dim"]
+KeysValues = tuple[Keys, Keys]
+
+
+def fixed_cache(layers: Sequence[KeysValues]) -> DynamicCache:
+    """Make a cache that calls go on from, and that stays as it is."""
+    cache = DynamicCache()
+    cache.layers = [_Fixed(*layer) for layer in layers]
+    return cache
+
+
+def appended_cache(layers: Sequence[KeysValues]) -> DynamicCache:
+    """Make a cache that the tokens of each call are added to; `layers_of` reads it."""
+    return DynamicCache(list(layers) or None)
+
+
+def layers_of(cache: DynamicCache) -> list[KeysValues]:
+    found: list[KeysValues] = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        found.append((layer.keys, layer.values))
+    return found
+
+
+class _Fixed(DynamicLayer):
+    def __init__(self, keys: Keys, values: Keys):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysValues:
+        assert self.keys is not None and self.values is not None
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a batch, in memory for all tokens to come; transformers' own layer copies all at each token.
+
+    All rows end at the same place, so that shorter ones begin later.
+    """
+
+    def __init__(self, like: Keys, num_rows: int, longest: int, most: int):
+        super().__init__()
+        self.lazy_initialization(like, like)
+        shape = (num_rows, like.shape[1], longest + most, like.shape[3])
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.filled = longest
+
+    def put(self, row: int, keys: Keys, values: Keys) -> None:
+        """Store what a row begins with."""
+        assert self.keys is not None and self.values is not None
+        before = slice(self.filled - keys.shape[2], self.filled)
+        self.keys[row, :, before], self.values[row, :, before] = keys[0], values[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysValues:
+        assert self.keys is not None and self.values is not None
+        new = slice(self.filled, self.filled + key_states.shape[2])
+        self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
+        self.filled = new.stop
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+
+def growing_cache(layers: Sequence[GrowingLayer]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = list(layers)
+    return cache
