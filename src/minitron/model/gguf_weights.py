@@ -95,12 +95,12 @@ class QuantizedTensor(StoredTensor):
 
     def _vector(self, start: int, stop: int) -> Float[Tensor, " rows"]:
         with self.opened() as file:
-            data = self.read_bytes(file, self.offset, self.offset + quantized_bytes(self.type, self.shape[0]))
+            data = self.read_bytes(file, self.offset, self.offset + stored_bytes(self.type, self.shape[0]))
         return torch.from_numpy(_dequantized(data.numpy()[None], self.type)[0, start:stop])
 
     def _matrix(self, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None) -> Float[Tensor, "rows columns"]:
         """Dequantize rows into `buffer`, a few at a time, because the package makes several copies of them."""
-        wanted, of_row = (stop - start) * self.row_bytes, quantized_bytes(self.type, self.shape[1])
+        wanted, of_row = (stop - start) * self.row_bytes, stored_bytes(self.type, self.shape[1])
         if buffer is None or len(buffer) < wanted:
             buffer = aligned_bytes(wanted)
         values = buffer[:wanted].view(torch.float32).view(stop - start, self.shape[1])
@@ -114,7 +114,7 @@ class QuantizedTensor(StoredTensor):
         return values
 
 
-def quantized_bytes(kind: str, count: int) -> int:
+def stored_bytes(kind: str, count: int) -> int:
     """The bytes of so many values of a type, which must make whole blocks."""
     import gguf
 
