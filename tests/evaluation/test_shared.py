@@ -13,14 +13,14 @@ from minitron.evaluation.tasks.packing import Most, Row, common_length, packs, p
 from minitron.model.checkpoint import load_model
 
 pytest.importorskip("lm_eval")
-NO_LIMIT = Most(tokens=10_000, wanted=10_000, rows=10_000, prefix=10_000)
+NO_LIMIT = Most(tokens=10_000, joined=10_000, wanted=10_000, rows=10_000, prefix=10_000)
 # All in one call; a kept prefix for calls of a few tokens; prefixes within prefixes; nothing kept; each row alone.
 LIMITS = {
     "one call": NO_LIMIT,
-    "a kept prefix": Most(tokens=25, wanted=1000, rows=100, prefix=1000),
-    "prefixes in prefixes": Most(tokens=9, wanted=6, rows=2, prefix=28),
-    "nothing kept": Most(tokens=50, wanted=1000, rows=100, prefix=0),
-    "rows alone": Most(tokens=1, wanted=1, rows=1, prefix=1000),
+    "a kept prefix": Most(tokens=25, joined=25, wanted=1000, rows=100, prefix=1000),
+    "prefixes in prefixes": Most(tokens=9, joined=9, wanted=6, rows=2, prefix=28),
+    "nothing kept": Most(tokens=50, joined=50, wanted=1000, rows=100, prefix=0),
+    "rows alone": Most(tokens=1, joined=1, wanted=1, rows=1, prefix=1000),
 }
 
 
@@ -61,9 +61,16 @@ def test_a_common_beginning_is_computed_once_for_all_calls() -> None:
     """As in MMLU, whose subjects have the same examples before every question."""
     examples = tuple(range(200))
     rows = sorted(examples + (500 + number,) * 40 for number in range(10))
-    found = packs(rows, [1] * len(rows), Most(tokens=90, wanted=100, rows=100, prefix=1000))
+    found = packs(rows, [1] * len(rows), Most(tokens=90, joined=90, wanted=100, rows=100, prefix=1000))
     assert [(pack.stop - pack.start, pack.prefix) for pack in found] == [(2, 200)] * 5
     assert common_length(rows[0], rows[1]) == 200
+
+
+def test_rows_with_little_in_common_are_together_only_in_small_calls() -> None:
+    alike = [(1,) * 100 + (number,) * 20 for number in range(4)]
+    apart = [(2, number) + (3,) * 20 for number in range(4)]
+    found = packs([*alike, *apart], [1] * 8, Most(tokens=500, joined=50, wanted=100, rows=100, prefix=0))
+    assert [(pack.start, pack.stop) for pack in found] == [(0, 4), (4, 6), (6, 8)]
 
 
 @pytest.mark.parametrize("directory", [*tiny.FIRST.values(), "mistral-window"], indirect=True)

@@ -1,0 +1,116 @@
+"""How long do benchmarks take beside lm-evaluation-harness's own model class on the same items, and are they equal?
+
+    python benchmarks/tasks_speed.py --model DIR --rows DIR [--limit N] [--rounds N] [--out FILE]
+
+--rows is a directory for --tasks-dir. Both sides hold the same model in memory and run the same task of the harness;
+only the class that answers its requests differs. The harness's class runs with each batch of --batches, and is compared
+by the fastest. Sides take turns in each round. The time is of the whole task: prompts, tokens and metrics included. In
+bfloat16 two orders of the same sums differ by much more than in float32, and a greedy text may go another way
+then: --dtype float32 shows whether items are equal. The harness's own batches are compared with each other as well.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.measure import header, publish, table
+from lm_eval.models.huggingface import HFLM
+from transformers.utils.logging import set_verbosity_error
+
+from minitron.evaluation.tasks import harness
+from minitron.evaluation.tasks.definitions import version
+from minitron.evaluation.tasks.in_memory import InMemory
+from minitron.evaluation.tasks.measure import TaskOptions, plan_tasks
+from minitron.model.checkpoint import load_model, load_tokenizer
+
+TASKS = ("hellaswag", "arc_challenge", "winogrande", "mmlu", "gsm8k")
+Items = list[dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--limit", type=int, default=8, help="items of each task, and of each subject of MMLU")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help="of the harness's own class")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default that of the checkpoint")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    set_verbosity_error()
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    with harness.quietly():
+        model, tokenizer = load_model(args.model, dtype), load_tokenizer(args.model)
+        sides = {"ours": InMemory(model, tokenizer)} | {
+            f"batch {batch}": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch) for batch in args.batches
+        }
+    rows = [measured(name, sides, args) for name in args.tasks]
+    columns = ["task", "shots", "items", "ours, s", "harness, s (its batch)", "ratio", "same answers"]
+    columns += ["largest gap, nats", "the harness's own gap"]
+    batches, dtype_name = " and ".join(map(str, args.batches)), str(model.dtype).removeprefix("torch.")
+    text = f"""{header("The time of benchmarks beside the harness's own class")}
+lm_eval {version()}; the model of `{args.model.name}` in {dtype_name}, {args.limit} items of each task or subject,
+{args.rounds} rounds. Seconds and ratios are medians, with the lowest and highest ratio of a round. A gap is the largest
+difference of an answer's log-likelihood in nats; the harness's own is between its batches of {batches}. An answer is
+the choice of an item, or its whole generated text.
+
+{table(columns, rows)}
+"""
+    publish(text, args.out)
+
+
+def measured(name: str, sides: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """A row of the table."""
+    plan = plan_tasks([name], args.rows, TaskOptions())
+    task = harness.load_task(plan.benchmarks[0], plan.local[plan.benchmarks[0].task])
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    items: dict[str, Items] = {}
+    shots = 0
+    for number in range(args.rounds):
+        for side, model in list(sides.items())[:: 1 if number % 2 == 0 else -1]:
+            started = time.perf_counter()
+            result, samples = harness.run_task(task, model, limit=args.limit, samples=True)
+            seconds[side].append(time.perf_counter() - started)
+            items[side], shots = [item for member in samples.values() for item in member], result.shots
+    peers = [side for side in sides if side != "ours"]
+    best = min(peers, key=lambda side: statistics.median(seconds[side]))
+    ratios = [own / other for own, other in zip(seconds["ours"], seconds[best], strict=True)]
+    same = sum(map(_same, items["ours"], items[peers[0]]))
+    own_same = sum(map(_same, items[peers[-1]], items[peers[0]]))
+    row = [
+        name,
+        str(shots),
+        str(len({(item["doc_hash"], item["target"]) for item in items["ours"]})),
+        f"{statistics.median(seconds['ours']):.1f}",
+        f"{statistics.median(seconds[best]):.1f} ({best.removeprefix('batch ')})",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{same} of {len(items['ours'])} (its own {own_same})",
+        *("-" if task.generates else f"{_gap(items[one], items[peers[0]]):.1e}" for one in ("ours", peers[-1])),
+    ]
+    print(row, flush=True)
+    return row
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if isinstance(one["filtered_resps"][0], str):
+        return bool(one["resps"] == other["resps"])
+    return _choice(one) == _choice(other)
+
+
+def _choice(item: dict[str, Any]) -> int:
+    nats = [float(response[0]) for response in item["filtered_resps"]]
+    return nats.index(max(nats))
+
+
+def _gap(one: Items, other: Items) -> float:
+    pairs = zip(one, other, strict=True)
+    both = [pair for a, b in pairs for pair in zip(a["filtered_resps"], b["filtered_resps"], strict=True)]
+    return max(abs(float(a[0]) - float(b[0])) for a, b in both)
+
+
+if __name__ == "__main__":
+    main()
