@@ -2,11 +2,11 @@
 
     python benchmarks/tasks_speed.py --model DIR --rows DIR [--limit N] [--rounds N] [--out FILE]
 
---rows is a directory for --tasks-dir. Both sides hold the same model in memory and run the same task of the harness; only
-the class that answers its requests differs. The harness's class runs with each batch of --batches, and is compared by the
-fastest. Sides take turns in each round. The time is of the whole task: prompts, tokens and metrics included. In bfloat16
-two orders of the same sums differ by much more than in float32, and a greedy text may take another way from there on, so
-equality is best seen with --dtype float32, and the harness's own batches are compared with each other as well.
+--rows is a directory for --tasks-dir. Both sides hold the same model in memory and run the same task of the harness;
+only the class that answers its requests differs. The harness's class runs with each batch of --batches, and is compared
+by the fastest. Sides take turns in each round. The time is of the whole task: prompts, tokens and metrics included. In
+bfloat16 two orders of the same sums differ by much more than in float32, and a greedy text may go another way
+then: --dtype float32 shows whether items are equal. The harness's own batches are compared with each other as well.
 """
 
 import argparse
@@ -51,11 +51,12 @@ def main() -> None:
     rows = [measured(name, sides, args) for name in args.tasks]
     columns = ["task", "shots", "items", "ours, s", "harness, s (its batch)", "ratio", "same answers"]
     columns += ["largest gap, nats", "the harness's own gap"]
+    batches, dtype_name = " and ".join(map(str, args.batches)), str(model.dtype).removeprefix("torch.")
     text = f"""{header("The time of benchmarks beside the harness's own class")}
-lm_eval {version()}; the model of `{args.model.name}` in {str(model.dtype).removeprefix("torch.")}, {args.limit} items of each task
-or subject, {args.rounds} rounds. Seconds and ratios are medians, with the lowest and highest ratio of a round. A gap is the
-largest difference of an answer's log-likelihood; the harness's own is between its batches of {" and ".join(map(str, args.batches))}. An answer
-is the choice of an item, or its whole generated text; of generated tasks the harness's own batches are compared too.
+lm_eval {version()}; the model of `{args.model.name}` in {dtype_name}, {args.limit} items of each task or subject,
+{args.rounds} rounds. Seconds and ratios are medians, with the lowest and highest ratio of a round. A gap is the largest
+difference of an answer's log-likelihood in nats; the harness's own is between its batches of {batches}. An answer is
+the choice of an item, or its whole generated text.
 
 {table(columns, rows)}
 """
@@ -106,10 +107,9 @@ def _choice(item: dict[str, Any]) -> int:
 
 
 def _gap(one: Items, other: Items) -> float:
-    pairs = [
-        pair for two in zip(one, other, strict=True) for pair in zip(*(i["filtered_resps"] for i in two), strict=True)
-    ]
-    return max(abs(float(a[0]) - float(b[0])) for a, b in pairs)
+    pairs = zip(one, other, strict=True)
+    both = [pair for a, b in pairs for pair in zip(a["filtered_resps"], b["filtered_resps"], strict=True)]
+    return max(abs(float(a[0]) - float(b[0])) for a, b in both)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
 from minitron.model.weight_files import GENERATION
 
-CACHE = "MINITRON_CACHE"
+CACHE_VARIABLE = "MINITRON_CACHE"
 _LAYOUT = 1  # of the directories: those of another number are made again
 _HEADER_BYTES = 1 << 20  # of each file, in the name of its directory
 _NO_VOCABULARY = ("no_vocab", "none")
@@ -44,7 +44,7 @@ def model_directory(model: str, revision: str | None = None, *, config_only: boo
     file = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: links of parts have the names of parts
     place = _cache() / _key(file) / model_name(file)
     if not (place / CONFIG).exists():
-        with readable_os_errors(place, way_out=f"set {CACHE} to another directory"):
+        with readable_os_errors(place, way_out=f"set {CACHE_VARIABLE} to another directory"):
             _cache().mkdir(parents=True, exist_ok=True)
             with scratch_directory(_cache(), prefix=".making-") as scratch:
                 _make(read_gguf(file, joined=True), scratch / "model")
@@ -58,10 +58,10 @@ def model_directory(model: str, revision: str | None = None, *, config_only: boo
 
 
 def _cache() -> Path:
-    named = os.environ.get(CACHE)
+    named = os.environ.get(CACHE_VARIABLE)
     if named is not None:
         if not named:
-            raise RunError(f"{CACHE} is empty: set it to a directory, or leave it out")
+            raise RunError(f"{CACHE_VARIABLE} is empty: set it to a directory, or leave it out")
         return Path(named).expanduser() / "gguf"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron" / "gguf"
 
