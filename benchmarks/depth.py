@@ -160,7 +160,7 @@ def measured(
         before = measure_quality(load_model(pruned), heldout, teacher=teacher)
         values = [before.lm_loss, before.kl_to_teacher]
         if distilled:
-            weights_rms = checkpoint.weights_rms()
+            weights_rms = checkpoint.weights_rms
             config = resolve(
                 DistillConfig(tokens=args.tokens),
                 ModelSize(plan.student, weights_rms),

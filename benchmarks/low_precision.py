@@ -80,7 +80,7 @@ def cut(bench: Bench) -> Path:
 
 
 def run(bench: Bench, pruned: Path, weights: str, tokens: int, rate: float, seed: int) -> dict[str, Any]:
-    weights_rms = bench.teacher.weights_rms()
+    weights_rms = bench.teacher.weights_rms
     config = resolve(
         DistillConfig(tokens=tokens, precision="bfloat16", optimizer="adamw"),
         ModelSize(bench.shape("width"), weights_rms),

@@ -130,7 +130,7 @@ def prepared(args: argparse.Namespace) -> Bench:
     )
     train = resolve_without_student(
         DistillConfig(tokens=args.tokens, evaluate_blocks=1),  # evaluation changes no weight
-        ModelSize(teacher.shape, teacher.weights_rms()),
+        ModelSize(teacher.shape, teacher.weights_rms),
         block_tokens=BLOCK_TOKENS,
         train_tokens=1,
     )
@@ -173,7 +173,7 @@ def measure(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     scores = score_units(bench.statistics, bench.teacher.shape, bench.prune)
     judge = judging_blocks(bench.corpus, SEED, JUDGE_BLOCKS)
     repaired = bool(bench.repairs)
-    weights_rms = bench.teacher.weights_rms()
+    weights_rms = bench.teacher.weights_rms
     config = resolve(
         bench.distill,
         ModelSize(candidate.shape, weights_rms),

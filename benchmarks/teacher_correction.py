@@ -97,7 +97,7 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
 def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float) -> DistillConfig:
     """Everything by the default rules, which see the teacher as it was given; the correction's rate times `rate`."""
     config = DistillConfig(tokens=tokens, correction=None if correction == "none" else correction, evaluate_blocks=1)
-    weights_rms = bench.teacher.weights_rms()
+    weights_rms = bench.teacher.weights_rms
     config = resolve(
         config,
         ModelSize(bench.shape(shape), weights_rms),

@@ -210,7 +210,7 @@ def test_the_rate_goes_with_the_size_of_the_weights_and_that_of_scratch_does_not
 def test_the_size_of_the_weights_is_their_root_mean_square(bench: Bench) -> None:
     tensors = tiny.tensors(bench.teacher)
     sizes = sorted(tensor.square().mean().sqrt().item() for name, tensor in tensors.items() if "_proj" in name)
-    assert open_checkpoint(bench.teacher).weights_rms() == pytest.approx(sizes[(len(sizes) - 1) // 2], rel=1e-5)
+    assert open_checkpoint(bench.teacher).weights_rms == pytest.approx(sizes[(len(sizes) - 1) // 2], rel=1e-5)
 
 
 def test_distillation_lowers_the_kl_on_held_out_text(bench: Bench) -> None:

@@ -102,6 +102,7 @@ class Checkpoint:
         start = max(0, (all_rows - rows) // 2)
         return self.read_rows(name, start, min(all_rows, start + rows))
 
+    @cached_property
     def weights_rms(self) -> float:
         """The root mean square of the weights in the layers' matrices: the median of estimates from some rows each."""
         sizes = []

@@ -111,8 +111,8 @@ class Run:
 
     def resolved_training(self) -> DistillConfig:
         """The settings of the distillation, resolved for the shape that the student has as far as it is known."""
-        teacher = ModelSize(self.teacher.shape, self.teacher.weights_rms())
-        student = ModelSize(self.shape, teacher.weights_rms if self.origin is None else self.origin.weights_rms())
+        teacher = ModelSize(self.teacher.shape, self.teacher.weights_rms)
+        student = ModelSize(self.shape, teacher.weights_rms if self.origin is None else self.origin.weights_rms)
         return resolve(
             self.recipe.distill,
             student,
@@ -154,7 +154,7 @@ def correct_teacher(run: Run) -> None:
     """Train the teacher on the first part of the text that it is going to teach; it takes the teacher's place."""
     resolved = resolve_without_student(
         run.recipe.distill,
-        ModelSize(run.teacher.shape, run.teacher.weights_rms()),
+        ModelSize(run.teacher.shape, run.teacher.weights_rms),
         block_tokens=run.corpus.block_tokens,
         train_tokens=run.corpus.train_tokens,
     )

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -91,16 +90,12 @@ class _Trial:
         self.known: dict[str, dict[str, float]] = parallel.agreed(known)
         self.plain = self.schedule(pruner.teacher.shape)  # batch and steps are the same for every shape
 
-    @cached_property
-    def weights_rms(self) -> float:
-        return self.pruner.teacher.weights_rms()
-
     def schedule(self, shape: Shape) -> Schedule:
-        corpus, teacher = self.trials.corpus, ModelSize(self.pruner.teacher.shape, self.weights_rms)
+        corpus, teacher = self.trials.corpus, self.pruner.teacher
         config = resolve(
             self.trials.distill,
-            ModelSize(shape, self.weights_rms),
-            teacher,
+            ModelSize(shape, teacher.weights_rms),
+            ModelSize(teacher.shape, teacher.weights_rms),
             block_tokens=corpus.block_tokens,
             train_tokens=corpus.train_tokens,
             repaired=bool(self.pruner.repairs),
