@@ -23,8 +23,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-from minitron.model.hidden_states import decoder_layers
-
 LEARNING_RATE, WEIGHT_DECAY, BETAS, GRADIENT_CLIP = 1e-4, 0.1, (0.9, 0.95), 1.0
 HEAD_DIM = 64
 MOST_STEPS = 1000  # of a contender in all its turns
@@ -216,6 +214,7 @@ def minitron(
     from minitron.distillation.student import StudentModule
     from minitron.distillation.teachers import OnlineTeacher
     from minitron.model.checkpoint import open_checkpoint
+    from minitron.model.hidden_states import decoder_layers
     from minitron.model.samples import Batch
 
     config = DistillConfig(compile=compiled)

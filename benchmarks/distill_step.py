@@ -3,7 +3,7 @@
     python benchmarks/distill_step.py --environments DIRECTORY [--out FILE]
 
 Every contender (see distill_contenders.py) trains the same student, half as wide as the teacher, from the same random
-weights on the same batch, with forward KL at temperature 1, AdamW and clipped gradients. Each lives in a process of its
+weights, or with --teacher and --student the student of a real pair, on the same batch, with forward KL at temperature 1, AdamW and clipped gradients. Each lives in a process of its
 own, and they take turns. TRL and ModelOpt have environments of their own, made below DIRECTORY from the package index
 where they are missing: 1.5 and 1.8 GB with a CPU build of torch. Losses of the first step must agree, or nothing is
 compared. Memory of the loss alone is measured by chunked_loss.py, on the CPU.
@@ -32,7 +32,9 @@ import torch
 from chunked_loss import PLAIN, USUAL
 from distill_contenders import CONTENDERS, Sizes
 from lib.measure import header, in_fresh_process, publish, save_byte_tokenizer, table
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
+
+from minitron.model.checkpoint import open_checkpoint
 
 MIB = 1 << 20
 OTHERS = ("plain", "trl", "modelopt")
@@ -48,6 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, help="directory of the environments of TRL and ModelOpt")
     parser.add_argument("--out", type=Path, help="also write the result to this Markdown file")
+    parser.add_argument("--teacher", type=Path, help="directory of a checkpoint in the place of random weights")
+    parser.add_argument("--student", type=Path, help="directory of a checkpoint that was cut from it")
     parser.add_argument("--scratch", type=Path, help="where the models go; default the system's")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS), help="these contenders")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each contender")
@@ -63,6 +67,12 @@ def main() -> None:
     apart = [name for name in args.only if CONTENDERS[name].packages]
     if apart and args.environments is None:
         parser.error(f"{' and '.join(apart)} need environments of their own: say where with --environments")
+    if (args.teacher is None) != (args.student is None):
+        parser.error("--teacher and --student go together")
+    if args.teacher is not None and args.peak_tflops:
+        parser.error("--peak-tflops counts the operations of the random pair: leave it out with --teacher")
+    if args.teacher is not None:
+        args.vocab = AutoConfig.from_pretrained(args.teacher).vocab_size
     sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
     pythons = {
         name: environment(args.environments / name.removesuffix(COMPILED), CONTENDERS[name].packages)
@@ -71,7 +81,11 @@ def main() -> None:
         for name in args.only
     }
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="minitron-bench-") as directory:
-        write_models(Path(directory), sizes)
+        if args.teacher is None:
+            write_models(Path(directory), sizes)
+        else:
+            for name in ("teacher", "student"):
+                (Path(directory) / name).symlink_to(getattr(args, name).resolve())
         task = {"models": directory, "sizes": asdict(sizes), "dtype": args.dtype, "device": args.device}
         results = measure(args, pythons, task)
     publish(report(args, sizes, results, None if args.skip_loss else loss_memory()), args.out)
@@ -190,8 +204,7 @@ def report(
     return "\n".join(
         [
             header("Time and memory of a distillation step"),
-            f"Teacher: Llama, hidden {sizes.hidden}, ffn {sizes.ffn}, {sizes.layers} layers, vocab {sizes.vocab:,}; "
-            f"student: half of each width. {sizes.batch} x {sizes.block_tokens} tokens a step on {args.device}, whole; "
+            f"{models_text(args, sizes)} {sizes.batch} x {sizes.block_tokens} tokens a step on {args.device}, whole; "
             f"products in {args.dtype}, student and optimizer state in float32, teacher in {args.dtype}. "
             f"{args.repetitions} turns each, of {args.steps} timed steps after one that is not; of a turn its median "
             "step, of the turns their median with the fastest and the slowest; a ratio is to the floor's turn of the "
@@ -209,6 +222,19 @@ def report(
             "",
         ]
     )
+
+
+def models_text(args: argparse.Namespace, sizes: Sizes) -> str:
+    if args.teacher is None:
+        return (
+            f"Teacher: Llama, hidden {sizes.hidden}, ffn {sizes.ffn}, {sizes.layers} layers, vocab {sizes.vocab:,}; "
+            "student: half of each width."
+        )
+    teacher, student = (
+        ", ".join(f"{name} {size:,}" for name, size in asdict(open_checkpoint(path).shape).items())
+        for path in (args.teacher, args.student)
+    )
+    return f"Teacher: {args.teacher.name}, {teacher}; student: {student}."
 
 
 def spread(values: list[float]) -> str:
