@@ -3,10 +3,11 @@
     python benchmarks/distill_step.py --environments DIRECTORY [--out FILE]
 
 Every contender (see distill_contenders.py) trains the same student, half as wide as the teacher, from the same random
-weights, or with --teacher and --student the student of a real pair, on the same batch, with forward KL at temperature 1, AdamW and clipped gradients. Each lives in a process of its
-own, and they take turns. TRL and ModelOpt have environments of their own, made below DIRECTORY from the package index
-where they are missing: 1.5 and 1.8 GB with a CPU build of torch. Losses of the first step must agree, or nothing is
-compared. Memory of the loss alone is measured by chunked_loss.py, on the CPU.
+weights, or with --teacher and --student the student of a real pair, on the same batch, with forward KL at temperature
+1, AdamW and clipped gradients. Each lives in a process of its own, and they take turns. TRL and ModelOpt have
+environments of their own, made below DIRECTORY from the package index where they are missing: 1.5 and 1.8 GB with a
+CPU build of torch. Losses of the first step must agree, or nothing is compared. Memory of the loss alone is measured
+by chunked_loss.py, on the CPU.
 
 Contenders that are `compiled` use torch.compile: minitron and the plain loop for the layers of both models and the
 loss, the other two as transformers' Trainer does it, for the student.

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minitron.core.errors import CheckpointError
+from minitron.model import attention
 from minitron.model.config_json import CODE_KEYS, DTYPE_KEYS
 from minitron.model.families import family_of
 from minitron.model.weight_files import CARRIED
@@ -52,7 +53,9 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     made = transformers_config(config)
     with _refusals():
-        return AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
+    attention.use_in(model)
+    return model
 
 
 def empty_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> Any:

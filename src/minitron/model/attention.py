@@ -1,0 +1,98 @@
+"""Causal attention on a CPU in bfloat16, as products of matrices.
+
+torch's fused kernel for CPUs keeps no matrix of scores, and pays for that with small products that are far from the
+speed of large ones. Here a block of tokens attends in a few parts, each to the tokens up to its own end: most of what a
+causal mask hides is not computed, and the rest is a few large products.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+NAME = "minitron"
+# The tokens of a part: a quarter of the block, within these bounds.
+LEAST_PART, MOST_PART = 64, 256
+# Longer blocks go to the fused kernel, for each head has about tokens^2 / 2 weights, which training keeps.
+MOST_TOKENS = 2048
+# Arguments of transformers' attention functions that change what is computed.
+UNKNOWN_HERE = ("is_causal", "position_bias", "cache", "softcap", "s_aux")
+
+
+def use_in(model: Any) -> None:
+    """Let a transformers model attend by `attend` where it would call torch's fused attention."""
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Float[Tensor, "blocks heads tokens channels"],
+    key: Float[Tensor, "blocks kv_heads all_tokens channels"],
+    value: Float[Tensor, "blocks kv_heads all_tokens channels"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "blocks tokens heads channels"], None]:
+    """Return the output of attention, with the signature of transformers' attention functions.
+
+    Whole blocks in bfloat16 on a CPU are computed here, everything else by torch's fused attention.
+
+    Args:
+        attention_mask: True where a token is seen; None for all tokens up to each token itself.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    here = (
+        query.is_cpu
+        and dtype == torch.bfloat16
+        and dropout == 0
+        and getattr(module, "is_causal", True)
+        and LEAST_PART < query.shape[2] == key.shape[2] <= MOST_TOKENS
+        and (attention_mask is None or attention_mask.dtype == torch.bool)
+        and not any(others.get(name) is not None for name in UNKNOWN_HERE)
+    )
+    if not here:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return by_products(scaled.to(dtype), key.to(dtype), value.to(dtype), attention_mask), None
+
+
+def by_products(
+    query: Float[Tensor, "blocks heads tokens channels"],
+    key: Float[Tensor, "blocks kv_heads tokens channels"],
+    value: Float[Tensor, "blocks kv_heads tokens channels"],
+    seen: Bool[Tensor, "blocks 1 tokens tokens"] | None = None,
+) -> Float[Tensor, "blocks tokens heads channels"]:
+    """Return the causal attention of queries that are already scaled.
+
+    Args:
+        seen: which tokens each token sees, never a later one; None for all tokens up to itself.
+    """
+    heads, tokens, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    size = min(max(tokens // 4, LEAST_PART), MOST_PART)
+    future = None if seen is not None else query.new_full((tokens, tokens), -torch.inf).triu(1)
+    # The query heads of a group are rows of one product with the keys that they share.
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+    outputs = []
+    for start in range(0, tokens, size):
+        rows = grouped[:, :, :, start : start + size]
+        stop = start + rows.shape[3]
+        scores = (rows.flatten(2, 3) @ key[:, :, :stop].transpose(2, 3)).unflatten(2, rows.shape[2:4])
+        if seen is None:
+            assert future is not None
+            scores = scores + future[start:stop, :stop]
+        else:
+            scores = scores.masked_fill(~seen[:, :, None, start:stop, :stop], -torch.inf)
+        weights = functional.softmax(scores, dim=-1).flatten(2, 3)
+        outputs.append((weights @ value[:, :, :stop]).unflatten(2, rows.shape[2:4]))
+    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2).contiguous()
