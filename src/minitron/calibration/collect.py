@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minitron.calibration.statistics import Statistics, site_sizes, weight_sizes
 from minitron.core import parallel
 from minitron.core.device import sums_device
-from minitron.core.numerics import matmul_precision
+from minitron.core.numerics import add_gram
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
@@ -31,7 +31,6 @@ from minitron.model.stream import Pass, Stream
 # States are copied to float32 in pieces: of as many bytes as a CPU's cache holds, or larger where each piece is a call.
 PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
 SMALLEST_NORMS = 1e-16  # least product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
-MOMENT_STRIPS = 8
 
 
 def measure_statistics(
@@ -164,21 +163,16 @@ class _Moment:
         zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(device))
         self.products, self.total, self.count = zeros(hidden, hidden), zeros(hidden), zeros(())
         self._of_batch, self._unit = torch.empty(hidden, hidden, device=device), torch.empty(0, hidden, device=device)
-        # The products are symmetric: only columns from each strip's diagonal block on are summed.
-        size = -(-hidden // MOMENT_STRIPS)
-        self._strips = [(slice(start, start + size), slice(start, None)) for start in range(0, hidden, size)]
 
     def add(self, samples: Iterator[Float[Tensor, "_ hidden"]]) -> None:
         """Add a batch, within which sums are float32 and inputs of products are rounded as in the model."""
-        for number, sample in enumerate(samples):
+        self._of_batch.zero_()
+        for sample in samples:
             unit = self._normalized(sample)
-            with matmul_precision(sample.dtype):
-                for rows, columns in self._strips:
-                    self._of_batch[rows, columns].addmm_(unit[:, rows].T, unit[:, columns], beta=min(number, 1))
+            add_gram(self._of_batch, unit, sample.dtype)
             self.total += unit.sum(0).to(self.total)
             self.count += len(unit)
-        for strip in self._strips:
-            self.products[strip] += self._of_batch[strip].to(self.products.device)
+        self.products += self._of_batch.to(self.products.device)
 
     def _normalized(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         """The states divided by their norms, in float32, always in the same memory: fresh pages cost more than sums."""

@@ -31,8 +31,8 @@ def correlation_factor(
     """The root mean squares of inputs, and the Cholesky factor of their correlations with a ridge.
 
     Args:
-        moment: E[z z'] up to a constant. It is overwritten by the factor, for in a large model it takes most of the
-            memory.
+        moment: E[z z'] up to a constant, of which the upper triangle is read. It is overwritten by the factor, for in
+            a large model it takes most of the memory.
 
     Raises: PlanError if the moment is not finite.
     """
@@ -52,7 +52,7 @@ class Surgeon:
     def __init__(self, weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"]):
         """
         Args:
-            moment: E[z z'] of the inputs up to a constant. It is overwritten by the inverse.
+            moment: E[z z'] of the inputs up to a constant, in the upper triangle. It is overwritten by the inverse.
 
         Raises: PlanError if the moment is not finite.
         """
@@ -108,24 +108,38 @@ class Surgeon:
         return torch.arange(block * size, (block + 1) * size, device=self._alive.device)
 
     def _cheapest(self, count: int) -> Tensor:
-        """The next `count` columns to remove, chosen one by one among the candidates."""
+        """The next `count` columns to remove, chosen one by one among the candidates.
+
+        After each choice the costs of the others change: the inverse loses a matrix of rank one, and the weights' Gram
+        matrix one of rank three. The matrices stay as they are; what they lost is kept by the rows of the chosen.
+        """
         costs = self._weight.square().sum(0) / self._inverse.diagonal()
         costs[~self._alive] = torch.inf
         candidates = costs.topk(min(int(self._alive.sum()), CANDIDATES * count), largest=False).indices
         weight, inverse = self._weight[:, candidates], self._inverse[candidates][:, candidates]
         products = weight.T @ weight
-        chosen: list[int] = []
-        for _ in range(count):
-            costs = products.diagonal() / inverse.diagonal()
-            costs[chosen] = torch.inf
-            one = int(costs.argmin())
-            row = inverse[one] / inverse[one, one]
-            # The removed column's weights, spread over the others along `row`.
-            along = torch.outer(row, products[one])
-            products = products - along - along.T + torch.outer(row, row) * products[one, one]
-            inverse = inverse - torch.outer(inverse[:, one], row)
-            inverse[one, one] = 1  # gone: keeps the division above finite
-            chosen.append(one)
+        norms, inverses = products.diagonal().clone(), inverse.diagonal().clone()
+        # Of each chosen column: its row of the inverse then, over its own entry there, that entry, its row of the Gram
+        # matrix then, and its own entry there.
+        rows, grams = (inverse.new_zeros(count, len(candidates)) for _ in range(2))
+        entries, squares = inverse.new_zeros(count), inverse.new_zeros(count)
+        chosen = torch.zeros(count, dtype=torch.long, device=inverse.device)
+        for number in range(count):
+            one = (norms / inverses).argmin().view(1)
+            before, own = slice(0, number), slice(number, number + 1)
+            along = rows[before].index_select(1, one).squeeze(1)
+            row = inverse.index_select(0, one) - (entries[before] * along) @ rows[before]
+            row /= inverses.index_select(0, one)
+            gram = products.index_select(0, one) - along @ grams[before]
+            gram -= (grams[before].index_select(1, one).squeeze(1) - squares[before] * along) @ rows[before]
+            rows[own], grams[own], chosen[own] = row, gram, one
+            entries[own] = inverses.index_select(0, one)
+            squares[own] = norms.index_select(0, one)
+            # The removed column's weights, spread over the others along its row of the inverse.
+            norms -= (2 * gram - squares[own] * row).mul_(row)[0]
+            inverses -= (row * row).mul_(entries[own])[0]
+            norms.index_fill_(0, one, torch.inf)  # gone
+            inverses.index_fill_(0, one, 1.0)
         return candidates[chosen]
 
 

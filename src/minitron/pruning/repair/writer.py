@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory
-from minitron.core.numerics import matmul_precision
+from minitron.core.numerics import add_gram
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
@@ -114,7 +114,8 @@ def repaired_cut(
 class _Seen:
     """The measurements of one layer, to which its repairs are fitted."""
 
-    products: dict[str, Float[Tensor, "columns columns"]] = field(default_factory=dict)  # site -> sum over tokens
+    # Site -> the sum over tokens, in the upper triangle.
+    products: dict[str, Float[Tensor, "columns columns"]] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)  # norm -> `scale_of`, a mean for each sample
 
     def scale(self, norm: str) -> float:
@@ -282,5 +283,4 @@ def _add_products(seen: _Seen, site: str, inputs: Float[Tensor, "samples tokens 
     rows = inputs.flatten(0, 1).float()
     if site not in seen.products:
         seen.products[site] = rows.new_zeros(rows.shape[1], rows.shape[1])
-    with matmul_precision(inputs.dtype):
-        seen.products[site].addmm_(rows.T, rows)
+    add_gram(seen.products[site], rows, inputs.dtype)
