@@ -116,8 +116,8 @@ def _attention(
     for block in _BLOCKS.get():
         start, stop = block.nodes
         mask = None if block.causal else _columns(attention_mask[:, :, start:stop], block.keys, -1)
-        of_block = [_columns(one, block.keys, -2) for one in (key, value)]
-        parts.append(sdpa_attention_forward(module, query[:, :, start:stop], *of_block, mask, **options)[0])
+        keys, values = _columns(key, block.keys, -2), _columns(value, block.keys, -2)
+        parts.append(sdpa_attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
     return torch.cat(parts, 1), None
 
 
