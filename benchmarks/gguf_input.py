@@ -61,11 +61,11 @@ def main() -> None:
     columns += ["KL to llama.cpp", "same first token", "KL to the source", "seconds to load"]
     text = f"""{header("GGUF files read as models")}
 The model of `{Path(args.model).name}`, written by `minitron quantize --types {args.types}` without an importance
-matrix. Weights: tensors whose values are equal to the gguf package's dequantization of the file, bit for bit. KL in nats
-a token, over {TOKENS} tokens of text, in float32: the first of the model that is read against transformers' own loading of
-a checkpoint with the gguf package's values, the second against llama.cpp on the file, which rounds the inputs of products
-with quantized matrices, the third against the source, which is what quantization costs. Texts are of numbers, spaces,
-several scripts and special tokens, with and without the tokens that begin a text.
+matrix. Weights: tensors whose values are equal to the gguf package's dequantization of the file, bit for bit. KL in
+nats a token, over {TOKENS} tokens of text, in float32: the first of the model that is read against transformers' own
+loading of a checkpoint with the gguf package's values, the second against llama.cpp on the file, which rounds the inputs
+of products with quantized matrices, the third against the source, which is what quantization costs. Texts are of
+numbers, spaces, several scripts and special tokens, with and without the tokens that begin a text.
 
 {table(columns, rows)}
 """

@@ -122,6 +122,24 @@ def test_a_tied_model_whose_file_repeats_the_embedding_is_tied(tmp_path: Path) -
     assert made.config["tie_word_embeddings"] and "lm_head.weight" not in made.stored
 
 
+@pytest.mark.parametrize(
+    ("bounds", "found"),
+    [((1.0, 4.0, 64), (1.0, 4.0, 64)), ((1.0, 16.0, 128), (1.0, 16.0, 128)), ((2.0, 6.0, 128), (1.0, 3.0, 64))],
+)
+def test_bounds_of_llama_3s_rule_are_told_from_its_factors(
+    bounds: tuple[float, float, int], found: tuple[float, float, int], tmp_path: Path
+) -> None:
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rule = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **dict(zip(names, bounds, strict=True))}
+    path = tiny.checkpoint("llama", tmp_path / "model", head_dim=32, rope_parameters=rule)
+    made = read(float32_file(path)[0])
+    assert tuple(made.config["rope_parameters"][name] for name in names) == found
+    tokens = tiny.tokens(1, 20)
+    torch.testing.assert_close(
+        tiny.logits(load_model(made.path), tokens), tiny.logits(tiny.model(path), tokens), atol=2e-5, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("kind", [BlockType.F16, BlockType.BF16, BlockType.Q8_0, BlockType.Q4_1])
 def test_rows_are_the_gguf_packages_dequantization_of_the_file(kind: BlockType, tmp_path: Path) -> None:
     path = tiny.checkpoint("llama", tmp_path / "model", hidden_size=32, intermediate_size=64)
@@ -245,6 +263,20 @@ def test_parts_are_one_model_by_whichever_is_given(tmp_path: Path) -> None:
         read(names[0])
     with pytest.raises(GgufError, match=r"but has not the name of one \(name-00001-of-00003.gguf\)"):
         read(names[0].rename(tmp_path / "first.gguf"))
+
+
+def test_parts_behind_links_of_other_names_are_found(tmp_path: Path) -> None:
+    """As in the hub's cache, where a file's content has its digest for a name."""
+    file = float32_file(tiny.checkpoint("llama", tmp_path / "model"))[0]
+    whole, names = read(file), parts(file, 2)
+    (tmp_path / "blobs").mkdir()
+    for number, name in enumerate(names):
+        name.symlink_to(name.rename(tmp_path / "blobs" / f"{number}c0ffee"))
+    linked = read(names[1])
+    assert all(torch.equal(linked.read(name), whole.read(name)) for name in whole.stored)
+    (tmp_path / "blobs" / "0c0ffee").unlink()
+    with pytest.raises(GgufError, match=r"beside it model-00001-of-00002.gguf is missing: download all parts"):
+        read(names[1])
 
 
 def rewritten(file: Path, *, without: str = "", **keys: Any) -> Path:
