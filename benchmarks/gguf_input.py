@@ -63,8 +63,8 @@ def main() -> None:
 The model of `{Path(args.model).name}`, written by `minitron quantize --types {args.types}` without an importance
 matrix. Weights: tensors whose values are equal to the gguf package's dequantization of the file, bit for bit. KL in
 nats a token, over {TOKENS} tokens of text, in float32: the first of the model that is read against transformers' own
-loading of a checkpoint with the gguf package's values, the second against llama.cpp on the file, which rounds the inputs
-of products with quantized matrices, the third against the source, which is what quantization costs. Texts are of
+loading of a checkpoint with the gguf package's values, the second against llama.cpp on the file, which rounds the
+inputs of products with quantized matrices, the third against the source, which is what quantization costs. Texts are of
 numbers, spaces, several scripts and special tokens, with and without the tokens that begin a text.
 
 {table(columns, rows)}

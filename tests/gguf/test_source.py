@@ -311,6 +311,8 @@ def rewritten(file: Path, *, without: str = "", **keys: Any) -> Path:
         ({"llama__block_count": 5}, "lacks 9 tensors of a llama model: blk.4.attn_norm.weight, blk.4.attn_q.weight, "),
         ({"without": "blk.2.ffn_up.weight"}, "lacks 1 tensors of a llama model: blk.2.ffn_up.weight"),
         ({"without": "token_embd.weight"}, "lacks token_embd.weight, the embedding"),
+        ({"llama__block_count": 4_000_000}, "its llama.block_count is 4000000, and the file has 39 tensors in all"),
+        ({"tokenizer__ggml__eos_token_id": 320}, "eos_token_id is 320; it must be one of its 320 tokens"),
         ({"without": "more"}, "has 1 tensors that no llama model has here: blk.0.attn_sinks.weight"),
         ({"llama__feed_forward_length": 44}, r"is damaged: its blk.0.ffn_gate.weight is \[40, 32\], but .* \[44, 32\]"),
         ({"llama__feed_forward_length": [40, 40, 24, 24]}, r"feed_forward_length differs between layers \(24 or 40\)"),
@@ -347,10 +349,22 @@ def test_a_damaged_file_and_a_type_that_nobody_knows_are_named(tmp_path: Path) -
         with pytest.raises(GgufError, match=r"model.gguf is damaged or cut short: it(s tensor \S+)? (ends|says)"):
             model_directory(str(file))
     place = content.index(b"blk.1.ffn_down.weight") + len(b"blk.1.ffn_down.weight") + 4 + 2 * 8
-    for number, words in ((99, "is of type 99, which the gguf package does not know"), (28, "F64, which the gguf")):
+    for number, words in ((99, "is of type 99, which the gguf package does not know"), (26, "I32, which the gguf")):
         file.write_bytes(content[:place] + struct.pack("<I", number) + content[place + 4 :] + bytes(1 << 16))
         with pytest.raises(GgufError, match=rf"blk.1.ffn_down.weight .*{words}"):
             model_directory(str(file))
+
+
+def test_tensors_that_do_not_follow_each_other_are_named(tmp_path: Path) -> None:
+    file = float32_file(tiny.checkpoint("llama", tmp_path / "model"))[0]
+    content, name = file.read_bytes(), b"blk.1.ffn_down.weight"
+    place = content.index(name) + len(name) + 4 + 2 * 8
+    file.write_bytes(content[:place] + struct.pack("<I", BlockType.F16) + content[place + 4 :])
+    with pytest.raises(GgufError, match=r"its tensor blk.1\S+ begins at byte [\d,]+, but by those before at [\d,]+"):
+        model_directory(str(file))
+    file.write_bytes(content.replace(name, b"blk.2.ffn_down.weight", 1))
+    with pytest.raises(GgufError, match=r"it has a tensor blk.2.ffn_down.weight twice"):
+        model_directory(str(file))
 
 
 def test_a_revision_and_an_empty_name_of_the_cache_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,12 @@ def config_of_file(model: GgufFile) -> tuple[Architecture, Json]:
     if table.no_rope_step:
         config["no_rope_layers"] = [int((layer + 1) % table.no_rope_step != 0) for layer in range(shape.layers)]
     for role, key in {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}.items():
-        config[key] = model.said.get(f"tokenizer.ggml.{role}_token_id")
+        config[key] = token = model.said.get(f"tokenizer.ggml.{role}_token_id")
+        if token is not None and not 0 <= token < shape.vocab:
+            raise GgufError(
+                f"{model.path}: its tokenizer.ggml.{role}_token_id is {token}; it must be one of its {shape.vocab:,} "
+                "tokens"
+            )
     stated.require_all_asked()
     return architecture, config
 
@@ -145,6 +150,8 @@ def _shape(stated: Stated, tensors: Mapping[str, FileTensor], architecture: Arch
     path, hidden, heads = stated.model.path, stated.size("embedding_length"), stated.size("attention.head_count")
     if "token_embd.weight" not in tensors:
         raise GgufError(f"{path} lacks token_embd.weight, the embedding: it is no whole model")
+    if stated.size("block_count") > len(tensors):
+        raise stated.refused("block_count", f"and the file has {len(tensors)} tensors in all")
     head_dim = stated.size("attention.key_length", hidden // heads)
     if stated.size("attention.value_length", head_dim) != head_dim:
         raise stated.refused("attention.value_length", f"but key heads have {head_dim}")
