@@ -125,11 +125,12 @@ def test_a_stage_imports_only_stages_before_it() -> None:
     assert not upwards
 
 
-# A module whose classes are of the library, and which is itself imported where it is used.
+# A module whose classes are of the library or registered in it, and which is itself imported where it is used.
 BUILT_ON = {
     ("evaluation", "tasks", "models"): "lm_eval",
     ("evaluation", "tasks", "in_memory"): "lm_eval",
     ("evaluation", "tasks", "caches"): "transformers",
+    ("evaluation", "tasks", "blocks"): "transformers",
 }
 HEAVY = ("transformers", "datasets", "pyarrow", "matplotlib", "lm_eval")
 

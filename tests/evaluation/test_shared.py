@@ -8,19 +8,19 @@ import pytest
 import tiny
 import torch
 
-from minitron.evaluation.tasks import packing
+from minitron.evaluation.tasks import blocks, packing
 from minitron.evaluation.tasks.packing import Most, Row, common_length, packs, prefix_tree, rows_may_share
 from minitron.model.checkpoint import load_model
 
 pytest.importorskip("lm_eval")
-NO_LIMIT = Most(tokens=10_000, joined=10_000, wanted=10_000, rows=10_000, prefix=10_000)
+NO_LIMIT = Most(tokens=10_000, wanted=10_000, rows=10_000, prefix=10_000)
 # All in one call; a kept prefix for calls of a few tokens; prefixes within prefixes; nothing kept; each row alone.
 LIMITS = {
     "one call": NO_LIMIT,
-    "a kept prefix": Most(tokens=25, joined=25, wanted=1000, rows=100, prefix=1000),
-    "prefixes in prefixes": Most(tokens=9, joined=9, wanted=6, rows=2, prefix=28),
-    "nothing kept": Most(tokens=50, joined=50, wanted=1000, rows=100, prefix=0),
-    "rows alone": Most(tokens=1, joined=1, wanted=1, rows=1, prefix=1000),
+    "a kept prefix": Most(tokens=25, wanted=1000, rows=100, prefix=1000),
+    "prefixes in prefixes": Most(tokens=9, wanted=6, rows=2, prefix=28),
+    "nothing kept": Most(tokens=50, wanted=1000, rows=100, prefix=0),
+    "rows alone": Most(tokens=1, wanted=1, rows=1, prefix=1000),
 }
 
 
@@ -61,16 +61,27 @@ def test_a_common_beginning_is_computed_once_for_all_calls() -> None:
     """As in MMLU, whose subjects have the same examples before every question."""
     examples = tuple(range(200))
     rows = sorted(examples + (500 + number,) * 40 for number in range(10))
-    found = packs(rows, [1] * len(rows), Most(tokens=90, joined=90, wanted=100, rows=100, prefix=1000))
+    found = packs(rows, [1] * len(rows), Most(tokens=90, wanted=100, rows=100, prefix=1000))
     assert [(pack.stop - pack.start, pack.prefix) for pack in found] == [(2, 200)] * 5
     assert common_length(rows[0], rows[1]) == 200
 
 
-def test_rows_with_little_in_common_are_together_only_in_small_calls() -> None:
-    alike = [(1,) * 100 + (number,) * 20 for number in range(4)]
-    apart = [(2, number) + (3,) * 20 for number in range(4)]
-    found = packs([*alike, *apart], [1] * 8, Most(tokens=500, joined=50, wanted=100, rows=100, prefix=0))
-    assert [(pack.start, pack.stop) for pack in found] == [(0, 4), (4, 6), (6, 8)]
+def test_blocks_of_a_tree_see_what_its_nodes_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = few_shot_rows()[0]
+    for least in (1, 3, 8, 1000):
+        monkeypatch.setattr(blocks, "LEAST_NODES", least)
+        for prefix, some in ((0, rows), (20, [row for row in rows if row[:20] == rows[2][:20]])):
+            tree = prefix_tree(some, prefix)
+            found = blocks.tree_blocks(tree, prefix, windowed=False)
+            assert [node for one in found for node in range(*one.nodes)] == list(range(len(tree.tokens)))
+            for one in found:
+                keys = [key for part in one.keys for key in range(*part)]
+                assert keys == sorted({*keys}), "in order, and each once"
+                for node in range(*one.nodes):
+                    above = [at for at in range(node + 1) if tree.ends[at] > node]
+                    seen = [*range(prefix), *(prefix + at for at in above)]
+                    assert {*seen} <= {*keys}
+                    assert not one.causal or seen == [key for key in keys if key <= prefix + node]
 
 
 @pytest.mark.parametrize("directory", [*tiny.FIRST.values(), "mistral-window"], indirect=True)
@@ -78,6 +89,7 @@ def test_likelihoods_are_those_of_each_row_alone(directory: Path, monkeypatch: p
     from minitron.evaluation.tasks.shared import Asked, SharedForward
 
     monkeypatch.setattr(packing, "LEAST_PREFIX_TOKENS", 4)
+    monkeypatch.setattr(blocks, "LEAST_NODES", 6)
     model, (rows, wanted) = load_model(directory, torch.float32), few_shot_rows()
     alone = [tiny.logits(model, torch.tensor([row]))[0].log_softmax(-1) for row in rows]
     for limits in LIMITS.values():

@@ -122,6 +122,24 @@ def test_a_tied_model_whose_file_repeats_the_embedding_is_tied(tmp_path: Path) -
     assert made.config["tie_word_embeddings"] and "lm_head.weight" not in made.stored
 
 
+@pytest.mark.parametrize(
+    ("bounds", "found"),
+    [((1.0, 4.0, 64), (1.0, 4.0, 64)), ((1.0, 16.0, 128), (1.0, 16.0, 128)), ((2.0, 6.0, 128), (1.0, 3.0, 64))],
+)
+def test_bounds_of_llama_3s_rule_are_told_from_its_factors(
+    bounds: tuple[float, float, int], found: tuple[float, float, int], tmp_path: Path
+) -> None:
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rule = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **dict(zip(names, bounds, strict=True))}
+    path = tiny.checkpoint("llama", tmp_path / "model", head_dim=32, rope_parameters=rule)
+    made = read(float32_file(path)[0])
+    assert tuple(made.config["rope_parameters"][name] for name in names) == found
+    tokens = tiny.tokens(1, 20)
+    torch.testing.assert_close(
+        tiny.logits(load_model(made.path), tokens), tiny.logits(tiny.model(path), tokens), atol=2e-5, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("kind", [BlockType.F16, BlockType.BF16, BlockType.Q8_0, BlockType.Q4_1])
 def test_rows_are_the_gguf_packages_dequantization_of_the_file(kind: BlockType, tmp_path: Path) -> None:
     path = tiny.checkpoint("llama", tmp_path / "model", hidden_size=32, intermediate_size=64)
@@ -247,6 +265,20 @@ def test_parts_are_one_model_by_whichever_is_given(tmp_path: Path) -> None:
         read(names[0].rename(tmp_path / "first.gguf"))
 
 
+def test_parts_behind_links_of_other_names_are_found(tmp_path: Path) -> None:
+    """As in the hub's cache, where a file's content has its digest for a name."""
+    file = float32_file(tiny.checkpoint("llama", tmp_path / "model"))[0]
+    whole, names = read(file), parts(file, 2)
+    (tmp_path / "blobs").mkdir()
+    for number, name in enumerate(names):
+        name.symlink_to(name.rename(tmp_path / "blobs" / f"{number}c0ffee"))
+    linked = read(names[1])
+    assert all(torch.equal(linked.read(name), whole.read(name)) for name in whole.stored)
+    (tmp_path / "blobs" / "0c0ffee").unlink()
+    with pytest.raises(GgufError, match=r"beside it model-00001-of-00002.gguf is missing: download all parts"):
+        read(names[1])
+
+
 def rewritten(file: Path, *, without: str = "", **keys: Any) -> Path:
     """The file with some keys changed (their dots are two underscores), and without a tensor."""
     reader, out = gguf.GGUFReader(file), file.with_name("changed.gguf")
@@ -279,6 +311,8 @@ def rewritten(file: Path, *, without: str = "", **keys: Any) -> Path:
         ({"llama__block_count": 5}, "lacks 9 tensors of a llama model: blk.4.attn_norm.weight, blk.4.attn_q.weight, "),
         ({"without": "blk.2.ffn_up.weight"}, "lacks 1 tensors of a llama model: blk.2.ffn_up.weight"),
         ({"without": "token_embd.weight"}, "lacks token_embd.weight, the embedding"),
+        ({"llama__block_count": 4_000_000}, "its llama.block_count is 4000000, and the file has 39 tensors in all"),
+        ({"tokenizer__ggml__eos_token_id": 320}, "eos_token_id is 320; it must be one of its 320 tokens"),
         ({"without": "more"}, "has 1 tensors that no llama model has here: blk.0.attn_sinks.weight"),
         ({"llama__feed_forward_length": 44}, r"is damaged: its blk.0.ffn_gate.weight is \[40, 32\], but .* \[44, 32\]"),
         ({"llama__feed_forward_length": [40, 40, 24, 24]}, r"feed_forward_length differs between layers \(24 or 40\)"),
@@ -315,10 +349,22 @@ def test_a_damaged_file_and_a_type_that_nobody_knows_are_named(tmp_path: Path) -
         with pytest.raises(GgufError, match=r"model.gguf is damaged or cut short: it(s tensor \S+)? (ends|says)"):
             model_directory(str(file))
     place = content.index(b"blk.1.ffn_down.weight") + len(b"blk.1.ffn_down.weight") + 4 + 2 * 8
-    for number, words in ((99, "is of type 99, which the gguf package does not know"), (28, "F64, which the gguf")):
+    for number, words in ((99, "is of type 99, which the gguf package does not know"), (26, "I32, which the gguf")):
         file.write_bytes(content[:place] + struct.pack("<I", number) + content[place + 4 :] + bytes(1 << 16))
         with pytest.raises(GgufError, match=rf"blk.1.ffn_down.weight .*{words}"):
             model_directory(str(file))
+
+
+def test_tensors_that_do_not_follow_each_other_are_named(tmp_path: Path) -> None:
+    file = float32_file(tiny.checkpoint("llama", tmp_path / "model"))[0]
+    content, name = file.read_bytes(), b"blk.1.ffn_down.weight"
+    place = content.index(name) + len(name) + 4 + 2 * 8
+    file.write_bytes(content[:place] + struct.pack("<I", BlockType.F16) + content[place + 4 :])
+    with pytest.raises(GgufError, match=r"its tensor blk.1\S+ begins at byte [\d,]+, but by those before at [\d,]+"):
+        model_directory(str(file))
+    file.write_bytes(content.replace(name, b"blk.2.ffn_down.weight", 1))
+    with pytest.raises(GgufError, match=r"it has a tensor blk.2.ffn_down.weight twice"):
+        model_directory(str(file))
 
 
 def test_a_revision_and_an_empty_name_of_the_cache_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ A key of the file that could change what the model computes is read here, or the
 over. What a file leaves out is what llama.cpp then computes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ HEAD = "output.weight"
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _WINDOWED, _WHOLE = "sliding_attention", "full_attention"
 _GEMMA2_WINDOW = 4096  # which llama.cpp takes where a file of that family states none
+_USUAL_BOUND = 4.0  # the upper bound of Llama 3's rule in all published models, whose lower one is 1
 _BASE = 10000.0  # of rotary positions, where a file states none
 # Keys after the family's name that do not change the logits.
 _WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal", "pooling_type")
@@ -134,7 +135,12 @@ def config_of_file(model: GgufFile) -> tuple[Architecture, Json]:
     if table.no_rope_step:
         config["no_rope_layers"] = [int((layer + 1) % table.no_rope_step != 0) for layer in range(shape.layers)]
     for role, key in {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}.items():
-        config[key] = model.said.get(f"tokenizer.ggml.{role}_token_id")
+        config[key] = token = model.said.get(f"tokenizer.ggml.{role}_token_id")
+        if token is not None and not 0 <= token < shape.vocab:
+            raise GgufError(
+                f"{model.path}: its tokenizer.ggml.{role}_token_id is {token}; it must be one of its {shape.vocab:,} "
+                "tokens"
+            )
     stated.require_all_asked()
     return architecture, config
 
@@ -144,6 +150,8 @@ def _shape(stated: Stated, tensors: Mapping[str, FileTensor], architecture: Arch
     path, hidden, heads = stated.model.path, stated.size("embedding_length"), stated.size("attention.head_count")
     if "token_embd.weight" not in tensors:
         raise GgufError(f"{path} lacks token_embd.weight, the embedding: it is no whole model")
+    if stated.size("block_count") > len(tensors):
+        raise stated.refused("block_count", f"and the file has {len(tensors)} tensors in all")
     head_dim = stated.size("attention.key_length", hidden // heads)
     if stated.size("attention.value_length", head_dim) != head_dim:
         raise stated.refused("attention.value_length", f"but key heads have {head_dim}")
@@ -273,22 +281,29 @@ def _longrope(stated: Stated, tensors: Mapping[str, FileTensor], before: int, co
 def _llama3(stated: Stated, factors: np.ndarray, base: float, turned: int) -> Json:
     """Llama 3's rule by its factors of frequencies.
 
-    Only two of its three bounds follow from them, so the bounds of all published models are taken: 1 and 4.
+    Factors are the same for bounds and context that are all a multiple, so the lower bound is taken as 1.
     """
-    low, high = 1.0, 4.0
     wave = 2 * np.pi * base ** (np.arange(0, turned, 2) / turned)
     factor = float(str(np.float32(factors.max())))
     if len(factors) == len(wave) and factor > 1:
-        smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
-        between = (smooth > 1e-3) & (smooth < 1 - 1e-3)
-        fitted = np.median(wave[between] * (smooth[between] * (high - low) + low)) if between.any() else 0
-        for before in (round(float(fitted)), *(2**power for power in range(8, 21))):
-            rule = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        for high, before in _bounds(factors, factor, wave):
+            rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high}
             rule |= {"original_max_position_embeddings": before}
             made = llama3_factors(rule, base, turned)
-            if before and torch.allclose(made, torch.from_numpy(factors.copy()), rtol=1e-5):
+            if torch.allclose(made, torch.from_numpy(factors.copy()), rtol=1e-5):
                 return {"rope_type": "llama3"} | rule
-    raise GgufError(
-        f"{stated.model.path}: its {ROPE_TENSORS[0]} follow no rule that is known here: Llama 3's with the bounds "
-        f"{low:g} and {high:g} is"
-    )
+    raise GgufError(f"{stated.model.path}: its {ROPE_TENSORS[0]} follow no rule that is known here: Llama 3's is")
+
+
+def _bounds(factors: np.ndarray, factor: float, wave: np.ndarray) -> Iterator[tuple[float, int]]:
+    """Yield upper bounds and contexts of a Llama 3 rule that may make the factors, those of published models first."""
+    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    between = (smooth > 1e-3) & (smooth < 1 - 1e-3)
+    if between.any():
+        yield _USUAL_BOUND, round(float(np.median(wave[between] * (smooth[between] * (_USUAL_BOUND - 1) + 1))))
+    yield from ((_USUAL_BOUND, 2**power) for power in range(8, 21))
+    if between.sum() > 1:  # a line over frequencies, whose two numbers are the two unknown ones
+        slope, start = np.polyfit(1 / wave[between], smooth[between], 1)
+        if start < 0 < slope:
+            high = round(1 - 1 / float(start), 3)
+            yield high, max(1, round(float(slope) * (high - 1)))

@@ -66,7 +66,23 @@ def parse(file: Path) -> tuple[dict[str, Any], list[FileTensor]]:
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"its general.alignment is {alignment!r}")
         start = cursor.at + -cursor.at % alignment
-        return said, [_placed(file, entry, start, len(data)) for entry in entries]
+        tensors = [_placed(file, entry, start, len(data)) for entry in entries]
+        _require_in_a_row(tensors, start, alignment)
+        return said, tensors
+
+
+def _require_in_a_row(tensors: list[FileTensor], start: int, alignment: int) -> None:
+    """Check that each tensor begins where the one before it ends, as llama.cpp does, and that no name is twice."""
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise ValueError(f"it has a tensor {tensor.name} twice")
+        if tensor.offset != start:
+            raise ValueError(
+                f"its tensor {tensor.name} begins at byte {tensor.offset:,}, but by those before at {start:,}"
+            )
+        names.add(tensor.name)
+        start += tensor.num_bytes + -tensor.num_bytes % alignment
 
 
 @dataclass

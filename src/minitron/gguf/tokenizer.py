@@ -128,7 +128,7 @@ def file_tokenizer(file: Path, said: Mapping[str, Any]) -> Any:
     if not texts or not kinds or kind not in ("llama", "gpt2") or (kind == "gpt2" and rule is None):
         raise GgufError(
             f"{file} has a tokenizer of kind {kind!r} with the splitting rule {name!r}, which is not known here: give "
-            "the checkpoint that the file was made of as --teacher, whose tokenizer is then read"
+            "the checkpoint that the file was made of instead of it, or as --teacher where the file itself is measured"
         )
     if len(kinds) != len(texts) or (kind == "llama" and len(said.get("tokenizer.ggml.scores", ())) != len(texts)):
         raise GgufError(f"{file} is damaged: it has {len(texts)} tokens, and not as many kinds or scores of them")

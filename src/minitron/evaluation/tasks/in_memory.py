@@ -24,10 +24,7 @@ from minitron.model.families import FAMILIES
 # Shares of free memory for activations, logits, and keys and values together.
 SHARE_OF_DEVICE = 0.5
 SHARE_OF_MEMORY = 0.25
-# Tokens of one forward call of requests with a long common beginning, and of others: more are no faster.
-MOST_TOKENS = 2048
-MOST_JOINED = 512
-MOST_JOINED_ON_GPU = 2048
+MOST_TOKENS = 2048  # of one forward call: more are no faster
 MOST_ROWS = 64  # texts that are generated together
 LOGIT_COPIES = 3  # logits, the same in float32, and one more in between, in float32
 # The options of a task whose texts are generated greedily.
@@ -156,7 +153,6 @@ class InMemory(HarnessModel):
         alone = not rows_may_share(self.model.config)
         return Most(
             tokens=self._halved(tokens),
-            joined=self._halved(min(tokens, MOST_JOINED if self.device.type == "cpu" else MOST_JOINED_ON_GPU)),
             wanted=self._halved(part / (4 * LOGIT_COPIES * shape.vocab)),
             rows=1 if alone else self._halved(self._given or tokens),
             prefix=0 if alone else int(part / kv_cache_bytes(shape, self.model.dtype.itemsize)) >> self._halvings,

@@ -26,16 +26,13 @@ OF_THE_LONGEST_ROW = ("longrope", "dynamic")
 class Most:
     """The limits of one forward call; a single row may be beyond them.
 
-    tokens: nodes of the prefix tree of rows with a long common beginning.
-    joined: nodes where rows are together only to make a call large enough: attention computes the products of all nodes
-        with each other, which is wasted on rows that have little in common.
+    tokens: nodes of the prefix tree of its rows.
     wanted: positions whose logits are wanted.
     rows: rows, each of which ends at a node of its own.
     prefix: tokens whose keys and values may be kept between calls.
     """
 
     tokens: int
-    joined: int
     wanted: int
     rows: int
     prefix: int
@@ -121,10 +118,9 @@ class _Planner:
         """Plan the rows from `start` to `stop`, of whose common beginning `prefix` tokens are known."""
         if stop - start == 1:
             return [Pack(start, stop, prefix)]
-        common = min(self.shared[start + 1 : stop])
-        alike = common - prefix >= LEAST_PREFIX_TOKENS
-        if self._fits(start, stop, prefix, self.most.tokens if alike else self.most.joined):
+        if self._fits(start, stop, prefix):
             return [Pack(start, stop, prefix)]
+        common = min(self.shared[start + 1 : stop])
         # The logits of a prefix are not computed, so it ends before the first of them that is wanted.
         known = min(common, *(len(self.rows[at]) - self.wanted[at] for at in range(start, stop)))
         inner = known if known - prefix >= LEAST_PREFIX_TOKENS and known <= self.most.prefix else prefix
@@ -133,20 +129,20 @@ class _Planner:
         for first, last in pairwise(branches):
             for pack in self.split(first, last, inner):
                 joined = found and found[-1].prefix == pack.prefix == inner
-                if joined and self._fits(found[-1].start, pack.stop, inner, self.most.joined):
+                if joined and self._fits(found[-1].start, pack.stop, inner):
                     found[-1] = Pack(found[-1].start, pack.stop, inner)
                 else:
                     found.append(pack)
         return found
 
-    def _fits(self, start: int, stop: int, prefix: int, most: int) -> bool:
+    def _fits(self, start: int, stop: int, prefix: int) -> bool:
         if stop - start > self.most.rows:
             return False
         tokens, wanted = 0, 0
         for at in range(start, stop):
             tokens += len(self.rows[at]) - (prefix if at == start else self.shared[at])
             wanted += self.wanted[at]
-            if tokens > most or wanted > self.most.wanted:
+            if tokens > self.most.tokens or wanted > self.most.wanted:
                 return False
         return True
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.evaluation.tasks.blocks import Block, in_blocks, tree_blocks
 from minitron.evaluation.tasks.caches import KeysValues, appended_cache, fixed_cache, layers_of
 from minitron.evaluation.tasks.packing import Pack, Row, Tree, prefix_tree
 
@@ -77,14 +78,23 @@ class SharedForward:
 
     def _call(self, tree: Tree, prefix: int, cache: Any, wanted: Int[Tensor, " wanted"]) -> Any:
         model, device = self.model, self.model.device
-        return model(
-            input_ids=tree.tokens[None].to(device),
-            position_ids=tree.positions[None].to(device),
-            attention_mask=attention_masks(model.config, tree, prefix, model.dtype, device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=wanted.to(device),
-        )
+        with in_blocks(model, self._blocks(tree, prefix)):
+            return model(
+                input_ids=tree.tokens[None].to(device),
+                position_ids=tree.positions[None].to(device),
+                attention_mask=attention_masks(model.config, tree, prefix, model.dtype, device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=wanted.to(device),
+            )
+
+    def _blocks(self, tree: Tree, prefix: int) -> list[Block]:
+        """The blocks of a tree on a CPU; on other devices, and of a single path, none."""
+        if tree.is_one_path or self.model.device.type != "cpu":
+            return []
+        window = getattr(self.model.config, "sliding_window", None)
+        windowed = window is not None and window <= int(tree.positions.max())
+        return tree_blocks(tree, prefix, windowed=windowed)
 
 
 def attention_masks(config: Any, tree: Tree, prefix: int, dtype: torch.dtype, device: torch.device) -> Masks | None:
