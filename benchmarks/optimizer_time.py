@@ -10,8 +10,8 @@ then trained for so many steps by `distill`, with a schedule of its own that end
 that part, and the cache keeps measured seconds and finished trainings: a run that was interrupted goes on from there.
 
 The student is cut with repair, as by default: by the script to about half of the teacher's parameters, or by the user.
-The KL is that of the training's last evaluation on held-out text. A candidate `auto` takes optimizer and batch by the
-default rule.
+The KL is that of the training's last evaluation on held-out text. A row says `default` where the default rule gives its
+optimizer and its batch for its tokens.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def main() -> None:
         speeds.measure(pair, args.batches, args.optimizers, args)
         for job in to_do(args, grid(args)):
             run(pair, speeds, *job)
-        published(bench, report(bench, speeds, args), args)
+        published(bench, report(pair, speeds, args), args)
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def run(pair: Pair, speeds: Speeds, seconds: float, candidate: Candidate, seed: 
     pair.bench.record({"key": key, "tokens": tokens, "steps": steps, "learning_rate": config.learning_rate, "kl": kl})
 
 
-def report(bench: Bench, speeds: Speeds, args: argparse.Namespace) -> str:
+def report(pair: Pair, speeds: Speeds, args: argparse.Namespace) -> str:
     lines = [
         header(f"Optimizers and batches after the same time on {args.name}"),
         f"KL to the teacher on {args.heldout_blocks} held-out blocks of {BLOCK_TOKENS} tokens, in nats, after so many "
@@ -295,21 +295,22 @@ def report(bench: Bench, speeds: Speeds, args: argparse.Namespace) -> str:
     for seconds in args.seconds:
         rates = [f"KL at {rate:g} x" for rate in args.rates]
         columns = ["optimizer, batch in tokens", "passes, s", "update, s", "tokens", *rates]
-        rows = [row for row in _rows(bench, speeds, args, seconds) if row]
-        lines += [f"## {seconds:g} seconds", "", table(columns, rows), ""]
+        lines += [f"## {seconds:g} seconds", "", table(columns, [*_rows(pair, speeds, args, seconds)]), ""]
     return "\n".join(lines)
 
 
-def _rows(bench: Bench, speeds: Speeds, args: argparse.Namespace, seconds: float) -> Iterator[list[str]]:
+def _rows(pair: Pair, speeds: Speeds, args: argparse.Namespace, seconds: float) -> Iterator[list[str]]:
     for optimizer in args.optimizers:
         for blocks in args.batches:
             candidates = [Candidate(optimizer, blocks, rate) for rate in args.rates]
-            found = [_kls(bench, seconds, candidate, integers(args.seeds)) for candidate in candidates]
+            found = [_kls(pair.bench, seconds, candidate, integers(args.seeds)) for candidate in candidates]
             if any(found):
                 tokens = speeds.steps_in(seconds, candidates[0]) * blocks * BLOCK_TOKENS
                 update = speeds.update(optimizer).later
+                usual = pair.config(None, None, tokens)
+                is_usual = (usual.optimizer, usual.batch_blocks) == (optimizer, blocks)
                 yield [
-                    candidates[0].name,
+                    candidates[0].name + (", default" if is_usual else ""),
                     f"{speeds.passes(blocks):.2f}",
                     f"{update:.2f}",
                     f"{tokens:,}",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,7 @@ from minitron.distillation.optim import (
     training_bytes,
 )
 from minitron.distillation.optim.soap import FULL, LIGHT, Soap, Turning
+from minitron.distillation.schedule import MOST_OF_PASSES, usual_optimizer
 from minitron.model.architecture import Shape
 from minitron.model.families import FAMILIES
 
@@ -209,3 +211,38 @@ def test_training_takes_the_bytes_that_are_promised(optimizer: Any, weights: Any
     assert sum(tensor.nbytes for tensor in tensors if tensor is not None) == promised
     without_axes = TRAINING_BYTES[weights] * sum(math.prod(spec.shape(shape)) for spec in specs)
     assert promised > without_axes if optimizer != "adamw" else promised == without_axes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "expected"),
+    [
+        ((6, 256, 704, 4, 2, 4096), 1280, "soap"),  # the demo teacher with 0.8M tokens
+        ((6, 256, 704, 4, 2, 4096), 512, "soap_light"),
+        ((30, 576, 1536, 9, 3, 49152), 512, "adamw"),  # SmolLM2-135M
+        ((30, 576, 1536, 9, 3, 49152), 1536, "soap_light"),
+        ((30, 576, 1536, 9, 3, 49152), 5888, "soap"),
+    ],
+)
+def test_the_usual_optimizer_is_the_first_that_takes_little_beside_the_passes(
+    sizes: tuple[int, ...], tokens: int, expected: str
+) -> None:
+    layers, hidden, ffn, heads, kv_heads, vocab = sizes
+    config = transformers.LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        vocab_size=vocab,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert usual_optimizer("float32", Shape(layers, hidden, ffn, heads, kv_heads, 64, vocab), tokens) == expected
+    assert usual_optimizer("bfloat16_kahan", Shape(layers, hidden, ffn, heads, kv_heads, 64, vocab), tokens) == "adamw"
+    # The passes of teacher and student, of which the student's backward is worth two.
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    one_pass = 2 * tokens * sum(parameter.numel() for parameter in (*matrices, model.lm_head.weight))
+    shares = [sum(OPTIMIZERS[name].flops(tuple(p.shape)) for p in matrices) / (4 * one_pass) for name in OPTIMIZERS]
+    small = [name for name, share in zip(OPTIMIZERS, shares, strict=True) if share <= MOST_OF_PASSES]
+    assert small[0] == expected
