@@ -252,10 +252,10 @@ def also_offered(rows: dict[str, OptimizerRow]) -> Iterator[None]:
 def cut(bench: Bench) -> Path:
     student = bench.cache / "pruned"
     if not student.exists():
-        partial_ = bench.cache / "pruned.partial"
-        partial_.mkdir(exist_ok=True)
-        bench.cut(bench.shape("width"), STARTS["best"], partial_)
-        partial_.rename(student)
+        unfinished = bench.cache / "pruned.partial"
+        unfinished.mkdir(exist_ok=True)
+        bench.cut(bench.shape("width"), STARTS["best"], unfinished)
+        unfinished.rename(student)
     return student
 
 
