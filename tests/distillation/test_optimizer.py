@@ -1,6 +1,7 @@
 """SOAP moves matrices the same whatever axes they are written along, and all else as AdamW does."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import resolved
 
+from minitron.distillation.config import DistillConfig
 from minitron.distillation.optim import (
     OPTIMIZERS,
     TRAINING_BYTES,
@@ -213,36 +216,58 @@ def test_training_takes_the_bytes_that_are_promised(optimizer: Any, weights: Any
     assert promised > without_axes if optimizer != "adamw" else promised == without_axes
 
 
+DEMO, SMOLLM2 = Shape(6, 256, 704, 4, 2, 64, 4096), Shape(30, 576, 1536, 9, 3, 64, 49152)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "tokens", "expected"),
+    ("student", "teacher", "tokens", "expected"),
     [
-        ((6, 256, 704, 4, 2, 4096), 1280, "soap"),  # the demo teacher with 0.8M tokens
-        ((6, 256, 704, 4, 2, 4096), 512, "soap_light"),
-        ((30, 576, 1536, 9, 3, 49152), 512, "adamw"),  # SmolLM2-135M
-        ((30, 576, 1536, 9, 3, 49152), 1536, "soap_light"),
-        ((30, 576, 1536, 9, 3, 49152), 5888, "soap"),
+        (replace(DEMO, hidden=160, ffn=448), DEMO, 1280, "soap"),
+        (replace(DEMO, hidden=160, ffn=448), DEMO, 512, "soap_light"),
+        (DEMO, None, 1280, "soap_light"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 512, "adamw"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 2048, "soap_light"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 5888, "soap"),
     ],
 )
 def test_the_usual_optimizer_is_the_first_that_takes_little_beside_the_passes(
-    sizes: tuple[int, ...], tokens: int, expected: str
+    student: Shape, teacher: Shape | None, tokens: int, expected: str
 ) -> None:
-    layers, hidden, ffn, heads, kv_heads, vocab = sizes
+    assert usual_optimizer("float32", student, tokens, teacher) == expected
+    assert usual_optimizer("bfloat16_kahan", student, tokens, teacher) == "adamw"
+    passes = 2 * tokens * sum(matrix.numel() for matrix in matrices_of(student)) * 3
+    if teacher is not None:
+        passes += 2 * tokens * sum(matrix.numel() for matrix in matrices_of(teacher))
+    *in_layers, _ = matrices_of(student)
+    shares = [sum(OPTIMIZERS[name].flops(tuple(p.shape)) for p in in_layers) / passes for name in OPTIMIZERS]
+    small = [name for name, share in zip(OPTIMIZERS, shares, strict=True) if share <= MOST_OF_PASSES]
+    assert small[0] == expected
+
+
+def matrices_of(shape: Shape) -> list[Tensor]:
+    """Those that tokens are multiplied by in transformers' own model, the output projection last."""
     config = transformers.LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=64,
-        vocab_size=vocab,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    assert usual_optimizer("float32", Shape(layers, hidden, ffn, heads, kv_heads, 64, vocab), tokens) == expected
-    assert usual_optimizer("bfloat16_kahan", Shape(layers, hidden, ffn, heads, kv_heads, 64, vocab), tokens) == "adamw"
-    # The passes of teacher and student, of which the student's backward is worth two.
-    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    one_pass = 2 * tokens * sum(parameter.numel() for parameter in (*matrices, model.lm_head.weight))
-    shares = [sum(OPTIMIZERS[name].flops(tuple(p.shape)) for p in matrices) / (4 * one_pass) for name in OPTIMIZERS]
-    small = [name for name, share in zip(OPTIMIZERS, shares, strict=True) if share <= MOST_OF_PASSES]
-    assert small[0] == expected
+    return [*(p for p in model.model.layers.parameters() if p.ndim == 2), model.lm_head.weight]
+
+
+def test_a_students_optimizer_follows_from_its_shape_and_one_that_is_given_stays() -> None:
+    student, text = replace(DEMO, hidden=160, ffn=448), {"block_tokens": 256, "train_tokens": 800_000}
+    for config, expected in [
+        (DistillConfig(), "soap"),
+        (DistillConfig(tokens=100_000), "soap_light"),
+        (DistillConfig(optimizer="adamw"), "adamw"),
+        (DistillConfig(weights="bfloat16_kahan"), "adamw"),
+    ]:
+        settled = resolved(config, student, DEMO, **text)
+        assert settled.optimizer == expected
+        assert resolved(settled, student, DEMO, **text) == settled

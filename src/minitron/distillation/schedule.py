@@ -23,10 +23,8 @@ RATE, RATE_OF_REPAIRED = 0.06, 0.03
 RATE_BATCH = 2048
 # The optimizers that a training takes by default, by what they reach with the same tokens.
 USUAL_OPTIMIZERS = ("soap", "soap_light", "adamw")
-# The largest share of a step's passes that the optimizer's products may take.
-MOST_OF_PASSES = 0.5
-# Forward passes of a step: the teacher's, and three of the student, whose backward is worth two.
-PASSES = 4
+# The optimizer's products may take this share of a step's passes at most: SOAP saves a tenth to a third of the tokens.
+MOST_OF_PASSES = 0.25
 # The peak of a teacher that is corrected, as a share of a plain cut's, and its warm-up, both as in P2.
 SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
 
@@ -159,6 +157,7 @@ def resolve(
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
+    given = config.optimizer
     config = resolve_without_student(config, teacher, block_tokens=block_tokens, train_tokens=train_tokens)
     assert config.tokens and config.batch_blocks
     steps = num_steps(config.tokens, config.batch_blocks, block_tokens)
@@ -173,6 +172,7 @@ def resolve(
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
     return config.model_copy(
         update={
+            "optimizer": given or usual_optimizer(config.weights, student.shape, batch_tokens, teacher.shape),
             "learning_rate": rate,
             "scratch_learning_rate": given_of_scratch or _usual_rate(RATE, random, batch_tokens),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
@@ -223,22 +223,25 @@ def resolve_without_student(
     )
 
 
-def usual_optimizer(weights: Weights, teacher: Shape, batch_tokens: int) -> Optimizer:
+def usual_optimizer(weights: Weights, trained: Shape, batch_tokens: int, teacher: Shape | None = None) -> Optimizer:
     """Return the optimizer of a training whose recipe names none.
 
-    It is the first of USUAL_OPTIMIZERS whose updates take at most MOST_OF_PASSES of the operations of a step's passes,
-    both counted for a student of the teacher's shape. So it is the same for every student of a search. An update costs
-    the same whatever the batch, and what it saves in tokens must pay for it.
+    It is the first of USUAL_OPTIMIZERS whose products take at most MOST_OF_PASSES of those of a step's passes: three of
+    the model that is trained, whose backward is worth two, and one of its teacher. An update costs the same whatever
+    the batch, and what it saves in tokens must pay for it.
     """
     if weights != "float32":
         return "adamw"
-    layer = _matrices(teacher)
-    weights_used = teacher.layers * sum(map(math.prod, layer)) + teacher.hidden * teacher.vocab
-    passes = 2 * PASSES * weights_used * batch_tokens
+    passes = 2 * batch_tokens * (3 * _multiplied(trained) + (_multiplied(teacher) if teacher else 0))
     for name in USUAL_OPTIMIZERS:
-        if teacher.layers * sum(map(OPTIMIZERS[name].flops, layer)) <= MOST_OF_PASSES * passes:
+        if trained.layers * sum(map(OPTIMIZERS[name].flops, _matrices(trained))) <= MOST_OF_PASSES * passes:
             return name
     raise AssertionError("AdamW has no products")
+
+
+def _multiplied(shape: Shape) -> int:
+    """Return the number of weights that a token is multiplied by."""
+    return shape.layers * sum(map(math.prod, _matrices(shape))) + shape.hidden * shape.vocab
 
 
 def _matrices(shape: Shape) -> list[tuple[int, int]]:
