@@ -29,6 +29,7 @@ from minitron.distillation.schedule import ModelSize, Schedule, num_steps, resol
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, blocks_read, distill
 from minitron.evaluation.quality import measure_quality
+from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
@@ -135,7 +136,7 @@ class Bench:
     """A teacher, its text, and the runs that were made with them."""
 
     def __init__(self, model: Path, data: str, heldout: str | None, cache: Path):
-        self.teacher = open_checkpoint(model)
+        self.teacher = open_checkpoint(model_directory(str(model)))
         self.cache, self.runs = cache, cache / RUNS
         self.corpus = _corpus(self.teacher, data, heldout, cache / "data")
         self.rows = [json.loads(line) for line in self.runs.read_text().splitlines()] if self.runs.exists() else []

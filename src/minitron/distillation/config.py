@@ -66,7 +66,8 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """The optimizer. Default: soap, or adamw for weights in bfloat16."""
+    """The optimizer. Default: the first of soap, soap_light and adamw whose products take at most a quarter of
+    the operations of a step's passes, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay on matrices; vectors have none."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
@@ -102,7 +103,7 @@ class DistillConfig(Section):
 
     @property
     def optimizer_name(self) -> Optimizer:
-        """The name of the optimizer: the one that was chosen, or the default for the weights' format."""
+        """The name of the optimizer: the one that was chosen, or, before `resolve`, the largest that it may choose."""
         return self.optimizer or ("soap" if self.weights == "float32" else "adamw")
 
     @property

@@ -13,6 +13,7 @@ from minitron.distillation.config import (
     require_losses_fit,
     require_weights_fit,
 )
+from minitron.distillation.optim import OPTIMIZERS, Optimizer, Weights
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.model.architecture import Shape
 
@@ -20,6 +21,10 @@ from minitron.model.architecture import Shape
 RATE, RATE_OF_REPAIRED = 0.06, 0.03
 # Tokens of the batch that these rates suit.
 RATE_BATCH = 2048
+# The optimizers that a training takes by default, by what they reach with the same tokens.
+USUAL_OPTIMIZERS = ("soap", "soap_light", "adamw")
+# The optimizer's products may take this share of a step's passes at most: SOAP saves a tenth to a third of the tokens.
+MOST_OF_PASSES = 0.25
 # The peak of a teacher that is corrected, as a share of a plain cut's, and its warm-up, both as in P2.
 SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
 
@@ -148,10 +153,11 @@ def resolve(
     a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
     2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). The number of
-    processes does not matter.
+    processes does not matter. Optimizer: see `usual_optimizer`.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
+    given = config.optimizer
     config = resolve_without_student(config, teacher, block_tokens=block_tokens, train_tokens=train_tokens)
     assert config.tokens and config.batch_blocks
     steps = num_steps(config.tokens, config.batch_blocks, block_tokens)
@@ -166,6 +172,7 @@ def resolve(
     given_of_scratch = config.scratch_learning_rate or config.learning_rate
     return config.model_copy(
         update={
+            "optimizer": given or usual_optimizer(config.weights, student.shape, batch_tokens, teacher.shape),
             "learning_rate": rate,
             "scratch_learning_rate": given_of_scratch or _usual_rate(RATE, random, batch_tokens),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
@@ -196,7 +203,7 @@ def resolve_without_student(
             "evaluate_steps": config.evaluate_steps or max(1, steps // 10, -(-config.evaluate_blocks // batch)),
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
-            "optimizer": config.optimizer_name,
+            "optimizer": config.optimizer or usual_optimizer(config.weights, teacher.shape, batch * block_tokens),
         }
     )
     require_correction_fits(config)
@@ -214,6 +221,33 @@ def resolve_without_student(
             "correction_warmup_steps": usual_warmup if given is None else given,
         }
     )
+
+
+def usual_optimizer(weights: Weights, trained: Shape, batch_tokens: int, teacher: Shape | None = None) -> Optimizer:
+    """Return the optimizer of a training whose recipe names none.
+
+    It is the first of USUAL_OPTIMIZERS whose products take at most MOST_OF_PASSES of those of a step's passes: three of
+    the model that is trained, whose backward is worth two, and one of its teacher. An update costs the same whatever
+    the batch, and what it saves in tokens must pay for it.
+    """
+    if weights != "float32":
+        return "adamw"
+    passes = 2 * batch_tokens * (3 * _multiplied(trained) + (_multiplied(teacher) if teacher else 0))
+    for name in USUAL_OPTIMIZERS:
+        if trained.layers * sum(map(OPTIMIZERS[name].flops, _matrices(trained))) <= MOST_OF_PASSES * passes:
+            return name
+    raise AssertionError("AdamW has no products")
+
+
+def _multiplied(shape: Shape) -> int:
+    """Return the number of weights that a token is multiplied by."""
+    return shape.layers * sum(map(math.prod, _matrices(shape))) + shape.hidden * shape.vocab
+
+
+def _matrices(shape: Shape) -> list[tuple[int, int]]:
+    """Return the matrices of a layer, with a gated FFN; that of others has one less, which changes no share much."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return [(queries, shape.hidden), (keys, shape.hidden)] * 2 + [(shape.ffn, shape.hidden)] * 3
 
 
 def _usual_rate(share: float, model: ModelSize, batch_tokens: int) -> float:

@@ -10,6 +10,7 @@ axes are of several gradients, for those of one leave some sides without any: un
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,24 +34,49 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 SIDES = ("left", "right")
 
 
-def turned_sides(shape: tuple[int, ...]) -> dict[str, int]:
-    """Return the sides of a matrix along which it is turned, and their lengths."""
-    return {side: length for side, length in zip(SIDES, shape, strict=True) if length <= MOST_AXES}
+@dataclass(frozen=True)
+class Turning:
+    """How much SOAP does for the axes.
+
+    longer_sides: turn a matrix that is not square along its longer side too.
+    moment_steps: steps from one gradient that the axes' moments take in to the next.
+    axes_every: times AXES_STEPS, the steps from one change of the axes to the next, after the first one.
+    rounded: products of large matrices have inputs and results in the products' dtype, not only inputs.
+    """
+
+    longer_sides: bool = True
+    moment_steps: int = 1
+    axes_every: int = 1
+    rounded: bool = False
+
+    def sides(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """Return the sides of a matrix along which it is turned, and their lengths."""
+        most = MOST_AXES if self.longer_sides else min(MOST_AXES, *shape)
+        return {side: length for side, length in zip(SIDES, shape, strict=True) if length <= most}
+
+    def held_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the state of a turned matrix: Adam's moments, and each side's axes and second moment."""
+        squares = {
+            f"{side}_{entry}": (length, length)
+            for side, length in self.sides(shape).items()
+            for entry in ("moment", "axes")
+        }
+        return dict.fromkeys(MOMENTS, shape) | squares
+
+    def axes_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a turned matrix's state beyond AdamW's moments."""
+        return 4 * sum(math.prod(size) for name, size in self.held_shapes(shape).items() if name not in MOMENTS)
+
+    def flops(self, shape: tuple[int, ...]) -> float:
+        """Return the operations of the matrix products in an update of a matrix of a shape, in the mean over many."""
+        lengths = self.sides(shape).values()
+        turned = 2 * math.prod(shape) * sum(lengths)  # once, and as many for the moments of one gradient
+        changed = 4 * sum(length**3 for length in lengths) + 2 * turned
+        return 2 * turned + turned / self.moment_steps + changed / (self.axes_every * AXES_STEPS)
 
 
-def held_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the state of a turned matrix: Adam's moments, and each side's axes and second moment."""
-    squares = {
-        f"{side}_{entry}": (length, length)
-        for side, length in turned_sides(shape).items()
-        for entry in ("moment", "axes")
-    }
-    return dict.fromkeys(MOMENTS, shape) | squares
-
-
-def axes_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of a turned matrix's state beyond AdamW's moments."""
-    return 4 * sum(math.prod(size) for name, size in held_shapes(shape).items() if name not in MOMENTS)
+FULL = Turning()
+LIGHT = Turning(longer_sides=False, moment_steps=5, axes_every=5, rounded=True)
 
 
 class Soap(torch.optim.Optimizer):
@@ -59,19 +85,26 @@ class Soap(torch.optim.Optimizer):
     Among several processes, each holds the state of some of the turned matrices, and moves these for all.
     """
 
-    def __init__(self, groups: Iterable[Group], *, betas: tuple[float, float], dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        betas: tuple[float, float],
+        dtype: torch.dtype = torch.float32,
+        turning: Turning = FULL,
+    ):
         """Share the turned matrices out among the processes.
 
         Args:
             dtype: products of large matrices may round their inputs to it, except those that axes come from.
         """
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
-        self.dtype = dtype
+        self.dtype, self.turning = dtype, turning
         for group in self.param_groups:
             group["fused"] = not group["turned"]  # of torch's functions
         turned = [parameter for group in self.param_groups if group["turned"] for parameter in group["params"]]
         # Matrix -> the process that holds what is held of it.
-        self.holders = _shared_out(turned, parallel.joined().size)
+        self.holders = _shared_out(turned, parallel.joined().size, turning)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -132,7 +165,7 @@ class Soap(torch.optim.Optimizer):
         """Count a step of a turned matrix; the first one makes its state."""
         if parameter not in self.state:
             device = parameter.device if self.holders[parameter] == parallel.joined().rank else "meta"
-            shapes = held_shapes(tuple(parameter.shape))
+            shapes = self.turning.held_shapes(tuple(parameter.shape))
             self.state[parameter] = {"step": torch.zeros(())}
             self.state[parameter] |= {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self.state[parameter]["step"] += 1
@@ -141,21 +174,25 @@ class Soap(torch.optim.Optimizer):
         """Replace a matrix's gradient, where its state is held, by the step to subtract at a learning rate of 1."""
         if gradient.is_meta:
             return
-        state, sides = self.state[parameter], turned_sides(tuple(parameter.shape))
-        step = int(state["step"])
-        for side in sides:
-            own = gradient if side == "left" else gradient.T
-            state[f"{side}_moment"].lerp_(own @ own.T, 1 - AXES_BETA)
+        state, sides = self.state[parameter], self.turning.sides(tuple(parameter.shape))
+        step, taken = int(state["step"]), self.turning.moment_steps
+        large = self.turning.rounded and parameter.numel() >= ROUNDED_FROM
+        own = gradient.to(self.dtype) if large else gradient
+        if step <= AXES_STEPS or step % taken == 0:
+            for side in sides:
+                across = own if side == "left" else own.T
+                state[f"{side}_moment"].lerp_((across @ across.T).float(), 1 - AXES_BETA**taken)
         known = step > AXES_STEPS
-        left, right = (state[f"{side}_axes"] if known and side in sides else None for side in SIDES)
-        (slow, slower), own = group["betas"], _turned(gradient, left, right)
+        axes = [state[f"{side}_axes"].to(own.dtype) if known and side in sides else None for side in SIDES]
+        (slow, slower), own = group["betas"], _turned(own, *axes).float()
         mean, square = (state[name] for name in MOMENTS)
         mean.lerp_(own, 1 - slow)
         square.mul_(slower).addcmul_(own, own, value=1 - slower)
         change = mean / square.sqrt().div_((1 - slower**step) ** 0.5).add_(EPSILON)
-        back = (None if axes is None else axes.T for axes in (left, right))
-        gradient.copy_(_turned(change, *back).div_(1 - slow**step))
-        if step % AXES_STEPS == 0:
+        if large:
+            change = change.to(self.dtype)
+        gradient.copy_(_turned(change, *(None if side is None else side.T for side in axes))).div_(1 - slow**step)
+        if step == AXES_STEPS or step % (self.turning.axes_every * AXES_STEPS) == 0:
             self._follow(state, sides, first=step == AXES_STEPS)
 
     @staticmethod
@@ -175,10 +212,10 @@ class Soap(torch.optim.Optimizer):
         square.copy_(_turned(square, *(None if change is None else change.square() for change in (left, right))))
 
 
-def _shared_out(matrices: Iterable[Tensor], processes: int) -> dict[Tensor, int]:
+def _shared_out(matrices: Iterable[Tensor], processes: int, turning: Turning) -> dict[Tensor, int]:
     """Share the matrices out so that all processes hold about as much: the largest first, each to the emptiest."""
     loads, found = [0] * processes, {}
-    sizes = {matrix: sum(map(math.prod, held_shapes(tuple(matrix.shape)).values())) for matrix in matrices}
+    sizes = {matrix: sum(map(math.prod, turning.held_shapes(tuple(matrix.shape)).values())) for matrix in matrices}
     for matrix in sorted(sizes, key=lambda matrix: -sizes[matrix]):
         found[matrix] = loads.index(min(loads))
         loads[found[matrix]] += sizes[matrix]
