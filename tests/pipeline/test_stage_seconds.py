@@ -10,7 +10,6 @@ from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.estimate import estimate
 from minitron.pipeline.probe import Modelled, ProbeSize, make_probe, probe_sizes
-from minitron.pipeline.run import run
 from minitron.pipeline.stage_seconds import ESTIMATES
 from minitron.pipeline.stages import PIPELINE
 from minitron.recipe import Recipe, build_recipe
@@ -27,7 +26,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         "prune": {"target": "60%"},
         "distill": {"tokens": 512, "evaluate_blocks": 4},
         "evaluate": {"blocks": 4, "new_tokens": 4, "speed": False},
-        "gguf": {"types": ["Q8_0"], "samples": 4, "blocks": 2},
     }
     return build_recipe(raw)
 
@@ -36,15 +34,15 @@ def test_every_stage_of_a_run_has_an_estimate() -> None:
     assert [*PIPELINE, *EXPORTERS, "report"] == [*ESTIMATES]
 
 
-def test_a_timed_estimate_names_the_stages_that_the_run_then_makes(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_timed_estimate_names_the_stages_of_the_run_and_adds_them_up(recipe: Recipe) -> None:
     found = estimate(recipe, timed=True)
     assert all(stage.seconds is not None and stage.seconds >= 0 and stage.why for stage in found.stages)
     assert found.seconds == sum(stage.seconds or 0 for stage in found.stages)
     (student,) = (stage for stage in found.stages if stage.name == "student")
     assert found.here.seconds == student.seconds and found.flops is not None
     assert found.here.flops_per_second == pytest.approx(found.flops / found.here.seconds)
-    records = run(recipe, tmp_path / "out")
-    assert [*records.stages, "report"] == [stage.name for stage in found.stages]
+    wanted = [name for name, stage in PIPELINE.items() if stage.wanted(recipe)]
+    assert [*wanted, "report"] == [stage.name for stage in found.stages]
     rows = found.to_dict()["stages"]
     assert isinstance(rows, list) and rows[0].keys() == {"name", "seconds", "why"}
 
@@ -70,7 +68,7 @@ def test_a_large_model_has_two_probes_of_one_layer_and_a_part_of_the_vocabulary(
 def test_the_default_samples_follow_from_the_sizes_alone() -> None:
     wide = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152)
     samples = usual_samples(wide, 512)
-    assert 512 * (samples - 1) < 64 * 1536 <= 512 * samples
+    assert 512 * (samples - 1) < 32 * 1536 <= 512 * samples
     assert usual_samples(wide, 8) == 1024  # the papers'
     assert CalibrateConfig().for_model(wide, 512).samples == samples
     assert CalibrateConfig(samples=3).for_model(wide, 512).samples == 3

@@ -24,7 +24,7 @@ from minitron.model.stream import Pass
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
 
 
-MOST_SAMPLES, TOKENS_OF_COLUMN = 1024, 64
+MOST_SAMPLES, TOKENS_OF_COLUMN = 1024, 32
 COLLECT = "collect them again with `minitron calibrate`"
 
 
@@ -43,7 +43,7 @@ def usual_samples(shape: Shape, block_tokens: int) -> int:
 
 class CalibrateConfig(Section):
     samples: int | None = Field(default=None, ge=1)
-    """Calibration blocks, drawn from the training split. Default: as many as hold 64 tokens for each channel of the
+    """Calibration blocks, drawn from the training split. Default: as many as hold 32 tokens for each channel of the
     widest matrix, at most the papers' 1024."""
     batch: int | None = Field(default=None, ge=1)
     """Blocks per forward call; changes speed and memory, not the statistics. Default: as many as keep the widest

@@ -46,7 +46,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print shapes, memory and cost, timed on a few layers of these sizes, and run nothing",
+        help="print shapes, memory and cost, and the time of each stage by that of a few layers; run nothing",
     )
     parser.add_argument(
         "--gpus", type=parse.count, metavar="N", help="with --dry-run: also estimate for this many GPUs"
