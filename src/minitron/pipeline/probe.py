@@ -17,7 +17,7 @@ from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.writing import write_checkpoint
 
 # A probe has as many layers, and as many rows of its vocabulary, as have about so many parameters.
-LAYER_PARAMETERS, VOCABULARY_PARAMETERS = 16_000_000, 32_000_000
+LAYER_PARAMETERS, VOCABULARY_PARAMETERS = 8_000_000, 32_000_000
 LEAST_VOCABULARY = 512
 TRAIN_BLOCKS, HELDOUT_BLOCKS = 64, 16
 WEIGHTS_RMS = 0.02

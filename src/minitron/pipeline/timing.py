@@ -44,7 +44,7 @@ TrainingKind = Literal["student", "corrected", "scratch"]
 STEP_FLOPS, STEP_FLOPS_ON_GPU = 3e11, 3e13
 LEAST_BLOCK = 64
 # The operations of the longer one of two passes over samples.
-PASS_FLOPS, PASS_FLOPS_ON_GPU = 5e11, 5e13
+PASS_FLOPS, PASS_FLOPS_ON_GPU = 2e11, 2e13
 # Steps that are timed, one of which changes SOAP's axes and one of which saves; fewer of a batch of twice the size.
 STEPS, SAVED_STEP, STEPS_OF_LARGER = 12, 6, 4
 EVALUATED_BLOCKS = 4
