@@ -24,7 +24,7 @@ from minitron.core.files import (
     scratch_directory,
 )
 from minitron.core.progress import SILENT, Listener, layer_progress
-from minitron.core.run_layout import METRICS_FILE, RECORD_FILE
+from minitron.core.run_layout import METRICS_FILE, RECORD_FILE, RunLayout
 from minitron.data.config import DataConfig
 from minitron.data.corpus import SAMPLED, draw_samples
 from minitron.data.sources import TEACHER
@@ -32,6 +32,7 @@ from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.data.writing import separator
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable
+from minitron.distillation.layouts import Budget
 from minitron.distillation.teachers import TeacherSource, require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED, Trained
 from minitron.evaluation.engines import measure_speed as measure_speed
@@ -52,10 +53,13 @@ from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import has_weights, stored_tensors
+from minitron.pipeline.budget import keep_budget, known_budget, measure_budget, require_one_length, with_budget
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
+from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
 from minitron.pipeline.stages import OF_DISTILLATION, Run, make_stages
+from minitron.pipeline.timing import Asked
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import Given, Plan, load_given
 from minitron.pruning.repair import RepairConfig, Step, needed_steps, replaces_channels, resolve_repair
@@ -129,9 +133,10 @@ def calibrate(
             told_by = separator(data, teacher.tokenizer)
             samples = Samples(parallel.broadcast(None), told_by)
             return collect.measure_statistics(teacher, samples, config.as_pass(), second_moment=config.second_moment)
+        config = config.for_model(teacher.shape, block_length(data, teacher))
         with atomic_directory(out) as partial:
-            with corpus_for(teacher, data, listener, config.samples, seed, scratch=partial) as corpus:
-                samples = draw_samples(corpus, config.samples, seed)
+            with corpus_for(teacher, data, listener, config.num_samples, seed, scratch=partial) as corpus:
+                samples = draw_samples(corpus, config.num_samples, seed)
                 parallel.broadcast(samples.tokens)
                 pass_ = config.as_pass(partial, layer_progress(listener))
                 statistics = collect.measure_statistics(teacher, samples, pass_, second_moment=config.second_moment)
@@ -165,8 +170,9 @@ def search(
     with ExitStack() as stack:
         corpus, samples, tokenizer = None, None, None
         if data is not None:
-            corpus = stack.enter_context(corpus_for(teacher, data, listener, calibration.samples))
-            samples, tokenizer = draw_samples(corpus, calibration.samples, 0), teacher.tokenizer
+            calibration = calibration.for_model(teacher.shape, block_length(data, teacher))
+            corpus = stack.enter_context(corpus_for(teacher, data, listener, calibration.num_samples))
+            samples, tokenizer = draw_samples(corpus, calibration.num_samples, 0), teacher.tokenizer
         work = stack.enter_context(scratch_directory())
         pass_ = calibration.as_pass(work, layer_progress(listener))
         if statistics_dir is not None:
@@ -273,8 +279,9 @@ def prune(
             if data is None:
                 raise DataError("this cut reads text, to score units or to repair them: give `data`")
             tokenizer = teacher.tokenizer
-            with corpus_for(teacher, data, listener, calibration.samples, scratch=partial) as corpus:
-                text = draw_samples(corpus, calibration.samples, 0)
+            num_samples = calibration.for_model(teacher.shape, block_length(data, teacher)).num_samples
+            with corpus_for(teacher, data, listener, num_samples, scratch=partial) as corpus:
+                text = draw_samples(corpus, num_samples, 0)
         if needs.statistics and statistics is None:
             assert text is not None
             statistics = collect.measure_statistics(teacher, text, pass_, second_moment=calibration.second_moment)
@@ -305,12 +312,14 @@ class Distilled:
 
     corrected: the directory of the teacher that was corrected, if it was.
     description: what `inspect` says of the student.
+    budget: how the minutes of the distillation became tokens; None where its tokens were given.
     """
 
     out: Path
     corrected: Path | None
     training: Trained
     description: Description
+    budget: Budget | None = None
 
 
 def distill(
@@ -347,11 +356,14 @@ def distill(
         )
         require_same_vocabulary(of_teacher, origin)
         require_same_tokenizer(of_teacher, origin)
+        budget = _budget_of(config, data, of_teacher, origin, work, listener)
+        config = config if budget is None else with_budget(config, budget)
         asked = Recipe(
             model=str(teacher), seed=seed, data=bounded(data, config.tokens), prune=PruneConfig(), distill=config
         )
         with RunDirectory(work, None, listener, final) as directory:
-            run = Run(directory, asked, of_teacher, origin.shape, origin=origin)
+            keep_budget(budget, directory.layout.budget)
+            run = Run(directory, asked, of_teacher, origin.shape, origin=origin, budget=budget)
             make_stages(run, OF_DISTILLATION)
             if not parallel.is_first():
                 return None
@@ -366,7 +378,23 @@ def distill(
         _forget(work)
     training = facts["training"]
     assert isinstance(training, dict)
-    return Distilled(out, final.get(CORRECTED), Trained(**training), describe(open_checkpoint(out)))
+    return Distilled(out, final.get(CORRECTED), Trained(**training), describe(open_checkpoint(out)), budget)
+
+
+def _budget_of(
+    config: DistillConfig, data: DataConfig, teacher: Checkpoint, student: Checkpoint, work: Path, listener: Listener
+) -> Budget | None:
+    """Find the tokens of a distillation that is given in minutes: those of `work`, or by a measurement."""
+    require_one_length(config)
+    if config.minutes is None:
+        return None
+    known = known_budget(RunLayout(work).budget, config.minutes)
+    if known is not None:
+        return known
+    recipe = Recipe(model=str(teacher.path), data=data, prune=PruneConfig(), distill=config)
+    models = Modelled.of(teacher), Modelled.of(student)
+    asked = Asked(recipe, *models, block_length(data, teacher), None, ("student",), trainings_only=True)
+    return measure_budget(asked, listener)
 
 
 def _keep_beside(run: Run, trained: Path) -> None:

@@ -187,7 +187,7 @@ def test_an_unknown_family_without_weights_is_refused_alone(desk: Desk) -> None:
 
 def test_a_recipe_that_ships_runs_by_its_name(desk: Desk) -> None:
     teacher = published.MODELS["Llama-3.1-8B"].write(desk.path / "model")
-    facts = desk.json("run", "llama-3.1-8b-to-4b-depth", "--set", f"model={teacher}", "--dry-run")
+    facts = desk.json("run", "llama-3.1-8b-to-4b-depth", "--set", f"model={teacher}", "--dry-run", "--gpus", "8")
     assert facts["student"]["shape"]["layers"] == 16
     assert "no recipe file nowhere.yaml" in desk.refuses("run", "nowhere.yaml")
 
@@ -372,7 +372,7 @@ def test_a_dry_run_says_what_it_would_make_and_writes_nothing(desk: Desk, verb: 
 
 
 def test_a_missing_data_option_is_noticed_on_stderr(desk: Desk) -> None:
-    code, out, err = desk.run("compress", desk.teacher, "--target-params", "60%", "--dry-run", "--json")
+    code, out, err = desk.run("compress", desk.teacher, "--target-params", "60%", "--dry-run", "--gpus", "8", "--json")
     assert code == 0 and json.loads(out)
     assert err.startswith("no --data given: using the built-in corpus")
 

@@ -88,8 +88,8 @@ DISTILL = (
 )
 EVALUATE = "evaluate {M} --data {T} --block-tokens 16 --blocks 4"
 GENERATE = "generate {M} --prompt the --new-tokens 5"
-ESTIMATE = "compress {M} --target-params 60% --tokens 1M --dry-run"
-RUN = "run {R} --dry-run"
+ESTIMATE_HERE, RUN_HERE = "compress {M} --target-params 60% --tokens 1M --dry-run", "run {R} --dry-run"
+ESTIMATE, RUN = f"{ESTIMATE_HERE} --gpus 8", f"{RUN_HERE} --gpus 8"  # which time nothing
 QUANTIZE = "quantize {M} --types Q4_K_M --no-verify --threads 1 --out {OUT}"
 SIZES = "quantize {M} --types Q4_K_M --no-verify --dry-run"
 SPEED = "speed {M}"
@@ -118,11 +118,12 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
     },
     "compress": {
         "--revision": [
-            Changes("compress me/tiny --target-params 60% --dry-run", "--revision old"),
+            Changes("compress me/tiny --target-params 60% --dry-run --gpus 8", "--revision old"),
             Refused(f"{ESTIMATE} --revision old", "--revision has an effect only with a hub id"),
         ],
-        "--target-params": [Changes("compress {M} --dry-run", "--target-params 60%", "--target-params 90%")],
+        "--target-params": [Changes("compress {M} --dry-run --gpus 8", "--target-params 60%", "--target-params 90%")],
         "--tokens": [Changes(ESTIMATE.replace("--tokens 1M ", ""), "--tokens 1M")],
+        "--minutes": [Refused(f"{ESTIMATE} --minutes 5", "distill.minutes=5 both say how long the distillation is")],
         "--seed": [
             Refused(
                 "compress {M} --target-params 60% --seed 1 --set seed=2", "--seed and --set seed=2 say the same thing"
@@ -137,29 +138,44 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         ],
         "--out": [Refused("compress {M} --target-params 60% --tokens 1K --data {T} --out {L}", "layers.json")],
         "--dry-run": [Refused("compress {M} --target-params 60% --gpus 8", GPUS)],
-        "--gpus": [Changes(ESTIMATE, "--gpus 8"), Refused("compress {M} --target-params 60% --gpus 8", GPUS)],
+        "--gpus": [
+            Changes(ESTIMATE_HERE, "--gpus 4", "--gpus 8"),
+            Refused("compress {M} --target-params 60% --gpus 8", GPUS),
+        ],
         "--gpu-teraflops": [
-            Changes(f"{ESTIMATE} --gpus 8", "--gpu-teraflops 100"),
-            Refused(f"{ESTIMATE} --gpu-teraflops 100", "--gpu-teraflops has an effect only with --dry-run and --gpus"),
+            Changes(ESTIMATE, "--gpu-teraflops 100"),
+            Refused(
+                f"{ESTIMATE_HERE} --gpu-teraflops 100",
+                "--gpu-teraflops has an effect only with --dry-run and --gpus",
+            ),
         ],
         "--utilisation": [
-            Changes(f"{ESTIMATE} --gpus 8", "--utilisation 0.1"),
-            Refused(f"{ESTIMATE} --utilisation 0.1", "--utilisation has an effect only with --dry-run and --gpus"),
+            Changes(ESTIMATE, "--utilisation 0.1"),
+            Refused(
+                f"{ESTIMATE_HERE} --utilisation 0.1",
+                "--utilisation has an effect only with --dry-run and --gpus",
+            ),
         ],
         "--set": [Changes(ESTIMATE, "--set data.block_tokens=16")],
     },
     "run": {
         "--out": [Refused("run {R} --out {L}", "layers.json")],
         "--dry-run": [Refused("run {R} --gpus 8", GPUS)],
-        "--gpus": [Changes(RUN, "--gpus 8"), Refused("run {R} --gpus 8", GPUS)],
+        "--gpus": [Changes(RUN_HERE, "--gpus 4", "--gpus 8"), Refused("run {R} --gpus 8", GPUS)],
         "--gpu-teraflops": [
-            Changes(f"{RUN} --gpus 8", "--gpu-teraflops 100"),
-            Refused(f"{RUN} --gpu-teraflops 100", "--gpu-teraflops has an effect only with --dry-run and --gpus"),
+            Changes(RUN, "--gpu-teraflops 100"),
+            Refused(
+                f"{RUN_HERE} --gpu-teraflops 100",
+                "--gpu-teraflops has an effect only with --dry-run and --gpus",
+            ),
         ],
         "--utilisation": [
-            Changes(f"{RUN} --gpus 8", "--utilisation 0.1"),
+            Changes(RUN, "--utilisation 0.1"),
             Refused("run {R} --gpus 8 --dry-run --utilisation 0", "--utilisation"),
-            Refused(f"{RUN} --utilisation 0.1", "--utilisation has an effect only with --dry-run and --gpus"),
+            Refused(
+                f"{RUN_HERE} --utilisation 0.1",
+                "--utilisation has an effect only with --dry-run and --gpus",
+            ),
         ],
         "--set": [Changes(RUN, "--set distill.tokens=9999")],
     },
@@ -385,6 +401,7 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Changes(DISTILL.replace("--tokens 64 ", ""), "--tokens 64", "--tokens 128"),
             Refused(f"{DISTILL} --set distill.tokens=99", "--tokens and --set distill.tokens=99 say the same"),
         ],
+        "--minutes": [Refused(f"{DISTILL} --minutes 5", "distill.minutes=5 both say how long the distillation is")],
         "--block-tokens": [Changes(DISTILL.replace("--block-tokens 16 ", ""), "--block-tokens 16", "--block-tokens 8")],
         "--learning-rate": [
             Changes(DISTILL, "--learning-rate 0.01"),

@@ -24,12 +24,27 @@ from minitron.model.stream import Pass
 SEQUENCE_AGGREGATES = ("mean", "l2", "variance")
 
 
+MOST_SAMPLES, TOKENS_OF_COLUMN = 1024, 32
 COLLECT = "collect them again with `minitron calibrate`"
 
 
+def usual_samples(shape: Shape, block_tokens: int) -> int:
+    """Return the default number of calibration blocks, by the sizes of the model alone.
+
+    Scores settle soon; a repair solves for a matrix's columns, and needs a multiple of them in tokens: TOKENS_OF_COLUMN
+    for each column of the widest matrix (docs/log). The speed of the machine has no say, so that a recipe gives the
+    same student everywhere.
+
+    Paper: P1 and P2 use 1024 samples, which is the most.
+    """
+    columns = max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
+    return min(MOST_SAMPLES, -(-TOKENS_OF_COLUMN * columns // block_tokens))
+
+
 class CalibrateConfig(Section):
-    samples: int = Field(default=1024, ge=1)
-    """Calibration blocks, drawn from the training split. The papers use 1024."""
+    samples: int | None = Field(default=None, ge=1)
+    """Calibration blocks, drawn from the training split. Default: as many as hold 32 tokens for each channel of the
+    widest matrix, at most the papers' 1024."""
     batch: int | None = Field(default=None, ge=1)
     """Blocks per forward call; changes speed and memory, not the statistics. Default: as many as keep the widest
     activations within 256 MiB, at most 8."""
@@ -38,6 +53,16 @@ class CalibrateConfig(Section):
     second_moment: bool = False
     """Also average the products of all pairs of residual channels: a hidden x hidden matrix, for about a tenth more
     time."""
+
+    def for_model(self, shape: Shape, block_tokens: int) -> "CalibrateConfig":
+        """Fill in the number of samples."""
+        return self.model_copy(update={"samples": self.samples or usual_samples(shape, block_tokens)})
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of a config that `for_model` has filled in."""
+        assert self.samples is not None
+        return self.samples
 
     def as_pass(
         self, scratch: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None

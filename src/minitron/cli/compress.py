@@ -16,6 +16,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_target(parser, required=True)
     options.add_data(parser, blocks=False)
     options.add_key(parser, "distill.tokens", "--tokens", type=parse.count, metavar="N", more="Such as 20M.")
+    options.add_key(parser, "distill.minutes", "--minutes", type=parse.positive, metavar="N")
     options.add_seed(parser)
     parser.add_argument("--out", type=parse.path, metavar="DIR", help="run directory; default runs/NAME-TARGET")
     add_dry_run(parser)

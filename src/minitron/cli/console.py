@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from minitron.core.errors import MinitronError
+from minitron.core.progress import Pace
+from minitron.core.text import duration
 
 
 def open_streams() -> None:
@@ -92,8 +94,7 @@ class Console:
     def __init__(self, args: argparse.Namespace, *, prints: bool = True):
         self.json, self.quiet, self.prints = args.json, args.quiet or not prints, prints
         self._started = time.monotonic()  # of the stage
-        self._since = time.monotonic()  # of what is being counted: a stage may count several things in turn
-        self._done = 0
+        self._pace = Pace()  # of what is being counted: a stage may count several things in turn
         self._stage = ""
         self._logged = 0.0
         self._bar: Any = None
@@ -101,8 +102,8 @@ class Console:
     def stage(self, name: str, state: str) -> None:
         self.close()
         if state == "running":
-            self._stage, self._done = name, 0
-            self._started = self._since = self._logged = time.monotonic()
+            self._stage, self._pace = name, Pace()
+            self._started = self._logged = time.monotonic()
             self.note(f"{name} ...")
         else:
             took = f" ({time.monotonic() - self._started:.1f} s)" if state == "done" else ""
@@ -111,17 +112,19 @@ class Console:
     def progress(self, done: int, total: int, note: str = "") -> None:
         if self.quiet:
             return
-        if done < self._done:
-            self._since = time.monotonic()
-        self._done = done
+        self._pace.report(done, time.monotonic())
         if sys.stderr.isatty():
             self._draw(done, total, note)
         elif time.monotonic() - self._logged >= self.LOG_SECONDS:
             self._logged = time.monotonic()
-            if total == 0:
-                return self.note(f"{self._stage}: {done:,} {note}")
-            left = (time.monotonic() - self._since) * (total - done) / done
-            self.note(f"{self._stage}: {done}/{total} {note}, {left:.0f} s left")
+            counted = f"{done:,} {note}" if total == 0 else f"{done}/{total} {note}"
+            left = self._left(total)
+            self.note(f"{self._stage}: {counted}" + (f", {left}" if left else ""))
+
+    def _left(self, total: int) -> str:
+        """Say how long the rest takes at the recent speed; empty where that is not known yet, or there is no end."""
+        seconds = self._pace.seconds_left(total) if total else None
+        return "" if seconds is None else f"{duration(seconds)} left"
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -144,13 +147,12 @@ class Console:
 
     def _draw(self, done: int, total: int, note: str) -> None:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         if self._bar is None:
-            columns = (TextColumn(self._stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(
-                *columns, TextColumn("{task.description}"), console=RichConsole(stderr=True), transient=True
-            )
+            texts = TextColumn("{task.fields[left]}"), TextColumn("{task.description}")
+            columns = (TextColumn(self._stage), BarColumn(), MofNCompleteColumn(), *texts)
+            self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
             self._bar.start()
-            self._bar.add_task("", total=total or None)
-        self._bar.update(0, completed=done, total=total or None, description=note)
+            self._bar.add_task("", total=total or None, left="")
+        self._bar.update(0, completed=done, total=total or None, description=note, left=self._left(total))

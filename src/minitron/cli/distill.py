@@ -16,6 +16,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_data(parser)
     options.add_key(parser, "distill.tokens", "--tokens", type=parse.count, metavar="N", more="Such as 20M.")
+    options.add_key(parser, "distill.minutes", "--minutes", type=parse.positive, metavar="N")
     options.add_key(parser, "distill.learning_rate", "--learning-rate", type=float, metavar="RATE")
     options.add_set(parser, "data", "distill")
     options.add_seed(parser)
@@ -30,8 +31,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if made is None:
         return  # the first of several processes speaks
     text = f"student after {made.training.tokens:,} tokens: {args.out}"
+    budget = {} if made.budget is None else {"budget": made.budget.model_dump()}
     corrected = {"corrected": str(made.corrected)} if made.corrected else {}
     facts = {"out": str(made.out)} | corrected | made.description.to_dict() | {"training": asdict(made.training)}
+    facts |= budget
     console.result(facts, text + (f"\ncorrected teacher: {made.corrected}" if made.corrected else ""))
 
 

@@ -44,7 +44,9 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     from minitron.pipeline.estimate import Gpus
 
     parser.add_argument(
-        "--dry-run", action="store_true", help="print shapes, memory and cost from config.json alone, and run nothing"
+        "--dry-run",
+        action="store_true",
+        help="print shapes, memory and cost, and the time of each stage by that of a few layers; run nothing",
     )
     parser.add_argument(
         "--gpus", type=parse.count, metavar="N", help="with --dry-run: also estimate for this many GPUs"
@@ -74,12 +76,20 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: Console) -> None:
     """Run a recipe, or print its shapes and cost with --dry-run."""
+    from minitron.gguf.source import model_directory
+    from minitron.model.checkpoint import open_config
+    from minitron.pipeline.budget import with_budget
     from minitron.pipeline.estimate import Gpus, estimate
-    from minitron.pipeline.run import run
+    from minitron.pipeline.run import budget_of, run
 
     if not args.dry_run:
         return show_run(run(recipe, out, console), console)
-    found = estimate(recipe, Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None)
+    gpus = Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None
+    teacher = open_config(model_directory(recipe.model, recipe.revision, config_only=True))
+    budget = budget_of(recipe, teacher, out, console)
+    if budget is not None:
+        recipe = recipe.model_copy(update={"distill": with_budget(recipe.distill, budget)})
+    found = estimate(recipe, gpus, timed=gpus is None)
     console.result(found.to_dict(), "\n".join(estimate_lines(found)))
 
 
@@ -128,7 +138,21 @@ def estimate_lines(found: "Estimate") -> list[str]:
         f"memory while distilling: {size(found.training_bytes)} for weights, gradients and optimizer, "
         "and activations on top",
     ]
-    return lines + (_cost_lines(found) if tokens else [])
+    return lines + (_cost_lines(found) if tokens else []) + _stage_lines(found)
+
+
+def _stage_lines(found: "Estimate") -> list[str]:
+    """Describe the seconds of each stage on this machine, and their sum."""
+    from minitron.core.text import duration
+
+    if not found.stages:
+        return []
+    rows = [(one.name, "?" if one.seconds is None else duration(one.seconds), one.why) for one in found.stages]
+    unknown = [one.name for one in found.stages if one.seconds is None]
+    rows.append(("in all", duration(found.seconds), f"without {', '.join(unknown)}" if unknown else ""))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    told = [f"  {name.ljust(widths[0])}  {took.rjust(widths[1])}  {why}".rstrip() for name, took, why in rows]
+    return ["on this machine, by a few seconds of each stage's work on layers of these sizes:", *told]
 
 
 def _model_lines(name: str, model: "Description", context: int) -> list[str]:
@@ -150,12 +174,13 @@ def _cost_lines(found: "Estimate") -> list[str]:
 
     here, gpus = found.here, found.gpus
     assert found.distill_flops is not None and here.seconds is not None
+    how = "an assumed" if not found.stages else "measured:"
     lines = [f"all of distillation: {flops(found.distill_flops)}"]
     if found.correction_tokens:
         more = flops(found.correction_flops or 0)
         lines.append(f"correction of the teacher: {found.correction_tokens:,} tokens at most, {more} more")
     lines.append(
-        f"on this machine: {duration(here.seconds)} at {flops(here.flops_per_second)}/s, an assumed "
+        f"on this machine: {duration(here.seconds)} at {flops(here.flops_per_second)}/s, {how} "
         f"{here.utilisation:.0%} of what a large matrix product reaches here"
     )
     if gpus is not None:

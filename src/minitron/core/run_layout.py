@@ -70,6 +70,11 @@ class RunLayout:
         return self.out / "student" / "README.md"
 
     @property
+    def budget(self) -> Path:
+        """The tokens that the minutes of a distillation have become."""
+        return self.out / "budget.json"
+
+    @property
     def lock(self) -> Path:
         return self.out / ".lock"
 

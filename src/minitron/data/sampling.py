@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minitron.core.device import pick_device
 from minitron.core.errors import CheckpointError, DataError
+from minitron.core.progress import Pace
 from minitron.core.reading import read_rows
 from minitron.data.config import DataConfig
 from minitron.data.sources import keyed
@@ -210,13 +211,14 @@ class _Goal:
 
     def progress(self, report: Callable[[int, int, str], None]) -> Callable[[int], None]:
         """The function that `sample_batch` tells the tokens drawn so far, and which reports the training tokens."""
-        clock, first, done = time.monotonic(), self.drawn, 1
+        pace, done = Pace(), 1
 
         def drawn(of_batch: int) -> None:
             nonlocal done  # it never falls, though the training tokens of a batch are only known at its end
             done = max(done, min(self.train + round(of_batch * self.train_share), self.tokens))
-            speed = (self.drawn + of_batch - first) / (time.monotonic() - clock)
-            report(done, self.tokens, f"tokens sampled, {speed:,.0f} a second")
+            pace.report(self.drawn + of_batch, time.monotonic())
+            speed = "" if pace.per_second is None else f", {pace.per_second:,.0f} a second"
+            report(done, self.tokens, f"tokens sampled{speed}")
 
         return drawn
 

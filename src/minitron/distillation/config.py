@@ -25,6 +25,9 @@ Weight = Annotated[float, Field(gt=0)]
 class DistillConfig(Section):
     tokens: int | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Length in minutes of wall time, instead of `tokens`: the tokens follow from a speed that is measured once, before
+    anything else, and are kept. On a machine that has become slower since, the distillation takes longer."""
     loss: LossName | dict[LossName, Weight] = "forward_kl"
     """The loss between the student's and the teacher's logits, or a mixture with weights, such as {forward_kl: 1, mse:
     0.1}."""

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from minitron.core.layouts import Amount, Count, FileName, Finite, Layout, Positive
+from minitron.core.text import count
 from minitron.core.typed_files import FileKind
 
 
@@ -40,12 +41,27 @@ class TrainingFacts(Layout):
     tokens: Count
 
 
+class Budget(Layout):
+    """budget.json tells how the minutes of a distillation became tokens: at the speed that was measured before it."""
+
+    minutes: Annotated[float, Field(gt=0)]
+    tokens_per_second: Annotated[float, Field(gt=0)]
+    tokens: Positive
+
+    def __str__(self) -> str:
+        """Say what the minutes have become."""
+        speed, tokens = count(self.tokens_per_second), count(self.tokens)
+        return f"{self.minutes:g} minutes at a measured {speed} tokens/s: {tokens} tokens"
+
+
 class TrainedStage(Layout):
     """The result of the stages corrected, student and scratch."""
 
     training: TrainingFacts
+    budget: Budget | None = None
 
 
+BUDGET = FileKind("the budget of a distillation", TypeAdapter(Budget))
 LOGGED = FileKind("a row of metrics", TypeAdapter(Logged))
 LESSONS = FileKind("the description of recorded logits", TypeAdapter(LessonsFacts))
 

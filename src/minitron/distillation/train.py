@@ -16,7 +16,7 @@ from minitron.core import parallel
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.errors import Interrupted, MinitronError
 from minitron.core.interrupts import graceful_stop
-from minitron.core.progress import SILENT, Listener
+from minitron.core.progress import SILENT, Listener, Pace
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.hidden_loss import share_at
@@ -150,7 +150,7 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     states = States(training.work, student, optimizer, *sizes, listener.warn, extra, holders)
     step, seen_tokens = states.resume()
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
-    start, first = time.monotonic(), step
+    start, pace = time.monotonic(), Pace()
 
     def reached(heldout_loss: float) -> bool:
         return config.stop_at_loss is not None and heldout_loss <= config.stop_at_loss
@@ -223,8 +223,9 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
                 raise Interrupted(
                     f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
                 )
-            speed = (step - first) * batch.tokens.numel() / (time.monotonic() - start)
-            listener.progress(step, steps, f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            pace.report(seen_tokens, time.monotonic())
+            speed = "" if pace.per_second is None else f", {pace.per_second:,.0f} tokens/s"
+            listener.progress(step, steps, f"loss {loss:.3f}{speed}")
     return _Made(student, teacher, checkpoint, step, seen_tokens, time.monotonic() - start)
 
 

@@ -8,7 +8,6 @@ causal mask hides is not computed, and the rest is a few large products.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,19 +33,21 @@ def use_in(model: Any) -> None:
 
 def attend(
     module: torch.nn.Module,
-    query: Float[Tensor, "blocks heads tokens channels"],
-    key: Float[Tensor, "blocks kv_heads all_tokens channels"],
-    value: Float[Tensor, "blocks kv_heads all_tokens channels"],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **others: Any,
-) -> tuple[Float[Tensor, "blocks tokens heads channels"], None]:
-    """Return the output of attention, with the signature of transformers' attention functions.
+) -> tuple[Tensor, None]:
+    """Return the output of attention [blocks, tokens, heads, channels], as transformers' attention functions do.
 
     Whole blocks in bfloat16 on a CPU are computed here, everything else by torch's fused attention.
 
     Args:
+        query: [blocks, heads, tokens, channels].
+        key, value: [blocks, kv_heads, tokens, channels], with more tokens where a cache holds some.
         attention_mask: True where a token is seen; None for all tokens up to each token itself.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -67,16 +68,13 @@ def attend(
     return by_products(scaled.to(dtype), key.to(dtype), value.to(dtype), attention_mask), None
 
 
-def by_products(
-    query: Float[Tensor, "blocks heads tokens channels"],
-    key: Float[Tensor, "blocks kv_heads tokens channels"],
-    value: Float[Tensor, "blocks kv_heads tokens channels"],
-    seen: Bool[Tensor, "blocks 1 tokens tokens"] | None = None,
-) -> Float[Tensor, "blocks tokens heads channels"]:
-    """Return the causal attention of queries that are already scaled.
+def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Return the causal attention of queries that are already scaled: [blocks, tokens, heads, channels].
 
     Args:
-        seen: which tokens each token sees, never a later one; None for all tokens up to itself.
+        query: [blocks, heads, tokens, channels].
+        key, value: [blocks, kv_heads, tokens, channels].
+        seen: [blocks, 1, tokens, tokens], which tokens each token sees, never a later one; None for all tokens up to itself.
     """
     heads, tokens, kv_heads = query.shape[1], query.shape[2], key.shape[1]
     size = min(max(tokens // 4, LEAST_PART), MOST_PART)

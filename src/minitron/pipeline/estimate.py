@@ -1,6 +1,6 @@
 """The shapes and the cost of a run, estimated from the teacher's config.json alone: no text or weight is read."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from minitron.core.device import compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
@@ -11,6 +11,7 @@ from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import ModelConfig, open_config
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
 from minitron.pipeline.run import resolve_recipe
+from minitron.pipeline.stage_seconds import StageSeconds, stage_seconds
 from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
@@ -52,6 +53,7 @@ class Estimate:
     correction_tokens: tokens that a corrected teacher reads, at most.
     training_bytes: weights, gradients and optimizer, without activations.
     gpus: the GPUs of the estimate, with the seconds and the bytes on each.
+    stages: the seconds of each stage on this machine, where its work was timed.
     """
 
     teacher: Description
@@ -69,6 +71,12 @@ class Estimate:
     training_bytes: int
     here: Here
     gpus: Gpus | None = None
+    stages: tuple[StageSeconds, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all stages that are known, on this machine."""
+        return sum(stage.seconds or 0.0 for stage in self.stages)
 
     @property
     def flops(self) -> int | None:
@@ -88,7 +96,7 @@ class Estimate:
     def to_dict(self) -> dict[str, object]:
         """Return the estimate as `--dry-run --json` prints it."""
         facts = vars(self) | {"teacher": self.teacher.to_dict(), "student": self.student.to_dict()}
-        facts |= {"here": asdict(self.here)}
+        facts |= {"here": asdict(self.here), "stages": [asdict(stage) for stage in self.stages]}
         del facts["gpus"]
         if self.gpus is None:
             return facts
@@ -96,8 +104,11 @@ class Estimate:
         return facts | {"gpus": asdict(self.gpus) | costs}
 
 
-def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
+def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False) -> Estimate:
     """Estimate a run: exact shapes, parameters and bytes of both models, then tokens, operations, time and memory.
+
+    With `timed` the work of each stage is done for some seconds on a few layers of the real sizes, and `here` holds the
+    speed that the trainings then have; else it is a share of a large matrix product's.
 
     A training step of the student costs three forward passes: one forward, and two for the gradients of backward. So
     does a step of a teacher that is corrected; in parallel, its forward pass is the one that the student learns from.
@@ -106,7 +117,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
     recipe, shape = resolve_recipe(recipe, teacher)
     student = describe_shape(teacher.architecture, teacher.config, shape, teacher.written_dtype)
     block_tokens = block_length(recipe.data, teacher)
-    calibration_tokens, tokens = recipe.calibrate.samples * block_tokens, recipe.distill.tokens
+    calibration_tokens, tokens = recipe.calibrate.num_samples * block_tokens, recipe.distill.tokens
     forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)
     step = 3 * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
     rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
@@ -125,7 +136,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
         held += 2 * teacher.parameters.total
     if correction == "before":
         held = max(held, _of_teacher(teacher, recipe.distill.optimizer_name, "float32"))
-    return Estimate(
+    found = Estimate(
         teacher=describe(teacher),
         student=student,
         context=block_tokens,
@@ -142,6 +153,20 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None) -> Estimate:
         here=Here(rate, UTILISATION, (flops + corrected_flops) / rate if flops else None),
         gpus=gpus,
     )
+    if not timed:
+        return found
+    stages = tuple(stage_seconds(recipe, teacher, shape))
+    return replace(found, stages=stages, here=_as_timed(found, stages))
+
+
+def _as_timed(found: Estimate, stages: tuple[StageSeconds, ...]) -> Here:
+    """Return the speed of the trainings that the stages' seconds are of."""
+    trainings = [stage.seconds for stage in stages if stage.name in ("corrected", "student")]
+    seconds = sum(one or 0.0 for one in trainings)
+    if found.flops is None or not seconds:
+        return found.here
+    speed = found.flops / seconds
+    return Here(speed, found.here.utilisation * speed / found.here.flops_per_second, seconds)
 
 
 def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> int:

@@ -7,17 +7,29 @@ from minitron.core import parallel
 from minitron.core.device import settle_precision
 from minitron.core.files import prove_directory
 from minitron.core.progress import SILENT, Listener
+from minitron.core.run_layout import RunLayout
 from minitron.data.sources import BUILTIN, TEACHER, local_path
 from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
+from minitron.distillation.layouts import Budget
 from minitron.evaluation.generate import prompt_of
 from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from minitron.pipeline.budget import (
+    keep_budget,
+    known_budget,
+    measure_budget,
+    require_one_length,
+    with_budget,
+    with_guess,
+)
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
+from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import Run, export_student, make_stages, plan_benchmarks
+from minitron.pipeline.timing import Asked
 from minitron.pruning.given import given_layers
 from minitron.pruning.repair import replaces_channels, resolve_repair
 from minitron.pruning.steps import choice_left
@@ -63,16 +75,43 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
             exporter.require()
     teacher = open_checkpoint(model_directory(recipe.model, recipe.revision))
     tokenizer = teacher.tokenizer
+    budget = budget_of(recipe, teacher, out, listener)
+    if budget is not None:
+        recipe = recipe.model_copy(update={"distill": with_budget(recipe.distill, budget)})
     recipe, shape = resolve_recipe(recipe, teacher)
     for prompt in recipe.evaluate.prompts:
         prompt_of(tokenizer, prompt, teacher.config.get("max_position_embeddings"), rows=teacher.shape.vocab)
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as directory:
-        run = Run(directory, recipe, teacher, shape, benchmarks)
+        keep_budget(budget, directory.layout.budget)
+        run = Run(directory, recipe, teacher, shape, benchmarks, budget=budget)
         make_stages(run)
         for name, exporter in EXPORTERS.items():
             if exporter.wanted(run.recipe):
                 export_student(run, name)
+
+
+def budget_of(
+    recipe: Recipe, teacher: Checkpoint | ModelConfig, out: Path, listener: Listener = SILENT
+) -> Budget | None:
+    """Find the tokens of a run whose distillation is given in minutes: those of its directory, or by a measurement.
+
+    Raises: MinitronError for tokens beside the minutes, and where they cannot be measured.
+    """
+    require_one_length(recipe.distill)
+    minutes = recipe.distill.minutes
+    if minutes is None:
+        return None
+    known = known_budget(RunLayout(out).budget, minutes)
+    if known is not None:
+        return known
+    guess = recipe.model_copy(update={"distill": with_guess(recipe.distill)})
+    resolved, shape = resolve_recipe(guess, teacher)
+    block_tokens = block_length(recipe.data, teacher)
+    timed = resolved.model_copy(update={"distill": recipe.distill})
+    models = Modelled.of(teacher), Modelled.of(teacher, shape)
+    asked = Asked(timed, *models, block_tokens, None, ("student",), trainings_only=True)
+    return measure_budget(asked, listener)
 
 
 def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[Recipe, Shape]:
@@ -93,7 +132,8 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
     require_choice_effects(recipe, left)
     basis = replaces_channels(repair.steps) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
     block_tokens = block_length(recipe.data, teacher)
-    tokens = recipe.distill.tokens and max(recipe.distill.tokens, recipe.calibrate.samples * block_tokens)
+    calibrate = recipe.calibrate.for_model(teacher.shape, block_tokens)
+    tokens = recipe.distill.tokens and max(recipe.distill.tokens, calibrate.num_samples * block_tokens)
     of_run = bounded(recipe.data, tokens)
     return recipe.model_copy(
         update={
@@ -112,7 +152,7 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
             "evaluate": recipe.evaluate.model_copy(
                 update={"tasks_dir": recipe.evaluate.tasks_dir and _whole_path(recipe.evaluate.tasks_dir)}
             ),
-            "calibrate": recipe.calibrate.model_copy(
+            "calibrate": calibrate.model_copy(
                 update={
                     "precision": settle_precision(recipe.calibrate.precision),
                     "second_moment": recipe.calibrate.second_moment or basis,

@@ -23,6 +23,7 @@ from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
 from minitron.data.writing import source_files
 from minitron.distillation.config import DistillConfig
+from minitron.distillation.layouts import Budget
 from minitron.distillation.recording import DEFAULT_TOP_K, LESSONS_INDEX, record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
 from minitron.distillation.state import forget_states
@@ -69,6 +70,7 @@ class Run:
     benchmarks: what the evaluations measure besides text; None in processes other than the first.
     origin: a student that exists already; None where it is cut from the teacher.
     models: name -> the checkpoints to evaluate.
+    budget: how the minutes of the distillation became tokens; None where its tokens were given.
     """
 
     directory: RunDirectory
@@ -78,6 +80,7 @@ class Run:
     benchmarks: TaskPlan | None = None
     origin: Checkpoint | None = None
     models: dict[str, Path] = field(default_factory=dict)
+    budget: Budget | None = None
     corpus: Corpus = field(init=False)
     statistics: Statistics = field(init=False)
     pruner: Pruner = field(init=False)
@@ -172,7 +175,7 @@ def collect_statistics(run: Run) -> None:
     config, seed, directory = run.recipe.calibrate, run.recipe.seed, run.directory
 
     def collect(scratch: Path | None = None) -> Statistics:
-        samples = draw_samples(run.corpus, config.samples, seed)
+        samples = draw_samples(run.corpus, config.num_samples, seed)
         pass_ = config.as_pass(scratch, layer_progress(run.listener))
         return measure_statistics(run.teacher, samples, pass_, second_moment=config.second_moment)
 
@@ -196,7 +199,7 @@ def _pruner(run: Run) -> Pruner:
     """Make the pruner of the run, which also cuts a search's candidates."""
     recipe = run.recipe
     assert recipe.repair.steps is not None, "resolve fills them in"
-    samples = draw_samples(run.corpus, recipe.calibrate.samples, recipe.seed)
+    samples = draw_samples(run.corpus, recipe.calibrate.num_samples, recipe.seed)
     pass_ = recipe.calibrate.as_pass(progress=layer_progress(run.listener))
     scoring = Scoring(recipe.prune, samples, pass_, run.teacher.tokenizer)
     return Pruner(run.teacher, scoring, recipe.repair.steps, run.statistics)
@@ -438,7 +441,8 @@ def _train(
             corrected = layout.stage(CORRECTED)
             shutil.rmtree(corrected, ignore_errors=True)  # of a run that was killed just here
             (state / CORRECTED).rename(corrected)
-        return describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
+        facts = describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
+        return facts | ({"budget": run.budget.model_dump()} if name == "student" and run.budget is not None else {})
 
     made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=named, assist=learn)
     if parallel.is_first():

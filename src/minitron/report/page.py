@@ -273,6 +273,8 @@ def training(records: RunRecords) -> str:
         f"{count(last.tokens)} tokens in all. The held-out points use the first {count(recipe.evaluate_blocks)} "
         "held-out blocks, or all if there are fewer; the result table may use another number."
     )
+    if (budget := records.results.student.budget) is not None:
+        note += f" The length was given as time: {budget}."
     if recipe.correction is not None:
         when = ", as it was at each step" if recipe.correction == "parallel" else ""
         note += f" The loss is against the corrected teacher{when}."

@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minitron.evaluation.tasks.packing import Tree
+from minitron.model import attention
 
 # Branches of fewer nodes than these are computed together. On a GPU a tree is one block: the starts of many small
 # kernels would take longer than the products that they save.
 LEAST_NODES = 64
 _BLOCKS: ContextVar["Sequence[Block]"] = ContextVar("blocks")  # of the call that runs: some families pass no options on
 _IN_BLOCKS = "minitron-tree"
-_WHOLE = "sdpa"  # the attention whose calls are divided
+_WHOLE = ("sdpa", attention.NAME)  # the attention whose calls are divided
 
 Range = tuple[int, int]
 Queries = Float[Tensor, "batch heads tokens head_dim"]
@@ -91,7 +91,8 @@ def _parts(ends: Sequence[int], start: int, stop: int) -> list[Range]:
 @contextmanager
 def in_blocks(model: Any, blocks: Sequence[Block]) -> Iterator[None]:
     """In the block, a model's attention is computed in `blocks`, if it is one that can be divided."""
-    if len(blocks) < 2 or model.config._attn_implementation != _WHOLE:
+    whole = model.config._attn_implementation
+    if len(blocks) < 2 or whole not in _WHOLE:
         yield
         return
     token = _BLOCKS.set(blocks)
@@ -99,7 +100,7 @@ def in_blocks(model: Any, blocks: Sequence[Block]) -> Iterator[None]:
     try:
         yield
     finally:
-        model.config._attn_implementation = _WHOLE
+        model.config._attn_implementation = whole
         _BLOCKS.reset(token)
 
 
@@ -117,7 +118,7 @@ def _attention(
         start, stop = block.nodes
         mask = None if block.causal else _columns(attention_mask[:, :, start:stop], block.keys, -1)
         keys, values = _columns(key, block.keys, -2), _columns(value, block.keys, -2)
-        parts.append(sdpa_attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
+        parts.append(attention.attend(module, query[:, :, start:stop], keys, values, mask, **options)[0])
     return torch.cat(parts, 1), None
 
 
