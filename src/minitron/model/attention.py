@@ -74,7 +74,7 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
     Args:
         query: [blocks, heads, tokens, channels].
         key, value: [blocks, kv_heads, tokens, channels].
-        seen: [blocks, 1, tokens, tokens], which tokens each token sees, never a later one; None for all tokens up to itself.
+        seen: [blocks, 1, tokens, tokens], which tokens each token sees, never a later one; None for all up to itself.
     """
     heads, tokens, kv_heads = query.shape[1], query.shape[2], key.shape[1]
     size = min(max(tokens // 4, LEAST_PART), MOST_PART)
