@@ -170,7 +170,7 @@ def test_resolve_fills_every_default_by_its_rule(
     config = resolved(DistillConfig(), shape, shape, block_tokens=block, train_tokens=tokens)
     left_open = {name for name, value in config if value is None}
     correction = {"correction", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"}
-    assert left_open == {"top_k", "stop_at_loss", *correction} and config.precision != "auto"
+    assert left_open == {"top_k", "minutes", "stop_at_loss", *correction} and config.precision != "auto"
     assert (config.tokens, config.learning_rate, config.batch_blocks) == (tokens, rate, batch)
     assert config.min_learning_rate == pytest.approx(rate / 10)
     assert config.warmup_steps == warmup
