@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainings import Heard, resolved, training
 
+from minitron.core.device import pick_device
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
 from minitron.data.corpus import Corpus, batch_rows, next_rows
 from minitron.distillation.config import DistillConfig
@@ -179,10 +180,20 @@ def test_resolve_fills_every_default_by_its_rule(
     assert resolved(config, shape, shape, block_tokens=block, train_tokens=1) == config
 
 
+def test_a_long_training_on_a_cpu_with_a_compiler_is_compiled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_compiled(tokens: int) -> bool | None:
+        return resolved(DistillConfig(), *bench.shapes, block_tokens=BLOCK, train_tokens=tokens).compile
+
+    monkeypatch.setenv("CXX", sys.executable)  # some program that is there
+    assert (is_compiled(10**6), is_compiled(10**10)) == (False, pick_device().type == "cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert is_compiled(10**10) is False
+
+
 def test_resolve_keeps_what_is_given(bench: Bench) -> None:
     given = CONFIG.model_copy(
         update={"min_learning_rate": 0.0, "warmup_steps": 0, "scratch_learning_rate": 0.5, "intermediate": "p1"}
-        | {"optimizer": "adamw"}
+        | {"optimizer": "adamw", "compile": False}
     )
     assert resolved(given, *bench.shapes, block_tokens=BLOCK, train_tokens=1) == given
 

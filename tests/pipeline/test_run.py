@@ -174,7 +174,12 @@ def test_the_same_command_again_skips_everything(finished: Path) -> None:
 def test_the_stored_recipe_is_resolved_and_makes_the_same_student_again(finished: Path, tmp_path: Path) -> None:
     stored = load_recipe(finished / "recipe.yaml")
     correction = {"correction", "correction_tokens", "correction_learning_rate", "correction_warmup_steps"}
-    assert {name for name, value in stored.distill if value is None} == {"top_k", "minutes", "stop_at_loss", *correction}
+    assert {name for name, value in stored.distill if value is None} == {
+        "top_k",
+        "minutes",
+        "stop_at_loss",
+        *correction,
+    }
     assert "auto" not in (stored.calibrate.precision, stored.distill.precision)
     again = run(stored, tmp_path / "again")
     assert load_recipe(tmp_path / "again" / "recipe.yaml") == stored

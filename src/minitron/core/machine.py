@@ -3,6 +3,8 @@
 import os
 import platform
 import resource
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,6 +86,16 @@ def _best_seconds(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def compiler_command() -> str:
+    """Return the command by which torch.compile calls a C++ compiler; it may be missing."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def has_compiler() -> bool:
+    """Return whether torch.compile can make code for a CPU here."""
+    return shutil.which(compiler_command()) is not None
 
 
 def hardware() -> dict[str, str | int]:

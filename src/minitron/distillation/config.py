@@ -79,8 +79,9 @@ class DistillConfig(Section):
     """Largest global gradient norm."""
     activation_checkpointing: bool = False
     """Keep only the hidden states for the backward pass, and compute the rest again, which takes a third more time."""
-    compile: bool = False
-    """Compile the layers of both models and the loss with torch.compile: a minute at the start, and shorter steps."""
+    compile: bool | None = None
+    """Compile the layers of both models and the loss with torch.compile: up to a minute at the start, and shorter
+    steps. Default: on a CPU with a C++ compiler, where the training is long enough to win the minute back."""
     weights: Weights = "float32"
     """Format of the student's weights in training: with gradient and optimizer a parameter takes 16 bytes in float32,
     10 in bfloat16 with Kahan summation and 8 with stochastic rounding, both with matrix products in bfloat16."""
@@ -112,7 +113,9 @@ class DistillConfig(Section):
     @property
     def objective(self) -> Objective:
         terms: Mapping[str, float] = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
-        return Objective(terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail, self.compile)
+        return Objective(
+            terms, self.temperature, self.jensen_shannon_beta, self.top_k, self.top_k_tail, bool(self.compile)
+        )
 
 
 def require_correction_fits(config: DistillConfig) -> None:

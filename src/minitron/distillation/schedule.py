@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from minitron.core.device import settle_precision
+from minitron.core.device import pick_device, settle_precision
 from minitron.core.errors import MinitronError
+from minitron.core.machine import has_compiler
 from minitron.distillation.config import (
     DistillConfig,
     has_states,
@@ -25,6 +26,9 @@ RATE_BATCH = 2048
 USUAL_OPTIMIZERS = ("soap", "soap_light", "adamw")
 # The optimizer's products may take this share of a step's passes at most: SOAP saves a tenth to a third of the tokens.
 MOST_OF_PASSES = 0.25
+# The operations of a training's passes from which on it is compiled on a CPU. They take two cores about 20 minutes, in
+# which steps that are a tenth shorter win back several times what compiling takes.
+COMPILED_FROM = 4e14
 # The peak of a teacher that is corrected, as a share of a plain cut's, and its warm-up, both as in P2.
 SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
 
@@ -153,7 +157,8 @@ def resolve(
     a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
     2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). The number of
-    processes does not matter. Optimizer: see `usual_optimizer`.
+    processes does not matter. Optimizer: see `usual_optimizer`. Compiled: on a CPU with a compiler, from COMPILED_FROM
+    operations on.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
@@ -173,6 +178,7 @@ def resolve(
     return config.model_copy(
         update={
             "optimizer": given or usual_optimizer(config.weights, student.shape, batch_tokens, teacher.shape),
+            "compile": _is_compiled(config, student.shape, teacher.shape) if config.compile is None else config.compile,
             "learning_rate": rate,
             "scratch_learning_rate": given_of_scratch or _usual_rate(RATE, random, batch_tokens),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
@@ -226,17 +232,27 @@ def resolve_without_student(
 def usual_optimizer(weights: Weights, trained: Shape, batch_tokens: int, teacher: Shape | None = None) -> Optimizer:
     """Return the optimizer of a training whose recipe names none.
 
-    It is the first of USUAL_OPTIMIZERS whose products take at most MOST_OF_PASSES of those of a step's passes: three of
-    the model that is trained, whose backward is worth two, and one of its teacher. An update costs the same whatever
-    the batch, and what it saves in tokens must pay for it.
+    It is the first of USUAL_OPTIMIZERS whose products take at most MOST_OF_PASSES of those of a step's passes. An
+    update costs the same whatever the batch, and what it saves in tokens must pay for it.
     """
     if weights != "float32":
         return "adamw"
-    passes = 2 * batch_tokens * (3 * _multiplied(trained) + (_multiplied(teacher) if teacher else 0))
+    passes = _passes(batch_tokens, trained, teacher)
     for name in USUAL_OPTIMIZERS:
         if trained.layers * sum(map(OPTIMIZERS[name].flops, _matrices(trained))) <= MOST_OF_PASSES * passes:
             return name
     raise AssertionError("AdamW has no products")
+
+
+def _is_compiled(config: DistillConfig, student: Shape, teacher: Shape) -> bool:
+    """Return whether a training is compiled whose recipe leaves that open; on a GPU that was not tried yet."""
+    assert config.tokens
+    return pick_device().type == "cpu" and has_compiler() and _passes(config.tokens, student, teacher) >= COMPILED_FROM
+
+
+def _passes(tokens: int, trained: Shape, teacher: Shape | None) -> int:
+    """Return the operations of the passes: three of the model that is trained, and one of its teacher."""
+    return 2 * tokens * (3 * _multiplied(trained) + (_multiplied(teacher) if teacher else 0))
 
 
 def _multiplied(shape: Shape) -> int:

@@ -1,8 +1,5 @@
 """A model in memory as a training needs it: its weights' format, its layers compiled, its matrix products' format."""
 
-import os
-import shutil
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -11,12 +8,16 @@ import torch
 from torch import nn
 
 from minitron.core.errors import RecipeError
+from minitron.core.machine import compiler_command, has_compiler
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.optim import hold_weights
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.hidden_states import decoder_layers
 from minitron.model.hub import new_model
 from minitron.model.sharded import load_for_training
+
+# Compiled codes of a layer: by model, size of the batch, and whether it trains.
+MOST_CODES = 64
 
 
 def trainable_model(
@@ -43,10 +44,12 @@ def trainable_model(
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Let torch.compile run the layers, which then compute the same but for rounding.
 
-    Layers are alike, so one is compiled for all.
+    Layers are alike, so one is compiled for all. Each size of a batch has code of its own: code for all sizes would be
+    made when a second size is seen, and a training that was interrupted would go on with other code than before.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_CODES)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def require_compiler(device: torch.device) -> None:
@@ -54,11 +57,10 @@ def require_compiler(device: torch.device) -> None:
 
     Raises: RecipeError.
     """
-    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(command) is None:
+    if device.type == "cpu" and not has_compiler():
         raise RecipeError(
-            f"distill.compile=true needs a C++ compiler on a CPU, and there is no {command!r} here: install one "
-            "(g++ or clang++), name yours in the environment variable CXX, or leave out distill.compile"
+            f"distill.compile=true needs a C++ compiler on a CPU, and there is no {compiler_command()!r} here: install "
+            "one (g++ or clang++), name yours in the environment variable CXX, or leave out distill.compile"
         )
 
 

@@ -57,7 +57,7 @@ def open_teacher(
     depths = [of_teacher for _, of_teacher in pairs_of(config.intermediate or "off", student.shape, teacher.shape)]
     if config.correction == "parallel":
         return LearningTeacher(trainable_model(teacher, config), teacher, dtype, device, depths=depths)
-    return OnlineTeacher(teacher, dtype, device, depths=depths, compiled=config.compile)
+    return OnlineTeacher(teacher, dtype, device, depths=depths, compiled=bool(config.compile))
 
 
 def _recorded(path: Path, student: Checkpoint, config: DistillConfig, device: torch.device) -> Teacher:

@@ -274,6 +274,7 @@ def _steps(asked: Asked, probe: Probe, kind: TrainingKind, blocks: int, steps: i
             "min_learning_rate": 0.0,
             "warmup_steps": 0,
             "stop_at_loss": None,
+            "compile": False,  # it would take longer than all the rest, to find a step that is a tenth shorter
             "correction_tokens": None,
             "log_to": [],
         }
