@@ -35,6 +35,12 @@ def test_it_is_torchs_attention_with_the_same_gradients(tokens: int, documents: 
     torch.testing.assert_close(of_ours, of_theirs)
 
 
+def test_a_single_query_sees_all_tokens_before_it() -> None:
+    query, key, value = drawn(3, 6, 1, 8, seed=0), drawn(3, 2, 90, 8, seed=1), drawn(3, 2, 90, 8, seed=2)
+    theirs = functional.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=True)
+    torch.testing.assert_close(attention.by_products(query, key, value), theirs.transpose(1, 2))
+
+
 def models(dtype: torch.dtype) -> list[Any]:
     """The same weights with this attention, and with transformers' two."""
     made = []
@@ -67,6 +73,15 @@ def test_everything_else_is_torchs_fused_attention(dtype: torch.dtype, tokens: i
     ours, fused, _ = models(dtype)
     ids = torch.arange(tokens)[None] % 64
     assert torch.equal(ours(ids, use_cache=False).logits, fused(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_tokens_behind_a_cache_are_those_of_whole_blocks() -> None:
+    for model in models(torch.bfloat16)[:2]:
+        ids = torch.arange(120).view(2, 60) % 64
+        cache = model(ids[:, :59], use_cache=True).past_key_values
+        last = model(ids[:, 59:], past_key_values=cache).logits[:, -1].float()
+        torch.testing.assert_close(last, model(ids, use_cache=False).logits[:, -1].float(), atol=0.02, rtol=0.02)
 
 
 def test_a_model_that_does_not_ask_for_the_fused_attention_keeps_its_own() -> None:

@@ -45,5 +45,5 @@ class DataConfig(Section):
     sample_top_p: float | None = Field(default=None, gt=0, le=1)
     """For text sampled from the teacher: only the most likely tokens with this total probability are drawn. Default:
     all tokens."""
-    sample_batch: int = Field(default=32, ge=1)
+    sample_batch: int = Field(default=64, ge=1)
     """For text sampled from the teacher: the number of documents at a time. Another number gives other text."""

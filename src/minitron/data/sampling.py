@@ -32,6 +32,8 @@ from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
 # Sampling ends at this multiple of the expected tokens: documents may be so short that the held-out part never fills.
 MOST_OF_EXPECTED = 4
+# Rows of documents that have ended are computed until only so many of all are open.
+OPEN_SHARE = 7 / 8
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def sample_batch(
         if not open_rows:
             break
         tokens = chosen[:, None]
-        if 2 * len(open_rows) <= len(rows):
+        if len(open_rows) <= OPEN_SHARE * len(rows):
             kept = np.flatnonzero(np.isin(rows, list(open_rows)))
             rows, index = rows[kept], torch.from_numpy(kept).to(device)
             tokens = tokens[index]

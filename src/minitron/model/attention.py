@@ -43,7 +43,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the output of attention [blocks, tokens, heads, channels], as transformers' attention functions do.
 
-    Whole blocks in bfloat16 on a CPU are computed here, everything else by torch's fused attention.
+    Whole blocks, and single tokens behind a cache, are computed here in bfloat16 on a CPU, everything else by torch's
+    fused attention.
 
     Args:
         query: [blocks, heads, tokens, channels].
@@ -53,12 +54,13 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    tokens, known = query.shape[2], key.shape[2]
     here = (
         query.is_cpu
         and dtype == torch.bfloat16
         and dropout == 0
         and getattr(module, "is_causal", True)
-        and LEAST_PART < query.shape[2] == key.shape[2] <= MOST_TOKENS
+        and (LEAST_PART < tokens == known <= MOST_TOKENS or (tokens == 1 and attention_mask is None))
         and (attention_mask is None or attention_mask.dtype == torch.bool)
         and not any(others.get(name) is not None for name in UNKNOWN_HERE)
     )
@@ -73,10 +75,10 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
 
     Args:
         query: [blocks, heads, tokens, channels].
-        key, value: [blocks, kv_heads, tokens, channels].
+        key, value: [blocks, kv_heads, tokens, channels]; for a single query also of the tokens before it.
         seen: [blocks, 1, tokens, tokens], which tokens each token sees, never a later one; None for all up to itself.
     """
-    heads, tokens, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    heads, tokens, kv_heads, before = query.shape[1], query.shape[2], key.shape[1], key.shape[2] - query.shape[2]
     size = min(max(tokens // 4, LEAST_PART), MOST_PART)
     future = None if seen is not None else query.new_full((tokens, tokens), -torch.inf).triu(1)
     # The query heads of a group are rows of one product with the keys that they share.
@@ -84,12 +86,11 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
     outputs = []
     for start in range(0, tokens, size):
         rows = grouped[:, :, :, start : start + size]
-        stop = start + rows.shape[3]
+        stop = before + start + rows.shape[3]
         scores = (rows.flatten(2, 3) @ key[:, :, :stop].transpose(2, 3)).unflatten(2, rows.shape[2:4])
-        if seen is None:
-            assert future is not None
+        if future is not None and tokens > 1:
             scores = scores + future[start:stop, :stop]
-        else:
+        elif seen is not None:
             scores = scores.masked_fill(~seen[:, :, None, start:stop, :stop], -torch.inf)
         weights = functional.softmax(scores, dim=-1).flatten(2, 3)
         outputs.append((weights @ value[:, :, :stop]).unflatten(2, rows.shape[2:4]))

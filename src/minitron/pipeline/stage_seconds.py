@@ -19,7 +19,7 @@ from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.weight_files import has_weights
 from minitron.pipeline.probe import WEIGHTS_RMS, Modelled
 from minitron.pipeline.stages import PIPELINE, SPEED_TOKENS
-from minitron.pipeline.timing import SAMPLED_DOCUMENTS, Asked, Timed, TrainingKind, time_run
+from minitron.pipeline.timing import Asked, Timed, TrainingKind, time_run
 from minitron.pruning.steps import layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.exporters import EXPORTERS
@@ -175,7 +175,7 @@ def _data(run: _Run) -> Found:
     if run.recipe.data.source == TEACHER:
         assert work is not None and text.train_tokens is not None
         tokens = text.train_tokens + (text.heldout_tokens or 0)
-        return tokens / SAMPLED_DOCUMENTS * work.sampled_step, f"{tokens:,} tokens sampled from the teacher"
+        return tokens / run.recipe.data.sample_batch * work.sampled_step, f"{tokens:,} tokens sampled from the teacher"
     if text.seconds is None:
         return None, "the text is not here, so its reading cannot be timed"
     return text.seconds, f"about {(text.train_tokens or 0) + (text.heldout_tokens or 0):,} tokens"

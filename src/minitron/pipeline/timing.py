@@ -51,7 +51,6 @@ EVALUATED_BLOCKS = 4
 # A repair that solves for more columns takes minutes a layer, and is not timed.
 MOST_COLUMNS = 4096
 DECODED = 16  # tokens
-SAMPLED_DOCUMENTS = 32
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class WorkSeconds:
     load: of a teacher that is read into memory.
     teacher_token, student_token: of a held-out token, of the teacher alone and of a model against the teacher.
     prompt_token: of a token that is generated.
-    sampled_step: of a token of each of SAMPLED_DOCUMENTS documents that are sampled together.
+    sampled_step: of a token of each document of those that are sampled together.
     """
 
     calibration_start: float
@@ -337,7 +336,7 @@ def time_work(asked: Asked, probe: Probe) -> WorkSeconds:
     one = timer(Load(1, 16, DECODED)).decode_seconds / DECODED
     several = 0.0
     if recipe.data.source == "teacher":
-        several = timer(Load(SAMPLED_DOCUMENTS, 16, DECODED)).decode_seconds / DECODED
+        several = timer(Load(recipe.data.sample_batch, 16, DECODED)).decode_seconds / DECODED
     return WorkSeconds(
         calibration_start=start,
         calibration_token=each / block_tokens,
