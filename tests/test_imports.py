@@ -129,7 +129,7 @@ def test_a_stage_imports_only_stages_before_it() -> None:
 BUILT_ON = {
     ("evaluation", "tasks", "models"): "lm_eval",
     ("evaluation", "tasks", "in_memory"): "lm_eval",
-    ("evaluation", "tasks", "caches"): "transformers",
+    ("model", "caches"): "transformers",
     ("evaluation", "tasks", "blocks"): "transformers",
 }
 HEAVY = ("transformers", "datasets", "pyarrow", "matplotlib", "lm_eval")

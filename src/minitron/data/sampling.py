@@ -139,12 +139,16 @@ def sample_batch(
         draws: for each token a number in [0, 1), which picks it by the cumulated probabilities.
         progress: called with the number of tokens drawn so far, after each token of the longest document.
     """
+    from minitron.model.caches import without_copies
+
     device = next(model.parameters()).device
     documents: list[list[int]] = [[] for _ in draws]
     rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and not yet ended
     tokens, cache = torch.full((len(draws), 1), sampling.start, device=device), None
     for position in range(draws.shape[1]):
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        if cache is None:
+            without_copies(output.past_key_values)
         cache, logits = output.past_key_values, output.logits[:, -1, : sampling.vocab].float()
         if not logits.isfinite().all():
             raise CheckpointError(

@@ -15,7 +15,7 @@ NAME = "minitron"
 # The tokens of a part: a quarter of the block, within these bounds.
 LEAST_PART, MOST_PART = 64, 256
 # Longer blocks go to the fused kernel, for each head has about tokens^2 / 2 weights, which training keeps.
-MOST_TOKENS = 2048
+LONGEST_BLOCK = 2048
 # Arguments of transformers' attention functions that change what is computed.
 UNKNOWN_HERE = ("is_causal", "position_bias", "cache", "softcap", "s_aux")
 
@@ -60,7 +60,7 @@ def attend(
         and dtype == torch.bfloat16
         and dropout == 0
         and getattr(module, "is_causal", True)
-        and (LEAST_PART < tokens == known <= MOST_TOKENS or (tokens == 1 and attention_mask is None))
+        and (LEAST_PART < tokens == known <= LONGEST_BLOCK or (tokens == 1 and attention_mask is None))
         and (attention_mask is None or attention_mask.dtype == torch.bool)
         and not any(others.get(name) is not None for name in UNKNOWN_HERE)
     )

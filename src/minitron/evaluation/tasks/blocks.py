@@ -27,7 +27,7 @@ _WHOLE = ("sdpa", attention.NAME)  # the attention whose calls are divided
 
 Range = tuple[int, int]
 Queries = Float[Tensor, "batch heads tokens head_dim"]
-Keys = Float[Tensor, "batch kv_heads keys head_dim"]
+SeenKeys = Float[Tensor, "batch kv_heads keys head_dim"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def in_blocks(model: Any, blocks: Sequence[Block]) -> Iterator[None]:
 def _attention(
     module: Any,
     query: Queries,
-    key: Keys,
-    value: Keys,
+    key: SeenKeys,
+    value: SeenKeys,
     attention_mask: Float[Tensor, "1 1 tokens keys"],
     **options: Any,
 ) -> tuple[Float[Tensor, "batch tokens heads head_dim"], None]:

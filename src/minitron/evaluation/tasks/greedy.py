@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitron.evaluation.tasks.caches import GrowingLayer, growing_cache
 from minitron.evaluation.tasks.packing import Pack, Row
 from minitron.evaluation.tasks.shared import SharedForward
+from minitron.model.caches import GrowingLayer, growing_cache
 
 # The batch is made smaller when this share of its rows has ended: that copies the keys and values of the others.
 ENDED_SHARE = 0.25

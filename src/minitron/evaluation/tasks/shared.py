@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitron.evaluation.tasks.blocks import Block, in_blocks, tree_blocks
-from minitron.evaluation.tasks.caches import KeysValues, appended_cache, fixed_cache, layers_of
 from minitron.evaluation.tasks.packing import Pack, Row, Tree, prefix_tree
+from minitron.model.caches import KeysValues, appended_cache, fixed_cache, layers_of
 
 Masks = Float[Tensor, "1 1 nodes keys"] | dict[str, Tensor]
 

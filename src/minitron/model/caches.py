@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 # Keys and values of one layer.
 Keys = Float[Tensor, "rows kv_heads tokens head_dim"]
 KeysValues = tuple[Keys, Keys]
+FIRST_ROOM = 64  # tokens
 
 
 def fixed_cache(layers: Sequence[KeysValues]) -> DynamicCache:
@@ -46,9 +48,9 @@ class _Fixed(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a batch, in memory for all tokens to come; transformers' own layer copies all at each token.
+    """Keys and values of a batch, in memory for tokens to come; transformers' own layer copies all at each token.
 
-    All rows end at the same place, so that shorter ones begin later.
+    All rows end at the same place, so that shorter ones begin later. Where the room is used up, it is doubled.
     """
 
     def __init__(self, like: Keys, num_rows: int, longest: int, most: int):
@@ -57,6 +59,16 @@ class GrowingLayer(DynamicLayer):
         shape = (num_rows, like.shape[1], longest + most, like.shape[3])
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.filled = longest
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
+        """Take over the keys and values of transformers' own layer."""
+        assert layer.keys is not None and layer.values is not None
+        rows, _, filled, _ = layer.keys.shape
+        grown = cls(layer.keys, rows, filled, FIRST_ROOM)
+        assert grown.keys is not None and grown.values is not None
+        grown.keys[:, :, :filled], grown.values[:, :, :filled] = layer.keys, layer.values
+        return grown
 
     def put(self, row: int, keys: Keys, values: Keys) -> None:
         """Store what a row begins with."""
@@ -67,12 +79,19 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysValues:
         assert self.keys is not None and self.values is not None
         new = slice(self.filled, self.filled + key_states.shape[2])
+        if new.stop > self.keys.shape[2]:
+            self.keys, self.values = (functional.pad(held, (0, 0, 0, new.stop)) for held in (self.keys, self.values))
         self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
         self.filled = new.stop
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
     def get_seq_length(self) -> int:
         return self.filled
+
+
+def without_copies(cache: DynamicCache) -> None:
+    """Replace the layers that copy all tokens at each one; those of a sliding window hold few, and stay."""
+    cache.layers = [GrowingLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 def growing_cache(layers: Sequence[GrowingLayer]) -> DynamicCache:
