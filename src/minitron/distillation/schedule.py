@@ -162,10 +162,11 @@ def resolve(
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
-    given = config.optimizer
+    given, compiled = config.optimizer, config.compile
     config = resolve_without_student(config, teacher, block_tokens=block_tokens, train_tokens=train_tokens)
     assert config.tokens and config.batch_blocks
-    steps = num_steps(config.tokens, config.batch_blocks, block_tokens)
+    tokens = config.tokens
+    steps = num_steps(tokens, config.batch_blocks, block_tokens)
     batch_tokens = config.batch_blocks * block_tokens
     if config.teacher == "recorded":
         config = config.model_copy(update={"top_k": min(config.top_k or DEFAULT_TOP_K, student.shape.vocab)})
@@ -178,7 +179,7 @@ def resolve(
     return config.model_copy(
         update={
             "optimizer": given or usual_optimizer(config.weights, student.shape, batch_tokens, teacher.shape),
-            "compile": _is_compiled(config, student.shape, teacher.shape) if config.compile is None else config.compile,
+            "compile": _is_compiled(tokens, student.shape, teacher.shape) if compiled is None else compiled,
             "learning_rate": rate,
             "scratch_learning_rate": given_of_scratch or _usual_rate(RATE, random, batch_tokens),
             "min_learning_rate": rate / 10 if config.min_learning_rate is None else config.min_learning_rate,
@@ -210,6 +211,7 @@ def resolve_without_student(
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
             "optimizer": config.optimizer or usual_optimizer(config.weights, teacher.shape, batch * block_tokens),
+            "compile": _is_compiled(tokens, teacher.shape) if config.compile is None else config.compile,
         }
     )
     require_correction_fits(config)
@@ -244,10 +246,9 @@ def usual_optimizer(weights: Weights, trained: Shape, batch_tokens: int, teacher
     raise AssertionError("AdamW has no products")
 
 
-def _is_compiled(config: DistillConfig, student: Shape, teacher: Shape) -> bool:
+def _is_compiled(tokens: int, trained: Shape, teacher: Shape | None = None) -> bool:
     """Return whether a training is compiled whose recipe leaves that open; on a GPU that was not tried yet."""
-    assert config.tokens
-    return pick_device().type == "cpu" and has_compiler() and _passes(config.tokens, student, teacher) >= COMPILED_FROM
+    return pick_device().type == "cpu" and has_compiler() and _passes(tokens, trained, teacher) >= COMPILED_FROM
 
 
 def _passes(tokens: int, trained: Shape, teacher: Shape | None) -> int:
