@@ -34,7 +34,7 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pipeline.probe import WEIGHTS_RMS, Modelled, Probe, ProbeSize, make_probe, probe_sizes
 from minitron.pruning.config import PruneConfig
-from minitron.pruning.repair import REPAIRS, Step, needed_steps
+from minitron.pruning.repair import Step, columns_of, needed_steps
 from minitron.pruning.steps import Pruner, Scoring
 from minitron.recipe import Recipe
 
@@ -362,9 +362,7 @@ def _calibration(probe: Probe, config: CalibrateConfig, blocks: int) -> tuple[fl
 
 def _columns(asked: Asked) -> int:
     """Return the most columns that a repair of the run solves for."""
-    steps, shape = _needed(asked), asked.teacher.shape
-    sizes = {"heads": shape.heads * shape.head_dim, "ffn": shape.ffn, "hidden": shape.hidden}
-    return max((max(sizes.get(dim, 0) for dim in REPAIRS[step].columns or ("",)) for step in steps), default=0)
+    return max((columns_of(step, asked.teacher.shape) for step in _needed(asked)), default=0)
 
 
 def _needed(asked: Asked) -> list[Step]:

@@ -222,11 +222,16 @@ def cut_dims(teacher: Shape, student: Shape) -> set[str]:
     return {dim for dim in PRUNABLE if getattr(student, dim) < getattr(teacher, dim)}
 
 
+def columns_of(step: Step, teacher: Shape) -> int:
+    """The number of columns that a step solves for; 0 for a step that solves for none."""
+    dims = REPAIRS[step].columns
+    return prod(getattr(teacher, dim) for dim in dims) if dims else 0
+
+
 def require_enough_tokens(steps: Sequence[Step], teacher: Shape, num_tokens: int) -> None:
     """Raises: PlanError if a step solves for more columns than there are tokens: the solution would be arbitrary."""
     for step in steps:
-        dims = REPAIRS[step].columns
-        columns = prod(getattr(teacher, dim) for dim in dims) if dims else 0
+        columns = columns_of(step, teacher)
         if columns > num_tokens:
             raise PlanError(
                 f"repair step {step} solves for {columns:,} columns and needs as many calibration tokens at "

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitron.core.errors import PlanError
-from minitron.core.numerics import matmul_precision, normalized
+from minitron.core.numerics import add_gram, matmul_precision, normalized
 from minitron.model.architecture import Architecture, TensorSpec
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.stream import Stream
@@ -86,7 +86,8 @@ def row_runs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[tuple[int, in
 class _Regression:
     """The sums of a ridge regression of errors on inputs, whose solution is added to a matrix."""
 
-    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of z z' [columns, columns]
+    # Sum of z z' [columns, columns], in the upper triangle.
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     errors: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of e z' [rows, columns]
 
     def add(self, inputs: Float[Tensor, "tokens columns"], errors: Float[Tensor, "tokens rows"]) -> None:
@@ -94,8 +95,8 @@ class _Regression:
             self.inputs = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
             self.errors = inputs.new_zeros(errors.shape[1], inputs.shape[1], dtype=torch.float32)
         dtype, inputs, errors = inputs.dtype, inputs.float(), errors.float()
+        add_gram(self.inputs, inputs, dtype)
         with matmul_precision(dtype):
-            self.inputs.addmm_(inputs.T, inputs)
             self.errors.addmm_(errors.T, inputs)
 
     def change(self) -> Float[Tensor, "rows columns"]:
