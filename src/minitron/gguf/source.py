@@ -22,6 +22,7 @@ from minitron.model.config_json import CONFIG
 from minitron.model.gguf_weights import GGUF_TABLE, GgufEntry, GgufPart, GgufTable, can_dequantize
 from minitron.model.hub import resolve_model
 from minitron.model.naming import model_name
+from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import GENERATION
 
 CACHE_VARIABLE = "MINITRON_CACHE"
@@ -96,10 +97,12 @@ def _make(model: GgufFile, out: Path) -> None:
         _write(out / CONFIG, config | {"architectures": [_class_of(architecture)], "dtype": table.dtype})
         _write(out / GGUF_TABLE, table.model_dump())
         _write(out / GENERATION, _generation(model.said))
-        if model.said.get("tokenizer.ggml.model", "no_vocab") not in _NO_VOCABULARY:
+        has_vocabulary = model.said.get("tokenizer.ggml.model", "no_vocab") not in _NO_VOCABULARY
+        if has_vocabulary:
             file_tokenizer(model.path, model.said).save_pretrained(out)
-            open_checkpoint(out).tokenizer  # noqa: B018 (it is loaded, and checked)
         open_checkpoint(out)
+        if has_vocabulary:
+            load_tokenizer(out)
     except MinitronError as error:
         said = str(error).replace(f"{out}/", "").replace(str(out), str(model.path)).removeprefix(f"{CONFIG}: ")
         raise GgufError(said if str(model.path) in said else f"{model.path}: {said}") from None
