@@ -15,7 +15,7 @@ demo-smallest: $(INSTALLED)
 	$(BIN)/minitron demo --out $(OUT) --set calibrate.samples=16 --set distill.tokens=50000 \
 	    --set evaluate.blocks=16 --set evaluate.new_tokens=8
 
-# The main job on a real language model, SmolLM2-135M-Instruct: about an hour of two slow cores, and 2 GB of disk.
+# The main job on a real language model, SmolLM2-135M-Instruct, with 20 minutes of distillation; needs 2 GB of disk.
 REAL := SmolLM2-135M-Instruct.Q4_1.gguf
 real: $(INSTALLED)
 	$(BIN)/python benchmarks/get_models.py --only $(REAL) --out models
