@@ -71,7 +71,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=parse.count,
         metavar="N",
-        help="blocks to measure on, at most; default %(default)s",
+        help="blocks to measure on, at most; default all with --whole, else as many as hold 65,536 tokens",
     )
     options.add_set(parser, "data", "evaluate")
     _add_benchmarks(

@@ -88,10 +88,10 @@ class DistillConfig(Section):
     precision: Precision = "auto"
     """Format of matrix products; logits are float32 in any case."""
     evaluate_steps: int | None = Field(default=None, ge=1)
-    """Steps between held-out evaluations. Default: a tenth of the steps, or as many as read evaluate_blocks blocks,
-    where these are more."""
-    evaluate_blocks: int = Field(default=64, ge=1)
-    """Held-out blocks of the periodic evaluation."""
+    """Steps between held-out evaluations. Default: a tenth of the steps, or more where evaluations would read over a
+    quarter as many blocks as the training."""
+    evaluate_blocks: int | None = Field(default=None, ge=1)
+    """Held-out blocks of the periodic evaluation. Default: as many as hold 32,768 tokens, at most 64."""
     stop_at_loss: float | None = Field(default=None, gt=0)
     """End when the held-out loss has come down to this at an evaluation. With the default loss it is a KL in nats."""
     checkpoint_steps: int | None = Field(default=None, ge=1)

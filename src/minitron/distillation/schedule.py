@@ -29,6 +29,8 @@ MOST_OF_PASSES = 0.25
 # The operations of a training's passes from which on it is compiled on a CPU. They take two cores about 20 minutes, in
 # which steps that are a tenth shorter win back several times what compiling takes.
 COMPILED_FROM = 4e14
+# A periodic evaluation: its most blocks, its usual tokens, and the blocks that are trained on for each of its blocks.
+EVALUATED_BLOCKS, EVALUATED_TOKENS, TRAINED_PER_EVALUATED = 64, 1 << 15, 4
 # The peak of a teacher that is corrected, as a share of a plain cut's, and its warm-up, both as in P2.
 SHARE_OF_CORRECTED, WARMUP_OF_CORRECTED = 0.2, 120
 
@@ -201,13 +203,15 @@ def resolve_without_student(
     tokens = config.tokens or train_tokens
     usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
     batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
+    evaluated = config.evaluate_blocks or usual_evaluate_blocks(block_tokens)
     _require_a_batch("distill.tokens", tokens, batch, block_tokens)
-    steps = num_steps(tokens, batch, block_tokens)
+    steps, rarely = num_steps(tokens, batch, block_tokens), -(-TRAINED_PER_EVALUATED * evaluated // batch)
     config = config.model_copy(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
-            "evaluate_steps": config.evaluate_steps or max(1, steps // 10, -(-config.evaluate_blocks // batch)),
+            "evaluate_steps": config.evaluate_steps or max(1, steps // 10, rarely),
+            "evaluate_blocks": evaluated,
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",
             "optimizer": config.optimizer or usual_optimizer(config.weights, teacher.shape, batch * block_tokens),
@@ -229,6 +233,11 @@ def resolve_without_student(
             "correction_warmup_steps": usual_warmup if given is None else given,
         }
     )
+
+
+def usual_evaluate_blocks(block_tokens: int) -> int:
+    """Return the default number of held-out blocks of a periodic evaluation."""
+    return max(1, min(EVALUATED_BLOCKS, EVALUATED_TOKENS // block_tokens))
 
 
 def usual_optimizer(weights: Weights, trained: Shape, batch_tokens: int, teacher: Shape | None = None) -> Optimizer:

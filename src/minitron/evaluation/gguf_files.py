@@ -20,7 +20,7 @@ from minitron.data.config import DataConfig
 from minitron.data.corpus import Corpus
 from minitron.data.writing import hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
-from minitron.evaluation.quality import Evaluation, predicted_bytes
+from minitron.evaluation.quality import Evaluation, predicted_bytes, usual_blocks
 from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
@@ -71,13 +71,14 @@ def evaluate_gguf(
 
     Args:
         teacher: a model directory or another GGUF file with the same tokenizer.
+        blocks: as in `minitron.api.evaluate`.
     """
     model = read_gguf(file)
     require_language_model(model)
     reference = None if teacher is None else _reference(teacher, model)
     with ExitStack() as stack:
         corpus = stack.enter_context(_corpus(model, reference, data, whole, listener))
-        heldout = corpus.heldout.head(blocks)
+        heldout = corpus.heldout.head(blocks if blocks or whole else usual_blocks(corpus.block_tokens))
         rows = torch.from_numpy(heldout.select(slice(None)))
         child, sums = stack.enter_context(Child()), QualitySums()
         pair = _Pair(file, reference, rows.shape[1], heldout.separator)

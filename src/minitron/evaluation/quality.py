@@ -21,8 +21,8 @@ DEFAULT_PROMPTS = ("Once upon a time", "The most important thing is", "def main(
 
 
 class EvaluateConfig(Section):
-    blocks: int | None = Field(default=512, ge=1)
-    """Held-out blocks to measure on; null for all."""
+    blocks: int | None = Field(default=None, ge=1)
+    """Held-out blocks to measure on, at most. Default: as many as hold 65,536 tokens."""
     batch: int = Field(default=8, ge=1)
     """Blocks per forward call."""
     prompts: list[str] = Field(default=list(DEFAULT_PROMPTS))
@@ -49,6 +49,14 @@ class EvaluateConfig(Section):
     @property
     def benchmarks(self) -> bool:
         return bool(self.tasks or self.tasks_dir)
+
+
+MEASURED_TOKENS = 1 << 16
+
+
+def usual_blocks(block_tokens: int) -> int:
+    """Return the default number of held-out blocks to measure on."""
+    return -(-MEASURED_TOKENS // block_tokens)
 
 
 _OF_TASKS = ("tasks", "tasks_dir", "limit", "allow_code")

@@ -89,7 +89,8 @@ def most_tokens(asked: Asked, parts: TrainingSeconds) -> int:
     def seconds(tokens: int) -> float:
         sizes = (ModelSize(model.shape, WEIGHTS_RMS) for model in (asked.student, asked.teacher))
         resolved = resolve(_of(config, tokens), *sizes, block_tokens=block_tokens, train_tokens=tokens)
-        return parts.of(resolved, block_tokens, config.evaluate_blocks)
+        assert resolved.evaluate_blocks
+        return parts.of(resolved, block_tokens, resolved.evaluate_blocks)
 
     fits, beyond = config.batch_blocks or 1, MOST_TOKENS // block_tokens
     if seconds(fits * block_tokens) > 60 * config.minutes:

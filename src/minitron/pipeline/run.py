@@ -13,7 +13,9 @@ from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
 from minitron.distillation.layouts import Budget
+from minitron.distillation.schedule import usual_evaluate_blocks
 from minitron.evaluation.generate import prompt_of
+from minitron.evaluation.quality import usual_blocks
 from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
@@ -135,6 +137,7 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
     calibrate = recipe.calibrate.for_model(teacher.shape, block_tokens)
     tokens = recipe.distill.tokens and max(recipe.distill.tokens, calibrate.num_samples * block_tokens)
     of_run = bounded(recipe.data, tokens)
+    evaluated = recipe.distill.evaluate_blocks or usual_evaluate_blocks(block_tokens)
     return recipe.model_copy(
         update={
             "model": _whole_path(recipe.model),
@@ -149,8 +152,12 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
                 update={"layer_task": recipe.prune.layer_task and _whole_path(recipe.prune.layer_task)}
             ),
             "repair": repair,
+            "distill": recipe.distill.model_copy(update={"evaluate_blocks": evaluated}),
             "evaluate": recipe.evaluate.model_copy(
-                update={"tasks_dir": recipe.evaluate.tasks_dir and _whole_path(recipe.evaluate.tasks_dir)}
+                update={
+                    "tasks_dir": recipe.evaluate.tasks_dir and _whole_path(recipe.evaluate.tasks_dir),
+                    "blocks": recipe.evaluate.blocks or usual_blocks(block_tokens),
+                }
             ),
             "calibrate": calibrate.model_copy(
                 update={

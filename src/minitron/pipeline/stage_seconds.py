@@ -135,7 +135,7 @@ def stage_seconds(recipe: Recipe, teacher: Checkpoint | ModelConfig, shape: Shap
         reason = "the length of the text is not known before it is read: give distill.tokens"
         return [StageSeconds(name, None, reason) for name in (*names, *exported, "report")]
     config = resolved(recipe, teacher, shape, tokens)
-    assert config.batch_blocks
+    assert config.batch_blocks and config.evaluate_blocks
     kinds: list[TrainingKind] = ["student"]
     kinds += ["corrected"] if "corrected" in names else []
     kinds += ["scratch"] if "scratch" in names else []
@@ -208,7 +208,7 @@ def _statistics(run: _Run) -> Found:
 
 
 def _lessons(run: _Run) -> Found:
-    assert run.timed.work is not None and run.config.tokens
+    assert run.timed.work is not None and run.config.tokens and run.config.evaluate_blocks
     tokens = min(run.config.tokens, run.text.train_tokens or run.config.tokens)
     tokens += min(run.config.evaluate_blocks, run.heldout_blocks) * run.block_tokens
     return tokens * run.timed.work.lessons_token, f"{tokens:,} tokens"
@@ -267,7 +267,8 @@ def _evaluations(run: _Run) -> Found:
     config, work = run.recipe.evaluate, run.timed.work
     assert work is not None
     others = 2 + run.recipe.scratch_baseline + (run.config.correction is not None)
-    blocks = min(config.blocks or run.heldout_blocks, run.heldout_blocks)
+    assert config.blocks is not None, "resolve_recipe fills it in"
+    blocks = min(config.blocks, run.heldout_blocks)
     tokens = blocks * run.block_tokens
     seconds = tokens * (work.teacher_token + others * work.student_token)
     seconds += (1 + others) * (work.load + len(config.prompts) * config.new_tokens * work.prompt_token)

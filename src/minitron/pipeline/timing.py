@@ -72,7 +72,8 @@ class TrainingSeconds:
 
     def of(self, config: DistillConfig, block_tokens: int, heldout_blocks: int) -> float:
         """Add up a training whose settings are resolved."""
-        assert config.tokens and config.batch_blocks and config.evaluate_steps and config.checkpoint_steps
+        assert config.tokens and config.batch_blocks
+        assert config.evaluate_steps and config.evaluate_blocks and config.checkpoint_steps
         batch_tokens = config.batch_blocks * block_tokens
         steps = max(1, round(config.tokens / batch_tokens))
         evaluations, saves = (-(-steps // every) for every in (config.evaluate_steps, config.checkpoint_steps))
