@@ -146,7 +146,8 @@ def sample_batch(
     rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and not yet ended
     tokens, cache = torch.full((len(draws), 1), sampling.start, device=device), None
     for position in range(draws.shape[1]):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        known = tokens.new_ones(len(rows), position + 1)
+        output = model(input_ids=tokens, attention_mask=known, past_key_values=cache, use_cache=True)
         if cache is None:
             without_copies(output.past_key_values)
         cache, logits = output.past_key_values, output.logits[:, -1, : sampling.vocab].float()

@@ -60,7 +60,7 @@ def attend(
         and dtype == torch.bfloat16
         and dropout == 0
         and getattr(module, "is_causal", True)
-        and (LEAST_PART < tokens == known <= LONGEST_BLOCK or (tokens == 1 and attention_mask is None))
+        and (LEAST_PART < tokens == known <= LONGEST_BLOCK or tokens == 1)
         and (attention_mask is None or attention_mask.dtype == torch.bool)
         and not any(others.get(name) is not None for name in UNKNOWN_HERE)
     )
@@ -75,8 +75,9 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
 
     Args:
         query: [blocks, heads, tokens, channels].
-        key, value: [blocks, kv_heads, tokens, channels]; for a single query also of the tokens before it.
+        key, value: [blocks, kv_heads, tokens, channels]; for a single query also of other tokens.
         seen: [blocks, 1, tokens, tokens], which tokens each token sees, never a later one; None for all up to itself.
+            For a single query [blocks, 1, 1, all tokens]; None for all of them.
     """
     heads, tokens, kv_heads, before = query.shape[1], query.shape[2], key.shape[1], key.shape[2] - query.shape[2]
     size = min(max(tokens // 4, LEAST_PART), MOST_PART)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 # Keys and values of one layer.
 Keys = Float[Tensor, "rows kv_heads tokens head_dim"]
 KeysValues = tuple[Keys, Keys]
-FIRST_ROOM = 64  # tokens
+LEAST_ROOM = 64  # tokens
 
 
 def fixed_cache(layers: Sequence[KeysValues]) -> DynamicCache:
@@ -48,24 +48,26 @@ class _Fixed(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a batch, in memory for tokens to come; transformers' own layer copies all at each token.
+    """Keys and values of a batch, with room for tokens to come; transformers' own layer copies all at each token.
 
-    All rows end at the same place, so that shorter ones begin later. Where the room is used up, it is doubled.
+    All rows end at the same place, so that shorter ones begin later. A call gets the whole room, as products over a
+    part of it would copy that part. So it needs an `attention_mask` of the tokens so far, which transformers continues
+    with "unseen" to the length of the room. Where the room is used up, it grows by a quarter.
     """
 
-    def __init__(self, like: Keys, num_rows: int, longest: int, most: int):
+    def __init__(self, like: Keys, num_rows: int, filled: int):
         super().__init__()
         self.lazy_initialization(like, like)
-        shape = (num_rows, like.shape[1], longest + most, like.shape[3])
+        shape = (num_rows, like.shape[1], filled + _room(filled), like.shape[3])
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.filled = longest
+        self.filled = filled
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> "GrowingLayer":
         """Take over the keys and values of transformers' own layer."""
         assert layer.keys is not None and layer.values is not None
         rows, _, filled, _ = layer.keys.shape
-        grown = cls(layer.keys, rows, filled, FIRST_ROOM)
+        grown = cls(layer.keys, rows, filled)
         assert grown.keys is not None and grown.values is not None
         grown.keys[:, :, :filled], grown.values[:, :, :filled] = layer.keys, layer.values
         return grown
@@ -77,16 +79,31 @@ class GrowingLayer(DynamicLayer):
         self.keys[row, :, before], self.values[row, :, before] = keys[0], values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysValues:
+        self._make_room(key_states.shape[2])
         assert self.keys is not None and self.values is not None
         new = slice(self.filled, self.filled + key_states.shape[2])
-        if new.stop > self.keys.shape[2]:
-            self.keys, self.values = (functional.pad(held, (0, 0, 0, new.stop)) for held in (self.keys, self.values))
         self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
         self.filled = new.stop
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._make_room(query_length)
+        assert self.keys is not None
+        return self.keys.shape[2], 0
+
+    def _make_room(self, tokens: int) -> None:
+        assert self.keys is not None and self.values is not None
+        missing = self.filled + tokens - self.keys.shape[2]
+        if missing > 0:
+            more = (0, 0, 0, missing + _room(self.filled))
+            self.keys, self.values = functional.pad(self.keys, more), functional.pad(self.values, more)
+
+
+def _room(filled: int) -> int:
+    return max(filled // 4, LEAST_ROOM)
 
 
 def without_copies(cache: DynamicCache) -> None:

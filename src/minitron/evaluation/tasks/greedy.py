@@ -41,7 +41,7 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row], plan: Sequenc
         plan: the packs in which they are read, of all rows.
     """
     longest = max(map(len, rows))
-    layers, logits = _read(SharedForward(model, rows), rows, plan, longest, stops.most)
+    layers, logits = _read(SharedForward(model, rows), rows, plan, longest)
     lengths = torch.tensor([len(row) for row in rows], device=logits.device)
     seen = torch.arange(longest + stops.most, device=logits.device) >= longest - lengths[:, None]
     cache = growing_cache(layers)
@@ -76,14 +76,14 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row], plan: Sequenc
 
 
 def _read(
-    forward: SharedForward, rows: Sequence[Row], plan: Sequence[Pack], longest: int, most: int
+    forward: SharedForward, rows: Sequence[Row], plan: Sequence[Pack], longest: int
 ) -> tuple[list[GrowingLayer], Float[Tensor, "rows vocab"]]:
     """The keys and values of all rows in one batch, and the logits behind each row."""
     layers: list[GrowingLayer] = []
     logits: dict[int, Tensor] = {}
     for pack in plan:
         for row, kept, last in forward.keys_and_values(pack):
-            layers = layers or [GrowingLayer(keys, len(rows), longest, most) for keys, _ in kept]
+            layers = layers or [GrowingLayer(keys, len(rows), longest) for keys, _ in kept]
             for layer, (keys, values) in zip(layers, kept, strict=True):
                 layer.put(row, keys, values)
             logits[row] = last
