@@ -29,7 +29,7 @@ from minitron.model.samples import Samples
 from minitron.model.stream import Pass, Stream
 
 # States are copied to float32 in pieces: of as many bytes as a CPU's cache holds, or larger where each piece is a call.
-PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 1 << 20, 64 << 20
+PIECE_BYTES, PIECE_BYTES_ON_DEVICE = 4 << 20, 64 << 20
 SMALLEST_NORMS = 1e-16  # least product of two norms: the cosine with a state of zeros, such as an unused token's, is 0
 
 
@@ -147,8 +147,8 @@ class _Collector:
             stack.callback(module.register_forward_pre_hook(lambda _, args: self._add_read(args[0], number)).remove)
 
     def _add_site(self, site: str, index: int, activation: Tensor) -> None:
-        for sample in self._real(activation):
-            self.sums[site][index] += sample_sums(sample)
+        for sums in sample_sums(list(self._real(activation.abs()))):
+            self.sums[site][index] += sums
 
     def _add_read(self, states: Tensor, number: int) -> None:
         assert self.moment
@@ -192,12 +192,17 @@ class _Moment:
         return upper + upper.triu(1).T, self.total.cpu() * (hidden**0.5 / count)
 
 
-def sample_sums(activation: Float[Tensor, "tokens channels"]) -> Float[Tensor, "3 2 channels"]:
-    """One sample's contribution to `Statistics.sums`: (v, v squared) for each reduction v of |a| over its tokens."""
-    moments = torch.stack(mean_and_variance(activation.abs()))
-    mean, variance = moments.to(sums_device(activation.device)).double()
-    reductions = torch.stack([mean, ((variance + mean.square()) * len(activation)).sqrt(), variance])
-    return torch.stack([reductions, reductions.square()], dim=1)
+def sample_sums(samples: list[Float[Tensor, "_ channels"]]) -> Float[Tensor, "samples 3 2 channels"]:
+    """Each sample's contribution to `Statistics.sums`: (v, v squared) for each reduction v of |a| over its tokens.
+
+    Args:
+        samples: |a| of each sample's tokens.
+    """
+    moments = torch.stack([torch.stack(mean_and_variance(sample)) for sample in samples])
+    mean, variance = moments.to(sums_device(moments.device)).double().unbind(1)
+    tokens = mean.new_tensor([len(sample) for sample in samples])[:, None]
+    reductions = torch.stack([mean, ((variance + mean.square()) * tokens).sqrt(), variance], dim=1)
+    return torch.stack([reductions, reductions.square()], dim=2)
 
 
 def mean_and_variance(
@@ -222,7 +227,7 @@ def cosine_sum(one: Float[Tensor, "tokens channels"], other: Float[Tensor, "toke
     for pieces in zip(one.split(rows), other.split(rows), strict=True):
         x, y = (buffer[: len(piece)].copy_(piece) for buffer, piece in zip(buffers, pieces, strict=True))
         norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-        total += (torch.linalg.vecdot(x, y) / norms.clamp_min(SMALLEST_NORMS)).sum()
+        total += (x.mul_(y).sum(-1) / norms.clamp_min_(SMALLEST_NORMS)).sum()
     return total
 
 
