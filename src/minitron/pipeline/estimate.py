@@ -11,7 +11,7 @@ from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import ModelConfig, open_config
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
 from minitron.pipeline.run import resolve_recipe
-from minitron.pipeline.stage_seconds import StageSeconds, stage_seconds
+from minitron.pipeline.stage_seconds import StageSeconds, resolved, stage_seconds
 from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
@@ -127,15 +127,15 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False) -
     flops = tokens * (forward + step) if tokens else None
     # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
     # teacher that is corrected before is trained in float32.
-    held = training_bytes(
-        teacher.architecture, teacher.config, shape, recipe.distill.optimizer_name, recipe.distill.weights
-    )
+    distill = resolved(recipe, teacher, shape, tokens) if tokens else recipe.distill
+    optimizer, weights = distill.optimizer_name, distill.weights
+    held = training_bytes(teacher.architecture, teacher.config, shape, optimizer, weights)
     if correction == "parallel":
-        held += _of_teacher(teacher, recipe.distill.optimizer_name, recipe.distill.weights)
+        held += _of_teacher(teacher, optimizer, weights)
     else:
         held += 2 * teacher.parameters.total
     if correction == "before":
-        held = max(held, _of_teacher(teacher, recipe.distill.optimizer_name, "float32"))
+        held = max(held, _of_teacher(teacher, optimizer, "float32"))
     found = Estimate(
         teacher=describe(teacher),
         student=student,

@@ -7,9 +7,10 @@ two parts apart, and each is multiplied up to the real model.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.core.files import scratch_directory
 from minitron.core.progress import Silent
 from minitron.data.corpus import draw_samples
+from minitron.data.sampling import draw, probabilities
+from minitron.data.sources import TEACHER
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.recording import DEFAULT_TOP_K, record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, resolve
@@ -28,6 +31,7 @@ from minitron.distillation.train import Training, distill
 from minitron.evaluation.quality import measure_quality
 from minitron.evaluation.speed import Load, transformers_timer
 from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig
+from minitron.model.caches import GrowingLayer, without_copies
 from minitron.model.checkpoint import load_model
 from minitron.model.describe import forward_flops
 from minitron.model.samples import Samples
@@ -41,12 +45,12 @@ from minitron.recipe import Recipe
 _Made = TypeVar("_Made")
 TrainingKind = Literal["student", "corrected", "scratch"]
 # The operations of a timed training step, on a CPU and on a GPU: enough to be longer than what happens around it.
-STEP_FLOPS, STEP_FLOPS_ON_GPU = 3e11, 3e13
+STEP_FLOPS, STEP_FLOPS_ON_GPU = 1e11, 1e13
 LEAST_BLOCK = 64
 # The operations of the longer one of two passes over samples.
 PASS_FLOPS, PASS_FLOPS_ON_GPU = 2e11, 2e13
 # Steps that are timed, one of which changes SOAP's axes and one of which saves; fewer of a batch of twice the size.
-STEPS, SAVED_STEP, STEPS_OF_LARGER = 12, 6, 4
+STEPS, SAVED_STEP, STEPS_OF_LARGER = 10, 5, 4
 EVALUATED_BLOCKS = 4
 # A repair that solves for more columns takes minutes a layer, and is not timed.
 MOST_COLUMNS = 4096
@@ -335,9 +339,7 @@ def time_work(asked: Asked, probe: Probe) -> WorkSeconds:
     timer = transformers_timer(teacher)
     timer(Load(1, 16, 2))
     one = timer(Load(1, 16, DECODED)).decode_seconds / DECODED
-    several = 0.0
-    if recipe.data.source == "teacher":
-        several = timer(Load(recipe.data.sample_batch, 16, DECODED)).decode_seconds / DECODED
+    sampled = _sampled_step(teacher, asked) if recipe.data.source == TEACHER else 0.0
     return WorkSeconds(
         calibration_start=start,
         calibration_token=each / block_tokens,
@@ -348,8 +350,29 @@ def time_work(asked: Asked, probe: Probe) -> WorkSeconds:
         teacher_token=alone / tokens,
         student_token=pair / tokens,
         prompt_token=one,
-        sampled_step=several,
+        sampled_step=sampled,
     )
+
+
+@torch.no_grad()
+def _sampled_step(model: Any, asked: Asked) -> float:
+    """Return the seconds of a token of each document that is sampled, behind half as many as it may have."""
+    rows, before = asked.recipe.data.sample_batch, asked.block_tokens // 2
+    tokens = torch.zeros(rows, 1, dtype=torch.long, device=pick_device())
+    known = tokens.new_ones(rows, before + DECODED)
+    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    without_copies(cache)
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer) and layer.keys is not None:
+            earlier = layer.keys[:, :, :1].expand(-1, -1, before - 1, -1)
+            layer.update(earlier, earlier)
+
+    def step(position: int) -> None:
+        seen = known[:, : position + 1]
+        output = model(input_ids=tokens, attention_mask=seen, past_key_values=cache, use_cache=True)
+        draw(probabilities(output.logits[:, -1].float()), torch.full((rows,), 0.5))
+
+    return median(_timed(partial(step, position))[0] for position in range(before, before + DECODED))
 
 
 def _calibration(probe: Probe, config: CalibrateConfig, blocks: int) -> tuple[float, Statistics]:
