@@ -222,12 +222,13 @@ DEMO, SMOLLM2 = Shape(6, 256, 704, 4, 2, 64, 4096), Shape(30, 576, 1536, 9, 3, 6
 @pytest.mark.parametrize(
     ("student", "teacher", "tokens", "expected"),
     [
-        (replace(DEMO, hidden=160, ffn=448), DEMO, 1280, "soap"),
-        (replace(DEMO, hidden=160, ffn=448), DEMO, 512, "soap_light"),
-        (DEMO, None, 1280, "soap_light"),
-        (replace(SMOLLM2, ffn=1152), SMOLLM2, 512, "adamw"),
-        (replace(SMOLLM2, ffn=1152), SMOLLM2, 2048, "soap_light"),
-        (replace(SMOLLM2, ffn=1152), SMOLLM2, 5888, "soap"),
+        (replace(DEMO, hidden=160, ffn=448), DEMO, 1024, "adamw"),
+        (replace(DEMO, hidden=160, ffn=448), DEMO, 2048, "soap_light"),
+        (replace(DEMO, hidden=160, ffn=448), DEMO, 6144, "soap"),
+        (DEMO, None, 4096, "soap_light"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 2048, "adamw"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 8192, "soap_light"),
+        (replace(SMOLLM2, ffn=1152), SMOLLM2, 20480, "soap"),
     ],
 )
 def test_the_usual_optimizer_is_the_first_that_takes_little_beside_the_passes(

@@ -35,10 +35,13 @@ def test_it_is_torchs_attention_with_the_same_gradients(tokens: int, documents: 
     torch.testing.assert_close(of_ours, of_theirs)
 
 
-def test_a_single_query_sees_all_tokens_before_it() -> None:
+def test_a_single_query_sees_all_tokens_or_those_that_it_may() -> None:
     query, key, value = drawn(3, 6, 1, 8, seed=0), drawn(3, 2, 90, 8, seed=1), drawn(3, 2, 90, 8, seed=2)
     theirs = functional.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=True)
     torch.testing.assert_close(attention.by_products(query, key, value), theirs.transpose(1, 2))
+    seen = torch.arange(90).expand(3, 1, 1, -1) < torch.tensor([90, 40, 1])[:, None, None, None]
+    theirs = functional.scaled_dot_product_attention(query, key, value, seen, scale=1.0, enable_gqa=True)
+    torch.testing.assert_close(attention.by_products(query, key, value, seen), theirs.transpose(1, 2))
 
 
 def models(dtype: torch.dtype) -> list[Any]:

@@ -69,7 +69,7 @@ class DistillConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Linear warm-up. Default: 2% of the steps, at least 10 and at most a fifth."""
     optimizer: Optimizer | None = None
-    """The optimizer. Default: the first of soap, soap_light and adamw whose products take at most a quarter of
+    """The optimizer. Default: the first of soap, soap_light and adamw whose products take at most a twentieth of
     the operations of a step's passes, or adamw for weights in bfloat16."""
     weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay on matrices; vectors have none."""

@@ -24,8 +24,10 @@ RATE, RATE_OF_REPAIRED = 0.06, 0.03
 RATE_BATCH = 2048
 # The optimizers that a training takes by default, by what they reach with the same tokens.
 USUAL_OPTIMIZERS = ("soap", "soap_light", "adamw")
-# The optimizer's products may take this share of a step's passes at most: SOAP saves a tenth to a third of the tokens.
-MOST_OF_PASSES = 0.25
+# The optimizer's products may take this share of a step's passes at most, or SOAP costs more time than it saves.
+MOST_OF_PASSES = 0.05
+# A batch holds at least so many tokens, but leaves so many steps: smaller ones cost more time than they save tokens.
+LEAST_BATCH, LEAST_STEPS = 2048, 75
 # The operations of a training's passes from which on it is compiled on a CPU. They take two cores about 20 minutes, in
 # which steps that are a tenth shorter win back several times what compiling takes.
 COMPILED_FROM = 4e14
@@ -158,9 +160,9 @@ def resolve(
     to 8% of it for a plain cut and 2% to 5% for a repaired one, which has more to lose (docs/log): 6% and 3%, with
     a batch of 2048 tokens, and with a smaller one less by the square root. Never above 0.4 / hidden, which is
     the papers' 1e-4 at hidden 3072 to 4096. Batch: 0.58 tokens^0.571 tokens, the power law of Li et al. (Step Law,
-    2025) for the best batch of pretraining, which fits at 0.25M tokens here; at most 9.4M tokens (P2's). The number of
-    processes does not matter. Optimizer: see `usual_optimizer`. Compiled: on a CPU with a compiler, from COMPILED_FROM
-    operations on.
+    2025) for the best batch of pretraining, at most 9.4M tokens (P2's); but at least 2048 tokens where these leave 75
+    steps, else a 75th of the tokens, which is best after the same time (docs/log). The number of processes does not
+    matter. Optimizer: see `usual_optimizer`. Compiled: on a CPU with a compiler, from COMPILED_FROM operations on.
 
     Raises: MinitronError for a budget of less than one batch, and for settings that exclude each other.
     """
@@ -201,7 +203,7 @@ def resolve_without_student(
     """
     require_weights_fit(config)
     tokens = config.tokens or train_tokens
-    usual_batch = round(min(0.58 * tokens**0.571, 9.4e6) / block_tokens)
+    usual_batch = round(max(min(0.58 * tokens**0.571, 9.4e6), min(LEAST_BATCH, tokens / LEAST_STEPS)) / block_tokens)
     batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
     evaluated = config.evaluate_blocks or usual_evaluate_blocks(block_tokens)
     _require_a_batch("distill.tokens", tokens, batch, block_tokens)
