@@ -92,7 +92,7 @@ def compared(source: Path, file: Path, work: Path) -> list[str]:
     equal = [torch.equal(read.read(name), values) for name, values in held.items()]
     load_model(read.path)  # the first one imports the model's class
     started = time.perf_counter()
-    model = load_model(read.path)
+    model = load_model(read.path, torch.float32)
     seconds = time.perf_counter() - started
     texts = [HARD_TEXT, SCRIPTS, *SPACES, *specials(source), prose()]
     old, new = load_tokenizer(source), load_tokenizer(read.path)

@@ -9,19 +9,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minitron.core.config import expanded
+from minitron.core.config import count_in, expanded
 from minitron.core.effects import require_once
 from minitron.core.errors import MinitronError, did_you_mean
 
 
 def count(text: str) -> int:
     """Read 20M as 20_000_000."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9}
-    scale = units.get(text[-1:].upper(), 1)
-    number = text[:-1] if scale != 1 else text
     try:
-        value = round(float(number.replace("_", "")) * scale)
-    except ValueError:
+        value = count_in(text)
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 500000, 20M or 4.5B") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")

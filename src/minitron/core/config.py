@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_args, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -34,6 +34,27 @@ def expanded(text: str) -> str:
 
 
 UserPath = Annotated[str, AfterValidator(expanded)]  # a local path, or a name such as a hub id
+
+
+def count_in(text: str) -> int:
+    """Read 20M as 20_000_000.
+
+    Raises: ValueError for text that is no number with or without a unit.
+    """
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    scale = units.get(text[-1:].upper(), 1)
+    return round(float((text[:-1] if scale != 1 else text).replace("_", "")) * scale)
+
+
+def _counted(value: Any) -> Any:
+    """Read text that is a number with a unit, and leave everything else to the check of its type."""
+    try:
+        return count_in(value) if isinstance(value, str) and value[-1:].isalpha() else value
+    except (ValueError, OverflowError):
+        return value
+
+
+TokenCount = Annotated[int, BeforeValidator(_counted)]  # may be written with a unit, such as 20M
 
 
 @runtime_checkable

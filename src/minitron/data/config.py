@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from minitron.core.config import Section, UserPath
+from minitron.core.config import Section, TokenCount, UserPath
 from minitron.data.sources import BUILTIN
 from minitron.data.sources import TEACHER as TEACHER
 from minitron.data.sources import TEXT_SUFFIXES as TEXT_SUFFIXES
@@ -29,13 +29,13 @@ class DataConfig(Section):
     separate_documents: bool = False
     """Keep the documents of a block apart: attention stays within a document, positions begin anew with each document,
     and its first token is not predicted from the document before. The delimiter's tokens separate documents."""
-    block_tokens: int | None = Field(default=None, ge=8)
+    block_tokens: TokenCount | None = Field(default=None, ge=8)
     """Tokens in a block. Default: the model's context length, at most 2048."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents held out for evaluation, chosen by a hash of each document."""
     max_document_chars: int = Field(default=16384, ge=256)
     """A longer text file is several documents: it is cut at the first blank line after this many characters."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: TokenCount | None = Field(default=None, ge=1)
     """Stop reading, or sampling, after this many training tokens. Default: read everything; from a dataset id, or from
     the teacher, take as many tokens as the run needs."""
     sample_temperature: float = Field(default=1.0, gt=0)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minitron.core.config import Section
+from minitron.core.config import Section, TokenCount
 from minitron.core.device import Precision
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.text import either
@@ -23,7 +23,7 @@ Weight = Annotated[float, Field(gt=0)]
 
 
 class DistillConfig(Section):
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: TokenCount | None = Field(default=None, ge=1)
     """Training tokens. Default: one pass over the training text."""
     minutes: float | None = Field(default=None, gt=0)
     """Length in minutes of wall time, instead of `tokens`: the tokens follow from a speed that is measured once, before
@@ -37,7 +37,7 @@ class DistillConfig(Section):
     correction: Literal["before", "parallel"] | None = None
     """Whether the teacher is trained on the same text too, by cross-entropy (P2): `before` anything is measured, cut
     and distilled from it, or in `parallel` with the student, whose start is then cut from the teacher as it was."""
-    correction_tokens: int | None = Field(default=None, ge=1)
+    correction_tokens: TokenCount | None = Field(default=None, ge=1)
     """Tokens that the teacher is trained on. Default: those of distillation, at most one pass over the text."""
     correction_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the teacher. Default: a fifth of that of a plain cut with its hidden size."""
@@ -58,7 +58,7 @@ class DistillConfig(Section):
     `off` where no teacher runs beside the student."""
     batch_blocks: int | None = Field(default=None, ge=1)
     """Blocks per optimizer step. Default: see `resolve`."""
-    micro_batch_tokens: int = Field(default=4096, ge=1)
+    micro_batch_tokens: TokenCount = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default: 6% of the weights' size, half of it for a repaired cut; more in `resolve`."""

@@ -244,7 +244,7 @@ def _loaded(subject: Subject) -> Timer:
 def _in_transformers(subject: Subject) -> Timer:
     checkpoint = open_checkpoint(subject.path)
     with torch.device("meta"):  # the memory of code, which is more than that of a small model, is taken before
-        new_model(checkpoint.config, checkpoint.dtype)
+        new_model(checkpoint.config, checkpoint.written_dtype)
     device, before = pick_device(), _resident_memory()
     timer = transformers_timer(load_model(subject.path, subject.dtype).to(device))
     if device.type != "cuda":

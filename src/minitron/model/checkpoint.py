@@ -146,7 +146,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """Load the directory's model in evaluation mode, by default in the dtype of the checkpoint.
+    """Load the directory's model in evaluation mode, by default in its `written_dtype`.
+
+    That is the dtype of the checkpoint; a quantized model is then rounded as its students are, for which it is twice as
+    fast as in float32.
 
     Its tensors are read in the same way as those of a streamed model. transformers' own loading would choose files and
     dtype by other rules, would initialise missing tensors at random, and would add an adapter in the directory.
@@ -156,7 +159,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     from transformers import GenerationConfig
 
     checkpoint = open_checkpoint(path)
-    dtype = dtype or checkpoint.dtype
+    dtype = dtype or checkpoint.written_dtype
     model = empty_model(checkpoint.config, dtype)
     for name, stored in checkpoint.stored.items():
         module, _, own = name.rpartition(".")

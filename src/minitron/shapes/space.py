@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from minitron.core import parallel
-from minitron.core.config import Section
+from minitron.core.config import Section, TokenCount
 from minitron.core.errors import PlanError, did_you_mean
 from minitron.core.machine import bytes_per_second, matmul_flops_per_second
 from minitron.model.architecture import (
@@ -56,7 +56,7 @@ class SearchConfig(Section):
     """Longest modelled time of decoding one token of each of `batch` sequences, see `roofline`."""
     max_prefill_seconds: float | None = Field(default=None, gt=0)
     """Longest modelled time of reading `batch` prompts of `context_tokens`, see `roofline`."""
-    context_tokens: int = Field(default=2048, ge=1)
+    context_tokens: TokenCount = Field(default=2048, ge=1)
     """Context at which the cache and the times are computed."""
     batch: int = Field(default=1, ge=1)
     """Sequences at once, likewise."""

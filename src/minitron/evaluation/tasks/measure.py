@@ -225,7 +225,7 @@ def _key(benchmark: BenchmarkTask, plan: TaskPlan, checkpoint: Checkpoint, cache
         "format": KEY_FORMAT,
         "harness": definitions.version(),
         "model": _model_digest(checkpoint, cache),
-        "dtype": str(checkpoint.dtype),
+        "dtype": str(checkpoint.written_dtype),
         "benchmark": asdict(benchmark),
         "rows": local.digest if local else "hub",
         "limit": plan.options.limit,

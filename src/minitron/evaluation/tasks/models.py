@@ -143,7 +143,7 @@ class Streamed(HarnessModel):
         scratch: Path | None = None,
     ):
         # The harness reads the config of the model only.
-        empty = skeleton(checkpoint, checkpoint.dtype)
+        empty = skeleton(checkpoint, checkpoint.written_dtype)
         super().__init__(tokenizer, pretrained=empty, batch_size=ALL_AT_ONCE)
         self.checkpoint, self.listener = checkpoint, listener
         self._rows_of_batch, self._scratch = batch, scratch
@@ -171,7 +171,7 @@ class Streamed(HarnessModel):
     def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Group rows in order of length, so that they need little padding and their states fit."""
         passes: list[list[Row]] = []
-        of_token = self.checkpoint.shape.hidden * self.checkpoint.dtype.itemsize
+        of_token = self.checkpoint.shape.hidden * self.checkpoint.written_dtype.itemsize
         for row in rows:
             fits = bool(passes) and len(row) <= LONGEST_OF_SHORTEST * len(passes[-1][0]) + 8
             if fits and (len(passes[-1]) + 1) * len(row) * of_token <= PASS_BYTES:
@@ -187,7 +187,7 @@ class Streamed(HarnessModel):
         tokens = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
-        pass_ = Pass(self.checkpoint.dtype, self._rows_of_batch, scratch=self._scratch)
+        pass_ = Pass(self.checkpoint.written_dtype, self._rows_of_batch, scratch=self._scratch)
         stream = Stream(self.checkpoint, Samples(tokens), pass_)
         stream.run_to_end(
             lambda done, total: self.listener.progress(number * total + done, num_passes * total, self.note)
