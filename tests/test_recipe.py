@@ -60,6 +60,8 @@ def test_every_key_says_what_it_means(path: str, section: type[BaseModel]) -> No
     [
         ("seed=7", 7),
         ("distill.tokens=2_000_000", 2_000_000),
+        ("distill.tokens=2.5M", 2_500_000),
+        ("data.max_tokens=100K", 100_000),
         ("distill.learning_rate=0.001", 0.001),
         ("distill.learning_rate=1e-4", 1e-4),
         ("search.level=off", "off"),
@@ -111,6 +113,8 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing near": ({"data": {"xyzzy": 1}}, "unknown key data.xyzzy; Available: block_tokens, delimiter"),
     "no model": ({"model": None}, "model: Input should be a valid string"),
     "number as text": ({"distill": {"tokens": "5"}}, r"distill.tokens: .*valid integer \(got '5'\)"),
+    "no unit": ({"distill": {"tokens": "5X"}}, r"distill.tokens: .*valid integer \(got '5X'\)"),
+    "less than one": ({"distill": {"tokens": "0.0001K"}}, "distill.tokens: .*greater than or equal to 1"),
     "fraction": ({"distill": {"tokens": 1.5}}, "distill.tokens: .*integer"),
     "below range": ({"data": {"block_tokens": 4}}, r"data.block_tokens: .*greater than or equal to 8 \(got 4\)"),
     "above range": ({"data": {"heldout_fraction": 1.0}}, "data.heldout_fraction: .*less than 1"),
