@@ -103,7 +103,7 @@ def test_a_file_says_the_model_that_it_was_written_from(
         else:
             assert torch.equal(made.read(name), own[name]), name
     tokens = tiny.tokens(2, 20)
-    loaded = tiny.logits(load_model(made.path), tokens)
+    loaded = tiny.logits(load_model(made.path, torch.float32), tokens)
     torch.testing.assert_close(loaded, tiny.logits(tiny.model(path), tokens), atol=2e-6, rtol=1e-5)
 
 
@@ -112,7 +112,10 @@ def test_a_scale_of_queries_that_llama_cpp_has_not_is_in_the_weights(tmp_path: P
     made = read(float32_file(path)[0])
     assert made.config["query_pre_attn_scalar"] == 6 != tiny.model(path).config.query_pre_attn_scalar
     torch.testing.assert_close(
-        tiny.logits(load_model(made.path), tokens), tiny.logits(tiny.model(path), tokens), atol=2e-5, rtol=1e-5
+        tiny.logits(load_model(made.path, torch.float32), tokens),
+        tiny.logits(tiny.model(path), tokens),
+        atol=2e-5,
+        rtol=1e-5,
     )
 
 
@@ -136,7 +139,10 @@ def test_bounds_of_llama_3s_rule_are_told_from_its_factors(
     assert tuple(made.config["rope_parameters"][name] for name in names) == found
     tokens = tiny.tokens(1, 20)
     torch.testing.assert_close(
-        tiny.logits(load_model(made.path), tokens), tiny.logits(tiny.model(path), tokens), atol=2e-5, rtol=1e-4
+        tiny.logits(load_model(made.path, torch.float32), tokens),
+        tiny.logits(tiny.model(path), tokens),
+        atol=2e-5,
+        rtol=1e-4,
     )
 
 
@@ -154,7 +160,7 @@ def test_rows_are_the_gguf_packages_dequantization_of_the_file(kind: BlockType, 
     assert torch.equal(made.read_rows(queries, 3, 9), made.read(queries)[3:9])
     with Runtime(file, context=64, threads=1, exact=True) as runtime:
         ids = tiny.tokens(1, 60)[0]
-        found, wanted = runtime.logits(ids), tiny.logits(load_model(made.path), ids[None])[0]
+        found, wanted = runtime.logits(ids), tiny.logits(load_model(made.path, torch.float32), ids[None])[0]
     kl = kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
     assert kl < (1e-4 if kind in (BlockType.F16, BlockType.BF16) else 2e-2)  # llama.cpp rounds states for the others
 
