@@ -237,6 +237,14 @@ def test_a_damaged_file_of_sampled_text_is_named(teacher: Path, tmp_path: Path) 
             sampled(teacher, tmp_path / "rows")
 
 
+def test_the_last_batches_have_only_what_is_missing(teacher: Path, tmp_path: Path) -> None:
+    heldout = str(small.text(tmp_path / "text.jsonl"))
+    rows = sampled(teacher, tmp_path / "rows", sample_batch=500, heldout=heldout)
+    tokens = [row["tokens"] for row in rows]
+    before_the_last = sum(tokens[: -sampling.LEAST_ROWS])
+    assert before_the_last < 600 and len(rows) < 500
+
+
 def test_what_is_complete_is_not_sampled_again(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sampled(teacher, tmp_path / "rows")
     monkeypatch.setattr(sampling, "load_model", None)

@@ -1,13 +1,14 @@
 """Text sampled from a model, for a teacher whose training text is not available.
 
 A document begins with the tokenizer's BOS token, or if there is no BOS with the EOS token, like text behind another
-document. It ends at an end token, or at the length of a block. Batch n is a function of the model, the settings, the
-seed and n, so an interrupted sampling continues as if it had not been interrupted.
+document. It ends at an end token, or at the length of a block. A batch is a function of the model, the settings, the
+seed and the batches before it, so an interrupted sampling continues as if it had not been interrupted.
 
 Paper: LLM-QAT (arXiv:2305.17888), "Data-free Distillation"; here from the start token and without a greedy beginning.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Collection
@@ -32,6 +33,8 @@ from minitron.model.tokens import first_token, num_rows_needed, text_ids
 
 # Sampling ends at this multiple of the expected tokens: documents may be so short that the held-out part never fills.
 MOST_OF_EXPECTED = 4
+# The last batches have only as many documents as are missing, or so many: fewer are drawn at little more speed.
+LEAST_ROWS = 8
 # Rows of documents that have ended are computed until only so many of all are open.
 OPEN_SHARE = 7 / 8
 
@@ -68,9 +71,7 @@ def sample_text(
     """
     tokenizer = model.tokenizer
     goal, start = _Goal(config, tokenizer, block_tokens), start_token(tokenizer)
-    documents = _resume(file, config.sample_batch)
-    for document in documents:
-        goal.count(document)
+    documents = _resume(file, goal)
     if goal.reached:
         return documents
     loaded = load_model(model.path).to(pick_device())
@@ -85,8 +86,8 @@ def sample_text(
     told = goal.progress(progress)
     with file.open("a", encoding="utf-8") as lines:
         while not goal.reached:
-            number = len(documents) // config.sample_batch
-            draws = np.random.default_rng([seed, number]).random((config.sample_batch, block_tokens - 1), np.float32)
+            numbers = np.random.default_rng([seed, len(documents)])
+            draws = numbers.random((goal.next_rows, block_tokens - 1), np.float32)
             for ids in sample_batch(loaded, sampling, draws, told):
                 documents.append(_decoded(ids, sampling.ends, tokenizer))
                 goal.count(documents[-1])
@@ -206,8 +207,8 @@ class _Goal:
         self.config, self.tokenizer, self.block_tokens = config, tokenizer, block_tokens
         prefix, suffix, _ = delimiters(config.delimiter, tokenizer)
         self.num_delimiters = len(prefix) + len(suffix)
-        self.train = self.heldout = self.drawn = 0
-        held = 0.0 if config.heldout else config.heldout_fraction
+        self.train = self.heldout = self.drawn = self.documents = 0
+        self.held_share = held = 0.0 if config.heldout else config.heldout_fraction
         self.train_share = 1 - held
         self.most = MOST_OF_EXPECTED * (self.tokens / self.train_share + (block_tokens / held if held else 0))
 
@@ -215,6 +216,15 @@ class _Goal:
     def reached(self) -> bool:
         enough_held = self.config.heldout is not None or self.heldout >= self.block_tokens
         return (self.train >= self.tokens and enough_held) or self.drawn >= self.most
+
+    @property
+    def next_rows(self) -> int:
+        """The documents of the next batch: as many as are expected to be missing, within bounds."""
+        tokens = max(self.tokens - self.train, 0) / self.train_share
+        if self.held_share:
+            tokens = max(tokens, (self.block_tokens - self.heldout) / self.held_share)
+        each = self.drawn / self.documents if self.documents else self.block_tokens - 1
+        return min(self.config.sample_batch, max(LEAST_ROWS, math.ceil(tokens / each)))
 
     def progress(self, report: Callable[[int, int, str], None]) -> Callable[[int], None]:
         """The function that `sample_batch` tells the tokens drawn so far, and which reports the training tokens."""
@@ -225,12 +235,13 @@ class _Goal:
             done = max(done, min(self.train + round(of_batch * self.train_share), self.tokens))
             pace.report(self.drawn + of_batch, time.monotonic())
             speed = "" if pace.per_second is None else f", {pace.per_second:,.0f} a second"
-            report(done, self.tokens, f"tokens sampled{speed}")
+            what = "tokens sampled" if self.train < self.tokens else "sampling goes on for text to hold out"
+            report(done, self.tokens, what + speed)
 
         return drawn
 
     def count(self, document: SampledDocument) -> None:
-        self.drawn += document.tokens
+        self.drawn, self.documents = self.drawn + document.tokens, self.documents + 1
         if not document.text.strip():
             return
         tokens = len(text_ids(self.tokenizer, document.text)) + self.num_delimiters
@@ -248,15 +259,24 @@ def _decoded(ids: list[int], ends: Collection[int], tokenizer: Any) -> SampledDo
     return SampledDocument(text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}"), len(ids), ended)
 
 
-def _resume(path: Path, batch: int) -> list[SampledDocument]:
-    """The complete batches in the file; an incomplete one is removed."""
+def _resume(path: Path, goal: _Goal) -> list[SampledDocument]:
+    """Count the documents of the complete batches in the file; those of an incomplete one are removed."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = sum(line.endswith(b"\n") for line in lines) // batch * batch
-    if path.exists():
-        os.truncate(path, sum(map(len, lines[:whole])))
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        os.truncate(path, sum(map(len, lines)))
     try:
-        return [SampledDocument(**row) for _, row in read_rows(path, DataError)] if path.exists() else []
+        found = [SampledDocument(**row) for _, row in read_rows(path, DataError)] if lines else []
     except (DataError, TypeError) as problem:
         raise DataError(
             f"{path}, the text sampled so far, is damaged ({problem}): delete it, and sampling begins anew"
         ) from None
+    documents: list[SampledDocument] = []
+    while not goal.reached and len(documents) + goal.next_rows <= len(found):
+        batch = found[len(documents) : len(documents) + goal.next_rows]
+        documents += batch
+        for document in batch:
+            goal.count(document)
+    if lines:
+        os.truncate(path, sum(map(len, lines[: len(documents)])))
+    return documents
