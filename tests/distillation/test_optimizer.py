@@ -264,8 +264,9 @@ def matrices_of(shape: Shape) -> list[Tensor]:
 def test_a_students_optimizer_follows_from_its_shape_and_one_that_is_given_stays() -> None:
     student, text = replace(DEMO, hidden=160, ffn=448), {"block_tokens": 256, "train_tokens": 800_000}
     for config, expected in [
-        (DistillConfig(), "soap"),
-        (DistillConfig(tokens=100_000), "soap_light"),
+        (DistillConfig(), "soap_light"),
+        (DistillConfig(tokens=20_000), "adamw"),
+        (DistillConfig(tokens=20_000_000), "soap"),
         (DistillConfig(optimizer="adamw"), "adamw"),
         (DistillConfig(weights="bfloat16_kahan"), "adamw"),
     ]:

@@ -96,7 +96,7 @@ def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: C
 def show_run(records: "RunRecords", console: Console) -> None:
     """Print the table of a finished run."""
     from minitron.core.run_layout import RunLayout
-    from minitron.report.records import result_table
+    from minitron.report.records import exported, result_table
     from minitron.report.tables import RESULT_COLUMNS, result_cells
 
     rows, layout = result_table(records), RunLayout(records.path)
@@ -107,10 +107,12 @@ def show_run(records: "RunRecords", console: Console) -> None:
     shown = [True, *(column.key not in hidden for column in RESULT_COLUMNS)]
     lines = aligned([list(itertools.compress(row, shown)) for row in cells])
     tokens = records.evaluations["teacher"].tokens
+    files = {name: row.files(records.exports[name], layout.stage(name)) for name, row in exported(records)}
     notes = [
         "",
         f"Measured on {tokens:,} tokens of held-out text.",
         f"student: {records.path / 'student'}",
+        *(f"{name + ':':8} {layout.stage(name)} ({len(some)} files)" for name, some in files.items() if some),
         f"report:  {layout.report}",
     ]
     console.result(facts, "\n".join(lines + notes))

@@ -102,7 +102,7 @@ class Stream:
                 rows = self.checkpoint.gather_rows(weight, known)
                 with _filled(self.model, {weight: rows.to(self.device, self.dtype)}):
                     for samples in slices:
-                        indices = torch.searchsorted(known, self.tokens[samples])
+                        indices = torch.searchsorted(known, self.tokens[samples].contiguous())
                         inputs = self._inputs(samples) | {"input_ids": indices.to(self.device)}
                         self.model.model(**inputs, use_cache=False)
                         self.states[samples] = stand_ins[0].seen
