@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from minitron.core.files import scratch_directory
 from minitron.core.progress import Silent
@@ -67,32 +68,46 @@ def measure_text(config: DataConfig, model: Checkpoint | ModelConfig, tokens: in
         return TextSize(most, beside, None)
     size = sum(file.stat().st_size for file in source_files(config.model_copy(update={"heldout": None})))
     size_heldout = sum(file.stat().st_size for file in files) - size
-    read = 0
-
-    def some() -> Iterator[Document]:
-        nonlocal read
-        for document in read_documents(config.source, config):
-            read += len(document.text.encode())
-            yield document
-            if read >= TEXT_CHARS:
-                return
-
-    tokenizer, started = open_checkpoint(model.path).tokenizer if has_weights(model.path) else None, 0.0
-    if tokenizer is None:
+    if not has_weights(model.path):
         return TextSize(most, None, None)
-    with scratch_directory() as path:
-        plain = config.model_copy(update={"heldout": None, "max_tokens": None})
-        started = time.perf_counter()
-        corpus = prepare(
-            plain, tokenizer, vocab=model.shape.vocab, block_tokens=8, out=path, documents=some(), listener=Silent()
-        )
-        took = time.perf_counter() - started
-    of_byte = (corpus.train_tokens + corpus.heldout_tokens) / read
+    tokenizer, vocab = open_checkpoint(model.path).tokenizer, model.shape.vocab
+    less, more = (_prepare_beginning(config, tokenizer, vocab, chars) for chars in (TEXT_CHARS // 4, TEXT_CHARS))
+    of_byte = more.tokens / more.size
     held = config.heldout_fraction if config.heldout is None else 0.0
     train = round(size * of_byte * (1 - held))
     used = train if most is None else min(train, most)
     heldout = round(size_heldout * of_byte) if size_heldout else round(used * held / (1 - held))
-    return TextSize(used, heldout, took * (used + heldout) / (of_byte * read))
+    each = max(0.0, more.seconds - less.seconds) / max(1, more.tokens - less.tokens)
+    return TextSize(used, heldout, more.seconds + each * max(0, used + heldout - more.tokens))
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """The beginning of a text: its bytes and tokens, and the seconds that it took to prepare."""
+
+    size: int
+    tokens: int
+    seconds: float
+
+
+def _prepare_beginning(config: DataConfig, tokenizer: Any, vocab: int, most: int) -> _Beginning:
+    read = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal read
+        for document in read_documents(config.source, config):
+            read += len(document.text.encode())
+            yield document
+            if read >= most:
+                return
+
+    plain = config.model_copy(update={"heldout": None, "max_tokens": None})
+    with scratch_directory() as path:
+        started = time.perf_counter()
+        corpus = prepare(
+            plain, tokenizer, vocab=vocab, block_tokens=8, out=path, documents=documents(), listener=Silent()
+        )
+        return _Beginning(read, corpus.train_tokens + corpus.heldout_tokens, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
