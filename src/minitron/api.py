@@ -37,7 +37,7 @@ from minitron.distillation.teachers import TeacherSource, require_same_tokenizer
 from minitron.distillation.train import CORRECTED, Trained
 from minitron.evaluation.engines import measure_speed as measure_speed
 from minitron.evaluation.generate import generate_text, num_new_tokens, prompt_of, require_temperature
-from minitron.evaluation.quality import EvaluateConfig, Evaluation, measure_quality, usual_blocks
+from minitron.evaluation.quality import EvaluateConfig, Evaluation, measure_quality, measured_blocks
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.evaluation.tasks.suite import BenchmarkResult
 from minitron.gguf.config import QUANTIZE_TOKENS, QuantizeConfig, require_gguf
@@ -465,7 +465,7 @@ def evaluate(
     with corpus_for(checkpoint, data, listener, whole=whole) as corpus:
         return measure_quality(
             load_model(checkpoint.path).to(pick_device()),
-            corpus.heldout.head(blocks if blocks or whole else usual_blocks(corpus.block_tokens)),
+            measured_blocks(corpus, blocks, whole=whole),
             teacher=loaded_teacher,
             batch=batch,
             progress=partial(listener.progress, note="blocks"),

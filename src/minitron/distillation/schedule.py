@@ -207,12 +207,13 @@ def resolve_without_student(
     batch = config.batch_blocks or max(1, min(usual_batch, tokens // block_tokens))
     evaluated = config.evaluate_blocks or usual_evaluate_blocks(block_tokens)
     _require_a_batch("distill.tokens", tokens, batch, block_tokens)
-    steps, rarely = num_steps(tokens, batch, block_tokens), -(-TRAINED_PER_EVALUATED * evaluated // batch)
+    steps = num_steps(tokens, batch, block_tokens)
+    usual_evaluate_steps = max(1, steps // 10, -(-TRAINED_PER_EVALUATED * evaluated // batch))
     config = config.model_copy(
         update={
             "tokens": tokens,
             "batch_blocks": batch,
-            "evaluate_steps": config.evaluate_steps or max(1, steps // 10, rarely),
+            "evaluate_steps": config.evaluate_steps or usual_evaluate_steps,
             "evaluate_blocks": evaluated,
             "checkpoint_steps": config.checkpoint_steps or max(1, steps // 10),
             "precision": settle_precision(config.precision) if config.weights == "float32" else "bfloat16",

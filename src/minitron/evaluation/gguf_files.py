@@ -20,7 +20,7 @@ from minitron.data.config import DataConfig
 from minitron.data.corpus import Corpus
 from minitron.data.writing import hold_out_all, prepare
 from minitron.evaluation.generate import num_new_tokens, require_temperature
-from minitron.evaluation.quality import Evaluation, predicted_bytes, usual_blocks
+from minitron.evaluation.quality import Evaluation, measured_blocks, predicted_bytes
 from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.llama_cpp import MOST_THREADS, Runtime
 from minitron.gguf.reader import GgufFile, is_gguf, read_gguf, require_language_model
@@ -78,7 +78,7 @@ def evaluate_gguf(
     reference = None if teacher is None else _reference(teacher, model)
     with ExitStack() as stack:
         corpus = stack.enter_context(_corpus(model, reference, data, whole, listener))
-        heldout = corpus.heldout.head(blocks if blocks or whole else usual_blocks(corpus.block_tokens))
+        heldout = measured_blocks(corpus, blocks, whole=whole)
         rows = torch.from_numpy(heldout.select(slice(None)))
         child, sums = stack.enter_context(Child()), QualitySums()
         pair = _Pair(file, reference, rows.shape[1], heldout.separator)

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitron.core.config import Section, UserPath
 from minitron.core.errors import CheckpointError, DataError
 from minitron.core.numerics import matmul_precision
-from minitron.data.corpus import Blocks
+from minitron.data.corpus import Blocks, Corpus
 from minitron.model.logits import LazyLogits, logit_transform, usual_chunk
 from minitron.model.quality_sums import QualitySums, perplexity_of
 from minitron.model.samples import Batch
@@ -57,6 +57,11 @@ MEASURED_TOKENS = 1 << 16
 def usual_blocks(block_tokens: int) -> int:
     """Return the default number of held-out blocks to measure on."""
     return -(-MEASURED_TOKENS // block_tokens)
+
+
+def measured_blocks(corpus: Corpus, blocks: int | None, *, whole: bool) -> Blocks:
+    """Return the first held-out blocks: so many at most, else all with `whole`, else the default number."""
+    return corpus.heldout.head(blocks if blocks or whole else usual_blocks(corpus.block_tokens))
 
 
 _OF_TASKS = ("tasks", "tasks_dir", "limit", "allow_code")
