@@ -1,14 +1,15 @@
 """How long do benchmarks take beside lm-evaluation-harness's own model class on the same items, and are they equal?
 
-    python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR [--limit N] [--rounds N] [--out FILE]
-    python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR --equal --limit 200 [--out FILE]
+    python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR [--tasks NAME:ITEMS ...] [--rounds N] [--out FILE]
+    python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR --equal [--tasks NAME:200 ...] [--out FILE]
 
---rows is a directory for --tasks-dir. Both sides hold the same model in memory and run the same task of the harness;
+--rows is a directory for --tasks-dir. ITEMS are those of a task, or of each subject of MMLU; 8 by default. Both sides hold the same model in memory and run the same task of the harness;
 only the class that answers its requests differs. The harness's class runs with each batch of --batches, and is compared
 by the fastest. Sides take turns in each round. The time is of the whole task: prompts, tokens and metrics included. In
 bfloat16 two orders of the same sums differ by much more than in float32, and a greedy text may go another way
 then: --dtype float32 shows whether items are equal. The harness's own batches are compared with each other as well.
-Before the first round each side answers one item of each task or subject.
+Before the first round each side answers one item of each task or subject. The share of tokens is that of the positions
+that go through the model, padding included, of those of the harness's class: the ratio of time that sharing alone gives.
 
 --equal runs each side once and lists every item whose answer differs, with both values. It compares with one batch of
 the harness's own class, the first of --batches.
@@ -40,8 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=8, help="items of each task, and of each subject of MMLU")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), metavar="NAME[:ITEMS]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help="of the harness's own class")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default that of the checkpoint")
@@ -58,16 +58,17 @@ def main() -> None:
         sides = {"ours": InMemory(model, tokenizer)} | {
             f"batch {batch}": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch) for batch in args.batches
         }
-    found = [measured(name, sides, args) for name in args.tasks]
+    counted = _count_tokens(model)
+    found = [measured(*_name_and_items(name), sides, counted, args) for name in args.tasks]
     rows, differing = [row for row, _ in found], [line for _, lines in found for line in lines]
-    columns = ["task", "shots", "items", "ours, s", "harness, s (its batch)", "ratio", "same answers"]
-    columns += ["largest gap, nats", "the harness's own gap"]
+    columns = ["task", "shots", "items", "ours, s", "harness, s (its batch)", "ratio", "share of tokens"]
+    columns += ["same answers", "largest gap, nats", "the harness's own gap"]
     batches, dtype_name = " and ".join(map(str, args.batches)), str(model.dtype).removeprefix("torch.")
     text = f"""{header("The time of benchmarks beside the harness's own class")}
-lm_eval {version()}; the model of `{Path(args.model).name}` in {dtype_name}, {args.limit} items of each task or subject,
-{args.rounds} rounds. Seconds and ratios are medians, with the lowest and highest ratio of a round. A gap is the largest
-difference of an answer's log-likelihood in nats; the harness's own is between its batches of {batches}. An answer is
-the choice of an item, or its whole generated text.
+lm_eval {version()}; the model of `{Path(args.model).name}` in {dtype_name}, {args.rounds} rounds. Seconds and
+ratios are medians, with the lowest and highest ratio of a round. Tokens are the positions that go through the model,
+padding included. A gap is the largest difference of an answer's log-likelihood in nats; the harness's own is between its
+batches of {batches}. An answer is the choice of an item, or its whole generated text.
 
 {table(columns, rows)}
 
@@ -76,21 +77,42 @@ Items whose answers differ between our class and batches of {args.batches[0]}: {
     publish(text, args.out)
 
 
-def measured(name: str, sides: dict[str, Any], args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def _name_and_items(task: str) -> tuple[str, int]:
+    name, _, items = task.partition(":")
+    return name, int(items or 8)
+
+
+def _count_tokens(model: Any) -> list[int]:
+    """Return a list to which each forward call of the model adds its number of positions."""
+    counted: list[int] = []
+
+    def count(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        counted.append((args[0] if args else named["input_ids"]).numel())
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return counted
+
+
+def measured(
+    name: str, limit: int, sides: dict[str, Any], counted: list[int], args: argparse.Namespace
+) -> tuple[list[str], list[str]]:
     """A row of the table, and a line for each item that differs."""
     plan = plan_tasks([name], args.rows, TaskOptions())
     task = harness.load_task(plan.benchmarks[0], plan.local[plan.benchmarks[0].task])
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     items: dict[str, Items] = {}
+    tokens: dict[str, int] = {}
     shots = 0
     if not args.equal:
         for model in sides.values():
             harness.run_task(task, model, limit=1)
     for number in range(args.rounds):
         for side, model in list(sides.items())[:: 1 if number % 2 == 0 else -1]:
+            counted.clear()
             started = time.perf_counter()
-            result, samples = harness.run_task(task, model, limit=args.limit, samples=True)
+            result, samples = harness.run_task(task, model, limit=limit, samples=True)
             seconds[side].append(time.perf_counter() - started)
+            tokens[side] = sum(counted)
             items[side], shots = [item for member in samples.values() for item in member], result.shots
     peers = [side for side in sides if side != "ours"]
     best = min(peers, key=lambda side: statistics.median(seconds[side]))
@@ -104,6 +126,7 @@ def measured(name: str, sides: dict[str, Any], args: argparse.Namespace) -> tupl
         f"{statistics.median(seconds['ours']):.1f}",
         f"{statistics.median(seconds[best]):.1f} ({best.removeprefix('batch ')})",
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{tokens['ours'] / tokens[best]:.2f}",
         f"{same} of {len(items['ours'])} (its own {own_same})",
         *("-" if task.generates else f"{_gap(items[one], items[peers[0]]):.1e}" for one in ("ours", peers[-1])),
     ]
