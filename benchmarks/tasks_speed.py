@@ -3,13 +3,15 @@
     python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR [--tasks NAME:ITEMS ...] [--rounds N] [--out FILE]
     python benchmarks/tasks_speed.py --model DIR_OR_GGUF --rows DIR --equal [--tasks NAME:200 ...] [--out FILE]
 
---rows is a directory for --tasks-dir. ITEMS are those of a task, or of each subject of MMLU; 8 by default. Both sides hold the same model in memory and run the same task of the harness;
-only the class that answers its requests differs. The harness's class runs with each batch of --batches, and is compared
-by the fastest. Sides take turns in each round. The time is of the whole task: prompts, tokens and metrics included. In
-bfloat16 two orders of the same sums differ by much more than in float32, and a greedy text may go another way
-then: --dtype float32 shows whether items are equal. The harness's own batches are compared with each other as well.
-Before the first round each side answers one item of each task or subject. The share of tokens is that of the positions
-that go through the model, padding included, of those of the harness's class: the ratio of time that sharing alone gives.
+--rows is a directory for --tasks-dir. ITEMS are those of a task, or of each subject of MMLU; 8 by default. Both sides
+hold the same model in memory and run the same task of the harness; only the class that answers its requests differs.
+The harness's class runs with each batch of --batches, and is compared by the fastest. Sides take turns in each round.
+The time is of the whole task: prompts, tokens and metrics included. The share of tokens is that of the positions that
+go through the model, padding included, of those of the harness's class: the ratio of time that sharing alone gives.
+Before the first round each side answers one item of each task or subject.
+
+In bfloat16 two orders of the same sums differ by much more than in float32, and a greedy text may go another way then:
+--dtype float32 shows whether items are equal. The harness's own batches are compared with each other as well.
 
 --equal runs each side once and lists every item whose answer differs, with both values. It compares with one batch of
 the harness's own class, the first of --batches.
@@ -67,8 +69,8 @@ def main() -> None:
     text = f"""{header("The time of benchmarks beside the harness's own class")}
 lm_eval {version()}; the model of `{Path(args.model).name}` in {dtype_name}, {args.rounds} rounds. Seconds and
 ratios are medians, with the lowest and highest ratio of a round. Tokens are the positions that go through the model,
-padding included. A gap is the largest difference of an answer's log-likelihood in nats; the harness's own is between its
-batches of {batches}. An answer is the choice of an item, or its whole generated text.
+padding included. A gap is the largest difference of an answer's log-likelihood in nats; the harness's own is between
+its batches of {batches}. An answer is the choice of an item, or its whole generated text.
 
 {table(columns, rows)}
 
