@@ -4,8 +4,9 @@
 
 A random Llama of 1.1 billion parameters in bfloat16, or the model given, fits in memory, so transformers can run it
 whole: that is the plain pass, without logits. Calibrating streams the same model from its files, in the same dtype and
-batches; so does the cut with --ffn, which repairs the MLPs in closed form (ffn_obs). The variants take turns in one
-process, after a warm-up on one batch each.
+batches; so does the cut with --ffn, which repairs the MLPs in closed form (ffn_obs). Its pass is what it takes to go
+through the teacher and to sum the products that the repair is solved from. The variants take turns in one process,
+after a warm-up on one batch each.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from minitron.calibration.collect import measure_statistics
 from minitron.cli.process import keep_freed_memory
 from minitron.model.checkpoint import load_model, open_checkpoint
 from minitron.model.samples import Samples
-from minitron.model.stream import Pass, default_batch
+from minitron.model.stream import Pass, Stream, default_batch
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
 from minitron.pruning.repair.writer import Evidence, repaired_cut
@@ -43,6 +44,7 @@ BLOCKS, BLOCK_TOKENS, REPETITIONS = 40, 1024, 5
 DTYPE = torch.bfloat16
 PLAIN = "plain forward pass"
 REPAIR = "the cut of the FFN, with its repair"
+FEEDING = "of it, the pass that feeds the repair"
 SCORES, MOMENT = "`measure_statistics`", "`measure_statistics`, with the second moment"
 
 
@@ -105,13 +107,31 @@ def measure(path: Path, tokens: Tensor, repetitions: int, ffn: int | None) -> di
                 repaired_cut(checkpoint, plan, Path(out), ["ffn_obs"], evidence, Pass(DTYPE, batch=batch))
 
         variants[REPAIR] = repaired
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in [*variants, *([FEEDING] if ffn else [])]}
+    passes = _timed_passes()
     for _ in range(repetitions):
         for name, run in variants.items():
+            passes.clear()
             started = time.perf_counter()
             run(tokens)
             seconds[name].append(time.perf_counter() - started)
             print(name, f"{seconds[name][-1]:.2f} s", file=sys.stderr)
+            if name == REPAIR:
+                seconds[FEEDING].append(sum(passes))
+    return seconds
+
+
+def _timed_passes() -> list[float]:
+    """A list to which each layer's part of a streamed pass adds its seconds, those of what measures it included."""
+    seconds: list[float] = []
+    advance = Stream.advance
+
+    def timed(self: Stream, *args: object) -> None:
+        started = time.perf_counter()
+        advance(self, *args)  # type: ignore[arg-type]
+        seconds.append(time.perf_counter() - started)
+
+    Stream.advance = timed  # type: ignore[method-assign]
     return seconds
 
 

@@ -75,7 +75,7 @@ its batches of {batches}. An answer is the choice of an item, or its whole gener
 {table(columns, rows)}
 
 Items whose answers differ between our class and batches of {args.batches[0]}: {len(differing)}
-{"".join(differing)}"""
+{"".join(differing) if args.equal else ""}"""
     publish(text, args.out)
 
 

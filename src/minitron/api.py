@@ -53,13 +53,13 @@ from minitron.model.naming import model_name
 from minitron.model.samples import Samples
 from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import has_weights, stored_tensors
+from minitron.pipeline.asked import Asked
 from minitron.pipeline.budget import keep_budget, known_budget, measure_budget, require_one_length, with_budget
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
 from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
 from minitron.pipeline.stages import OF_DISTILLATION, Run, make_stages
-from minitron.pipeline.timing import Asked
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import Given, Plan, load_given
 from minitron.pruning.repair import RepairConfig, Step, needed_steps, replaces_channels, resolve_repair

@@ -14,9 +14,9 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.layouts import Budget
 from minitron.distillation.schedule import ModelSize, resolve
 from minitron.model.checkpoint import open_checkpoint
+from minitron.pipeline.asked import Asked, TrainingSeconds
 from minitron.pipeline.budget import most_tokens
 from minitron.pipeline.probe import WEIGHTS_RMS, Modelled
-from minitron.pipeline.timing import Asked, TrainingSeconds
 from minitron.recipe import build_recipe
 
 SETTINGS = {"batch_blocks": 4, "evaluate_blocks": 1, "intermediate": "off", "optimizer": "adamw"}

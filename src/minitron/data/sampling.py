@@ -140,25 +140,12 @@ def sample_batch(
         draws: for each token a number in [0, 1), which picks it by the cumulated probabilities.
         progress: called with the number of tokens drawn so far, after each token of the longest document.
     """
-    from minitron.model.caches import without_copies
-
     device = next(model.parameters()).device
     documents: list[list[int]] = [[] for _ in draws]
     rows, open_rows = np.arange(len(draws)), set(range(len(draws)))  # in the cache, and not yet ended
     tokens, cache = torch.full((len(draws), 1), sampling.start, device=device), None
     for position in range(draws.shape[1]):
-        known = tokens.new_ones(len(rows), position + 1)
-        output = model(input_ids=tokens, attention_mask=known, past_key_values=cache, use_cache=True)
-        if cache is None:
-            without_copies(output.past_key_values)
-        cache, logits = output.past_key_values, output.logits[:, -1, : sampling.vocab].float()
-        if not logits.isfinite().all():
-            raise CheckpointError(
-                f"the teacher's logits are not finite after {position + 1} tokens of its own text: its weights are "
-                f"damaged, or too large for {model.dtype}"
-            )
-        chances = probabilities(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-        chosen = draw(chances, torch.from_numpy(draws[rows, position]))
+        chosen, cache = next_tokens(model, sampling, tokens, cache, torch.from_numpy(draws[rows, position]))
         for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
             if row in open_rows:
                 documents[row].append(token)
@@ -174,6 +161,35 @@ def sample_batch(
             tokens = tokens[index]
             cache.batch_select_indices(index)
     return documents
+
+
+@torch.no_grad()
+def next_tokens(
+    model: Any, sampling: Sampling, tokens: Int[Tensor, "rows 1"], cache: Any, at: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Any]:
+    """Draw the token behind `tokens` of each document; return them, and the keys and values up to `tokens`.
+
+    Args:
+        cache: the keys and values before `tokens`, as the call before returned them; None at the beginning.
+        at: the numbers in [0, 1) that pick the tokens.
+
+    Raises: CheckpointError for logits that are not finite.
+    """
+    from minitron.model.caches import without_copies
+
+    position = 0 if cache is None else cache.get_seq_length()
+    known = tokens.new_ones(len(tokens), position + 1)
+    output = model(input_ids=tokens, attention_mask=known, past_key_values=cache, use_cache=True)
+    if cache is None:
+        without_copies(output.past_key_values)
+    logits = output.logits[:, -1, : sampling.vocab].float()
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            f"the teacher's logits are not finite after {position + 1} tokens of its own text: its weights are "
+            f"damaged, or too large for {model.dtype}"
+        )
+    chances = probabilities(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    return draw(chances, at), output.past_key_values
 
 
 def probabilities(

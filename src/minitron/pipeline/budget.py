@@ -11,8 +11,9 @@ from minitron.core.typed_files import read_typed
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.layouts import BUDGET, Budget
 from minitron.distillation.schedule import ModelSize, resolve
+from minitron.pipeline.asked import Asked, TrainingSeconds
 from minitron.pipeline.probe import WEIGHTS_RMS
-from minitron.pipeline.timing import Asked, TrainingSeconds, time_run
+from minitron.pipeline.timing import time_run
 
 # A first guess, for what is resolved before the speed is known.
 GUESSED_TOKENS_PER_SECOND = 1000

@@ -19,6 +19,7 @@ from minitron.evaluation.quality import usual_blocks
 from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from minitron.pipeline.asked import Asked
 from minitron.pipeline.budget import (
     keep_budget,
     known_budget,
@@ -31,7 +32,6 @@ from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
 from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import Run, export_student, make_stages, plan_benchmarks
-from minitron.pipeline.timing import Asked
 from minitron.pruning.given import given_layers
 from minitron.pruning.repair import replaces_channels, resolve_repair
 from minitron.pruning.steps import choice_left

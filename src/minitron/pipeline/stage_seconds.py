@@ -1,15 +1,10 @@
 """The seconds of each stage of a run, from what its work takes on a probe and how much of it there is."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from minitron.core.files import scratch_directory
-from minitron.core.progress import Silent
-from minitron.data.config import DataConfig
-from minitron.data.sources import TEACHER, Document
-from minitron.data.writing import prepare, read_documents, source_files
+from minitron.data.sources import TEACHER
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import ModelSize, num_steps, of_correction, of_scratch, resolve
 from minitron.evaluation.speed import DEFAULT_ROUNDS
@@ -18,15 +13,16 @@ from minitron.gguf.reader import is_gguf
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.weight_files import has_weights
+from minitron.pipeline.asked import Asked, Timed, TrainingKind
 from minitron.pipeline.probe import WEIGHTS_RMS, Modelled
 from minitron.pipeline.stages import PIPELINE, SPEED_TOKENS
-from minitron.pipeline.timing import Asked, Timed, TrainingKind, time_run
+from minitron.pipeline.time_text import TextSize, measure_text
+from minitron.pipeline.timing import time_run
 from minitron.pruning.steps import layers_need_a_pass
 from minitron.recipe import Recipe
 from minitron.report.exporters import EXPORTERS
 from minitron.shapes.rank import elimination_rounds
 
-TEXT_CHARS = 400_000  # tokenized to tell how long all takes
 REPORT_SECONDS = 2.0  # as it takes on one core, whatever the model
 
 
@@ -41,73 +37,6 @@ class StageSeconds:
     name: str
     seconds: float | None
     why: str
-
-
-@dataclass(frozen=True)
-class TextSize:
-    """The text of a run as far as it is known before it is read; None where it is not.
-
-    seconds: of reading and tokenizing all of it.
-    """
-
-    train_tokens: int | None
-    heldout_tokens: int | None
-    seconds: float | None
-
-
-def measure_text(config: DataConfig, model: Checkpoint | ModelConfig, tokens: int | None) -> TextSize:
-    """Tokenize the beginning of the text, and tell from the sizes of its files how much there is of it.
-
-    Args:
-        tokens: the training tokens that a text without end, or on the hub, is read for.
-    """
-    most = config.max_tokens or (tokens if config.source == TEACHER else None)
-    files = [] if config.source == TEACHER else source_files(config)
-    if not files:
-        beside = None if most is None else round(most * config.heldout_fraction / (1 - config.heldout_fraction))
-        return TextSize(most, beside, None)
-    size = sum(file.stat().st_size for file in source_files(config.model_copy(update={"heldout": None})))
-    size_heldout = sum(file.stat().st_size for file in files) - size
-    if not has_weights(model.path):
-        return TextSize(most, None, None)
-    tokenizer, vocab = open_checkpoint(model.path).tokenizer, model.shape.vocab
-    less, more = (_prepare_beginning(config, tokenizer, vocab, chars) for chars in (TEXT_CHARS // 4, TEXT_CHARS))
-    of_byte = more.tokens / more.size
-    held = config.heldout_fraction if config.heldout is None else 0.0
-    train = round(size * of_byte * (1 - held))
-    used = train if most is None else min(train, most)
-    heldout = round(size_heldout * of_byte) if size_heldout else round(used * held / (1 - held))
-    each = max(0.0, more.seconds - less.seconds) / max(1, more.tokens - less.tokens)
-    return TextSize(used, heldout, more.seconds + each * max(0, used + heldout - more.tokens))
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    """The beginning of a text: its bytes and tokens, and the seconds that it took to prepare."""
-
-    size: int
-    tokens: int
-    seconds: float
-
-
-def _prepare_beginning(config: DataConfig, tokenizer: Any, vocab: int, most: int) -> _Beginning:
-    read = 0
-
-    def documents() -> Iterator[Document]:
-        nonlocal read
-        for document in read_documents(config.source, config):
-            read += len(document.text.encode())
-            yield document
-            if read >= most:
-                return
-
-    plain = config.model_copy(update={"heldout": None, "max_tokens": None})
-    with scratch_directory() as path:
-        started = time.perf_counter()
-        corpus = prepare(
-            plain, tokenizer, vocab=vocab, block_tokens=8, out=path, documents=documents(), listener=Silent()
-        )
-        return _Beginning(read, corpus.train_tokens + corpus.heldout_tokens, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
