@@ -81,7 +81,7 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
     """
     heads, tokens, kv_heads, before = query.shape[1], query.shape[2], key.shape[1], key.shape[2] - query.shape[2]
     size = min(max(tokens // 4, LEAST_PART), MOST_PART)
-    future = None if seen is not None or tokens == 1 else query.new_full((tokens, tokens), -torch.inf).triu(1)
+    future = None if seen is not None or tokens == 1 else query.new_full((size, size), -torch.inf).triu(1)
     # The query heads of a group are rows of one product with the keys that they share.
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
     outputs = []
@@ -89,8 +89,8 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None =
         rows = grouped[:, :, :, start : start + size]
         stop = before + start + rows.shape[3]
         scores = (rows.flatten(2, 3) @ key[:, :, :stop].transpose(2, 3)).unflatten(2, rows.shape[2:4])
-        if future is not None:
-            scores = scores + future[start:stop, :stop]
+        if future is not None:  # within the part; what comes after it has no scores
+            scores[..., start:] += future[: stop - start, : stop - start]
         elif seen is not None:
             scores = scores.masked_fill(~seen[:, :, None, start:stop, :stop], -torch.inf)
         weights = functional.softmax(scores, dim=-1).flatten(2, 3)
