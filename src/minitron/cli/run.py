@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from minitron.recipe import Recipe
     from minitron.report.records import RunRecords
 
+FEW_TOKENS = 10_000  # of held-out text, on which a mean is off by some percent
+
 DRY_RUN: Rules = (
     Rule(("gpus",), lambda args: args.dry_run, "with --dry-run", "add --dry-run"),
     Rule(
@@ -110,12 +112,21 @@ def show_run(records: "RunRecords", console: Console) -> None:
     files = {name: row.files(records.exports[name], layout.stage(name)) for name, row in exported(records)}
     notes = [
         "",
-        f"Measured on {tokens:,} tokens of held-out text.",
+        f"Measured on {tokens:,} tokens of held-out text{_few(tokens)}.",
         f"student: {records.path / 'student'}",
         *(f"{name + ':':8} {layout.stage(name)} ({len(some)} files)" for name, some in files.items() if some),
         f"report:  {layout.report}",
     ]
     console.result(facts, "\n".join(lines + notes))
+
+
+def _few(tokens: int) -> str:
+    """Say what so few tokens mean for the numbers, and how they become more."""
+    if tokens >= FEW_TOKENS:
+        return ""
+    return (
+        ", which are few: a difference of some percent may be chance (raise data.heldout_fraction or evaluate.blocks)"
+    )
 
 
 def estimate_lines(found: "Estimate") -> list[str]:
