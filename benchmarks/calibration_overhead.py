@@ -15,8 +15,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lib.measure import header, publish, table
@@ -108,31 +110,31 @@ def measure(path: Path, tokens: Tensor, repetitions: int, ffn: int | None) -> di
 
         variants[REPAIR] = repaired
     seconds: dict[str, list[float]] = {name: [] for name in [*variants, *([FEEDING] if ffn else [])]}
-    passes = _timed_passes()
     for _ in range(repetitions):
         for name, run in variants.items():
-            passes.clear()
-            started = time.perf_counter()
-            run(tokens)
-            seconds[name].append(time.perf_counter() - started)
+            with _timed_passes() as passes:
+                started = time.perf_counter()
+                run(tokens)
+                seconds[name].append(time.perf_counter() - started)
             print(name, f"{seconds[name][-1]:.2f} s", file=sys.stderr)
             if name == REPAIR:
                 seconds[FEEDING].append(sum(passes))
     return seconds
 
 
-def _timed_passes() -> list[float]:
-    """A list to which each layer's part of a streamed pass adds its seconds, those of what measures it included."""
+@contextmanager
+def _timed_passes() -> Iterator[list[float]]:
+    """In the block each layer of a streamed pass adds its seconds to a list, with those of what measures it."""
     seconds: list[float] = []
     advance = Stream.advance
 
-    def timed(self: Stream, *args: object) -> None:
+    def timed(self: Stream, index: int, layer: torch.nn.Module, states: Tensor | None = None) -> None:
         started = time.perf_counter()
-        advance(self, *args)  # type: ignore[arg-type]
+        advance(self, index, layer, states)
         seconds.append(time.perf_counter() - started)
 
-    Stream.advance = timed  # type: ignore[method-assign]
-    return seconds
+    with patch.object(Stream, "advance", timed):
+        yield seconds
 
 
 def report(path: Path, tokens: Tensor, seconds: dict[str, list[float]], args: argparse.Namespace) -> str:

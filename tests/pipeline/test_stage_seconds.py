@@ -1,17 +1,20 @@
 """What a timed dry run promises: every stage of the run, with seconds that its work was timed for."""
 
+import json
 from pathlib import Path
 
 import pytest
 import small
 
 from minitron.calibration.statistics import CalibrateConfig, usual_samples
+from minitron.data.config import DataConfig
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline.estimate import estimate
 from minitron.pipeline.probe import Modelled, ProbeSize, make_probe, probe_sizes
 from minitron.pipeline.stage_seconds import ESTIMATES
 from minitron.pipeline.stages import PIPELINE
+from minitron.pipeline.time_text import measure_text
 from minitron.recipe import Recipe, build_recipe
 from minitron.report.exporters import EXPORTERS
 
@@ -45,6 +48,17 @@ def test_a_timed_estimate_names_the_stages_of_the_run_and_adds_them_up(recipe: R
     assert [*wanted, "report"] == [stage.name for stage in found.stages]
     rows = found.to_dict()["stages"]
     assert isinstance(rows, list) and rows[0].keys() == {"name", "seconds", "why"}
+
+
+def test_text_of_a_single_document_is_measured_whole(recipe: Recipe, tmp_path: Path) -> None:
+    teacher, text = open_checkpoint(Path(recipe.model)), tmp_path / "long.jsonl"
+    document = "one word after another, " * 6000
+    text.write_text(json.dumps({"text": document}) + "\n")
+    heldout = small.text(tmp_path / "heldout.jsonl")
+    found = measure_text(DataConfig(source=str(text), heldout=str(heldout), delimiter="none"), teacher, None)
+    ids = teacher.tokenizer(document)["input_ids"]
+    assert found.train_tokens == pytest.approx(len(ids), rel=0.01)
+    assert found.heldout_tokens and found.seconds
 
 
 def test_a_probe_has_layers_of_the_real_sizes(recipe: Recipe, tmp_path: Path) -> None:

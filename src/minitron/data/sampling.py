@@ -127,7 +127,6 @@ class Sampling:
     top_p: float | None = None
 
 
-@torch.no_grad()
 def sample_batch(
     model: Any,
     sampling: Sampling,
@@ -175,12 +174,12 @@ def next_tokens(
 
     Raises: CheckpointError for logits that are not finite.
     """
-    from minitron.model.caches import without_copies
-
     position = 0 if cache is None else cache.get_seq_length()
     known = tokens.new_ones(len(tokens), position + 1)
     output = model(input_ids=tokens, attention_mask=known, past_key_values=cache, use_cache=True)
     if cache is None:
+        from minitron.model.caches import without_copies
+
         without_copies(output.past_key_values)
     logits = output.logits[:, -1, : sampling.vocab].float()
     if not logits.isfinite().all():

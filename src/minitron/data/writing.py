@@ -26,6 +26,11 @@ def hold_out_all(config: DataConfig) -> DataConfig:
     return config.model_copy(update={"heldout": None, "heldout_fraction": 1.0})
 
 
+def hold_out_none(config: DataConfig) -> DataConfig:
+    """The config by which all of the source is trained on, which no recipe can ask for."""
+    return config.model_copy(update={"heldout": None, "heldout_fraction": 0.0})
+
+
 def prepare(
     config: DataConfig,
     tokenizer: Any,
@@ -61,7 +66,7 @@ def prepare(
         _write(writer, config, documents or read_documents(config.source, config), listener)
     if writer.shared_chars:
         listener.warn(_shared(writer, config))
-    if writer.documents["heldout"] == 0:
+    if writer.documents["heldout"] == 0 and config.heldout_fraction > 0:
         writer.hold_out_lowest(config.source)
     _require_blocks(writer, config, block_tokens)
     corpus = Corpus(
@@ -301,6 +306,8 @@ def _require_blocks(writer: _Writer, config: DataConfig, block_tokens: int) -> N
     }
     if config.heldout_fraction == 1:
         ways_out = {"heldout": "give more text, or lower data.block_tokens"}
+    if config.heldout_fraction == 0:
+        del ways_out["heldout"]
     for split, way_out in ways_out.items():
         if writer.tokens[split] < block_tokens:
             raise DataError(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron.core.files import scratch_directory
-from minitron.core.progress import Silent
+from minitron.core.progress import Pace, Silent
 from minitron.data.config import DataConfig
-from minitron.data.sources import TEACHER, Document
-from minitron.data.writing import prepare, read_documents, source_files
+from minitron.data.sources import TEACHER, Document, find_source
+from minitron.data.writing import hold_out_none, prepare, read_documents
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.weight_files import has_weights
 
@@ -39,12 +39,12 @@ def measure_text(config: DataConfig, model: Checkpoint | ModelConfig, tokens: in
         tokens: the training tokens that a text without end, or on the hub, is read for.
     """
     most = config.max_tokens or (tokens if config.source == TEACHER else None)
-    files = [] if config.source == TEACHER else source_files(config)
-    if not files:
+    files = {source: find_source(source).files for source in (config.source, config.heldout) if source}
+    if config.source == TEACHER or not any(files.values()):
         beside = None if most is None else round(most * config.heldout_fraction / (1 - config.heldout_fraction))
         return TextSize(most, beside, None)
-    size = sum(file.stat().st_size for file in source_files(config.model_copy(update={"heldout": None})))
-    size_heldout = sum(file.stat().st_size for file in files) - size
+    sizes = {source: sum(file.stat().st_size for file in some) for source, some in files.items()}
+    size, size_heldout = sizes[config.source], sizes[config.heldout] if config.heldout else 0
     if not has_weights(model.path):
         return TextSize(most, None, None)
     tokenizer, vocab = open_checkpoint(model.path).tokenizer, model.shape.vocab
@@ -56,7 +56,7 @@ def measure_text(config: DataConfig, model: Checkpoint | ModelConfig, tokens: in
     train = round(size * of_byte * (1 - held))
     used = train if most is None else min(train, most)
     heldout = round(size_heldout * of_byte) if size_heldout else round(used * held / (1 - held))
-    each = text.of_last_batch or text.seconds / text.tokens
+    each = text.seconds / text.tokens if text.per_second is None else 1 / text.per_second
     return TextSize(used, heldout, text.start + text.seconds + each * max(0, used + heldout - text.tokens))
 
 
@@ -66,31 +66,24 @@ class _Beginning:
 
     start: the seconds until the first document was there: files are looked for.
     seconds: those after it.
-    of_last_batch: the seconds of a token in the last batch of documents; None where there were fewer than two.
+    per_second: the tokens of all batches of documents after the first; None where there were fewer than two.
     """
 
     size: int
     tokens: int
     start: float
     seconds: float
-    of_last_batch: float | None
+    per_second: float | None
 
 
 class _Batches(Silent):
-    """Notes the time and the tokens so far after each batch of documents."""
+    """Is told the tokens so far after each batch of documents."""
 
     def __init__(self) -> None:
-        self.reports: list[tuple[float, int]] = []
+        self.pace = Pace()
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        self.reports.append((time.perf_counter(), done))
-
-    @property
-    def of_last(self) -> float | None:
-        if len(self.reports) < 2:
-            return None
-        (before, fewer), (now, tokens) = self.reports[-2:]
-        return (now - before) / max(1, tokens - fewer)
+        self.pace.report(done, time.perf_counter())
 
 
 def _prepare_beginning(config: DataConfig, tokenizer: Any, vocab: int, most: int) -> _Beginning:
@@ -105,11 +98,11 @@ def _prepare_beginning(config: DataConfig, tokenizer: Any, vocab: int, most: int
             if read >= most:
                 return
 
-    plain = config.model_copy(update={"heldout": None, "max_tokens": None})
+    plain = hold_out_none(config.model_copy(update={"max_tokens": None}))
     with scratch_directory() as path:
         started = time.perf_counter()
         corpus = prepare(
             plain, tokenizer, vocab=vocab, block_tokens=8, out=path, documents=documents(), listener=batches
         )
         tokens = corpus.train_tokens + corpus.heldout_tokens
-        return _Beginning(read, tokens, first - started, time.perf_counter() - first, batches.of_last)
+        return _Beginning(read, tokens, first - started, time.perf_counter() - first, batches.pace.per_second)
