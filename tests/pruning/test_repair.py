@@ -247,38 +247,76 @@ def test_a_refit_brings_the_student_nearer_to_the_teacher(variant: str, tmp_path
     assert error(tmp_path / "twice") < 0.9 * error(tmp_path / "once")
 
 
-@pytest.mark.parametrize("variant", ["llama", "granite"])
-def test_a_refit_of_a_dropped_layer_is_the_regression_of_what_it_added(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
-    monkeypatch.setattr("minitron.pruning.repair.refit.PRIOR_WEIGHT", 1e-6)
-    path = tiny.checkpoint(variant, tmp_path / "teacher")
-    checkpoint = open_checkpoint(path)
-    plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
-    repaired(checkpoint, plan, tmp_path / "student", "refit")
-    name = "model.layers.2.mlp.down_proj"
-    inputs = activations(path, name)
+def added_between(path: Path, first: int, last: int) -> Tensor:
+    """What the layers after `first`, up to `last`, add to the stream, as the outputs of a matrix: float64 [tokens,
+    hidden]."""
     model, ends = tiny.model(path), {}
-    for layer in (2, 3):
+    for layer in (first, last):
         model.model.layers[layer].register_forward_hook(
             lambda _, args, made, layer=layer: ends.update({layer: made[0] if isinstance(made, tuple) else made})
         )
     tiny.logits(model, TOKENS)
+    times = getattr(model.config, "residual_multiplier", 1.0)
+    return (ends[last] - ends[first]).flatten(0, 1).double() / times
+
+
+@pytest.mark.parametrize("step", ["refit", "layers_least_squares"])
+@pytest.mark.parametrize("variant", ["llama", "granite", "nemotron"])
+def test_what_a_dropped_layer_added_is_fitted_to_the_inputs_of_the_one_before(
+    variant: str, step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last layer gone, the one before it writes what both wrote, as far as its own inputs tell."""
+    monkeypatch.setattr("minitron.pruning.repair.refit.PRIOR_WEIGHT", 1e-6)
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 1e-6)
+    path = tiny.checkpoint(variant, tmp_path / "teacher")
+    checkpoint = open_checkpoint(path)
+    plan = replace(a_plan(checkpoint, layers=3), layers=(0, 1, 2))
+    repaired(checkpoint, plan, tmp_path / "student", step)
+    name = "model.layers.2.mlp.down_proj"
     weight = tiny.tensors(path)[f"{name}.weight"].double()
-    missing = (ends[3] - ends[2]).flatten(0, 1).double() / getattr(model.config, "residual_multiplier", 1.0)
-    expected = weight + torch.linalg.lstsq(inputs, missing).solution.T
+    expected = weight + torch.linalg.lstsq(activations(path, name), added_between(path, 2, 3)).solution.T
     found = tiny.tensors(tmp_path / "student")[f"{name}.weight"].double()
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_kept_neurons_take_over_from_dropped_neurons_and_from_the_dropped_layers_after_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.pruning.repair.columns.CORRELATION_RIDGE", 1e-7)
+    checkpoint = open_checkpoint(llama)
+    plan = replace(a_plan(checkpoint, layers=2, ffn=23), layers=(0, 3))
+    repaired(checkpoint, plan, tmp_path / "student", "ffn_least_squares", "layers_least_squares")
+    student = tiny.tensors(tmp_path / "student")
+    for number, layer in enumerate(plan.layers):
+        inputs = activations(llama, f"model.layers.{layer}.mlp.down_proj")
+        goal = inputs @ tiny.tensors(llama)[f"model.layers.{layer}.mlp.down_proj.weight"].double().T
+        if layer == 0:
+            goal = goal + added_between(llama, 0, 2)
+        expected = torch.linalg.lstsq(inputs[:, list(plan.ffn[number])], goal).solution.T
+        found = student[f"model.layers.{number}.mlp.down_proj.weight"].double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    for name, tensor in student.items():
+        if ".mlp." not in name:
+            source = name.replace(".layers.1.", ".layers.3.")
+            assert torch.equal(tensor, tiny.tensors(llama)[source]), name
+
+
+def test_layers_dropped_before_the_first_have_no_one_to_take_over(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = replace(a_plan(checkpoint, layers=3), layers=(1, 2, 3))
+    repaired(checkpoint, plan, tmp_path / "student", "layers_least_squares")
+    before = tiny.tensors(llama)
+    for name, tensor in tiny.tensors(tmp_path / "student").items():
+        moved = {f".layers.{number}.": f".layers.{number + 1}." for number in range(3)}
+        source = next((name.replace(*pair) for pair in moved.items() if pair[0] in name), name)
+        assert torch.equal(tensor, before[source]), name
 
 
 def test_a_repaired_cut_does_not_depend_on_the_batch_size_or_the_shards(llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = a_plan(checkpoint)
-    repaired(checkpoint, plan, tmp_path / "one", "basis", "ffn_obs", "heads_obs", "refit", batch=8)
-    repaired(
-        checkpoint, plan, tmp_path / "other", "basis", "ffn_obs", "heads_obs", "refit", batch=1, shard_bytes=20_000
-    )
+    repaired(checkpoint, plan, tmp_path / "one", *BEST, "refit", batch=8)
+    repaired(checkpoint, plan, tmp_path / "other", *BEST, "refit", batch=1, shard_bytes=20_000)
     assert logits_differ_by(tmp_path / "one", tmp_path / "other") < 1e-3
 
 
@@ -302,7 +340,11 @@ def test_defaults_are_steps_that_the_family_can_have() -> None:
         ("llama", ["ffn_obs", "ffn_least_squares"], "both ffn_least_squares and ffn_obs, which do the same thing"),
         ("llama", ["basis", "norm_gain"], "both norm_gain and basis"),
         ("gemma2", ["basis"], r"this gemma2 model cannot have a residual basis, for .*post_attention_layernorm"),
-        ("olmo2", ["refit"], r"olmo2 models cannot be refitted, for .*leave `refit` out of repair.steps"),
+        (
+            "olmo2",
+            ["refit"],
+            r"matrices of olmo2 models cannot be fitted to the residual stream, for .* and `refit` out of repair.steps",
+        ),
         ("nemotron-biases", ["basis"], r"with tied embeddings there is no matrix .*leave `basis` out"),
     ],
 )
@@ -337,7 +379,16 @@ def test_a_basis_holds_more_of_the_stream_than_any_channels(llama: Path) -> None
 
 def test_units_that_are_given_are_fitted_and_not_chosen_again(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
-    assert resolve_repair(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == ["ffn_least_squares", "heads_obs"]
-    assert resolve_repair(RepairConfig(), checkpoint, ["kv_heads"]).steps == ["basis", "ffn_obs", "heads_least_squares"]
+    assert resolve_repair(RepairConfig(), checkpoint, ["ffn", "hidden"]).steps == [
+        "ffn_least_squares",
+        "heads_obs",
+        "layers_least_squares",
+    ]
+    assert resolve_repair(RepairConfig(), checkpoint, ["kv_heads"]).steps == [
+        "basis",
+        "ffn_obs",
+        "heads_least_squares",
+        "layers_least_squares",
+    ]
     with pytest.raises(PlanError, match=r"ffn_obs chooses which ffn stay, but the plan lists them: use ffn_least_sq"):
         resolve_repair(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])

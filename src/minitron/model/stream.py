@@ -130,6 +130,15 @@ class Stream:
                     yield index, layer
                 unused.append(weights)
 
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Yield one decoder layer with its weights, beside the layer that `layers` yields at the time."""
+        largest = max(self.checkpoint.stored[name].num_bytes for name in self._names(index))
+        staging = aligned_bytes(largest + 2 * ALIGNED)
+        layer = self._layers[index]
+        with _filled(layer, self._read_layer(index, {}, staging)):
+            yield layer
+
     def batches(self, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield the samples of each batch and their states on the device; `states` defaults to this stream's states."""
         states = self.states if states is None else states

@@ -23,7 +23,7 @@ from minitron.pruning.repair.columns import (
     drop_planned_ffn,
     drop_planned_heads,
 )
-from minitron.pruning.repair.refit import Output, refit_layers, require_refit
+from minitron.pruning.repair.refit import Output, refit_layers, require_direct_writes
 from minitron.pruning.repair.residual_basis import Residual, leading_directions, require_basis, scale_of
 from minitron.pruning.repair.residual_heads import add_residual_heads
 
@@ -54,6 +54,7 @@ class Repair:
         layer and the scores.
     remove: removes columns of the matrix at the site, where their inputs were measured: from a Surgeon, the plan and
         the number of the student's layer. Returns the units that it chose, by dim.
+    succeeds: whether the matrix at the site takes over what dropped layers right after its own added to the stream.
     second_pass: writes the student once more, from teacher and student side by side; returns the sha256 of each weight
         file.
     """
@@ -73,6 +74,7 @@ class Repair:
     site: str = ""
     change: Callable[[Tensor, Plan, int, Scores], Tensor] | None = None
     remove: Callable[[Surgeon, Plan, int], Mapping[str, Units]] | None = None
+    succeeds: bool = False
     second_pass: Callable[[Stream, Stream, Plan, Residual, Output], dict[str, str]] | None = None
 
 
@@ -141,6 +143,16 @@ REPAIRS: dict[str, Repair] = {
         remove=drop_heads_one_by_one,
         usual=True,
     ),
+    "layers_least_squares": Repair(
+        ("layers",),
+        "The layer before dropped ones takes over what they added to the residual stream, by least squares.",
+        doc="the layer before dropped ones takes over what they added",
+        site="mlp_out",
+        columns=("ffn",),
+        require=require_direct_writes,
+        succeeds=True,
+        usual=True,
+    ),
     "residual_heads": Repair(
         ("heads",),
         "Kept query heads take over what sets them apart from those that their group loses.",
@@ -154,7 +166,7 @@ REPAIRS: dict[str, Repair] = {
         "Layer by layer, the matrices were fitted again to what the teacher’s give, on the inputs that the pruned "  # noqa: RUF001
         "model gives itself.",
         doc="matrices are fitted again, layer by layer, to what the teacher's give on the pruned model's own inputs",
-        require=require_refit,
+        require=require_direct_writes,
         second_pass=refit_layers,
     ),
 }

@@ -61,6 +61,15 @@ class Surgeon:
         self._inverse = torch.cholesky_inverse(factor, out=factor)
         self._alive = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
 
+    def add(self, errors: Float[Tensor, "rows columns"]) -> None:
+        """Change the matrix so that its outputs approach other ones: by least squares, before columns are removed.
+
+        Args:
+            errors: E[e z'] of what the outputs lack, up to the constant of the moment.
+        """
+        assert self._alive.all()
+        self._weight += (errors.to(self._scale) / self._scale) @ self._inverse
+
     def remove(self, columns: Tensor) -> None:
         """Remove columns all at once, by their indices."""
         columns = columns.to(self._alive.device)

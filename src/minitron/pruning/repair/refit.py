@@ -34,13 +34,13 @@ from minitron.pruning.repair.residual_basis import Residual, read_norm
 PRIOR_WEIGHT = 0.01
 
 
-def require_refit(architecture: Architecture, tied: bool) -> None:
+def require_direct_writes(architecture: Architecture, tied: bool) -> None:
     """Raises: PlanError for a family that normalises the outputs of its matrices."""
     if architecture.channel_norms:
         norms = ", ".join(name.removesuffix(".weight") for name in architecture.channel_norms)
         raise PlanError(
-            f"{architecture.name} models cannot be refitted, for {norms} stand between their matrices and the "
-            "residual stream: leave `refit` out of repair.steps"
+            f"the matrices of {architecture.name} models cannot be fitted to the residual stream, for {norms} stand "
+            "between: leave `layers_least_squares` and `refit` out of repair.steps"
         )
 
 

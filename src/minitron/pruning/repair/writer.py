@@ -5,7 +5,7 @@ writes the student's layer. The second moment of a layer's neurons takes hundred
 the moments of one layer are in memory, and none are stored.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitron.calibration.statistics import Statistics
 from minitron.core.files import scratch_directory
-from minitron.core.numerics import add_gram
+from minitron.core.numerics import add_gram, matmul_precision
 from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
@@ -90,8 +90,8 @@ def repaired_cut(
         if row.residual is not None:
             residual = row.residual(checkpoint, plan, evidence.statistics)
 
-    def stream(model: Checkpoint) -> Stream:
-        return Stream(model, evidence.samples, pass_)
+    def stream(model: Checkpoint, num_states: int = 1) -> Stream:
+        return Stream(model, evidence.samples, pass_, num_states=num_states)
 
     first_rows = [row for row in rows if row.second_pass is None]
     second_passes = [row.second_pass for row in rows if row.second_pass is not None]
@@ -99,7 +99,8 @@ def repaired_cut(
         scratch = partial(scratch_directory, pass_.scratch or out.parent, prefix="minitron-unfitted-")
         outputs = [*(stack.enter_context(scratch()) for _ in second_passes), out]
         if first_rows:
-            work = _Repair(stream(checkpoint), plan, first_rows, residual, evidence.scores, pass_.progress)
+            num_states = 2 if any(row.succeeds for row in first_rows) else 1
+            work = _Repair(stream(checkpoint, num_states), plan, first_rows, residual, evidence.scores, pass_.progress)
             digests, plan = work.write(outputs[0], shard_bytes), work.plan
         else:
             digests = cut(checkpoint, plan, outputs[0], shard_bytes=shard_bytes)
@@ -114,8 +115,11 @@ def repaired_cut(
 class _Seen:
     """The measurements of one layer, to which its repairs are fitted."""
 
-    # Site -> the sum over tokens, in the upper triangle.
+    # Site -> the sum over tokens of the products of its inputs, in the upper triangle.
     products: dict[str, Float[Tensor, "columns columns"]] = field(default_factory=dict)
+    # Of a layer that dropped ones follow: what they add to the stream times the inputs of the site that takes over,
+    # the sum over tokens.
+    missing: Float[Tensor, "hidden columns"] | None = None
     scales: dict[str, list[float]] = field(default_factory=dict)  # norm -> `scale_of`, a mean for each sample
 
     def scale(self, norm: str) -> float:
@@ -145,6 +149,7 @@ class _Repair:
         self.specs = writing_order(self.architecture, specs)
         self.norms = {norm.format(layer=layer) for norm in self.architecture.norms for layer in plan.layers}
         self.removals = {row.site: row.remove for row in rows if row.remove is not None}
+        self.successor = next((row.site for row in rows if row.succeeds), None)
         self.changes = [(row.site, row.change) for row in rows if row.change is not None]
         self.norm_scale = next((row.norm_scale for row in rows if row.norm_scale is not None), None)
         self.held = residual.to(stream.device)
@@ -169,32 +174,66 @@ class _Repair:
         embedding, *after = (spec for spec in self.specs if spec.layer is None)
         yield from self._outside([embedding], _Seen())
         for index, seen in self._seen_in_layers():
-            if index in self.plan.layers:
-                number = self.plan.layers.index(index)
-                yield from self._layer(number, [spec for spec in self.specs if spec.layer == number], seen)
+            number = self.plan.layers.index(index)
+            yield from self._layer(number, [spec for spec in self.specs if spec.layer == number], seen)
             self.progress(index + 1, self.plan.teacher.layers)
+        self.progress(self.plan.teacher.layers, self.plan.teacher.layers)
         yield from self._outside(after, self._seen_at_the_end())
 
     def _seen_in_layers(self) -> Iterator[tuple[int, _Seen]]:
-        if not self.removals and self.norm_scale is None:
+        """Yield the kept layers, by the teacher's numbers, each when what follows it is known."""
+        if not self.removals and self.norm_scale is None and self.successor is None:
             yield from ((index, _Seen()) for index in self.plan.layers)
             return
+        kept, num_layers = set(self.plan.layers), self.plan.teacher.layers
         self.stream.embed()
+        before = self.stream.more_states() if self.successor is not None else None
+        waiting: tuple[int, _Seen] | None = None  # a layer that dropped ones follow; `before` are the states before it
         for index, layer in self.stream.layers():
+            if waiting is not None and index in kept:
+                yield self._with_missing(*waiting, before)
+                waiting = None
             seen = _Seen()
+            is_followed = before is not None and index in kept and index + 1 < num_layers and index + 1 not in kept
+            if before is not None and is_followed:
+                before.copy_(self.stream.states)
+                waiting = index, seen
+            sites = set(self.removals) | ({self.successor} if self.successor and is_followed else set())
             with ExitStack() as stack:
-                if index in self.plan.layers:
-                    self._watch(stack, index, layer, seen)
+                if index in kept:
+                    self._watch(stack, index, layer, seen, sites)
                 self.stream.advance(index, layer)
-            yield index, seen
+            if index in kept and not is_followed:
+                yield index, seen
+        if waiting is not None:
+            yield self._with_missing(*waiting, before)
 
-    def _watch(self, stack: ExitStack, index: int, layer: nn.Module, seen: _Seen) -> None:
+    def _with_missing(self, index: int, seen: _Seen, before: Tensor | None) -> tuple[int, _Seen]:
+        """Run a kept layer once more, and compare its outputs with the stream after the dropped layers behind it.
+
+        Args:
+            before: the states before the layer; those of the stream are after the dropped layers.
+        """
+        assert self.successor is not None
+        site = self.architecture.sites[self.successor].removeprefix(self.architecture.layer + ".")
+        times = self.checkpoint.config.get(self.architecture.residual_multiplier, 1.0)
+        inputs: list[Tensor] = []
+        with self.stream.layer(index) as layer, ExitStack() as stack:
+            module = layer.get_submodule(site)
+            stack.callback(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])).remove)
+            for rows, _, after in self.stream.peek(index, layer, before):
+                columns = inputs.pop()
+                goal = self.stream.states[rows].to(after.device)
+                _add_missing(seen, columns.flatten(0, 1), (goal.float() - after.float()).flatten(0, 1) / times)
+        return index, seen
+
+    def _watch(self, stack: ExitStack, index: int, layer: nn.Module, seen: _Seen, sites: Iterable[str]) -> None:
         prefix = self.architecture.layer + "."
         for name in self.architecture.norms:
             if "{layer}" in name:
                 module = layer.get_submodule(name.removeprefix(prefix))
                 self._watch_norm(stack, name.format(layer=index), module, seen)
-        for site in self.removals:
+        for site in sites:
             module = layer.get_submodule(self.architecture.sites[site].removeprefix(prefix))
             add = partial(_add_products, seen, site)
             stack.callback(module.register_forward_pre_hook(lambda _, args, add=add: add(args[0])).remove)
@@ -222,10 +261,13 @@ class _Repair:
 
     def _layer(self, number: int, specs: list[TensorSpec], seen: _Seen) -> Iterator[Tensor]:
         by_name, fitted = {spec.name: spec for spec in specs}, dict[str, Tensor]()
-        for site, remove in self.removals.items():
+        for site in list(seen.products):
             name = f"{self.architecture.sites[site]}.weight".format(layer=number)
             surgeon = Surgeon(self.residual.write(self._teacher_tensor(by_name[name])), seen.products.pop(site))
-            self.plan = self.plan.with_units(number, remove(surgeon, self.plan, number))
+            if site == self.successor and seen.missing is not None:
+                surgeon.add(self.held.write(seen.missing))
+            if site in self.removals:
+                self.plan = self.plan.with_units(number, self.removals[site](surgeon, self.plan, number))
             fitted[name] = surgeon.weight.cpu()
         for spec in specs:
             tensor = fitted[spec.name] if spec.name in fitted else self._tensor(spec, seen)
@@ -284,3 +326,10 @@ def _add_products(seen: _Seen, site: str, inputs: Float[Tensor, "samples tokens 
     if site not in seen.products:
         seen.products[site] = rows.new_zeros(rows.shape[1], rows.shape[1])
     add_gram(seen.products[site], rows, inputs.dtype)
+
+
+def _add_missing(seen: _Seen, inputs: Float[Tensor, "tokens columns"], missing: Float[Tensor, "tokens hidden"]) -> None:
+    if seen.missing is None:
+        seen.missing = missing.new_zeros(missing.shape[1], inputs.shape[1])
+    with matmul_precision(inputs.dtype):
+        seen.missing.addmm_(missing.T, inputs.float())
