@@ -32,10 +32,11 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
     model = tiny.model(path, dtype)
     layers = model.model.layers
     seen: dict[tuple[str, int], Tensor] = {}
+    made: dict[tuple[str, int], Tensor] = {}  # the outputs of the matrices that write to the stream
     inputs: dict[str, Tensor] = {}  # hidden states, and the stream where a layer reads it
     for index, layer in enumerate(layers):
-        _watch(layer.self_attn.o_proj, lambda x, y, i=index: seen.update({("attention_out", i): x}))
-        _watch(layer.mlp.down_proj, lambda x, y, i=index: seen.update({("mlp_out", i): x}))
+        for site, matrix in (("attention_out", layer.self_attn.o_proj), ("mlp_out", layer.mlp.down_proj)):
+            _watch(matrix, lambda x, y, i=index, site=site: (seen.update({(site, i): x}), made.update({(site, i): y})))
         _watch(layer, lambda x, y, i=index: inputs.update({f"before{i}": x, f"after{i}": y}))
         for site, norm, reader in (
             ("attention_in", _norm(layer, ATTENTION_NORM), _first(layer.self_attn, ("q_proj", "qkv_proj"))),
@@ -47,6 +48,7 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
 
     sums: dict[tuple[str, int], Tensor] = {}
     cosine = torch.zeros(len(layers), dtype=torch.float64)
+    written = {dim: torch.zeros_like(squares) for dim, squares in weight_squares(path, model.config, dtype).items()}
     moment, mean, num_units, num_tokens = 0, 0, 0, 0
     for sample in samples:
         model(input_ids=sample[None], use_cache=False)
@@ -58,6 +60,7 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
         for index in range(len(layers)):
             for before, after in zip(inputs[f"before{index}"], inputs[f"after{index}"], strict=True):
                 cosine[index] += before @ after / (before.norm() * after.norm())
+            add_written(written, index, layers[index], inputs, seen, made)
         for name, states in inputs.items():
             if name.startswith(("before", "after")):
                 continue
@@ -76,7 +79,33 @@ def by_loops(path: Path, samples: list[Tensor], dtype: torch.dtype = torch.float
         tokens=num_tokens,
         model=open_checkpoint(path).fingerprint(),
         weight_squares=weight_squares(path, model.config, dtype),
+        written={dim: written[dim] / num_tokens for dim in ("layers", "heads", "ffn")},
     )
+
+
+def add_written(
+    written: dict[str, Tensor],
+    index: int,
+    layer: nn.Module,
+    inputs: dict[str, Tensor],
+    seen: dict[tuple[str, int], Tensor],
+    made: dict[tuple[str, int], Tensor],
+) -> None:
+    """The energy of each unit's own output, by the share of the output that gets into the stream."""
+    before, middle, after = (inputs[f"{place}{index}"] for place in ("before", "mlp_in", "after"))
+    o_proj, down_proj = (matrix.weight.double() for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj))
+    heads = written["heads"].shape[1]
+    size = o_proj.shape[1] // heads
+    for token in range(len(before)):
+        written["layers"][index] += (after[token] - before[token]).norm() ** 2 / after[token].norm() ** 2
+        z, out = seen["attention_out", index][token], made["attention_out", index][token]
+        passes = (middle[token] - before[token]).norm() / out.norm() / middle[token].norm()
+        for head in range(heads):
+            own = slice(head * size, (head + 1) * size)
+            written["heads"][index, head] += (o_proj[:, own] @ z[own] * passes).norm() ** 2
+        z, out = seen["mlp_out", index][token], made["mlp_out", index][token]
+        passes = (after[token] - middle[token]).norm() / out.norm() / after[token].norm()
+        written["ffn"][index] += (down_proj * z * passes).square().sum(0)
 
 
 def weight_squares(path: Path, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:

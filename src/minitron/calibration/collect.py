@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitron.calibration.statistics import Statistics, site_sizes, weight_sizes
+from minitron.calibration.statistics import Statistics, site_sizes, weight_sizes, written_sizes
 from minitron.core import parallel
 from minitron.core.device import sums_device
 from minitron.core.numerics import add_gram
@@ -58,9 +58,10 @@ def measure_statistics(
     stream.embed()
     for index, layer in stream.layers():
         collector.add_weights(layer, index)
-        with collector.watch(layer, index):
+        with collector.watch(layer, index), _Writes(stream, layer, collector.written, index) as writes:
             for _, before, after in stream.run(index, layer):
                 collector.add_cosines(index, before, after)
+                writes.add(before, after, lengths[mine][stream.rows])
         parallel.require_all_well()
         pass_.progress(index + 1, checkpoint.shape.layers)
     with stream.final_norm() as norm, collector.watch_final(norm):
@@ -82,6 +83,7 @@ class _Collector:
         self.sums = {site: zeros(layers, 3, 2, width) for site, (layers, width) in sites.items()}
         self.cosine = zeros(self.shape.layers)
         self.weight_squares = {dim: zeros(*sizes) for dim, sizes in weight_sizes(self.shape).items()}
+        self.written = {dim: zeros(*sizes) for dim, sizes in written_sizes(self.shape).items()}
         self.moment = _Moment(self.shape.hidden, stream.device) if second_moment else None
 
     @contextmanager
@@ -123,7 +125,7 @@ class _Collector:
 
     def statistics(self, num_samples: int, num_tokens: int) -> Statistics:
         """The statistics of all processes; `num_samples` and `num_tokens` are the numbers of all processes too."""
-        for tensor in (*self.sums.values(), self.cosine):
+        for tensor in (*self.sums.values(), self.cosine, *self.written.values()):
             parallel.all_reduce_sum(tensor)
         second_moment, mean = self.moment.means() if self.moment else (None, None)
         return Statistics(
@@ -135,6 +137,7 @@ class _Collector:
             tokens=num_tokens,
             model=self.stream.checkpoint.fingerprint(),
             weight_squares={dim: tensor.cpu() for dim, tensor in self.weight_squares.items()},
+            written={dim: tensor.cpu() / num_tokens for dim, tensor in self.written.items()},
         )
 
     def _real(self, states: Float[Tensor, "samples tokens channels"]) -> Iterator[Float[Tensor, "_ channels"]]:
@@ -154,6 +157,79 @@ class _Collector:
         assert self.moment
         # Tokens differ far more than the two inputs of a layer: half of them for each is as good, in half the time.
         self.moment.add(sample[number % 2 :: 2] for sample in self._real(states))
+
+
+class _Writes:
+    """Adds what the units of a layer write to the residual stream to `Statistics.written`, not yet divided by tokens.
+
+    What a unit writes is its share of the output of its matrix. Where a norm or a factor stands between that matrix and
+    the stream, it counts as much smaller or larger as the output gets on the way.
+    """
+
+    def __init__(self, stream: Stream, layer: nn.Module, sums: dict[str, Tensor], index: int):
+        architecture, shape = stream.checkpoint.architecture, stream.checkpoint.shape
+        self.sums, self.index, self.heads = sums, index, shape.heads
+        inner = [name.removeprefix(architecture.layer + ".") for name in architecture.sites.values()]
+        of_site = dict(zip(architecture.sites, inner, strict=True))
+        self.writers = [layer.get_submodule(of_site[site]) for site in ("attention_out", "mlp_out")]
+        self.second_read = layer.get_submodule(architecture.stream_reads[1].removeprefix(architecture.layer + "."))
+        heads_matrix, ffn_matrix = (writer.get_parameter("weight").float() for writer in self.writers)
+        of_heads = heads_matrix.unflatten(1, (self.heads, -1)).transpose(0, 1)
+        self.grams = of_heads.mT @ of_heads  # [heads, head_dim, head_dim]
+        self.column_squares = squares(ffn_matrix)[1]
+        self.seen: list[tuple[Tensor, Tensor]] = []  # inputs and outputs of attention's writer, then of the MLP's
+        self.middle = torch.empty(0)
+
+    def __enter__(self) -> "_Writes":
+        self.stack = ExitStack()
+        for writer in self.writers:
+            self.stack.callback(writer.register_forward_hook(self._see).remove)
+        self.stack.callback(self.second_read.register_forward_pre_hook(self._see_middle).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.seen.append((args[0], output))
+
+    def _see_middle(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.middle = args[0]
+
+    def add(self, before: Tensor, after: Tensor, lengths: list[int]) -> None:
+        """Add a batch.
+
+        Args:
+            before, after: the stream before and after the layer [samples, tokens, hidden].
+            lengths: the number of real tokens of each sample.
+        """
+        of_heads, of_ffn = self.seen
+        for sample, length in enumerate(lengths):
+            states = [tensor[sample, :length].float() for tensor in (before, self.middle, after)]
+            inputs = [tensor[sample, :length].float() for tensor, _ in (of_heads, of_ffn)]
+            outputs = [tensor[sample, :length].float() for _, tensor in (of_heads, of_ffn)]
+            added = [states[1] - states[0], states[2] - states[1]]
+            weights = [
+                _ratio(_square(adds), _square(made) * _square(then))
+                for adds, made, then in zip(added, outputs, states[1:], strict=True)
+            ]
+            per_head = (inputs[0] * weights[0].sqrt()[:, None]).unflatten(1, (self.heads, -1)).transpose(0, 1)
+            found = {
+                "layers": _ratio(_square(states[2] - states[0]), _square(states[2])).sum(),
+                "heads": (per_head.mT @ per_head * self.grams).sum((1, 2)),
+                "ffn": weights[1] @ inputs[1].square_() * self.column_squares,
+            }
+            for dim, sums in found.items():
+                self.sums[dim][self.index] += sums.to(self.sums[dim])
+        self.seen.clear()
+
+
+def _square(states: Float[Tensor, "tokens channels"]) -> Float[Tensor, " tokens"]:
+    return states.square().sum(-1)
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    return one / other.clamp_min(torch.finfo(one.dtype).tiny)
 
 
 class _Moment:

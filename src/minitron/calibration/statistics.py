@@ -88,6 +88,9 @@ class Statistics:
     weight_squares: dim -> the sum of squares of the weights in the layers' matrices that belong to each unit: [layers,
         units] for ffn, heads and kv_heads, [hidden], [layers]. A weight belongs to the units of both its axes. Empty
         in files of older versions.
+    written: dim -> how much each unit writes to the residual stream: the mean over tokens of |y|^2 / |x|^2, with y what
+        the unit adds and x the stream after attention or MLP has added: [layers, units] for ffn and heads; for layers,
+        of what the layer adds in all, [layers]. Empty in files of older versions.
     model: `Checkpoint.fingerprint` of the model that the statistics were collected from.
     """
 
@@ -98,6 +101,7 @@ class Statistics:
     samples: int
     tokens: int
     weight_squares: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
     model: str = ""
 
     def save(self, path: Path) -> None:
@@ -110,6 +114,7 @@ class Statistics:
         named = {"cosine": self.cosine, "second_moment": self.second_moment, "mean": self.mean}
         named |= {f"sums.{site}": tensor for site, tensor in self.sums.items()}
         named |= {f"weight_squares.{dim}": tensor for dim, tensor in self.weight_squares.items()}
+        named |= {f"written.{dim}": tensor for dim, tensor in self.written.items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def column_squares(self) -> dict[str, Float[Tensor, "layers channels"]]:
@@ -145,6 +150,7 @@ class Statistics:
         return Statistics(
             sums=group("sums."),
             weight_squares=group("weight_squares."),
+            written=group("written."),
             cosine=tensors["cosine"],
             second_moment=tensors.get("second_moment"),
             mean=tensors.get("mean"),
@@ -186,6 +192,7 @@ def _require_of_shape(tensors: dict[str, Tensor], checkpoint: Checkpoint, file: 
     wanted |= {f"sums.{site}": (layers, 3, 2, width) for site, (layers, width) in site_sizes(checkpoint).items()}
     optional: dict[str, tuple[int, ...]] = {"second_moment": (shape.hidden, shape.hidden), "mean": (shape.hidden,)}
     optional |= {f"weight_squares.{dim}": sizes for dim, sizes in weight_sizes(shape).items()}
+    optional |= {f"written.{dim}": sizes for dim, sizes in written_sizes(shape).items()}
     for name, sizes in (wanted | {name: sizes for name, sizes in optional.items() if name in tensors}).items():
         if name not in tensors:
             raise RunError(f"{file} has no tensor {name}: it is damaged, or of another model; {COLLECT}")
@@ -215,6 +222,11 @@ def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """The sizes of each tensor in `Statistics.weight_squares`."""
     per_layer = {dim: (shape.layers, getattr(shape, dim)) for dim in LAYER_DIMS}
     return {"layers": (shape.layers,), "hidden": (shape.hidden,), **per_layer}
+
+
+def written_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The sizes of each tensor in `Statistics.written`."""
+    return {"layers": (shape.layers,), "heads": (shape.layers, shape.heads), "ffn": (shape.layers, shape.ffn)}
 
 
 def require_second_moment(statistics: Statistics) -> None:
