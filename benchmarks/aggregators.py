@@ -11,6 +11,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+from lib.even import even_width
 from lib.measure import header, publish, table
 
 from minitron.calibration.collect import Statistics, measure_statistics
@@ -25,7 +26,6 @@ from minitron.pruning.config import PruneConfig
 from minitron.pruning.cut import cut
 from minitron.pruning.plan import choose
 from minitron.pruning.steps import score_units
-from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 # P1's ablation, Nemotron-4 15B -> 8B: (batch, sequence) -> zero-shot LM loss.
@@ -79,7 +79,7 @@ def draw(checkpoint: Checkpoint, corpus: Corpus, samples: int, seed: int) -> Sta
 
 def section(checkpoint: Checkpoint, corpus: Corpus, drawn: list[Statistics], target: str, blocks: int) -> str:
     """The table of one target, best loss first."""
-    shape = target_shape(checkpoint.architecture, checkpoint.config, checkpoint.shape, PruneConfig(target=target))
+    shape = even_width(checkpoint, target)
     configs = {
         (batch, sequence): PruneConfig(batch_aggregate=batch, sequence_aggregate=sequence)  # type: ignore[arg-type]
         for batch, sequence in product(("mean", "l2", "variance"), repeat=2)

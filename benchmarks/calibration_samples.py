@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lib.even import even_width
 from lib.measure import header, publish, table
 
 from minitron.calibration.collect import measure_statistics
@@ -30,7 +31,6 @@ from minitron.pruning.importance import Scores
 from minitron.pruning.plan import choose
 from minitron.pruning.repair import RepairConfig, replaces_channels, resolve_repair
 from minitron.pruning.steps import Pruner, Scoring, score_units
-from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     teacher, counts = open_checkpoint(model_directory(args.model)), [int(count) for count in args.counts.split(",")]
     config, cuts = PruneConfig(target=args.target), {int(count) for count in args.cuts.split(",") if count}
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config)
+    shape = even_width(teacher, args.target)
     repairs = resolve_repair(RepairConfig(), teacher).steps or []
     pass_, basis = CalibrateConfig().as_pass(), replaces_channels(repairs)
 

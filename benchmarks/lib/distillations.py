@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lib.even import even_width
 from lib.measure import publish
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
@@ -35,12 +36,10 @@ from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.model.tokenizer import load_tokenizer
-from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose
 from minitron.pruning.repair import BEST, Step
 from minitron.pruning.repair.writer import Evidence, repaired_cut
-from minitron.pruning.target import target_shape
 from minitron.recipe import DEMO_TEACHER
 
 STARTS: dict[str, list[Step]] = {
@@ -147,12 +146,12 @@ class Bench:
         """
         table, config, shape = self.teacher.architecture, self.teacher.config, self.teacher.shape
         if kind.startswith("width"):
-            return target_shape(table, config, shape, PruneConfig(target=kind.removeprefix("width").strip() or "50%"))
+            return even_width(self.teacher, kind.removeprefix("width").strip() or "50%")
         if kind == "depth":
             return replace(shape, layers=-(-shape.layers // 2))
         fewer = replace(shape, layers=shape.layers - max(1, shape.layers // 5))
         share = 50 * table.count(shape, config).non_embedding / table.count(fewer, config).non_embedding
-        return target_shape(table, config, fewer, PruneConfig(target=f"{share}%"))
+        return even_width(self.teacher, f"{share}%", fewer)
 
     def run(self, shape: str, start: str, tokens: int, rate: float, seed: int, **changes: Any) -> None:
         """One student, unless the cache has it.

@@ -63,11 +63,11 @@ from minitron.pipeline.stages import OF_DISTILLATION, Run, make_stages
 from minitron.pruning.config import PruneConfig
 from minitron.pruning.plan import Given, Plan, load_given
 from minitron.pruning.repair import RepairConfig, Step, needed_steps, replaces_channels, resolve_repair
-from minitron.pruning.steps import CutNeeds, Pruner, Scoring, cut_needs, wanted
+from minitron.pruning.steps import Choice, CutNeeds, Pruner, Scoring, choice_left, cut_needs, wanted
 from minitron.recipe import Recipe
 from minitron.shapes.rank import Ranking
 from minitron.shapes.space import SearchConfig, feasible_for, machine_for
-from minitron.shapes.trial import Trials, rank_shapes
+from minitron.shapes.trial import Trials, predicted_shape, rank_shapes
 
 if TYPE_CHECKING:
     from minitron.gguf.quantize import PlannedFile
@@ -145,6 +145,13 @@ def calibrate(
     return statistics
 
 
+def choice_of_search(model: Model, prune: PruneConfig, repair: RepairConfig | None = None) -> Choice:
+    """Tell what `search` with the same arguments leaves to criteria."""
+    teacher = open_checkpoint(model_directory(str(model)))
+    steps = resolve_repair(repair or RepairConfig(), teacher).steps or []
+    return choice_left(teacher, prune, None, Given(), steps)
+
+
 def search(
     model: Model,
     *,
@@ -211,7 +218,7 @@ class _Cut:
 
     teacher: Checkpoint
     listed: Plan | Given
-    shape: Shape
+    shape: Shape | None  # None where it depends on the statistics
     given: Given
     repairs: Sequence[Step]
     needs: CutNeeds
@@ -270,7 +277,9 @@ def prune(
     with atomic_directory(out) as partial:
         cut = _asked_cut(model, config, repair, plan_file, statistics_dir)
         teacher, steps, needs = cut.teacher, cut.repairs, cut.needs
-        _require_free_space(teacher, cut.shape, out, partial)
+        # For a target, the largest shape that it allows.
+        largest = cut.shape or feasible_for(teacher, config, SearchConfig(), None)[0].shape
+        _require_free_space(teacher, largest, out, partial)
         calibration = calibration.model_copy(update={"second_moment": replaces_channels(steps)})
         pass_, text, tokenizer, statistics = calibration.as_pass(partial, layer_progress(listener)), None, None, None
         if needs.statistics and statistics_dir is not None:
@@ -286,7 +295,8 @@ def prune(
             assert text is not None
             statistics = collect.measure_statistics(teacher, text, pass_, second_moment=calibration.second_moment)
         pruner = Pruner(teacher, Scoring(config, text, pass_, tokenizer), steps, statistics)
-        plan = cut.listed if isinstance(cut.listed, Plan) else pruner.plan(cut.shape, cut.given)
+        shape = cut.shape or predicted_shape(pruner)
+        plan = cut.listed if isinstance(cut.listed, Plan) else pruner.plan(shape, cut.given)
         listener.stage("prune", "running")
         repairs = needed_steps(steps, plan.teacher, plan.student)
         plan = pruner.cut(plan, partial).plan

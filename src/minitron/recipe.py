@@ -46,6 +46,11 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gguf: QuantizeConfig = QuantizeConfig()
 
+    @property
+    def searches(self) -> bool:
+        """Whether the shape is searched for, and not given as sizes."""
+        return self.prune.shape is None and self.prune.drop_layers is None and self.prune.keep_layers is None
+
 
 SectionKind = TypeVar("SectionKind", bound=Section)
 

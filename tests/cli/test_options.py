@@ -259,7 +259,8 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--cut": [Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--cut 1")],
         "--set": [
             Changes(SEARCH, "--set search.batch=3"),
-            Changes(SEARCH, "--set prune.criterion=magnitude"),
+            Changes(f"{SEARCH} --set repair.steps=[]", "--set prune.criterion=magnitude"),
+            Refused(f"{SEARCH} --set prune.criterion=magnitude", "prune.criterion has an effect only where units"),
             Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--set calibrate.samples=2"),
             Changes(f"{CUT} --block-tokens 8 --data {{W}}", "--set search.level=cut"),
             Changes(f"{CUT} --block-tokens 8 --data {{W}} --cut 2", "--set repair.steps=[]"),
@@ -274,7 +275,10 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
                 "calibrate.second_moment has an effect only where statistics are kept",
             ),
             Refused(f"{SEARCH} --set search.window=0.2", "--window and --set search.window=0.2 say the same thing"),
-            Refused(f"{SEARCH} --cut 1 --set search.level=off", "--cut and --set search.level=off say the same thing"),
+            Refused(
+                f"{SEARCH} --cut 1 --set search.level=predicted",
+                "--cut and --set search.level=predicted say the same thing",
+            ),
             Refused(f"{SEARCH} --set search.level=distilled", "search.level=distilled is of a run"),
             Refused(
                 f"{SEARCH} --set distill.tokens=5", "`minitron search` does not read 'distill'; Available: calibra"
@@ -292,7 +296,7 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Changes("prune {M} --repair none --statistics {S} --out {OUT}", "--shape ffn=24", "--shape ffn=32"),
             Refused("prune {M} --shape ffn=24,ffn=32 --out {OUT}", "argument --shape: 'ffn=24,ffn=32' names a size tw"),
         ],
-        "--layers": [Changes("prune {M} --out {OUT}", "--layers drop=1", "--layers drop=2")],
+        "--layers": [Changes("prune {M} --repair none --out {OUT}", "--layers drop=1", "--layers drop=2")],
         "--plan": [Changes("prune {M} --repair none --out {OUT}", "--plan {L}", "--plan {C}/plan.json")],
         "--criterion": [
             Changes(PRUNE_BY_STATISTICS, "--criterion random"),
@@ -335,7 +339,10 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         ],
         "--statistics": [
             Changes(PRUNE, "--statistics {S}", "--data {P}"),
-            Refused("prune {M} --layers drop=1 --statistics {S} --out {OUT}", "--statistics has an effect only where"),
+            Refused(
+                "prune {M} --layers drop=1 --repair none --statistics {S} --out {OUT}",
+                "--statistics has an effect only where",
+            ),
         ],
         "--data": [
             Changes(f"{PRUNE} --samples 4", "--data {T}", "--data {P}"),
@@ -344,7 +351,7 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
         "--text-field": [
             Changes(PRUNE_BY_TEXT, "--text-field body"),
             Refused(PRUNE_BY_TEXT.replace("{T}", "{P} --text-field body"), NO_ROWS),
-            Refused("prune {M} --layers drop=1 --data {T} --text-field body --out {OUT}", NO_TEXT),
+            Refused("prune {M} --layers drop=1 --repair none --data {T} --text-field body --out {OUT}", NO_TEXT),
         ],
         "--separate-documents": [
             Changes(PRUNE_BY_TEXT, "--separate-documents"),
@@ -920,6 +927,7 @@ README = Path(__file__).parents[2] / "README.md"
 BASE: dict[str, Any] = {"model": "m", "prune": {"target": "50%"}}
 SHAPED: dict[str, Any] = {"model": "m", "prune": {"shape": {"ffn": 8}}}
 SEARCHED = "search.level=distilled"
+SIZES = ("prune.target=null", "prune.shape={ffn: 8}")
 
 
 @dataclass(frozen=True)
@@ -945,17 +953,17 @@ KEY_ROWS = {
     "prune.seed": Key("1", used=("prune.criterion=random",)),
     "prune.layer_samples": Key("8", used=("prune.layer_criterion=loss",)),
     **{
-        f"prune.{dim}_multiple": Key("8", idle=("prune.target=null", "prune.shape={ffn: 8}"))
+        f"prune.{dim}_multiple": Key("8", idle=SIZES)
         for dim in ("hidden", "ffn")
     },
     **{
-        f"search.{key}": Key(value, used=(SEARCHED,))
+        f"search.{key}": Key(value, idle=SIZES, used=(SEARCHED,))
         for key, value in {
             "window": "0.1", "least": "30%", "max_memory_bytes": "1e9", "bytes_per_parameter": "0.5",
             "max_kv_cache_bytes": "1e9", "max_decode_seconds": "0.1", "max_prefill_seconds": "0.1",
             "context_tokens": "100", "batch": "2", "bytes_per_second": "1e9", "flops_per_second": "1e9",
             "dims": "{ffn: '8'}", "gguf_block": "32", "cut_candidates": "2", "distill_candidates": "2",
-            "first_rung": "0.1", "judge_blocks": "2",
+            "first_rung": "0.1", "judge_blocks": "2", "level": "cut",
         }.items()
     },
     **{
@@ -1106,7 +1114,7 @@ def test_every_recipe_key_is_read_outside_of_the_rules(everything: Everything) -
 def test_the_recipe_that_a_run_leaves_runs_again(desk: Desk, everything: Everything) -> None:
     """With what its search left behind, and with the baseline's learning rate where there is no baseline."""
     left = load_recipe(everything.out / "recipe.yaml")
-    assert left.search.level == "off" and {"search.window", "search.dims"} <= changed_keys(left)
+    assert not left.searches and {"search.window", "search.dims"} <= changed_keys(left)
     require_recipe_effects(left)
     require_recipe_effects(load_recipe(everything.out / "recipe.yaml", ["scratch_baseline=false"]))
     assert main(["run", str(everything.out / "recipe.yaml"), "--dry-run", "--quiet"]) == 0

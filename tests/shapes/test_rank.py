@@ -1,6 +1,5 @@
 """A search ranks by what it knows, spends tokens where it says, and its winner is found again by an exhaustive one."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +14,15 @@ from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import open_checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.pruning.importance import Scores, activation_scores
 from minitron.pruning.plan import choose
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.shapes.rank import (
-    REPAIRED_POWERS,
-    STREAM_POWER,
+    COSTS,
+    OF_HALVING,
     EliminationRound,
     distilled_steps,
     elimination_rounds,
@@ -110,43 +109,72 @@ def test_rounds_keep_a_quarter_and_train_it_eight_times_as_long_within_the_train
 
 
 @pytest.fixture(scope="module")
-def teacher(llama: Path) -> tuple[Shape, Statistics, Scores]:
+def teacher(llama: Path) -> tuple[Checkpoint, Statistics, Scores]:
     checkpoint = open_checkpoint(llama)
-    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32))
-    return checkpoint.shape, statistics, activation_scores(statistics, checkpoint.shape, "mean", "l2")
+    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
+    return checkpoint, statistics, activation_scores(statistics, checkpoint.shape, "mean", "l2")
 
 
-def test_the_damage_is_that_of_the_plans_own_units(teacher: tuple[Shape, Statistics, Scores]) -> None:
-    """The curves give what adding up the energy of each kept unit of the plan gives."""
-    shape, statistics, scores = teacher
-    damage = predictor(statistics, scores, shape)
-    squares = {site: sums[:, 1, 1] for site, sums in statistics.sums.items()}
-    angles = statistics.cosine.arccos()
-    for sizes in ({}, {"hidden": 20}, {"ffn": 9, "layers": 3}, {"heads": 4}, {"kv_heads": 2, "heads": 2, "hidden": 8}):
-        student = replace(shape, **sizes)
-        plan = choose(scores, shape, student)
-        stream, survives = 0.0, 0.0
+SIZES: list[dict[str, int]] = [
+    {},
+    {"ffn": 9, "layers": 3},
+    {"heads": 4},
+    {"kv_heads": 2, "heads": 2, "layers": 1},
+    {"ffn": 0, "heads": 4},
+]
+
+
+@pytest.mark.parametrize("repaired", [(), ("ffn", "heads", "layers")])
+def test_the_damage_is_what_the_dropped_units_wrote_and_what_the_dropped_channels_held(
+    teacher: tuple[Checkpoint, Statistics, Scores], repaired: tuple[str, ...]
+) -> None:
+    """A plain loop over the units that the plan drops; a repaired cut drops those that write least."""
+    checkpoint, statistics, scores = teacher
+    shape, written = checkpoint.shape, statistics.written
+    by = replace(scores, ffn=written["ffn"], heads=written["heads"], kv_heads=written["heads"].view(4, 4, 2).sum(-1))
+    damage = predictor(statistics, scores, shape, repaired=repaired)
+    for sizes in SIZES:
+        student = replace(shape, **({"hidden": 24} | sizes))
+        plan = choose(by if repaired else scores, shape, replace(student, ffn=max(1, student.ffn)))
+        lost = dict.fromkeys(COSTS, 0.0)
         for site in ("attention_in", "mlp_in"):
-            for row in squares[site]:
-                stream += sum(row[list(plan.hidden)]).item() / row.sum().item() / (2 * shape.layers)
-        for index, layer in enumerate(plan.layers):
-            mlp = sum(squares["mlp_out"][layer][list(plan.ffn[index])]) / squares["mlp_out"][layer].sum()
-            row = squares["attention_out"][layer].view(shape.heads, -1).sum(1)
-            attention = sum(row[list(plan.heads[index])]) / row.sum()
-            survives += (angles[layer] / angles.sum() * (mlp + attention) / 2).item()
-        expected = -torch.tensor(stream**STREAM_POWER * survives, dtype=torch.float64).log().item()
-        assert damage(student) == pytest.approx(expected, abs=1e-9)
+            for row in statistics.sums[site][:, 1, 1]:
+                kept = sum(row[channel].item() for channel in plan.hidden)
+                lost["hidden"] += (1 - kept / row.sum().item()) / (2 * shape.layers)
+        for layer in range(shape.layers):
+            if layer not in plan.layers:
+                lost["layers"] += written["layers"][layer].item()
+                continue
+            index = plan.layers.index(layer)
+            kept_ffn = plan.ffn[index] if student.ffn else ()
+            lost["ffn"] += sum(written["ffn"][layer, unit].item() for unit in {*range(shape.ffn)} - {*kept_ffn})
+            dropped = {*range(shape.heads)} - {*plan.heads[index]}
+            lost["heads"] += sum(written["heads"][layer, head].item() for head in dropped)
+        expected = sum(COSTS[dim][dim not in repaired] * share for dim, share in lost.items())
+        factor = 1 + OF_HALVING * (5 + (8 if student.ffn == 9 else 0))  # 24 is 3 * 8, 9 is odd, 0 a multiple of 256
+        assert damage(student) == pytest.approx(expected * factor, rel=1e-6, abs=1e-9)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
 
 
-def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(llama: Path) -> None:
-    """For states drawn with the stream's moments, the variance of each matrix's output that is left."""
-    checkpoint = open_checkpoint(llama)
-    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
-    scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
-    moment, mean = statistics.second_moment, statistics.mean
+def test_sizes_in_multiples_of_256_count_as_no_more_damage(teacher: tuple[Checkpoint, Statistics, Scores]) -> None:
+    checkpoint, statistics, scores = teacher
+    larger = replace(checkpoint.shape, hidden=512)
+    wide = replace(statistics, sums={site: sums.repeat(1, 1, 1, 16) for site, sums in statistics.sums.items()})
+    damage = predictor(wide, replace(scores, hidden=torch.ones(512, dtype=torch.float64)), larger)
+    plain = {hidden: damage(replace(larger, hidden=hidden)) / (1 - hidden / 512) for hidden in (256, 128, 64, 96)}
+    assert plain[128] / plain[256] == pytest.approx(1 + OF_HALVING)
+    assert plain[64] / plain[256] == pytest.approx(1 + 2 * OF_HALVING)
+    assert plain[96] / plain[256] == pytest.approx(1 + 3 * OF_HALVING)
+
+
+def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(
+    teacher: tuple[Checkpoint, Statistics, Scores],
+) -> None:
+    """For states drawn with the stream's moments, the variance of each matrix's output that is lost."""
+    checkpoint, statistics, scores = teacher
+    shape, moment, mean = checkpoint.shape, statistics.second_moment, statistics.mean
     assert moment is not None and mean is not None
-    trailing = torch.linalg.svd(moment).U[:, 20:]
+    trailing = torch.linalg.svd(moment).U[:, 24:]
     root = torch.linalg.cholesky(moment - mean.outer(mean))
     states = root @ torch.linalg.qr(torch.randn(shape.hidden, shape.hidden, dtype=torch.float64)).Q
     lost = []
@@ -161,38 +189,27 @@ def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(llama
                 weight = checkpoint.read(f"model.layers.{layer}.{pattern.format(kind)}.weight").double() * gain
                 outputs = [(weight @ part).square().sum() for part in (trailing @ trailing.T @ states, states)]
                 lost.append((outputs[0] / outputs[1]).item())
-    left = 1 - sum(lost) / len(lost)
     reads = reading_moment(checkpoint, statistics)
-    damage = predictor(statistics, scores, shape, reads=reads)
-    assert damage(replace(shape, hidden=20)) == pytest.approx(-REPAIRED_POWERS["hidden"] * math.log(left), rel=1e-4)
+    damage = predictor(statistics, scores, shape, repaired=("hidden",), reads=reads)
+    expected = COSTS["hidden"][0] * sum(lost) / len(lost) * (1 + 5 * OF_HALVING)
+    assert damage(replace(shape, hidden=24)) == pytest.approx(expected, rel=1e-4)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
     with pytest.raises(PlanError, match="hold no second moment"):
         reading_moment(checkpoint, replace(statistics, second_moment=None))
 
 
-def test_of_a_repaired_cut_units_and_layers_weigh_by_their_powers(llama: Path) -> None:
-    checkpoint = open_checkpoint(llama)
-    statistics = measure_statistics(checkpoint, Samples(tiny.tokens(6, 24)), Pass(torch.float32), second_moment=True)
-    scores, shape = activation_scores(statistics, checkpoint.shape), checkpoint.shape
-    damage = predictor(statistics, scores, shape, reads=reading_moment(checkpoint, statistics))
-    way = statistics.cosine.arccos() / statistics.cosine.arccos().sum()
-    student = replace(shape, ffn=9, layers=3, heads=4)
-    plan = choose(scores, shape, student)
-    squares = {site: sums[:, 1, 1] for site, sums in statistics.sums.items()}
-    survives = {"ffn": 0.0, "heads": 0.0, "layers": way[list(plan.layers)].sum().item()}
-    for index, layer in enumerate(plan.layers):
-        share = way[layer].item() / survives["layers"]
-        mlp, attention = squares["mlp_out"][layer], squares["attention_out"][layer].view(shape.heads, -1).sum(1)
-        survives["ffn"] += share * (mlp[list(plan.ffn[index])].sum() / mlp.sum()).item()
-        survives["heads"] += share * (attention[list(plan.heads[index])].sum() / attention.sum()).item()
-    expected = -sum(REPAIRED_POWERS[dim] * math.log(left) for dim, left in survives.items())
-    assert damage(student) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_smaller_student_is_never_predicted_to_be_better(teacher: tuple[Shape, Statistics, Scores]) -> None:
-    shape, statistics, scores = teacher
-    damage = predictor(statistics, scores, shape)
+def test_a_smaller_student_is_never_predicted_to_be_better(teacher: tuple[Checkpoint, Statistics, Scores]) -> None:
+    checkpoint, statistics, scores = teacher
+    shape, damage = checkpoint.shape, predictor(statistics, scores, checkpoint.shape)
     for dim, smaller in (("layers", 3), ("hidden", 24), ("ffn", 30), ("heads", 4)):
         once = replace(shape, **{dim: smaller})
         assert damage(once) > damage(shape)
-        assert damage(replace(once, ffn=20, layers=2)) > damage(once)
+        assert damage(replace(once, ffn=20)) > damage(once)
+
+
+def test_statistics_of_an_older_version_are_to_be_collected_again(
+    teacher: tuple[Checkpoint, Statistics, Scores],
+) -> None:
+    checkpoint, statistics, scores = teacher
+    with pytest.raises(PlanError, match="older version; collect them again with `minitron calibrate`"):
+        predictor(replace(statistics, written={}), scores, checkpoint.shape)

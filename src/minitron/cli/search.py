@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 from minitron.cli import options, parse
 from minitron.cli.command import Command
 from minitron.cli.console import Console, aligned
-from minitron.cli.rules import NOT_KEPT, ROWS, Rules
+from minitron.cli.rules import NOT_KEPT, ROWS, Rules, require_rules
 from minitron.core.effects import Rule
 from minitron.core.errors import MinitronError
 
 if TYPE_CHECKING:
     from minitron.shapes.rank import Ranking
-
-# A run does not search unless told to; this command does nothing else.
-_PRESET = {"search.level": "predicted"}
 
 
 def _cuts(args: argparse.Namespace) -> bool:
@@ -51,7 +48,6 @@ _RULES: Rules = (
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(preset=_PRESET)
     options.add_model(parser)
     options.add_target(parser, help="most parameters: 50%% of the non-embedding ones, or a total such as 4.5B")
     _add_budgets(parser)
@@ -129,6 +125,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
+    from minitron.pipeline.rules import OF_CHOICE
 
     asked = args.asked
     if asked.search.level not in ("predicted", "cut"):
@@ -136,6 +133,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             f"search.level={asked.search.level} is of a run: `minitron search` predicts, and cuts with --cut; give "
             "that, or search in a run with `minitron run`"
         )
+    require_rules(args, OF_CHOICE, api.choice_of_search(args.model, asked.prune, asked.repair))
     ranking = api.search(
         args.model,
         prune=asked.prune,

@@ -47,13 +47,13 @@ def is_local(model: str) -> bool:
 
 
 def _searches(recipe: Recipe, *levels: str) -> bool:
-    return recipe.search.level in levels or _is_found(recipe)
+    return (recipe.searches and recipe.search.level in levels) or _is_found(recipe)
 
 
 def _is_found(recipe: Recipe) -> bool:
     """Tell whether a search may have found the shape: the recipe then says how, and does not search again."""
     shape = recipe.prune.shape or {}
-    return recipe.search.level == "off" and recipe.prune.target is None and shape.keys() == set(PRUNABLE)
+    return recipe.prune.target is None and shape.keys() == set(PRUNABLE)
 
 
 def _is_resolved(config: DistillConfig) -> bool:
@@ -66,8 +66,7 @@ def _keys(section: str, *keys: str) -> tuple[str, ...]:
     return tuple(f"{section}.{key}" for key in keys)
 
 
-_SEARCHED = tuple(name for name in SearchConfig.model_fields if name != "level")
-_NO_LEVEL = "set search.level to predicted, cut or distilled"
+_SEARCHED = tuple(SearchConfig.model_fields)
 
 OF_DISTILL: tuple[Rule[DistillConfig], ...] = (
     Rule(
@@ -163,15 +162,15 @@ OF_RECIPE: tuple[Rule[Recipe], ...] = (
     ),
     Rule(
         _keys("prune", "hidden_multiple", "ffn_multiple"),
-        lambda recipe: recipe.prune.target is not None or _searches(recipe, "predicted", "cut", "distilled"),
-        "where the sizes follow from prune.target or from a search",
+        lambda recipe: _searches(recipe, "predicted", "cut", "distilled"),
+        "where the shape is searched for",
         "give prune.target instead of sizes",
     ),
     Rule(
         _keys("search", *_SEARCHED),
         lambda recipe: _searches(recipe, "predicted", "cut", "distilled"),
         "where the shape is searched for",
-        _NO_LEVEL,
+        "give prune.target instead of sizes",
     ),
     Rule(
         _keys("search", "window"),
@@ -269,5 +268,4 @@ def require_choice_effects(recipe: Recipe, choice: Choice) -> None:
 
     Raises: NoEffect.
     """
-    if not _searches(recipe, "predicted", "cut", "distilled"):
-        require_effects(changed_keys(recipe), OF_CHOICE, choice)
+    require_effects(changed_keys(recipe), OF_CHOICE, choice)

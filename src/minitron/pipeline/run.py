@@ -35,7 +35,7 @@ from minitron.pipeline.stages import Run, export_student, make_stages, plan_benc
 from minitron.pruning.given import given_layers
 from minitron.pruning.repair import replaces_channels, resolve_repair
 from minitron.pruning.steps import choice_left
-from minitron.pruning.target import target_shape
+from minitron.pruning.target import given_shape, is_given
 from minitron.recipe import Recipe
 from minitron.report.card import write_card
 from minitron.report.exporters import EXPORTERS
@@ -123,16 +123,18 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
     """
     require_recipe_effects(recipe)
     require_correctable(recipe.distill, recipe.data)
-    if recipe.search.level == "off":
-        shape = target_shape(teacher.architecture, teacher.config, teacher.shape, recipe.prune)
-    else:
-        machine = machine_for(recipe.search, teacher.written_dtype) if needs_machine(recipe.search) else None
-        shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
     repair = resolve_repair(recipe.repair, teacher)
     given = given_layers(recipe.prune, teacher.shape)
-    left = choice_left(teacher, recipe.prune, shape, given, repair.steps or [])
+    if recipe.searches:
+        machine = machine_for(recipe.search, teacher.written_dtype) if needs_machine(recipe.search) else None
+        shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
+        left = choice_left(teacher, recipe.prune, None, given, repair.steps or [])
+    else:
+        is_given(recipe.prune)
+        shape = given_shape(teacher.architecture, teacher.shape, recipe.prune)
+        left = choice_left(teacher, recipe.prune, shape, given, repair.steps or [])
     require_choice_effects(recipe, left)
-    basis = replaces_channels(repair.steps) and (shape.hidden < teacher.shape.hidden or recipe.search.level != "off")
+    basis = replaces_channels(repair.steps) and (recipe.searches or shape.hidden < teacher.shape.hidden)
     block_tokens = block_length(recipe.data, teacher)
     calibrate = recipe.calibrate.for_model(teacher.shape, block_tokens)
     tokens = recipe.distill.tokens and max(recipe.distill.tokens, calibrate.num_samples * block_tokens)

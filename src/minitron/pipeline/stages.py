@@ -211,7 +211,7 @@ def record_teacher(run: Run) -> None:
 
     def work(out: Path) -> StageResult:
         blocks = blocks_read(corpus, Schedule.of_student(config, corpus.block_tokens, seed))
-        if searches(run.recipe):
+        if run.recipe.searches:
             judge = judging_blocks(corpus, seed, run.recipe.search.judge_blocks)
             blocks = np.unique(np.concatenate([blocks, judge.select(slice(None))]), axis=0)
         facts = record_logits(
@@ -279,10 +279,7 @@ def search_shape(run: Run) -> None:
     run.shape = Shape(**vars(record.candidates[0].shape))
     # The recipe of the run makes this student again, without the search.
     sizes = {dim: getattr(run.shape, dim) for dim in PRUNABLE}
-    run.update(
-        prune=recipe.prune.model_copy(update={"target": None, "shape": sizes}),
-        search=recipe.search.model_copy(update={"level": "off"}),
-    )
+    run.update(prune=recipe.prune.model_copy(update={"target": None, "shape": sizes}))
 
 
 def _task_digest(directory: RunDirectory, config: PruneConfig) -> dict[str, str]:
@@ -557,10 +554,6 @@ def always(recipe: Recipe) -> bool:
     return True
 
 
-def searches(recipe: Recipe) -> bool:
-    return recipe.search.level != "off"
-
-
 @dataclass(frozen=True)
 class Stage:
     """A row of PIPELINE: the function that makes a stage, and the recipes that have it."""
@@ -575,7 +568,7 @@ PIPELINE: dict[str, Stage] = {
     "corrected": Stage(correct_teacher, lambda recipe: recipe.distill.correction == "before"),
     "statistics": Stage(collect_statistics),
     "lessons": Stage(record_teacher, lambda recipe: recipe.distill.teacher == "recorded"),
-    "search": Stage(search_shape, searches),
+    "search": Stage(search_shape, lambda recipe: recipe.searches),
     "scores": Stage(score_teacher),
     "plan": Stage(make_plan),
     "pruned": Stage(cut_teacher),

@@ -25,7 +25,7 @@ from minitron.pruning.importance import CRITERIA, Scores, even_scores
 from minitron.pruning.plan import Plan, choose, compose, needs_scores
 from minitron.pruning.repair import REPAIRS, Step, cut_dims, needed_steps
 from minitron.pruning.repair.writer import Evidence, Repaired, repaired_cut
-from minitron.pruning.target import step_shapes, target_shape
+from minitron.pruning.target import given_shape, is_given, step_shapes
 
 
 @dataclass(frozen=True)
@@ -138,31 +138,45 @@ class CutNeeds:
 
 
 def choice_left(
-    model: Checkpoint | ModelConfig, config: PruneConfig, student: Shape, given: Given, steps: Sequence[Step]
+    model: Checkpoint | ModelConfig, config: PruneConfig, student: Shape | None, given: Given, steps: Sequence[Step]
 ) -> Choice:
     """
     Args:
+        student: None where the shape is not known yet, so that any dim may be cut.
         given: units that are listed, layers by number among them.
         steps: repairs, such as `resolve_repair` gives.
     """
     teacher = model.shape
-    repairs = needed_steps(steps, teacher, student)
-    open_dims = {dim for dim in cut_dims(teacher, student) if getattr(given, dim) is None}
+    if student is None:
+        repairs, cut_steps = list(steps), config.iterations
+        open_dims = {dim for dim in PRUNABLE if getattr(given, dim) is None}
+    else:
+        repairs = needed_steps(steps, teacher, student)
+        open_dims = {dim for dim in cut_dims(teacher, student) if getattr(given, dim) is None}
+        shapes = step_shapes(model.architecture, teacher, student, config.iterations, given) if open_dims else [student]
+        cut_steps = len(shapes)
     chosen_by_repair = {dim for step in repairs for dim in REPAIRS[step].chooses}
     ranked = {dim for step in repairs for dim in REPAIRS[step].ranks}
     return Choice(
         by_criterion=frozenset(open_dims - {"layers"} - chosen_by_repair | ranked),
         layers="layers" in open_dims,
-        steps=len(step_shapes(model.architecture, teacher, student, config.iterations, given)) if open_dims else 1,
+        steps=cut_steps,
         repairs=tuple(repairs),
     )
 
 
-def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING_GIVEN) -> tuple[Shape, Given]:
-    """The student's shape, and the units that the user lists in a plan file, or layers by number in the config."""
+def wanted(
+    teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTHING_GIVEN
+) -> tuple[Shape | None, Given]:
+    """The student's shape, and the units that the user lists in a plan file, or layers by number in the config.
+
+    The shape is None for `prune.target`, where it depends on the statistics.
+    """
     if isinstance(listed, Plan):
         return listed.student, Given(**{dim: getattr(listed, dim) for dim in PRUNABLE})
-    shape = target_shape(teacher.architecture, teacher.config, teacher.shape, config, listed)
+    if not is_given(config, listed):
+        return None, listed
+    shape = given_shape(teacher.architecture, teacher.shape, config, listed)
     layers = given_layers(config, teacher.shape).layers
     return shape, listed if layers is None else replace(listed, layers=layers)
 
@@ -170,7 +184,7 @@ def wanted(teacher: Checkpoint, config: PruneConfig, listed: Plan | Given = NOTH
 def cut_needs(
     teacher: Checkpoint,
     config: PruneConfig,
-    student: Shape,
+    student: Shape | None,
     given: Given,
     repairs: Sequence[Step],
     *,
@@ -183,7 +197,7 @@ def cut_needs(
     """
     choice = choice_left(teacher, config, student, given, repairs)
     passes = choice.steps > 1 or (choice.layers and LAYER_CRITERIA[config.layer_criterion].needs_a_pass)
-    scored = needs_scores(teacher.shape, student, given)
+    scored = student is None or needs_scores(teacher.shape, student, given)
     return CutNeeds(
         choice,
         statistics=scored or bool(choice.repairs),

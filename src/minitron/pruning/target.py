@@ -1,12 +1,10 @@
-"""The student's shape, from the sizes that the user gives or by the default rule for a target such as 50% or 4.5B."""
+"""The sizes that a user gives the student: a target such as 50% or 4.5B, or numbers."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from minitron.core.errors import PlanError, did_you_mean
-from minitron.model.architecture import PRUNABLE, Architecture, Shape, count_terms, with_sizes
+from minitron.model.architecture import PRUNABLE, Architecture, Shape, with_sizes
 from minitron.pruning.config import PruneConfig, require_task_fits
 from minitron.pruning.given import NOTHING_GIVEN, Given, given_layers
 
@@ -48,50 +46,26 @@ def parse_target(text: str) -> tuple[Literal["total", "non_embedding"], float]:
     return "total", value * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
 
 
-def target_shape(
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    teacher: Shape,
-    prune: PruneConfig,
-    given: Given = NOTHING_GIVEN,
-) -> Shape:
-    """The student's shape: the sizes of the recipe and of `given`, or by the default rule for a parameter target.
+def is_given(prune: PruneConfig, given: Given = NOTHING_GIVEN) -> bool:
+    """Whether the student's sizes are given, instead of a target for which the shape is searched.
 
-    The rule cuts width first and keeps head_dim. Among hidden sizes of at least half the teacher's and ffn sizes of at
-    least a quarter, in their multiples and within the target, it takes the pair that shrinks both by nearly the same
-    ratio and misses the target by little. Only if no pair fits, it halves the query heads of each group, then the kv
-    heads, and then drops layers, a quarter at a time.
-
-    Raises: PlanError if the target is larger than the teacher or smaller than the rule can reach.
+    Raises: PlanError if neither is given, or both.
     """
     require_task_fits(prune)
-    explicit = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
-    if (prune.target is not None) == explicit:
+    sizes = bool(prune.shape is not None or prune.drop_layers or prune.keep_layers or given.sizes)
+    if (prune.target is not None) == sizes:
         raise PlanError(
             "give either prune.target (such as 50%), or prune.shape and prune.drop_layers (or keep_layers, or a plan "
             "that lists units), and not both"
         )
-    if prune.target is None:
-        return _given_shape(architecture, teacher, prune, given)
-    kind, value = parse_target(prune.target)
-    have = getattr(architecture.count(teacher, config), kind)
-    limit = value * have if kind == "non_embedding" else value
-    if limit > have:
-        raise PlanError(f"target {prune.target} is larger than the model, which has {have:,} {kind} parameters")
-    smallest, terms = have, architecture.parameter_terms(config)
-    for candidates in _candidates(architecture, teacher, prune):
-        counted = [(shape, count_terms(terms, vars(shape), kind=kind)) for shape in candidates]
-        smallest = min([smallest, *(count for _, count in counted)])
-        fitting = [(_unevenness(teacher, s) + 2 * math.log(limit / c), s) for s, c in counted if c <= limit]
-        if fitting:
-            return min(fitting, key=lambda pair: pair[0])[1]
-    raise PlanError(
-        f"target {prune.target} is impossible: the smallest student of the default rule has {smallest:,} of the "
-        f"model's {have:,} {kind.replace('_', '-')} parameters; give a larger target, or sizes as prune.shape"
-    )
+    return sizes
 
 
-def _given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given) -> Shape:
+def given_shape(architecture: Architecture, teacher: Shape, prune: PruneConfig, given: Given = NOTHING_GIVEN) -> Shape:
+    """The student's shape by the sizes of the recipe and of `given`; dims not named stay.
+
+    Raises: PlanError for an unknown dim, a size that is given twice, or one that cannot be cut from the teacher.
+    """
     sizes = dict(prune.shape or {})
     unknown = [dim for dim in sizes if dim not in PRUNABLE]
     if unknown:
@@ -160,39 +134,8 @@ def _lies_between(architecture: Architecture, larger: Shape, shape: Shape, small
     return True
 
 
-def default_multiple(size: int) -> int:
-    """The step in which a size shrinks: 256 on large models, for kernels and GGUF's blocks of 256, down to 16 on tiny
-    ones."""
-    return next((step for least, step in ((2048, 256), (1024, 128), (512, 64), (256, 32)) if size >= least), 16)
-
-
-def _candidates(architecture: Architecture, teacher: Shape, prune: PruneConfig) -> Iterator[list[Shape]]:
-    """Sets of shapes that the rule chooses from, the mildest cuts first."""
-    hidden_multiple = prune.hidden_multiple or default_multiple(teacher.hidden)
-    ffn_multiple = prune.ffn_multiple or default_multiple(teacher.ffn)
-    for base, least_hidden in _unnarrowed(architecture, teacher):
-        hidden_sizes = _sizes(teacher.hidden, hidden_multiple, least_hidden)
-        narrowed = [shape for hidden in hidden_sizes if (shape := architecture.with_hidden(base, hidden))]
-        yield [with_sizes(shape, ffn=ffn) for shape in narrowed for ffn in _sizes(teacher.ffn, ffn_multiple, 0.25)]
-
-
-def _unnarrowed(architecture: Architecture, teacher: Shape) -> Iterator[tuple[Shape, float]]:
-    """Shapes before hidden and ffn are cut, each with the smallest share of the hidden size that may be left."""
-    yield teacher, 0.5
-    narrow = teacher
-    if not architecture.heads_fill_hidden:  # else heads go with hidden
-        halved = with_sizes(teacher, heads=teacher.kv_heads * max(1, teacher.group // 2))
-        yield halved, 0.5
-        fewer_kv = max(1, teacher.kv_heads // 2)
-        narrow = with_sizes(halved, kv_heads=fewer_kv, heads=fewer_kv * halved.group)
-    yield narrow, 0.375
-    for quarters in (3, 2, 1):
-        yield with_sizes(narrow, layers=max(1, teacher.layers * quarters // 4)), 0.25
-
-
-def _sizes(size: int, step: int, least: float) -> list[int]:
-    return sorted({size, *(n for n in range(step, size, step) if n >= least * size)})
-
-
-def _unevenness(teacher: Shape, student: Shape) -> float:
-    return abs(math.log(student.hidden / teacher.hidden) - math.log(student.ffn / teacher.ffn))
+def default_multiple(size: int, steps: int) -> int:
+    """The step in which a size shrinks: the largest power of two that leaves so many steps, from 32 (16 for sizes below
+    512) to 256, which suits kernels and GGUF's blocks."""
+    least = 32 if size >= 512 else 16
+    return next((step for step in (256, 128, 64, 32) if step >= least and steps * step <= size), least)

@@ -6,8 +6,7 @@
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -16,17 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitron.calibration.statistics import Statistics
+from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
 from minitron.pruning.importance import Scores
 from minitron.shapes.space import Candidate, Machine, SearchConfig
 
-# How often a path through the model meets the stream: embedding, q, k, v, o, output projection. Powers of 6 to 12 rank
-# alike on the two models that were tried, and 3 (one read, one write, the output) far worse on one (docs/log).
-STREAM_POWER = 6.0
-# Of a repaired cut: what a lost share of the stream, of the layers' way, of neurons and of heads weighs, as powers.
-# Every matrix misses what the stream lost, nothing makes up for a layer, and neurons and heads are half a layer each,
-# of which the repair makes up for half (docs/log).
-REPAIRED_POWERS = {"hidden": 4.0, "layers": 1.0, "ffn": 0.25, "heads": 0.25}
+# What a share of the residual stream's energy costs that is lost, in nats of KL to the teacher right after the cut: of
+# what dropped layers, heads and neurons write to the stream, and of what all matrices read from it (docs/log). The
+# first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
+COSTS = {"layers": (1.5, 3.0), "hidden": (14.0, 10.0), "ffn": (1.6, 3.0), "heads": (1.4, 2.0)}
+# Sizes in multiples of 256 suit kernels and GGUF's blocks: each halving of the multiple counts as so much more damage.
+BLOCK, OF_HALVING = 256, 0.01
 
 # Successive elimination: the share that each round keeps, and how many times as long those train. Early losses tell bad
 # shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these on
@@ -40,7 +39,7 @@ LossAt = Callable[[Candidate, int], float]
 class Ranked:
     """A candidate with its prediction and the losses that were measured.
 
-    predicted: the damage that `predictor` gives; no unit, lower is better, comparable within one search.
+    predicted: the damage that `predictor` gives, about the KL to the teacher right after the cut, in nats per token.
     losses: distillation step -> loss on the judging blocks, nats per token; step 0 is right after the cut.
     """
 
@@ -159,70 +158,79 @@ def predictor(
     scores: Scores,
     teacher: Shape,
     *,
+    repaired: Collection[str] = (),
     reads: Float[Tensor, "hidden hidden"] | None = None,
-    stream_power: float = STREAM_POWER,
 ) -> Callable[[Shape], float]:
-    """Make a function shape -> damage: minus the logarithm of the share of the teacher's signal that survives the cut.
+    """Make a function shape -> the damage of a cut to it, an estimate of the KL to the teacher right after the cut.
 
-    The residual stream turns from the embedding to the output; each layer's share of the way is the angle between its
-    input and output, half of it from attention and half from the MLP. Of what a kept layer adds, there survives what
-    passes the kept heads or neurons; and of everything what the narrower stream carries, as often as it is met. What
-    survives of an activation is the share of its energy (sum of squares) in the units that the scores keep.
-
-    A repaired cut keeps principal directions of the stream, and loses what the matrices read from the others. The
-    shares of the stream, the layers' way, the neurons and the heads then count with REPAIRED_POWERS.
+    The damages of the dims add up. Of the layers that stay, it is what the dropped neurons and heads wrote to the
+    residual stream, as a share of its energy; of the others, what they wrote in all; of the stream, the share of the
+    matrices' inputs that is gone. Each share counts with its COSTS. Fits to measured cuts of four models give like
+    numbers (docs/log). Sizes that are no multiples of BLOCK count as a little more.
 
     Args:
-        reads: for a repaired cut, `reading_moment` of the teacher; the statistics then hold the second moment.
-        stream_power: how often a plain cut meets the stream.
+        repaired: the dims whose cut a repair makes up for: the neurons and heads that write least are dropped, else
+            those of the lowest scores.
+        reads: where the stream keeps its leading directions, `reading_moment` of the teacher; the statistics then hold
+            the second moment. Else it keeps the channels of the highest scores.
+
+    Raises: PlanError if the statistics are of an older version, which did not collect what units write.
     """
-    energy = statistics.column_squares()
-    angles = statistics.cosine.clamp(-1, 1).arccos()
-    way = angles / angles.sum()
+    written = statistics.written
+    if not written:
+        raise PlanError(
+            "the shape of the student is predicted from what units write to the residual stream, and the statistics "
+            "lack that: they were collected by an older version; collect them again with `minitron calibrate`"
+        )
+    cost = {dim: pair[dim not in repaired] for dim, pair in COSTS.items()}
     order = scores.layers.argsort(descending=True, stable=True)
-    ffn = torch.stack([_curve(*row) for row in zip(scores.ffn, energy["mlp_out"], strict=True)])
-    per_head = energy["attention_out"].unflatten(-1, (teacher.heads, teacher.head_dim)).sum(-1)
+    dropped = written["layers"][order].flip(0).cumsum(0).flip(0)
+    lost_layers = [*dropped.tolist(), 0.0]  # by the number of layers that stay
+    by_score = written["ffn"] if "ffn" in repaired else scores.ffn
+    # [layers that stay, neurons that stay]
+    lost_ffn = _sums(torch.stack([_lost(*row) for row in zip(by_score, written["ffn"], strict=True)])[order])
+    if reads is not None:
+        lost_stream = _lost_reads(reads, statistics)
+    else:
+        energy = statistics.column_squares()
+        read = _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0)
+        lost_stream = _lost(scores.hidden, read / 2)
 
     @cache
-    def heads(kept: int, kv_kept: int) -> Tensor:  # [layers]
+    def lost_heads(kept: int, kv_kept: int) -> list[float]:  # by the number of layers that stay
         group, groups = kept // kv_kept, (teacher.kv_heads, teacher.group)
-        in_groups = scores.heads.unflatten(-1, groups).argsort(dim=-1, descending=True, stable=True)[..., :group]
-        in_group = per_head.unflatten(-1, groups).gather(-1, in_groups).sum(-1)
-        best = scores.kv_heads.argsort(dim=-1, descending=True, stable=True)[:, :kv_kept]
-        return in_group.gather(-1, best).sum(-1) / per_head.sum(-1)
-
-    if reads is not None:
-        read = _read_curve(reads, statistics)
-
-        def damage_repaired(shape: Shape) -> float:
-            layers = order[: shape.layers]
-            going = way[layers].sum().item()
-            passing = {"ffn": ffn[:, shape.ffn], "heads": heads(shape.heads, shape.kv_heads)}
-            shares = {dim: (way * share)[layers].sum().item() / going for dim, share in passing.items()}
-            shares |= {"hidden": read[shape.hidden].item(), "layers": going}
-            return -sum(power * _log(shares[dim]) for dim, power in REPAIRED_POWERS.items())
-
-        return damage_repaired
-    hidden = _curve(scores.hidden, _shares(energy["attention_in"]).mean(0) + _shares(energy["mlp_in"]).mean(0))
+        rank_of = written["heads"] if "heads" in repaired else scores.heads
+        rank_of_kv = rank_of.unflatten(-1, groups).sum(-1) if "heads" in repaired else scores.kv_heads
+        in_groups = rank_of.unflatten(-1, groups).argsort(dim=-1, descending=True, stable=True)[..., :group]
+        in_group = written["heads"].unflatten(-1, groups).gather(-1, in_groups).sum(-1)
+        best = rank_of_kv.argsort(dim=-1, descending=True, stable=True)[:, :kv_kept]
+        lost = written["heads"].sum(-1) - in_group.gather(-1, best).sum(-1)
+        return [0.0, *lost[order].cumsum(0).tolist()]
 
     def damage(shape: Shape) -> float:
-        through = (ffn[:, shape.ffn] + heads(shape.heads, shape.kv_heads)) / 2
-        kept = (way * through)[order[: shape.layers]].sum().item()
-        return -stream_power * _log(hidden[shape.hidden].item()) - _log(kept)
+        lost = {
+            "layers": lost_layers[shape.layers],
+            "hidden": lost_stream[shape.hidden].item(),
+            "ffn": lost_ffn[shape.layers, shape.ffn].item(),
+            "heads": lost_heads(shape.heads, shape.kv_heads)[shape.layers],
+        }
+        return _handling(teacher, shape) * sum(cost[dim] * share for dim, share in lost.items())
 
     return damage
 
 
-def _log(share: float) -> float:
-    return math.log(max(share, sys.float_info.min))
+def _handling(teacher: Shape, shape: Shape) -> float:
+    """Return a factor of the damage by the multiples that the cut sizes are: 1 for multiples of BLOCK."""
+    cut = [size for dim in ("hidden", "ffn") if (size := getattr(shape, dim)) != getattr(teacher, dim)]
+    return 1 + OF_HALVING * sum(math.log2(BLOCK / math.gcd(BLOCK, size)) for size in cut)
 
 
 def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
     return energy / energy.sum(-1, keepdim=True)
 
 
-def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -> Float[Tensor, " counts"]:
-    """Return the share of the read signal that n leading directions keep, for n = 0 ... all."""
+def _lost_reads(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -> Float[Tensor, " counts"]:
+    """Return the share of the read signal that is lost if n leading directions stay, for n = 0 ... all."""
     assert statistics.second_moment is not None
     directions = torch.linalg.eigh(
         statistics.second_moment.float()
@@ -230,10 +238,15 @@ def _read_curve(reads: Float[Tensor, "hidden hidden"], statistics: Statistics) -
     seen = [directions.T @ matrix @ directions for matrix in (reads, statistics.covariance())]
     # Of the n directions that carry least, all pairs: two of them may be read together.
     lost = (seen[0] * seen[1]).cumsum(0).cumsum(1).diagonal()
-    return 1 - torch.cat([lost.new_zeros(1), lost / lost[-1]]).flip(0)
+    return torch.cat([lost.new_zeros(1), lost / lost[-1]]).flip(0)
 
 
-def _curve(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
-    """Return the share of the energy in the n highest-scored units, for n = 0 ... all."""
-    ordered = energy[scores.argsort(descending=True, stable=True)]
-    return torch.cat([ordered.new_zeros(1), ordered.cumsum(0) / ordered.sum()])
+def _lost(scores: Float[Tensor, " units"], energy: Float[Tensor, " units"]) -> Float[Tensor, " counts"]:
+    """Return the energy that is lost if the n highest-scored units stay, for n = 0 ... all."""
+    ascending = energy[scores.argsort(descending=True, stable=True)].flip(0)
+    return torch.cat([ascending.new_zeros(1), ascending.cumsum(0)]).flip(0)
+
+
+def _sums(rows: Float[Tensor, "layers counts"]) -> Float[Tensor, "more counts"]:
+    """Return the sums of the first n rows, for n = 0 ... all."""
+    return torch.cat([rows.new_zeros(1, rows.shape[1]), rows.cumsum(0)])

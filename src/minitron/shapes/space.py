@@ -5,8 +5,8 @@ All shapes of a space are counted at once, as arrays with one entry per shape.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,20 +30,23 @@ from minitron.model.checkpoint import Checkpoint, ModelConfig
 from minitron.pruning.config import PruneConfig, require_task_fits
 from minitron.pruning.target import default_multiple, parse_target
 
-# Least sizes of the default space, as shares of the teacher's. On two small models the best shapes had two thirds of
-# the layers (docs/log), and P2's depth-pruned model has half.
-LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.5, 0.5, 0.25
+# Least sizes of the default space, as shares of the teacher's.
+LEAST_LAYERS, LEAST_HIDDEN, LEAST_FFN = 0.25, 0.25, 0.125
+# The most steps in which hidden and ffn shrink, and the most counts of query heads in a group and of kv heads.
+HIDDEN_STEPS, FFN_STEPS, HEAD_STEPS = 32, 64, 8
+# The shares by which a shape may exceed prune.target and, by default, fall below it.
+ABOVE, WINDOW = 0.005, 0.05
 PROBE_SIZE = 1024  # of the matrix product that measures this machine's speed
 NEAREST = 3  # shapes named when none fits
 
 
 class SearchConfig(Section):
-    level: Literal["off", "predicted", "cut", "distilled"] = "off"
-    """How the student's shape is found: `off` by the default rule of prune.target; else by a search of all shapes
-    within the budgets, ranked by a prediction from the statistics, then by the loss after the cut, then by
-    distillation; each level includes those before it."""
-    window: float = Field(default=0.05, gt=0, lt=1)
-    """With prune.target, a candidate has fewer parameters than it by at most this share."""
+    level: Literal["predicted", "cut", "distilled"] = "predicted"
+    """How the student's shape is found, of all within the budgets: by a prediction of the damage from the statistics,
+    then by the loss after the cut, then by distillation; each level includes those before it."""
+    window: float | None = Field(default=None, gt=0, lt=1)
+    """With prune.target, a candidate has fewer parameters than it by at most this share, or more by at most 0.5%.
+    Default: 5%, counted from the largest shape where none comes that near."""
     least: str | None = None
     """The fewest parameters of a candidate, such as 7.8B or 45%, in the kind of prune.target; instead of `window`."""
     max_memory_bytes: float | None = Field(default=None, gt=0)
@@ -66,8 +69,8 @@ class SearchConfig(Section):
     """Speed of matrix products of that machine. Default: measured on this one."""
     dims: dict[str, str] = Field(default={})
     """The space: sizes per dim, such as {layers: 29-32, hidden: 4096-6144/512, ffn: '2.5x,3x', heads: '32,48'}; Nx is a
-    multiple of hidden. Default: half of the layers and more, half of the hidden size, a quarter of ffn, query heads
-    halved while they can be, all kv heads."""
+    multiple of hidden. Default: a quarter of layers and hidden and more, an eighth of ffn and more, and any numbers of
+    kv heads and of query heads in each group."""
     gguf_block: Literal[32, 256] | None = None
     """Only shapes that llama.cpp loads, with hidden, ffn and heads * head_dim in multiples of so many: 256 fits all of
     its quantized types, 32 those with blocks of 32 weights."""
@@ -161,11 +164,24 @@ def feasible(
     costs = cost(terms, sizes, search, itemsize=itemsize, machine=machine)
     excess = {limit: limit.excess(costs[limit.cost]) for limit in limits}
     inside = np.all([values == 0 for values in excess.values()], axis=0)
+    if not inside.any() and prune.target is not None and search.window is None and search.least is None:
+        limits = [_from_largest(limits[0], limits, costs), *limits[1:]]
+        excess = {limit: limit.excess(costs[limit.cost]) for limit in limits}
+        inside = np.all([values == 0 for values in excess.values()], axis=0)
     if not inside.any():
         raise PlanError(_why_none(sizes, costs, excess, teacher))
-    rows: list[int] = np.flatnonzero(inside).tolist()
-    order = sorted(rows, key=lambda row: (-costs["total"][row], *(-sizes[dim][row] for dim in PRUNABLE)))
-    return [_candidate(sizes, costs, row) for row in order]
+    # By the parameters, then by each dim; lexsort takes the last key first.
+    rows = np.flatnonzero(inside)
+    rows = rows[np.lexsort([-sizes[dim][rows] for dim in reversed(PRUNABLE)] + [-costs["total"][rows]])]
+    return _candidates(sizes, costs, rows)
+
+
+def _from_largest(target: Budget, limits: Sequence[Budget], costs: Mapping[str, np.ndarray]) -> Budget:
+    """Return the budget of the target with its window below the largest shape that all budgets allow, if any."""
+    below = np.all([costs[limit.cost] <= limit.most for limit in limits], axis=0)
+    if not below.any():
+        return target
+    return replace(target, least=(1 - WINDOW) * float(costs[target.cost][below].max()))
 
 
 def feasible_for(
@@ -206,15 +222,16 @@ def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, tea
         )
     if prune.target is not None:
         kind, most = _parameters(prune.target, terms, teacher)
-        least = most * (1 - search.window)
+        allowed, least = (1 + ABOVE) * most, (1 - (search.window or WINDOW)) * most
         if search.least is not None:
             least_kind, least = _parameters(search.least, terms, teacher)
+            allowed = most
             if least_kind != kind or least > most:
                 raise PlanError(
                     f"search.least {search.least} must be in the kind of prune.target {prune.target} (a percentage of "
                     "the non-embedding parameters, or a total), and not above it"
                 )
-        found.append(Budget(kind, most, "prune.target", least))
+        found.append(Budget(kind, allowed, "prune.target", least))
     elif search.least is not None:
         raise PlanError("search.least needs prune.target, which says the most parameters")
     for key in ("memory_bytes", "kv_cache_bytes", "decode_seconds", "prefill_seconds"):
@@ -223,8 +240,8 @@ def budgets(prune: PruneConfig, search: SearchConfig, terms: ParameterTerms, tea
             found.append(Budget(key.replace("memory", "weight"), limit, f"search.max_{key}"))
     if not found:
         raise PlanError(
-            "a search needs a budget: prune.target (--target-params), or one of search.max_memory_bytes, "
-            "max_kv_cache_bytes, max_decode_seconds, max_prefill_seconds"
+            "the student's size is not given: give prune.target (--target-params), sizes as prune.shape, or a budget "
+            "for a search: search.max_memory_bytes, max_kv_cache_bytes, max_decode_seconds or max_prefill_seconds"
         )
     return found
 
@@ -244,8 +261,8 @@ def space(
     if unknown:
         raise PlanError(f"search.dims has unknown dim {unknown[0]!r}{did_you_mean(unknown[0], PRUNABLE)}")
     multiples = {
-        "hidden": prune.hidden_multiple or default_multiple(teacher.hidden),
-        "ffn": prune.ffn_multiple or default_multiple(teacher.ffn),
+        "hidden": prune.hidden_multiple or default_multiple(teacher.hidden, HIDDEN_STEPS),
+        "ffn": prune.ffn_multiple or default_multiple(teacher.ffn, FFN_STEPS),
     }
     given = {dim: parse_sizes(dim, text, multiples.get(dim, 1)) for dim, text in search.dims.items()}
     layers = np.array(_sizes("layers", given, teacher, range(math.ceil(LEAST_LAYERS * teacher.layers), teacher.layers)))
@@ -399,9 +416,11 @@ def _with_heads(architecture: Architecture, teacher: Shape, given: Mapping[str, 
     if architecture.heads_fill_hidden:  # heads go with hidden
         yield teacher
         return
-    for kv_heads in _sizes("kv_heads", given, teacher, ()):
-        halved = [kv_heads * (teacher.group >> times) for times in range(teacher.group.bit_length())]
-        for heads in _sizes("heads", given, teacher, halved, whole=kv_heads * teacher.group):
+    fewer_kv = range(0, teacher.kv_heads, -(-teacher.kv_heads // HEAD_STEPS))[1:]
+    groups = range(0, teacher.group, -(-teacher.group // HEAD_STEPS))[1:]
+    for kv_heads in _sizes("kv_heads", given, teacher, fewer_kv):
+        fewer = [kv_heads * group for group in groups]
+        for heads in _sizes("heads", given, teacher, fewer, whole=kv_heads * teacher.group):
             if heads % kv_heads == 0 and 0 < heads // kv_heads <= teacher.group:
                 yield with_sizes(teacher, heads=heads, kv_heads=kv_heads)
 
@@ -446,10 +465,13 @@ def _kv_bytes(sizes: Mapping[str, np.ndarray], itemsize: int) -> np.ndarray:
     return 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * itemsize
 
 
-def _candidate(sizes: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], row: int) -> Candidate:
-    shape = Shape(**{dim: int(values[row]) for dim, values in sizes.items()})
-    of = {name: values[row].item() for name, values in costs.items()}
-    return Candidate(shape, Costs(**{"decode_seconds": None, "prefill_seconds": None} | of))
+def _candidates(sizes: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Candidate]:
+    of_sizes = [sizes[dim][rows].tolist() for dim in DIMS]
+    unknown = [None] * len(rows)
+    names = [field.name for field in fields(Costs)]
+    of_costs = [costs[name][rows].tolist() if name in costs else unknown for name in names]
+    found = zip(zip(*of_sizes, strict=True), zip(*of_costs, strict=True), strict=True)
+    return [Candidate(Shape(*one), Costs(*cost)) for one, cost in found]
 
 
 def _why_none(
@@ -470,7 +492,7 @@ def _why_none(
     over = np.sum(list(excess.values()), axis=0)
     nearest = []
     for row in np.argsort(over, kind="stable")[:NEAREST].tolist():
-        shape = _candidate(sizes, costs, row).shape
+        shape = _candidates(sizes, costs, np.array([row]))[0].shape
         changed = " ".join(f"{dim}={getattr(shape, dim)}" for dim in PRUNABLE)
         needs = ", ".join(
             f"{b.cost} {_number(float(costs[b.cost][row]))}" for b, values in excess.items() if values[row] > 0

@@ -1,6 +1,7 @@
 """Candidates of a search, cut and trained for a while; what was measured is on disk, so that a search goes on."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minitron.distillation.schedule import ModelSize, Schedule, resolve
 from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, distill_until
 from minitron.model.architecture import Shape
-from minitron.pruning.repair import replaces_channels
+from minitron.pruning.repair import REPAIRS, replaces_channels
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.pruning.steps import Pruner
 from minitron.shapes import layouts
@@ -53,8 +54,7 @@ def rank_shapes(pruner: Pruner, search: SearchConfig, machine: Machine, trials: 
     teacher, statistics = pruner.teacher, pruner.statistics
     assert statistics is not None and (trials is not None or search.level == "predicted")
     candidates = feasible_for(teacher, pruner.scoring.config, search, machine)
-    reads = reading_moment(teacher, statistics) if replaces_channels(pruner.repairs) else None
-    predict = predictor(statistics, pruner.unit_scores, teacher.shape, reads=reads)
+    predict = damage_of(pruner)
     if trials is None:
         found, step_tokens = rank(candidates, predict, None, search), 0
     else:
@@ -62,6 +62,25 @@ def rank_shapes(pruner: Pruner, search: SearchConfig, machine: Machine, trials: 
         found = rank(candidates, predict, trial.loss_at, search, steps=trial.plain.steps, drop=trial.drop)
         step_tokens = trial.plain.step_tokens
     return Ranking(search.level, machine, search.context_tokens, search.batch, step_tokens, found)
+
+
+def damage_of(pruner: Pruner) -> Callable[[Shape], float]:
+    """Return `predictor` for the cuts of a pruner, which has statistics."""
+    teacher, statistics = pruner.teacher, pruner.statistics
+    assert statistics is not None
+    reads = reading_moment(teacher, statistics) if replaces_channels(pruner.repairs) else None
+    repaired = {dim for step in pruner.repairs for dim in REPAIRS[step].dims}
+    return predictor(statistics, pruner.unit_scores, teacher.shape, repaired=repaired, reads=reads)
+
+
+def predicted_shape(pruner: Pruner) -> Shape:
+    """Return the shape for `prune.target` with the least predicted damage; the pruner has statistics.
+
+    Raises: PlanError if the target is larger than the teacher, or if no shape comes near it.
+    """
+    config = SearchConfig()
+    candidates = feasible_for(pruner.teacher, pruner.scoring.config, config, None)
+    return rank(candidates, damage_of(pruner), None, config)[0].candidate.shape
 
 
 def judging_blocks(corpus: Corpus, seed: int, num_blocks: int) -> Blocks:

@@ -1,0 +1,197 @@
+"""How well is the damage of a cut predicted, and is the shape that a target gives the best of those that were tried?
+
+    python benchmarks/shapes.py --cache DIR [--model DIR --data train.txt --heldout valid.txt]
+        --shapes 'ffn=1024' 'layers=27 ffn=1152' ... [--targets 75%,50%] [--tokens 0,0.2M] [--part 0/2] [--out FILE]
+
+Each shape names the dims that are cut. It is cut with the default repair, measured, and for each number of tokens above
+0 distilled with the default settings and measured again. Shapes within 2% of a target are compared with the one that
+the target gives, which is made too. Runs are kept in the cache, and beside the result file, so the same command goes on
+where it was stopped, and several can share one cache.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from lib.distillations import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, arguments, opened, published, to_do, token_counts
+from lib.measure import header, table
+
+from minitron.core.device import compute_dtype, pick_device
+from minitron.data.corpus import draw_samples
+from minitron.distillation.config import DistillConfig
+from minitron.distillation.schedule import ModelSize, Schedule, resolve
+from minitron.distillation.teachers import TeacherSource
+from minitron.distillation.train import Training, distill
+from minitron.model.architecture import PRUNABLE, Shape, with_sizes
+from minitron.model.stream import Pass
+from minitron.pruning.config import PruneConfig
+from minitron.pruning.repair import RepairConfig, resolve_repair
+from minitron.pruning.steps import Pruner, Scoring
+from minitron.shapes.trial import damage_of, predicted_shape
+
+SEED, NEAR = 0, 0.02
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The teacher with its statistics, and the runs so far."""
+
+    bench: Bench
+    pruner: Pruner
+
+    def shape(self, text: str) -> Shape:
+        return with_sizes(self.bench.teacher.shape, **{dim: int(size) for dim, size in _pairs(text)})
+
+    def share(self, text: str) -> float:
+        teacher = self.bench.teacher
+        count = teacher.architecture.count(self.shape(text), teacher.config)
+        return count.non_embedding / teacher.parameters.non_embedding
+
+    def of_target(self, target: str) -> str:
+        """The shape that a target gives, as text."""
+        scoring = Scoring(PruneConfig(target=target), self.pruner.scoring.samples, self.pruner.scoring.pass_, None)
+        teacher = self.bench.teacher.shape
+        found = predicted_shape(Pruner(self.bench.teacher, scoring, self.pruner.repairs, self.pruner.statistics))
+        cut = [dim for dim in PRUNABLE if getattr(found, dim) != getattr(teacher, dim)]
+        return " ".join(f"{dim}={getattr(found, dim)}" for dim in cut)
+
+    def run(self, text: str, tokens: int) -> None:
+        """Cut and distil a student, unless the cache has it."""
+        bench, key = self.bench, {"shape": text, "tokens": tokens}
+        if bench.has(key):
+            return
+        with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
+            pruned, student = (Path(directory) / name for name in ("pruned", "student"))
+            for path in (pruned, student):
+                path.mkdir()
+            self.pruner.make(self.shape(text), pruned)
+            row = {"key": {"shape": text, "tokens": 0}, **bench.measure(pruned)}
+            if not bench.has(row["key"]):
+                bench.record(row)
+            if tokens:
+                bench.record({"key": key, **self.distilled(text, tokens, pruned, student)})
+
+    def distilled(self, text: str, tokens: int, pruned: Path, student: Path) -> dict[str, float]:
+        bench, teacher = self.bench, self.bench.teacher
+        config = resolve(
+            DistillConfig(tokens=tokens, evaluate_blocks=1),
+            ModelSize(self.shape(text), teacher.weights_rms),
+            ModelSize(teacher.shape, teacher.weights_rms),
+            block_tokens=BLOCK_TOKENS,
+            train_tokens=bench.corpus.train_tokens,
+            repaired=bool(self.pruner.repairs),
+        )
+        schedule = Schedule.of_student(config, BLOCK_TOKENS, SEED)
+        trained = distill(
+            Training(pruned, TeacherSource(teacher.path), bench.corpus, schedule, student.parent / "work"), student
+        )
+        return {**bench.measure(student), "seconds": trained.seconds}
+
+    def kl(self, tokens: int) -> dict[str, float]:
+        """The KL by shape after that many tokens."""
+        return {row["key"]["shape"]: row["kl"] for row in self.bench.rows if row["key"]["tokens"] == tokens}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", required=True)
+    parser.add_argument("--targets", default="75%,50%")
+    parser.add_argument("--tokens", default="0", help="such as 0,0.2M")
+    parser.add_argument("--samples", type=int, default=256, help="calibration blocks")
+    args = parser.parse_args()
+    lab = prepared(args)
+    targets = {target: lab.of_target(target) for target in args.targets.split(",")}
+    budgets = token_counts(args.tokens)
+    for shape in to_do(args, dict.fromkeys([*targets.values(), *args.shapes])):
+        for tokens in budgets:
+            lab.run(shape, tokens)
+    published(lab.bench, report(lab, args.name, targets, budgets), args)
+
+
+def prepared(args: argparse.Namespace) -> Lab:
+    bench = opened(args)
+    steps = resolve_repair(RepairConfig(), bench.teacher).steps or []
+    samples = draw_samples(bench.corpus, args.samples, SEED)
+    pass_ = Pass(compute_dtype("auto", pick_device()))
+    scoring = Scoring(PruneConfig(target="50%"), samples, pass_, None)
+    return Lab(bench, Pruner(bench.teacher, scoring, steps, bench.statistics(samples, pass_)))
+
+
+def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[int]) -> str:
+    teacher, damage = lab.bench.teacher, damage_of(lab.pruner)
+    found = {tokens: lab.kl(tokens) for tokens in budgets}
+    shapes = sorted(found[0], key=lambda shape: -lab.share(shape))
+    rows = [
+        [
+            shape,
+            f"{lab.share(shape):.1%}",
+            f"{damage(lab.shape(shape)):.3f}",
+            *(f"{found[tokens][shape]:.3f}" if shape in found[tokens] else "" for tokens in budgets),
+        ]
+        for shape in shapes
+    ]
+    taus = [
+        [
+            _after(tokens),
+            str(len(found[tokens])),
+            f"{kendall_tau([damage(lab.shape(shape)) for shape in found[tokens]], [*found[tokens].values()]):.2f}",
+        ]
+        for tokens in budgets
+    ]
+    return "\n".join(
+        [
+            header(f"Shapes: {name}"),
+            f"Teacher {teacher.shape}, {teacher.parameters.non_embedding:,} non-embedding parameters. Repaired with "
+            f"{', '.join(lab.pruner.repairs)} on {len(lab.pruner.scoring.calibration)} calibration blocks. KL to the "
+            f"teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}, one seed; the prediction "
+            "is of the KL right after the cut, from the statistics alone.",
+            "",
+            "Kendall's tau between the prediction and the measured KL, over all shapes:",
+            "",
+            table(["measured", "shapes", "tau"], taus),
+            "",
+            f"The shape that a target gives, among all measured shapes within {NEAR:.0%} of the target's parameters:",
+            "",
+            table(
+                ["target", "shape", *(f"{_after(tokens)}: KL, best, above it" for tokens in budgets)],
+                [
+                    [target, shape, *(_beside(lab, target, shape, found[t]) for t in budgets)]
+                    for target, shape in targets.items()
+                ],
+            ),
+            "",
+            table(["shape", "parameters", "predicted", *map(_after, budgets)], rows),
+            "",
+        ]
+    )
+
+
+def _beside(lab: Lab, target: str, shape: str, found: Mapping[str, float]) -> str:
+    if shape not in found:
+        return ""
+    share = float(target.rstrip("%")) / 100
+    near = {each: kl for each, kl in found.items() if abs(lab.share(each) / share - 1) <= NEAR}
+    best = min(near, key=lambda each: near[each])
+    return f"{found[shape]:.3f}, {near[best]:.3f} ({best}, of {len(near)}), {found[shape] / near[best] - 1:.1%}"
+
+
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
+    """Agreeing pairs minus disagreeing ones, as a share of all (tau-a)."""
+    pairs = list(combinations(range(len(one)), 2))
+    signs = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in pairs]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / max(1, len(pairs))
+
+
+def _after(tokens: int) -> str:
+    return f"after {tokens / 1e6:g}M tokens" if tokens else "after the cut"
+
+
+def _pairs(text: str) -> list[list[str]]:
+    return [pair.split("=") for pair in text.split()]
+
+
+if __name__ == "__main__":
+    main()
