@@ -51,6 +51,7 @@ STARTS: dict[str, list[Step]] = {
     "heads_least_squares": ["heads_least_squares"],
     "heads_obs": ["heads_obs"],
     "residual_heads": ["residual_heads"],
+    "layers_least_squares": ["layers_least_squares"],
     "refit": ["refit"],
     "basis + ffn_obs": ["basis", "ffn_obs"],
     "basis + ffn_obs + refit": ["basis", "ffn_obs", "refit"],

@@ -392,3 +392,35 @@ def test_units_that_are_given_are_fitted_and_not_chosen_again(llama: Path) -> No
     ]
     with pytest.raises(PlanError, match=r"ffn_obs chooses which ffn stay, but the plan lists them: use ffn_least_sq"):
         resolve_repair(RepairConfig(steps=["ffn_obs"]), checkpoint, ["ffn"])
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen3", "nemotron"])
+def test_matrices_read_what_a_regression_guesses_of_the_teachers_states(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.pruning.repair.residual_basis.CORRELATION_RIDGE", 1e-5)
+    checkpoint = open_checkpoint(tiny.checkpoint(variant, tmp_path / "teacher"))
+    architecture = checkpoint.architecture
+    repaired(checkpoint, a_plan(checkpoint, hidden=24), tmp_path / "student", "basis")
+    tied = read_norm(checkpoint, architecture.final_norm) if architecture.tied(checkpoint.config) else None
+    moment, centred = known(checkpoint).statistics.second_moment, architecture.centred_norms
+    directions = residual_basis(moment, 24, centred=centred, tied=tied).directions.double()
+    student, teacher = tiny.tensors(tmp_path / "student"), tiny.tensors(checkpoint.path)
+    for norm, matrices in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.up_proj",)),
+    ):
+        states = activations(checkpoint.path, f"model.layers.1.{norm}")
+        states = states - states.mean(-1, keepdim=True) if centred else states
+        full = states / states.square().mean(-1, keepdim=True).sqrt()
+        part = full @ directions
+        part = part / part.square().mean(-1, keepdim=True).sqrt()
+        gains = [tensors[f"model.layers.1.{norm}.weight"].double() for tensors in (teacher, student)]
+        gains = [gain + architecture.norm_gain_offset for gain in gains]
+        for matrix in matrices:
+            before, after = (tensors[f"model.layers.1.{matrix}.weight"].double() for tensors in (teacher, student))
+            wanted, found = (full * gains[0]) @ before.T, (part * gains[1]) @ after.T
+            if centred:  # what the matrices make of the norms' biases
+                found = found + after.sum(1) - before @ teacher[f"model.layers.1.{norm}.bias"].double()
+            best = part @ torch.linalg.lstsq(part, wanted, rcond=1e-6, driver="gelsd").solution
+            torch.testing.assert_close(found, best, rtol=0, atol=5e-3 * wanted.abs().max().item())

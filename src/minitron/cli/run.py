@@ -139,6 +139,8 @@ def estimate_lines(found: "Estimate") -> list[str]:
         found.student_step_flops_per_token,
     )
     lines = _model_lines("teacher", found.teacher, found.context)
+    if found.searched:
+        lines.append("student: its shape is chosen once the teacher is calibrated; here the largest that it may have")
     lines += _model_lines("student", found.student, found.context)
     if sampled := found.sampled_tokens:
         lines.append(

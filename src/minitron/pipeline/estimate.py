@@ -52,6 +52,7 @@ class Estimate:
     sampled_tokens: training tokens that are sampled from the teacher.
     correction_tokens: tokens that a corrected teacher reads, at most.
     training_bytes: weights, gradients and optimizer, without activations.
+    searched: whether the student's shape is searched for, which takes the statistics; `student` is the largest then.
     gpus: the GPUs of the estimate, with the seconds and the bytes on each.
     stages: the seconds of each stage on this machine, where its work was timed.
     """
@@ -70,6 +71,7 @@ class Estimate:
     correction_flops: int | None
     training_bytes: int
     here: Here
+    searched: bool = False
     gpus: Gpus | None = None
     stages: tuple[StageSeconds, ...] = ()
 
@@ -151,6 +153,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False) -
         correction_flops=corrected_flops if flops else None,
         training_bytes=held,
         here=Here(rate, UTILISATION, (flops + corrected_flops) / rate if flops else None),
+        searched=recipe.searches,
         gpus=gpus,
     )
     if not timed:

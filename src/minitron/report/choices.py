@@ -94,8 +94,9 @@ def describe_search(records: RunRecords) -> str:
     rows = [[f"{rank}", *candidate_cells(one, columns)] for rank, one in best]
     machine = facts.machine
     note = (
-        f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is predicted from the "
-        "statistics and has no unit; losses are the training loss, in nats per token, on the training blocks that "
+        f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is a prediction from the "
+        "statistics of the KL to the teacher right after the cut, in nats per token, with up to a tenth more for sizes "
+        "that are no multiples of 256; losses are the training loss on the training blocks that "
         f"the first pass reads last. KV cache and times are of {count(facts.batch)} × "  # noqa: RUF001
         f"{count(facts.context_tokens)} tokens; times are modelled from {size(machine.bytes_per_second)} and "
         f"{flops(machine.flops_per_second)} per second, not measured."

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from minitron.calibration.statistics import Statistics, require_second_moment
 from minitron.core.errors import PlanError
-from minitron.core.numerics import normalized
+from minitron.core.numerics import add_gram, matmul_precision, normalized
 from minitron.model.architecture import Architecture
 from minitron.model.checkpoint import Checkpoint
 from minitron.pruning.plan import Plan
+from minitron.pruning.repair.columns import CORRELATION_RIDGE, correlation_factor
 
 READ_ROWS = 256
 
@@ -93,6 +94,42 @@ class Basis:
 
 
 Residual = Channels | Basis
+
+
+class Reads:
+    """Sums over the tokens at one norm, by which the matrices after it read the student's stream.
+
+    With u the teacher's normalised state and v the student's, v = y / rms(y) of y = u @ directions, the matrices read
+    the least-squares guess of u from v: E[u v'] E[v v']^-1 v. Directions that are gone are read from those that stay,
+    as far as they go together at this norm.
+    """
+
+    def __init__(self, basis: Basis, *, centred: bool):
+        self._basis, self._centred = basis, centred
+        hidden, kept = basis.directions.shape
+        self._squares = basis.directions.new_zeros(kept, kept)  # of v v', in the upper triangle
+        self._products = basis.directions.new_zeros(hidden, kept)  # of u v'
+
+    def add(self, states: Float[Tensor, "*tokens hidden"]) -> None:
+        teacher = normalized(states.flatten(0, -2), centred=self._centred)
+        student = normalized(self._basis.embed(teacher), centred=False)
+        add_gram(self._squares, student, states.dtype)
+        with matmul_precision(states.dtype):
+            self._products.addmm_(teacher.T, student)
+
+    def reader(self, scale: float) -> Basis:
+        """The basis through which matrices read, of a norm whose gain has the factor `scale`; on the CPU.
+
+        A guess that the tokens do not determine stays near the directions. The sums are overwritten.
+        """
+        prior = scale * self._basis.directions
+        squares = self._squares.triu() + self._squares.triu(1).T
+        errors = self._products.addmm_(prior, squares, alpha=-1)
+        root, factor = correlation_factor(self._squares, CORRELATION_RIDGE)
+        guess = prior + torch.cholesky_solve((errors / root).T, factor).T / root
+        if self._centred:  # the student's state has no part along (1, 1, ...)
+            guess -= guess.mean(1, keepdim=True)
+        return Basis((guess / scale).cpu())
 
 
 def residual_basis(

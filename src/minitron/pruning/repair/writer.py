@@ -38,7 +38,7 @@ from minitron.pruning.plan import Plan
 from minitron.pruning.repair import REPAIRS, Repair, Step, needed_steps, require_enough_tokens
 from minitron.pruning.repair.columns import Surgeon
 from minitron.pruning.repair.refit import Output, row_runs
-from minitron.pruning.repair.residual_basis import Channels, Residual, read_norm
+from minitron.pruning.repair.residual_basis import Basis, Channels, Reads, Residual, read_norm
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,18 @@ class _Seen:
     # the sum over tokens.
     missing: Float[Tensor, "hidden columns"] | None = None
     scales: dict[str, list[float]] = field(default_factory=dict)  # norm -> `scale_of`, a mean for each sample
+    reads: dict[str, Reads] = field(default_factory=dict)  # norm -> of a residual basis, sums to fit its readers to
+    readers: dict[str, Basis] = field(default_factory=dict)
 
     def scale(self, norm: str) -> float:
         """The mean over tokens; 1 where no step scales norms."""
         return sum(self.scales[norm]) / len(self.scales[norm]) if norm in self.scales else 1.0
+
+    def reader(self, norm: str | None, residual: Residual) -> Residual:
+        """What the matrices after a norm read through."""
+        if norm is not None and norm in self.reads:
+            self.readers[norm] = self.reads.pop(norm).reader(self.scale(norm))
+        return self.readers.get(norm or "", residual)
 
 
 class _Repair:
@@ -247,6 +255,11 @@ class _Repair:
             for sample in states:
                 scales = norm_scale(self.held, sample, self.architecture.centred_norms)
                 seen.scales.setdefault(name, []).append(scales.double().mean().item())
+            if name in seen.reads:
+                seen.reads[name].add(states)
+
+        if isinstance(self.held, Basis):
+            seen.reads[name] = Reads(self.held, centred=self.architecture.centred_norms)
 
         stack.callback(module.register_forward_pre_hook(lambda _, args: add(args[0])).remove)
 
@@ -305,7 +318,8 @@ class _Repair:
         if spec.reads("hidden"):
             layer = None if spec.layer is None else self.plan.layers[spec.layer]
             norm = self.architecture.norm_before(module, layer)
-            return self.residual.read(tensor, None if norm is None else read_norm(self.checkpoint, norm))
+            reader = seen.reader(norm, self.residual)
+            return reader.read(tensor, None if norm is None else read_norm(self.checkpoint, norm))
         if module in self.norms:
             return self._norm_tensor(module, kind, seen.scale(module))
         return self.residual.write(tensor) if spec.axes[0][0].unit == "hidden" else tensor
