@@ -23,7 +23,7 @@ from minitron.shapes.space import Candidate, Machine, SearchConfig
 # What a share of the residual stream's energy costs that is lost, in nats of KL to the teacher right after the cut: of
 # what dropped layers, heads and neurons write to the stream, and of what all matrices read from it (docs/log). The
 # first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
-COSTS = {"layers": (1.5, 3.0), "hidden": (14.0, 10.0), "ffn": (1.6, 3.0), "heads": (1.4, 2.0)}
+COSTS = {"layers": (1.5, 3.0), "hidden": (12.0, 10.0), "ffn": (1.6, 3.0), "heads": (1.4, 2.0)}
 # Sizes in multiples of 256 suit kernels and GGUF's blocks: each halving of the multiple counts as so much more damage.
 BLOCK, OF_HALVING = 256, 0.01
 
