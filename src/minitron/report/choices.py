@@ -51,10 +51,7 @@ def shape_sentence(records: RunRecords) -> str:
         found = records.search.candidates
         text = f"A search ranked {count(len(found))} shapes within the budgets and took {changes}: {_verdict(found)}."
     elif prune.target is not None:
-        text = (
-            f"The default rule for a target of {prune.target} gave {changes}: width first, hidden and ffn by the "
-            "most nearly equal ratio, then heads, then layers, only as far as width does not suffice."
-        )
+        text = f"A target of {prune.target} gave {changes}, by the rule of an older version, which ranked no shapes."
     else:
         text = f"The recipe gives the sizes: {changes}."
     return html.paragraph(text)

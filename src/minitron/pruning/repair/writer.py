@@ -151,6 +151,7 @@ class _Repair:
         self.progress = progress
         self.checkpoint, self.architecture = stream.checkpoint, stream.checkpoint.architecture
         self.config = student_config(self.checkpoint, plan)
+        self.tied = self.architecture.tied(self.checkpoint.config)
         specs = list(self.architecture.specs(self.config, plan.student.layers))
         # The student's tensor -> the teacher's tensor that it is cut from.
         self.sources = dict(zip((spec.name for spec in specs), sources_of(self.checkpoint, plan), strict=True))
@@ -258,7 +259,8 @@ class _Repair:
             if name in seen.reads:
                 seen.reads[name].add(states)
 
-        if isinstance(self.held, Basis):
+        # An embedding that is the output projection too cannot be fitted as one.
+        if isinstance(self.held, Basis) and not (self.tied and name == self.architecture.final_norm):
             seen.reads[name] = Reads(self.held, centred=self.architecture.centred_norms)
 
         stack.callback(module.register_forward_pre_hook(lambda _, args: add(args[0])).remove)
@@ -325,7 +327,7 @@ class _Repair:
         return self.residual.write(tensor) if spec.axes[0][0].unit == "hidden" else tensor
 
     def _norm_tensor(self, name: str, kind: str, scale: float) -> Tensor:
-        before_embedding = name == self.architecture.final_norm and self.architecture.tied(self.checkpoint.config)
+        before_embedding = self.tied and name == self.architecture.final_norm
         if before_embedding:
             scale /= embedding_gain(self.checkpoint, self.plan)
         norm = self.residual.norm(read_norm(self.checkpoint, name), scale, tied=before_embedding)
