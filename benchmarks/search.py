@@ -12,15 +12,14 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from lib.even import even_width
-from lib.measure import header, publish, table
+from lib.measure import header, kendall_tau, publish, table
 
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import CalibrateConfig, Statistics
@@ -245,13 +244,6 @@ class Outcome:
 def regret(final: Mapping[str, float], loss: float) -> float:
     """How far a loss is above the best, as a share of the range of all."""
     return (loss - min(final.values())) / (max(final.values()) - min(final.values()))
-
-
-def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
-    """Agreeing pairs minus disagreeing ones, as a share of all (tau-a)."""
-    pairs = list(combinations(range(len(one)), 2))
-    signs = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in pairs]
-    return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
 
 
 def outcomes(bench: Bench, truth: Mapping[str, Mapping[str, Any]]) -> list[Outcome]:

@@ -13,11 +13,10 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from lib.distillations import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, arguments, opened, published, to_do, token_counts
-from lib.measure import header, table
+from lib.measure import header, kendall_tau, table
 
 from minitron.core.device import compute_dtype, pick_device
 from minitron.data.corpus import draw_samples
@@ -176,13 +175,6 @@ def _beside(lab: Lab, target: str, shape: str, found: Mapping[str, float]) -> st
     near = {each: kl for each, kl in found.items() if abs(lab.share(each) / share - 1) <= NEAR}
     best = min(near, key=lambda each: near[each])
     return f"{found[shape]:.3f}, {near[best]:.3f} ({best}, of {len(near)}), {found[shape] / near[best] - 1:.1%}"
-
-
-def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
-    """Agreeing pairs minus disagreeing ones, as a share of all (tau-a)."""
-    pairs = list(combinations(range(len(one)), 2))
-    signs = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in pairs]
-    return sum((sign > 0) - (sign < 0) for sign in signs) / max(1, len(pairs))
 
 
 def _after(tokens: int) -> str:

@@ -7,8 +7,10 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,13 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column to the left, the others, which are numbers, to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
+
+
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
+    """Agreeing pairs minus disagreeing ones, as a share of all (tau-a)."""
+    pairs = list(combinations(range(len(one)), 2))
+    signs = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in pairs]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / max(1, len(pairs))
 
 
 def publish(text: str, out: Path | None) -> None:

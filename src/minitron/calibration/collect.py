@@ -169,10 +169,9 @@ class _Writes:
     def __init__(self, stream: Stream, layer: nn.Module, sums: dict[str, Tensor], index: int):
         architecture, shape = stream.checkpoint.architecture, stream.checkpoint.shape
         self.sums, self.index, self.heads = sums, index, shape.heads
-        inner = [name.removeprefix(architecture.layer + ".") for name in architecture.sites.values()]
-        of_site = dict(zip(architecture.sites, inner, strict=True))
-        self.writers = [layer.get_submodule(of_site[site]) for site in ("attention_out", "mlp_out")]
-        self.second_read = layer.get_submodule(architecture.stream_reads[1].removeprefix(architecture.layer + "."))
+        writers, prefix = [architecture.sites[site] for site in ("attention_out", "mlp_out")], architecture.layer + "."
+        self.writers = [layer.get_submodule(name.removeprefix(prefix)) for name in writers]
+        self.second_read = layer.get_submodule(architecture.stream_reads[1].removeprefix(prefix))
         heads_matrix, ffn_matrix = (writer.get_parameter("weight").float() for writer in self.writers)
         of_heads = heads_matrix.unflatten(1, (self.heads, -1)).transpose(0, 1)
         self.grams = of_heads.mT @ of_heads  # [heads, head_dim, head_dim]

@@ -128,11 +128,11 @@ def resolve_recipe(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> tuple[R
     if recipe.searches:
         machine = machine_for(recipe.search, teacher.written_dtype) if needs_machine(recipe.search) else None
         shape = feasible_for(teacher, recipe.prune, recipe.search, machine)[0].shape
-        left = choice_left(teacher, recipe.prune, None, given, repair.steps or [])
     else:
-        is_given(recipe.prune)
+        is_given(recipe.prune)  # refuses a target beside the sizes
         shape = given_shape(teacher.architecture, teacher.shape, recipe.prune)
-        left = choice_left(teacher, recipe.prune, shape, given, repair.steps or [])
+    known = None if recipe.searches else shape
+    left = choice_left(teacher, recipe.prune, known, given, repair.steps or [])
     require_choice_effects(recipe, left)
     basis = replaces_channels(repair.steps) and (recipe.searches or shape.hidden < teacher.shape.hidden)
     block_tokens = block_length(recipe.data, teacher)
