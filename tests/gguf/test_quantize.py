@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from minitron.gguf.types import (
     write_quantized,
 )
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.describe import sizes_beyond_blocks
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 
@@ -61,6 +63,18 @@ def statistics(wide: GgufModel) -> Statistics:
 @pytest.fixture(scope="module")
 def importance(wide: GgufModel, statistics: Statistics) -> ImportanceMatrix:
     return importance_of(wide.checkpoint, statistics.column_squares(), samples=6, tokens=144, source="random tokens")
+
+
+@pytest.mark.parametrize("cut", [{"intermediate_size": 128}, {"hidden_size": 128}, {"num_attention_heads": 4}, {}])
+def test_a_cut_is_said_to_break_blocks_where_k_types_fall_back(cut: dict[str, int], tmp_path: Path) -> None:
+    tiny.checkpoint("llama", tmp_path, **{**WIDE, "num_attention_heads": 8, "num_key_value_heads": 4, **cut})
+    student = describe_gguf(open_checkpoint(tmp_path))
+    teacher = replace(student.checkpoint.shape, hidden=256, ffn=256, heads=8)
+    readers = {"hidden": ("attn_q", "ffn_gate", "token_embd"), "ffn": ("ffn_down",), "heads": ("attn_output",)}
+    fallen = " ".join(mixture(student, "Q4_K_M", informed=False).fallbacks)
+    wanted = {dim for dim, names in readers.items() if any(name in fallen for name in names)}
+    assert sizes_beyond_blocks(teacher, student.checkpoint.shape).keys() == wanted
+    assert bool(wanted) == bool(cut)
 
 
 def test_the_importance_matrix_is_the_sum_of_the_squares_of_each_matrixs_inputs(

@@ -86,6 +86,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     from minitron import api
+    from minitron.model.describe import K_BLOCK, sizes_beyond_blocks
 
     asked = args.asked
     _require_one_aim(args)
@@ -105,8 +106,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         listener=console,
     )
     facts = {"out": str(args.out), "plan": str(made.plan)} | made.description.to_dict() | {"repairs": made.repairs}
-    text = f"{made.plan}\n{made.description.parameters.non_embedding:,} non-embedding parameters: {args.out}"
-    console.result(facts, text)
+    lines = [str(made.plan), f"{made.description.parameters.non_embedding:,} non-embedding parameters: {args.out}"]
+    lines += (
+        f"rows of {size:,} ({dim}) make no whole blocks of {K_BLOCK}: in GGUF files of K types they get larger types"
+        for dim, size in sizes_beyond_blocks(made.plan.teacher, made.plan.student).items()
+    )
+    console.result(facts, "\n".join(lines))
 
 
 def _require_one_aim(args: argparse.Namespace) -> None:

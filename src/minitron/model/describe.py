@@ -9,6 +9,8 @@ import torch
 from minitron.model.architecture import PRUNABLE, Architecture, Parameters, Shape, kv_cache_bytes
 from minitron.model.checkpoint import Checkpoint, ModelConfig
 
+K_BLOCK = 256  # weights
+
 
 @dataclass(frozen=True)
 class Description:
@@ -62,6 +64,15 @@ def describe_shape(
         prunable=[dim for dim in PRUNABLE if getattr(shape, dim) > 1],
         dtype_assumed=dtype_assumed,
     )
+
+
+def sizes_beyond_blocks(teacher: Shape, student: Shape) -> dict[str, int]:
+    """Return the sizes of the student's rows, by dim, that make no whole blocks of llama.cpp's K types, of 256 weights.
+
+    Sizes that the teacher has too are left out. Matrices of such rows fall back to larger types in a GGUF file.
+    """
+    rows = [{"hidden": one.hidden, "ffn": one.ffn, "heads": one.heads * one.head_dim} for one in (teacher, student)]
+    return {dim: size for dim, size in rows[1].items() if size % K_BLOCK and size != rows[0][dim]}
 
 
 def forward_flops(shape: Shape, parameters: Parameters, context: int) -> int:

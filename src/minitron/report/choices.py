@@ -18,6 +18,8 @@ from minitron.core.text import (
     shown,
     size,
 )
+from minitron.model.architecture import Shape
+from minitron.model.describe import K_BLOCK, sizes_beyond_blocks
 from minitron.pruning.depth import LAYER_CRITERIA
 from minitron.pruning.importance import CRITERIA
 from minitron.pruning.layouts import MadePlan, UnitScores
@@ -54,6 +56,10 @@ def shape_sentence(records: RunRecords) -> str:
         text = f"A target of {prune.target} gave {changes}, by the rule of an older version, which ranked no shapes."
     else:
         text = f"The recipe gives the sizes: {changes}."
+    teacher, student = (Shape(**vars(records.evaluations[name].shape)) for name in ("teacher", "student"))
+    if beyond := sizes_beyond_blocks(teacher, student):
+        rows = " and ".join(f"{count(row)} ({dim})" for dim, row in beyond.items())
+        text += f" Rows of {rows} make no whole blocks of {K_BLOCK}: in GGUF files of K types they get larger types."
     return html.paragraph(text)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitron.calibration.statistics import Statistics
 from minitron.core.errors import PlanError
 from minitron.model.architecture import Shape
+from minitron.model.describe import K_BLOCK
 from minitron.pruning.importance import Scores
 from minitron.shapes.space import Candidate, Machine, SearchConfig
 
@@ -24,8 +25,9 @@ from minitron.shapes.space import Candidate, Machine, SearchConfig
 # what dropped layers, heads and neurons write to the stream, and of what all matrices read from it (docs/log). The
 # first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
 COSTS = {"layers": (1.5, 3.0), "hidden": (12.0, 10.0), "ffn": (1.6, 3.0), "heads": (1.4, 2.0)}
-# Sizes in multiples of 256 suit kernels and GGUF's blocks: each halving of the multiple counts as so much more damage.
-BLOCK, OF_HALVING = 256, 0.01
+# Sizes in multiples of K_BLOCK suit kernels and GGUF's blocks: each halving of the multiple counts as so much more
+# damage.
+OF_HALVING = 0.01
 
 # Successive elimination: the share that each round keeps, and how many times as long those train. Early losses tell bad
 # shapes apart and mistake good ones: halving after each doubling dropped the best shape on one of six tables, these on
@@ -166,7 +168,7 @@ def predictor(
     The damages of the dims add up. Of the layers that stay, it is what the dropped neurons and heads wrote to the
     residual stream, as a share of its energy; of the others, what they wrote in all; of the stream, the share of the
     matrices' inputs that is gone. Each share counts with its COSTS. Fits to measured cuts of four models give like
-    numbers (docs/log). Sizes that are no multiples of BLOCK count as a little more.
+    numbers (docs/log). Sizes that are no multiples of 256 count as a little more.
 
     Args:
         repaired: the dims whose cut a repair makes up for: the neurons and heads that write least are dropped, else
@@ -220,9 +222,9 @@ def predictor(
 
 
 def _handling(teacher: Shape, shape: Shape) -> float:
-    """Return a factor of the damage by the multiples that the cut sizes are: 1 for multiples of BLOCK."""
+    """Return a factor of the damage by the multiples that the cut sizes are: 1 for multiples of 256."""
     cut = [size for dim in ("hidden", "ffn") if (size := getattr(shape, dim)) != getattr(teacher, dim)]
-    return 1 + OF_HALVING * sum(math.log2(BLOCK / math.gcd(BLOCK, size)) for size in cut)
+    return 1 + OF_HALVING * sum(math.log2(K_BLOCK / math.gcd(K_BLOCK, size)) for size in cut)
 
 
 def _shares(energy: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
