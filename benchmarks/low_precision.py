@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from lib.distillations import (
     BLOCK_TOKENS,
-    HELDOUT_BLOCKS,
     Bench,
     arguments,
     integers,
@@ -144,8 +143,9 @@ def report(bench: Bench, name: str, pruned: Path) -> str:
         [
             header(f"bfloat16 weights: {name}"),
             f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, a repaired cut, KL "
-            f"{bench.measure(pruned)['kl']:.3f} before training. KL to the teacher in nats a token on {HELDOUT_BLOCKS} "
-            f"held-out blocks of {BLOCK_TOKENS}, as the mean over seeds with the least and the most. Matrix products "
+            f"{bench.measure(pruned)['kl']:.3f} before training. KL to the teacher in nats a token on "
+            f"{bench.heldout_blocks} held-out blocks of {BLOCK_TOKENS}, as the mean over seeds with the least and the "
+            "most. Matrix products "
             "are bfloat16 in all runs. Bytes: weights, gradients and optimizer state. Time: of a step with everything "
             "in it, over that of float32 in the run of the same tokens, rate and seed; the median with the least and "
             f"the most. Peak learning rates {', '.join(f'{rate:.2g}' for rate in rates)}.",

@@ -14,7 +14,6 @@ from typing import Any
 
 from lib.distillations import (
     BLOCK_TOKENS,
-    HELDOUT_BLOCKS,
     Bench,
     arguments,
     integers,
@@ -57,7 +56,7 @@ def report(bench: Bench, name: str, tokens: int, teachers: list[str]) -> str:
         [
             header(f"A recorded teacher: {name}"),
             f"Teacher {bench.teacher.shape}; student {bench.shape('width')}, cut and repaired; {tokens / 1e6:g}M "
-            f"tokens of distillation. KL to the teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of "
+            f"tokens of distillation. KL to the teacher in nats a token on {bench.heldout_blocks} held-out blocks of "
             f"{BLOCK_TOKENS}, at the best of the learning rates tried. Recording is one streamed pass over the "
             "tokens. The change is to the teacher beside the student on logits alone, as a recorded one has no states "
             "between layers.",

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from lib.distillations import (
     BLOCK_TOKENS,
-    HELDOUT_BLOCKS,
     STARTS,
     Bench,
     arguments,
@@ -64,7 +63,8 @@ def report(bench: Bench, name: str) -> str:
         header(f"Repair at the cut: {name}"),
         f"Teacher {bench.teacher.shape}, {bench.teacher.parameters.non_embedding:,} non-embedding parameters; "
         f"{bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. KL to the teacher in "
-        f"nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}. Each cell is a run of its own with its "
+        f"nats a token on {bench.heldout_blocks} "
+        f"held-out blocks of {BLOCK_TOKENS}. Each cell is a run of its own with its "
         "own schedule, at the best of the learning rates that were tried, in multiples of 0.4 / hidden at a batch of "
         "2048 tokens, less by the square root at a smaller one; the rate and the number of rates tried stand behind "
         "it. With two seeds the cell is their mean, and their range is given.",

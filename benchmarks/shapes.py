@@ -9,27 +9,27 @@ the target gives, which is made too. Runs are kept in the cache, and beside the 
 where it was stopped, and several can share one cache.
 """
 
-import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.distillations import BLOCK_TOKENS, HELDOUT_BLOCKS, Bench, arguments, opened, published, to_do, token_counts
+from lib.distillations import (
+    BLOCK_TOKENS,
+    Bench,
+    arguments,
+    as_text,
+    of_target,
+    opened,
+    published,
+    to_do,
+    token_counts,
+)
 from lib.measure import header, kendall_tau, table
 
-from minitron.core.device import compute_dtype, pick_device
-from minitron.data.corpus import draw_samples
-from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import ModelSize, Schedule, resolve
-from minitron.distillation.teachers import TeacherSource
-from minitron.distillation.train import Training, distill
-from minitron.model.architecture import PRUNABLE, Shape, with_sizes
-from minitron.model.stream import Pass
-from minitron.pruning.config import PruneConfig
-from minitron.pruning.repair import RepairConfig, resolve_repair
-from minitron.pruning.steps import Pruner, Scoring
-from minitron.shapes.trial import damage_of, predicted_shape
+from minitron.model.architecture import Shape, with_sizes
+from minitron.pruning.steps import Pruner
+from minitron.shapes.trial import damage_of
 
 SEED, NEAR = 0, 0.02
 
@@ -49,14 +49,6 @@ class Lab:
         count = teacher.architecture.count(self.shape(text), teacher.config)
         return count.non_embedding / teacher.parameters.non_embedding
 
-    def of_target(self, target: str) -> str:
-        """The shape that a target gives, as text."""
-        scoring = Scoring(PruneConfig(target=target), self.pruner.scoring.samples, self.pruner.scoring.pass_, None)
-        teacher = self.bench.teacher.shape
-        found = predicted_shape(Pruner(self.bench.teacher, scoring, self.pruner.repairs, self.pruner.statistics))
-        cut = [dim for dim in PRUNABLE if getattr(found, dim) != getattr(teacher, dim)]
-        return " ".join(f"{dim}={getattr(found, dim)}" for dim in cut)
-
     def run(self, text: str, tokens: int) -> None:
         """Cut and distil a student, unless the cache has it."""
         bench, key = self.bench, {"shape": text, "tokens": tokens}
@@ -71,23 +63,9 @@ class Lab:
             if not bench.has(row["key"]):
                 bench.record(row)
             if tokens:
-                bench.record({"key": key, **self.distilled(text, tokens, pruned, student)})
-
-    def distilled(self, text: str, tokens: int, pruned: Path, student: Path) -> dict[str, float]:
-        bench, teacher = self.bench, self.bench.teacher
-        config = resolve(
-            DistillConfig(tokens=tokens, evaluate_blocks=1),
-            ModelSize(self.shape(text), teacher.weights_rms),
-            ModelSize(teacher.shape, teacher.weights_rms),
-            block_tokens=BLOCK_TOKENS,
-            train_tokens=bench.corpus.train_tokens,
-            repaired=bool(self.pruner.repairs),
-        )
-        schedule = Schedule.of_student(config, BLOCK_TOKENS, SEED)
-        trained = distill(
-            Training(pruned, TeacherSource(teacher.path), bench.corpus, schedule, student.parent / "work"), student
-        )
-        return {**bench.measure(student), "seconds": trained.seconds}
+                repaired = bool(self.pruner.repairs)
+                row = bench.distilled(pruned, self.shape(text), {"tokens": tokens}, student, repaired=repaired)
+                bench.record({"key": key, **row})
 
     def kl(self, tokens: int) -> dict[str, float]:
         """The KL by shape after that many tokens."""
@@ -99,24 +77,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--targets", default="75%,50%")
     parser.add_argument("--tokens", default="0", help="such as 0,0.2M")
-    parser.add_argument("--samples", type=int, default=256, help="calibration blocks")
     args = parser.parse_args()
-    lab = prepared(args)
-    targets = {target: lab.of_target(target) for target in args.targets.split(",")}
+    bench = opened(args)
+    lab = Lab(bench, bench.pruner())
+    targets = {
+        target: as_text(of_target(lab.pruner, target), bench.teacher.shape) for target in args.targets.split(",")
+    }
     budgets = token_counts(args.tokens)
     for shape in to_do(args, dict.fromkeys([*targets.values(), *args.shapes])):
         for tokens in budgets:
             lab.run(shape, tokens)
     published(lab.bench, report(lab, args.name, targets, budgets), args)
-
-
-def prepared(args: argparse.Namespace) -> Lab:
-    bench = opened(args)
-    steps = resolve_repair(RepairConfig(), bench.teacher).steps or []
-    samples = draw_samples(bench.corpus, args.samples, SEED)
-    pass_ = Pass(compute_dtype("auto", pick_device()))
-    scoring = Scoring(PruneConfig(target="50%"), samples, pass_, None)
-    return Lab(bench, Pruner(bench.teacher, scoring, steps, bench.statistics(samples, pass_)))
 
 
 def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[int]) -> str:
@@ -145,7 +116,8 @@ def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[in
             header(f"Shapes: {name}"),
             f"Teacher {teacher.shape}, {teacher.parameters.non_embedding:,} non-embedding parameters. Repaired with "
             f"{', '.join(lab.pruner.repairs)} on {len(lab.pruner.scoring.calibration)} calibration blocks. KL to the "
-            f"teacher in nats a token on {HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}, one seed; the prediction "
+            f"teacher in nats a token on {lab.bench.heldout_blocks} "
+            f"held-out blocks of {BLOCK_TOKENS}, one seed; the prediction "
             "is of the KL right after the cut, from the statistics alone.",
             "",
             "Kendall's tau between the prediction and the measured KL, over all shapes:",

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from lib.distillations import (
     BLOCK_TOKENS,
-    HELDOUT_BLOCKS,
     Bench,
     arguments,
     integers,
@@ -76,7 +75,11 @@ def run(bench: Bench, shape: str, correction: str, tokens: int, rate: float, see
         if correction == "before":
             own = Schedule.of_correction(config, BLOCK_TOKENS, seed)
             made = distill(Training(teacher, TeacherSource(), bench.corpus, own, work / "own"), corrected)
-            cut_from, teacher, seconds = Bench(corrected, "cached", None, bench.cache), corrected, made.seconds
+            cut_from, teacher, seconds = (
+                Bench(corrected, "cached", None, bench.cache, heldout_blocks=bench.heldout_blocks),
+                corrected,
+                made.seconds,
+            )
         cut_from.cut(bench.shape(shape), list(BEST), pruned)
         schedule = Schedule.of_student(config, BLOCK_TOKENS, seed)
         made = distill(Training(pruned, TeacherSource(teacher), bench.corpus, schedule, work / "distill"), out)
@@ -114,7 +117,7 @@ def settled(bench: Bench, shape: str, correction: str, tokens: int, rate: float)
 def kl(bench: Bench, student: Path, teacher: Path) -> float:
     device = pick_device()
     models = [load_model(path, torch.float32).to(device) for path in (student, teacher)]
-    found = measure_quality(models[0], bench.corpus.heldout.head(HELDOUT_BLOCKS), teacher=models[1]).kl_to_teacher
+    found = measure_quality(models[0], bench.corpus.heldout.head(bench.heldout_blocks), teacher=models[1]).kl_to_teacher
     assert found is not None
     return found
 
@@ -129,7 +132,8 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         f"Teacher {bench.teacher.shape}, held-out loss {before['loss']:.3f}; student {student}, {share:.1%} of the "
         f"non-embedding parameters, cut with the default repair. {bench.corpus.train_tokens:,} training tokens, read "
         "again where a budget is larger; a teacher is trained on one pass at most. Loss and KL in nats a token on "
-        f"{HELDOUT_BLOCKS} held-out blocks of {BLOCK_TOKENS}; KL of teachers and students is to the teacher as it was "
+        f"{bench.heldout_blocks} "
+        f"held-out blocks of {BLOCK_TOKENS}; KL of teachers and students is to the teacher as it was "
         "given, and the last but one to the teacher that the student learnt from. The rate is a multiple of the "
         "default of the correction. With more than one seed a cell is their mean, and their range is given. Seconds "
         "are those of training.",

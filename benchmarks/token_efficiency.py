@@ -17,7 +17,6 @@ from typing import Any
 
 from lib.distillations import (
     BLOCK_TOKENS,
-    HELDOUT_BLOCKS,
     Bench,
     arguments,
     integers,
@@ -82,7 +81,8 @@ def report(bench: Bench, args: argparse.Namespace) -> str:
         header(f"Tokens that pruning saves: {args.name}"),
         f"Teacher {bench.teacher.shape}; student {student}, {count.total:,} parameters, {count.non_embedding:,} "
         f"without embeddings. {bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. "
-        f"Held-out loss in nats a token on {HELDOUT_BLOCKS} blocks of {BLOCK_TOKENS}; each cell is a run of its own, "
+        f"Held-out loss in nats a token on {bench.heldout_blocks} "
+        f"blocks of {BLOCK_TOKENS}; each cell is a run of its own, "
         "at the best of its learning rates, with two seeds their mean and range. Tokens (and tokens a parameter of the "
         "student) down the side.",
         "",

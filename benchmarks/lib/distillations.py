@@ -31,16 +31,19 @@ from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, blocks_read, distill
 from minitron.evaluation.quality import measure_quality
 from minitron.gguf.source import model_directory
-from minitron.model.architecture import Shape
+from minitron.model.architecture import PRUNABLE, Shape
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
 from minitron.model.tokenizer import load_tokenizer
+from minitron.pruning.config import PruneConfig
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose
-from minitron.pruning.repair import BEST, Step
+from minitron.pruning.repair import BEST, RepairConfig, Step, resolve_repair
 from minitron.pruning.repair.writer import Evidence, repaired_cut
+from minitron.pruning.steps import Pruner, Scoring
 from minitron.recipe import DEMO_TEACHER
+from minitron.shapes.trial import predicted_shape
 
 STARTS: dict[str, list[Step]] = {
     "plain": [],
@@ -70,6 +73,8 @@ def arguments(description: str, *, data: str | None = "builtin") -> argparse.Arg
     parser.add_argument("--name", default="the demo teacher", help="what the result file calls the model")
     parser.add_argument("--data", default=data, required=data is None)
     parser.add_argument("--heldout")
+    parser.add_argument("--heldout-blocks", type=int, default=HELDOUT_BLOCKS, help="to measure on")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="blocks of calibration")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--part", default="0/1", help="I/N: do every Nth run, from the Ith")
@@ -85,7 +90,9 @@ def opened(args: argparse.Namespace) -> "Bench":
     runs, kept = args.cache / RUNS, _kept(args)
     if kept and kept.exists() and not runs.exists():
         shutil.copy(kept, runs)
-    return Bench(args.model, args.data, args.heldout, args.cache)
+    return Bench(
+        args.model, args.data, args.heldout, args.cache, samples=args.samples, heldout_blocks=args.heldout_blocks
+    )
 
 
 def to_do(args: argparse.Namespace, grid: Iterable[Any]) -> Iterator[Any]:
@@ -132,10 +139,31 @@ def label(key: dict[str, Any]) -> str:
     return f"{key['start']}: {changes}" if changes else key["start"]
 
 
+def of_target(pruner: Pruner, target: str) -> Shape:
+    """The shape that a target gives."""
+    return predicted_shape(replace(pruner, scoring=replace(pruner.scoring, config=PruneConfig(target=target))))
+
+
+def as_text(shape: Shape, teacher: Shape) -> str:
+    """The dims that are cut, such as `layers=26 ffn=832`."""
+    cut = [dim for dim in PRUNABLE if getattr(shape, dim) != getattr(teacher, dim)]
+    return " ".join(f"{dim}={getattr(shape, dim)}" for dim in cut)
+
+
 class Bench:
     """A teacher, its text, and the runs that were made with them."""
 
-    def __init__(self, model: Path, data: str, heldout: str | None, cache: Path):
+    def __init__(
+        self,
+        model: Path,
+        data: str,
+        heldout: str | None,
+        cache: Path,
+        *,
+        samples: int = SAMPLES,
+        heldout_blocks: int = HELDOUT_BLOCKS,
+    ):
+        self.samples, self.heldout_blocks = samples, heldout_blocks
         self.teacher = open_checkpoint(model_directory(str(model)))
         self.cache, self.runs = cache, cache / RUNS
         self.corpus = _corpus(self.teacher, data, heldout, cache / "data")
@@ -205,6 +233,35 @@ class Bench:
             }
         self.record(row)
 
+    def distilled(
+        self, pruned: Path, shape: Shape, schedule: dict[str, Any], out: Path, *, repaired: bool, rate: float = 1.0
+    ) -> dict[str, float]:
+        """Distil a student by the default settings into the existing directory `out`, and measure it.
+
+        Args:
+            schedule: what the section `distill` of a recipe would name; `initialize` and `seed` may be among them.
+            rate: times the default learning rate.
+        """
+        teacher, given = self.teacher, dict(schedule)
+        initialize, seed = given.pop("initialize", "weights"), given.pop("seed", 0)
+        # The bound of random weights is the papers' alone.
+        size = math.inf if initialize == "random" else teacher.weights_rms
+        config = resolve(
+            DistillConfig(evaluate_blocks=1, **given),
+            ModelSize(shape, size),
+            ModelSize(teacher.shape, teacher.weights_rms),
+            block_tokens=BLOCK_TOKENS,
+            train_tokens=self.corpus.train_tokens,
+            repaired=repaired,
+        )
+        peak = (config.learning_rate or 0) * rate
+        config = config.model_copy(update={"learning_rate": peak, "min_learning_rate": peak / 10})
+        planned = replace(Schedule.of_student(config, BLOCK_TOKENS, seed), initialize=initialize)
+        work = out.parent / f"{out.name}.work"
+        trained = distill(Training(pruned, TeacherSource(teacher.path), self.corpus, planned, work), out)
+        shutil.rmtree(work, ignore_errors=True)
+        return {**self.measure(out), "seconds": trained.seconds, "learning_rate": peak}
+
     def has(self, key: dict[str, Any]) -> bool:
         return any(row["key"] == key for row in self.rows)
 
@@ -237,11 +294,18 @@ class Bench:
         }
 
     def cut(self, student: Shape, steps: list[Step], out: Path) -> None:
-        samples, pass_ = draw_samples(self.corpus, SAMPLES, seed=0), Pass(compute_dtype("auto", pick_device()))
+        samples, pass_ = draw_samples(self.corpus, self.samples, seed=0), Pass(compute_dtype("auto", pick_device()))
         statistics = self.statistics(samples, pass_)
         scores = activation_scores(statistics, self.teacher.shape, "mean", "l2")
         plan = choose(scores, self.teacher.shape, student)
         repaired_cut(self.teacher, plan, out, steps, Evidence(statistics, scores, samples), pass_)
+
+    def pruner(self) -> Pruner:
+        """What makes students by the default settings."""
+        steps = resolve_repair(RepairConfig(), self.teacher).steps or []
+        drawn, pass_ = draw_samples(self.corpus, self.samples, seed=0), Pass(compute_dtype("auto", pick_device()))
+        scoring = Scoring(PruneConfig(target="50%"), drawn, pass_, None)
+        return Pruner(self.teacher, scoring, steps, self.statistics(drawn, pass_))
 
     def statistics(self, samples: Samples, pass_: Pass) -> Statistics:
         if not hasattr(self, "_statistics"):
@@ -254,9 +318,9 @@ class Bench:
         if not hasattr(self, "_model"):
             self._model = load_model(self.teacher.path, torch.float32).to(device)
         model = load_model(path, torch.float32).to(device)
-        quality = measure_quality(model, self.corpus.heldout.head(HELDOUT_BLOCKS), teacher=self._model)
+        quality = measure_quality(model, self.corpus.heldout.head(self.heldout_blocks), teacher=self._model)
         assert quality.kl_to_teacher is not None
-        return {"loss": quality.lm_loss, "kl": quality.kl_to_teacher}
+        return {"loss": quality.lm_loss, "kl": quality.kl_to_teacher, "top1": quality.top1_agreement or 0.0}
 
 
 def _corpus(teacher: Checkpoint, data: str, heldout: str | None, path: Path) -> Corpus:

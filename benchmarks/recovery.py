@@ -1,0 +1,367 @@
+"""How much of its teacher does a student keep, right after the cut and after so many tokens of distillation?
+
+    python benchmarks/recovery.py --cache DIR --model DIR --data train.txt --heldout valid.txt
+        [--targets 80%,65%,50%] [--starts default,plain,random,taylor,block_influence] [--tokens 0,0.03M,0.1M,1M]
+        [--rates 0.5,1,2] [--seeds 0,1] [--tasks DIR] [--types Q8_0,Q4_K_M,Q2_K] [--plot FILE] [--out FILE]
+
+Every cell is a training run of its own, with its own full schedule: a shorter budget is no point on a longer curve. All
+runs are distilled by the default settings, and all but `block_influence` have the shape that the target gives:
+
+- default: cut and repaired as `minitron prune` does it;
+- refit: the same, with the sequential refit behind it;
+- plain: the papers' cut by activations and block influence, without a repair, distilled on logits alone with AdamW;
+- random: the shape with random weights, distilled in the same way as `default`;
+- taylor: a plain cut by first-order Taylor scores, |weight x gradient| summed over a unit, the score of LLM-Pruner (Ma
+  et al. 2023);
+- block_influence: the layers of least block influence are dropped until the parameters are nearest to the target's, and
+  no repair is made.
+
+--tasks names a directory of local rows: teacher, cuts and students of `default` are measured on all of its tasks.
+--types names GGUF types: teacher, cuts and students of `default` are written in each, and measured in llama.cpp against
+the teacher. Runs and students are kept in the cache, and the runs beside the result file, so the same command goes on
+where it was stopped, and several can share one cache (--part 0/2, --part 1/2).
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.distillations import (
+    BLOCK_TOKENS,
+    Bench,
+    arguments,
+    as_text,
+    integers,
+    numbers,
+    of_target,
+    opened,
+    published,
+    to_do,
+    token_counts,
+)
+from lib.measure import header, table
+from torch.nn.functional import cross_entropy
+
+from minitron import api
+from minitron.data.config import DataConfig
+from minitron.evaluation.layouts import TaskResult
+from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
+from minitron.gguf.config import QuantizeConfig
+from minitron.model.architecture import Shape, with_sizes
+from minitron.model.checkpoint import load_model
+from minitron.pruning.cut import cut
+from minitron.pruning.importance import Scores
+from minitron.pruning.plan import choose
+from minitron.pruning.steps import Pruner
+
+TAYLOR_BLOCKS = 10  # as many samples as LLM-Pruner takes
+AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
+PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
+CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "random": {"initialize": "random"}}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The students of one teacher, kept in the cache by their target and what was done to them."""
+
+    bench: Bench
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        return self.bench.pruner()
+
+    @cached_property
+    def shapes(self) -> dict[str, str]:
+        """Target -> the shape that it gives, as far as they are known."""
+        return dict(row["shape"] for row in self.bench.rows if row["key"].get("shape_of"))
+
+    def shape(self, target: str, start: str) -> Shape:
+        teacher = self.bench.teacher
+        if start == "block_influence":
+            share = float(target.rstrip("%")) / 100
+            fewer = [with_sizes(teacher.shape, layers=layers) for layers in range(1, teacher.shape.layers)]
+            return min(fewer, key=lambda shape: abs(self.share(shape) - share))
+        key = {"shape_of": target}
+        if not self.bench.has(key):
+            self.bench.record({"key": key, "shape": as_text(of_target(self.pruner, target), teacher.shape)})
+        text = next(row["shape"] for row in self.bench.rows if row["key"] == key)
+        sizes = dict(pair.split("=") for pair in text.split())
+        return with_sizes(teacher.shape, **{dim: int(size) for dim, size in sizes.items()})
+
+    def share(self, shape: Shape) -> float:
+        teacher = self.bench.teacher
+        return teacher.architecture.count(shape, teacher.config).non_embedding / teacher.parameters.non_embedding
+
+    def path(self, **key: Any) -> Path:
+        name = "_".join(str(value).strip("%") for value in key.values())
+        return self.bench.cache / "students" / name
+
+    def pruned(self, target: str, start: str) -> Path:
+        """The student right after its cut, made and measured if it is not there."""
+        out, key = self.path(target=target, start=start), run_key(target, start, 0)
+        if not out.exists():
+            partial = Path(tempfile.mkdtemp(dir=self.bench.cache))
+            self.cut(self.shape(target, start), start, partial)
+            out.parent.mkdir(exist_ok=True)
+            partial.rename(out)
+        if not self.bench.has(key):
+            self.bench.record({"key": key, **self.bench.measure(out)})
+        return out
+
+    def cut(self, shape: Shape, start: str, out: Path) -> None:
+        teacher = self.bench.teacher
+        if start in ("default", "refit", "random"):
+            steps = [*self.pruner.repairs, *(["refit"] if start == "refit" else [])]
+            replace(self.pruner, repairs=steps).make(shape, out)
+            return
+        scores = self.taylor if start == "taylor" else self.pruner.unit_scores
+        cut(teacher, choose(scores, teacher.shape, shape), out)
+
+    @cached_property
+    def taylor(self) -> Scores:
+        """The sum of |weight x gradient| over the weights of each unit, by the loss on calibration text."""
+        teacher, shape = self.bench.teacher, self.bench.teacher.shape
+        model = load_model(teacher.path, torch.float32)
+        for row in self.pruner.scoring.calibration.tokens[:TAYLOR_BLOCKS]:
+            logits = model(row[None].long()).logits[0, :-1]
+            (cross_entropy(logits, row[1:].long()) / TAYLOR_BLOCKS).backward()
+        parameters = dict(model.named_parameters())
+        sizes = {"ffn": shape.ffn, "heads": shape.heads, "kv_heads": shape.kv_heads}
+        found = {dim: torch.zeros(shape.layers, size, dtype=torch.float64) for dim, size in sizes.items()}
+        found["layers"] = torch.zeros(shape.layers, dtype=torch.float64)
+        for spec in teacher.specs():
+            weight = parameters.get(spec.name)
+            if spec.layer is None or weight is None or weight.grad is None:
+                continue
+            damage = (weight.detach() * weight.grad).abs().double()
+            found["layers"][spec.layer] += damage.sum()
+            for axis, segments in enumerate(spec.axes):
+                rows = damage.movedim(axis, 0).reshape(len(damage.movedim(axis, 0)), -1).sum(1)
+                of_segments = rows.split([segment.size(shape) for segment in segments])
+                for segment, of_segment in zip(segments, of_segments, strict=True):
+                    if segment.unit in sizes:
+                        found[segment.unit][spec.layer] += of_segment.view(sizes[segment.unit], -1).sum(1)
+        found["kv_heads"] += found["heads"].unflatten(-1, (shape.kv_heads, shape.group)).sum(-1)
+        return Scores(hidden=torch.zeros(shape.hidden, dtype=torch.float64), **found)
+
+    def run(self, target: str, start: str, tokens: int, rate: float, seed: int) -> None:
+        """One student, unless the cache has it."""
+        key, bench = run_key(target, start, tokens, rate, seed), self.bench
+        if bench.has(key) or (tokens == 0 and (rate, seed) != (1.0, 0)):
+            return
+        if tokens == 0 and start == "random":
+            return
+        pruned = self.pruned(target, "default" if start == "random" else start)
+        if tokens == 0:
+            return
+        settings = {"tokens": tokens, "seed": seed, **CHANGES.get(start, {})}
+        with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
+            out = Path(directory) / "student"
+            out.mkdir()
+            row = bench.distilled(
+                pruned, self.shape(target, start), settings, out, repaired=start in ("default", "refit"), rate=rate
+            )
+            kept = self.path(**key)
+            shutil.rmtree(kept, ignore_errors=True)
+            out.rename(kept)
+        bench.record({"key": key, "threads": torch.get_num_threads(), **row})
+
+    def models(self) -> Iterator[tuple[str, Path]]:
+        """The teacher, and the cuts and students of `default` at the usual rate, with a name each."""
+        yield "teacher", self.bench.teacher.path
+        for row in self.bench.rows:
+            key = row["key"]
+            usual = key.get("start") == "default" and (key["rate"], key["seed"]) == (1.0, 0)
+            if usual:
+                path = self.path(**key) if key["tokens"] else self.path(target=key["target"], start="default")
+                if path.exists():
+                    yield f"{key['target']}, {_after(key['tokens'])}", path
+
+    def quantized(self, types: str, args: argparse.Namespace) -> None:
+        """Write each model in each type, and keep its bytes and its KL to the teacher."""
+        data = DataConfig(source=args.data, heldout=args.heldout, block_tokens=BLOCK_TOKENS)
+        for name, path in self.models():
+            missing = [one for one in types.split(",") if not self.bench.has({"file": one, "of": name})]
+            if not missing:
+                continue
+            with tempfile.TemporaryDirectory(dir=self.bench.cache) as directory:
+                out = Path(directory) / "files"
+                table = api.quantize(str(path), QuantizeConfig(types=missing, blocks=1), data, out=out)
+                for file in table.files:
+                    found = api.evaluate(
+                        out / file.file, data, teacher=self.bench.teacher.path, blocks=self.bench.heldout_blocks
+                    )
+                    self.bench.record(
+                        {
+                            "key": {"file": file.name, "of": name},
+                            "bytes": file.bytes,
+                            "kl": found.kl_to_teacher,
+                            "loss": found.lm_loss,
+                        }
+                    )
+
+
+def run_key(target: str, start: str, tokens: int, rate: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    return {"target": target, "start": start, "tokens": tokens, "rate": rate, "seed": seed}
+
+
+def main() -> None:
+    parser = arguments(__doc__, data=None)
+    parser.add_argument("--targets", default="80%,65%,50%")
+    parser.add_argument("--starts", default="default")
+    parser.add_argument("--tokens", default="0,0.03M,0.1M,0.3M")
+    parser.add_argument("--rates", default="1")
+    parser.add_argument("--tasks", type=Path, help="directory of local rows")
+    parser.add_argument("--types", help="GGUF types, such as Q8_0,Q4_K_M,Q2_K")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    lab = Lab(opened(args))
+    targets = args.targets.split(",")
+    grid = product(
+        token_counts(args.tokens), integers(args.seeds), numbers(args.rates), args.starts.split(","), targets
+    )
+    for tokens, seed, rate, start, target in to_do(args, grid):
+        lab.run(target, start, tokens, rate, seed)
+    if args.types and not args.only_table:
+        lab.quantized(args.types, args)
+    results = measured_tasks(lab, args.tasks) if args.tasks else {}
+    published(lab.bench, report(lab, args.name, results), args)
+    if args.plot:
+        plot(lab, args.plot)
+
+
+def measured_tasks(lab: Lab, directory: Path) -> dict[str, dict[str, TaskResult]]:
+    """The result of each model in each task; those that the cache has are not measured again."""
+    plan = plan_tasks([], directory, TaskOptions())
+    return measure_tasks(dict(lab.models()), plan, cache=lab.bench.cache / "tasks")
+
+
+def report(lab: Lab, name: str, results: Mapping[str, Mapping[str, TaskResult]]) -> str:
+    teacher = lab.bench.teacher
+    lines = [
+        header(f"Recovery after a cut: {name}"),
+        f"Teacher {teacher.shape}, {teacher.parameters.non_embedding:,} non-embedding parameters; "
+        f"{lab.bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. KL to the teacher in "
+        f"nats a token, top-1 agreement with it and loss on {lab.bench.heldout_blocks} "
+        f"held-out blocks of {BLOCK_TOKENS}. Each "
+        "cell is a run of its own with its own schedule; with several rates or seeds there is a row for each. Minutes "
+        "are those of distillation, with as many threads as stand behind; another run may have shared the machine.",
+        "",
+        table(
+            ["target, start", "shape", "parameters", "tokens", "rate", "KL", "top-1", "loss", "minutes (threads)"],
+            [_row(lab, row) for row in sorted(_runs(lab), key=_order)],
+        ),
+        "",
+    ]
+    if results:
+        lines += ["Benchmarks of `default`: the value, and its standard error over items.", "", _tasks(results), ""]
+    if files := [row for row in lab.bench.rows if "file" in row["key"]]:
+        lines += [
+            "Files for llama.cpp, with an importance matrix of calibration text: KL to the unquantized teacher.",
+            "",
+            table(
+                ["model", "type", "bytes", "KL", "loss"],
+                [
+                    [
+                        row["key"]["of"],
+                        row["key"]["file"],
+                        f"{row['bytes']:,}",
+                        f"{row['kl']:.3f}",
+                        f"{row['loss']:.3f}",
+                    ]
+                    for row in sorted(files, key=lambda row: -row["bytes"])
+                ],
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _runs(lab: Lab) -> list[dict[str, Any]]:
+    return [row for row in lab.bench.rows if "start" in row["key"]]
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    key = row["key"]
+    return -float(key["target"].rstrip("%")), key["start"], key["tokens"], key["rate"], key["seed"]
+
+
+def _row(lab: Lab, row: dict[str, Any]) -> list[str]:
+    key = row["key"]
+    shape = lab.shape(key["target"], key["start"])
+    minutes = f"{row['seconds'] / 60:.0f} ({row['threads']})" if "seconds" in row else ""
+    seed = f", seed {key['seed']}" if key["seed"] else ""
+    return [
+        f"{key['target']}, {key['start']}{seed}",
+        as_text(shape, lab.bench.teacher.shape),
+        f"{lab.share(shape):.1%}",
+        f"{key['tokens']:,}",
+        f"{key['rate']:g}",
+        f"{row['kl']:.3f}",
+        f"{row['top1']:.1%}",
+        f"{row['loss']:.3f}",
+        minutes,
+    ]
+
+
+def _tasks(results: Mapping[str, Mapping[str, TaskResult]]) -> str:
+    tasks = list(next(iter(results.values())))
+    rows = []
+    for model, found in results.items():
+        values = [found[task] for task in tasks]
+        cells = [f"{one.value:.3f} ± {one.stderr:.3f}" if one.stderr else f"{one.value:.3f}" for one in values]
+        rows.append([model, *cells, f"{statistics.fmean(one.value for one in values):.3f}"])
+    heads = [f"{found.title}, {found.metric}, {found.n} items" for found in next(iter(results.values())).values()]
+    return table(["model", *heads, "mean"], rows)
+
+
+def plot(lab: Lab, out: Path) -> None:
+    """KL over tokens, a line for each target and start; the cut stands at the left edge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for row in sorted(_runs(lab), key=_order):
+        key = row["key"]
+        of_curve = curves.setdefault((key["target"], key["start"]), {})
+        of_curve[key["tokens"]] = min(row["kl"], of_curve.get(key["tokens"], row["kl"]))
+    targets = list(dict.fromkeys(target for target, _ in curves))
+    starts = sorted({start for _, start in curves}, key=lambda start: start != "default")
+    for (target, start), points in curves.items():
+        axes.plot(
+            [max(tokens, AT_CUT) for tokens in points],
+            list(points.values()),
+            color=f"C{targets.index(target)}",
+            linestyle=("-", "--", ":", "-.", (0, (1, 3)))[starts.index(start)],
+            marker="o",
+            markersize=3.5,
+            label=f"{target}, {start.replace('_', ' ')}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens of distillation", ylabel="KL to the teacher, nats per token")
+    axes.xaxis.set_major_formatter(lambda value, _: "cut" if value <= AT_CUT else f"{value / 1e6:g}M")
+    axes.set_xticks([AT_CUT, *sorted({tokens for points in curves.values() for tokens in points if tokens})])
+    axes.minorticks_off()
+    kls = [kl for points in curves.values() for kl in points.values()]
+    axes.set_yticks([kl for kl in (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10) if min(kls) <= kl <= max(kls)])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def _after(tokens: int) -> str:
+    return f"{tokens / 1e6:g}M tokens" if tokens else "the cut"
+
+
+if __name__ == "__main__":
+    main()
