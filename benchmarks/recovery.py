@@ -134,23 +134,23 @@ class Lab:
             logits = model(row[None].long()).logits[0, :-1]
             (cross_entropy(logits, row[1:].long()) / TAYLOR_BLOCKS).backward()
         parameters = dict(model.named_parameters())
-        sizes = {"ffn": shape.ffn, "heads": shape.heads, "kv_heads": shape.kv_heads}
-        found = {dim: torch.zeros(shape.layers, size, dtype=torch.float64) for dim, size in sizes.items()}
-        found["layers"] = torch.zeros(shape.layers, dtype=torch.float64)
+        sizes = {dim: getattr(shape, dim) for dim in ("hidden", "ffn", "heads", "kv_heads")}
+        damages = {dim: torch.zeros(shape.layers, size, dtype=torch.float64) for dim, size in sizes.items()}
+        layers = torch.zeros(shape.layers, dtype=torch.float64)
         for spec in teacher.specs():
             weight = parameters.get(spec.name)
             if spec.layer is None or weight is None or weight.grad is None:
                 continue
             damage = (weight.detach() * weight.grad).abs().double()
-            found["layers"][spec.layer] += damage.sum()
-            for axis, segments in enumerate(spec.axes):
-                rows = damage.movedim(axis, 0).reshape(len(damage.movedim(axis, 0)), -1).sum(1)
-                of_segments = rows.split([segment.size(shape) for segment in segments])
-                for segment, of_segment in zip(segments, of_segments, strict=True):
+            layers[spec.layer] += damage.sum()
+            for number, axis in enumerate(spec.axes):
+                rows = damage.movedim(number, 0)
+                of_rows = rows.reshape(len(rows), -1).sum(1).split([segment.size(shape) for segment in axis])
+                for segment, found in zip(axis, of_rows, strict=True):
                     if segment.unit in sizes:
-                        found[segment.unit][spec.layer] += of_segment.view(sizes[segment.unit], -1).sum(1)
-        found["kv_heads"] += found["heads"].unflatten(-1, (shape.kv_heads, shape.group)).sum(-1)
-        return Scores(hidden=torch.zeros(shape.hidden, dtype=torch.float64), **found)
+                        damages[segment.unit][spec.layer] += found.view(sizes[segment.unit], -1).sum(1)
+        damages["kv_heads"] += damages["heads"].unflatten(-1, (shape.kv_heads, shape.group)).sum(-1)
+        return Scores(layers, damages["hidden"].sum(0), *(damages[dim] for dim in ("ffn", "heads", "kv_heads")))
 
     def run(self, target: str, start: str, tokens: int, rate: float, seed: int) -> None:
         """One student, unless the cache has it."""
