@@ -13,6 +13,8 @@ runs are distilled by the default settings, and all but `block_influence` have t
 - random: the shape with random weights, distilled in the same way as `default`;
 - taylor: a plain cut by first-order Taylor scores, |weight x gradient| summed over a unit, the score of LLM-Pruner (Ma
   et al. 2023);
+- slicegpt: hidden sliced in a basis of each block's own, with the matrices between them, by lib/slicegpt.py, to the
+  same parameters; its distillation is a plain loop on logits with AdamW, on the same batches at the same rates;
 - block_influence: the layers of least block influence are dropped until the parameters are nearest to the target's, and
   no repair is made.
 
@@ -26,6 +28,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib import slicegpt
 from lib.distillations import (
     BLOCK_TOKENS,
     Bench,
@@ -52,6 +56,7 @@ from torch.nn.functional import cross_entropy
 
 from minitron import api
 from minitron.data.config import DataConfig
+from minitron.distillation.schedule import Schedule
 from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.config import QuantizeConfig
@@ -65,7 +70,7 @@ from minitron.pruning.steps import Pruner
 TAYLOR_BLOCKS = 10  # as many samples as LLM-Pruner takes
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
-CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "random": {"initialize": "random"}}
+CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "slicegpt": PLAIN, "random": {"initialize": "random"}}
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Lab:
     def shape(self, target: str, start: str) -> Shape:
         teacher = self.bench.teacher
         if start == "block_influence":
-            share = float(target.rstrip("%")) / 100
+            share = _share(target)
             fewer = [with_sizes(teacher.shape, layers=layers) for layers in range(1, teacher.shape.layers)]
             return min(fewer, key=lambda shape: abs(self.share(shape) - share))
         key = {"shape_of": target}
@@ -159,20 +164,36 @@ class Lab:
             return
         if tokens == 0 and start == "random":
             return
+        settings = {"tokens": tokens or BLOCK_TOKENS, "seed": seed, **CHANGES.get(start, {})}
+        schedule = bench.schedule(
+            self.shape(target, start), settings, repaired=start in ("default", "refit"), rate=rate
+        )
+        if start == "slicegpt":
+            bench.record({"key": key, **self.sliced(target, tokens, schedule)})
+            return
         pruned = self.pruned(target, "default" if start == "random" else start)
         if tokens == 0:
             return
-        settings = {"tokens": tokens, "seed": seed, **CHANGES.get(start, {})}
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
             out = Path(directory) / "student"
             out.mkdir()
-            row = bench.distilled(
-                pruned, self.shape(target, start), settings, out, repaired=start in ("default", "refit"), rate=rate
-            )
+            row = bench.distilled(pruned, schedule, out)
             kept = self.path(**key)
             shutil.rmtree(kept, ignore_errors=True)
             out.rename(kept)
         bench.record({"key": key, "threads": torch.get_num_threads(), **row})
+
+    def sliced(self, target: str, tokens: int, schedule: Schedule) -> dict[str, float]:
+        """The teacher sliced to the target's parameters and trained, measured in memory."""
+        bench, samples = self.bench, self.pruner.scoring.calibration
+        size = slicegpt.size_of_target(bench.model.config, _share(target))
+        model, parameters = slicegpt.sliced(bench.model, samples.tokens, size)
+        started = time.monotonic()
+        if tokens:
+            slicegpt.train(model, load_model(bench.teacher.path), bench.corpus.train, schedule)
+        seconds = time.monotonic() - started
+        row = {**bench.measured(model), "hidden": size, "parameters": parameters}
+        return row | ({"seconds": seconds, "threads": torch.get_num_threads()} if tokens else {})
 
     def models(self) -> Iterator[tuple[str, Path]]:
         """The teacher, and the cuts and students of `default` at the usual rate, with a name each."""
@@ -207,6 +228,10 @@ class Lab:
                             "loss": found.lm_loss,
                         }
                     )
+
+
+def _share(target: str) -> float:
+    return float(target.rstrip("%")) / 100
 
 
 def run_key(target: str, start: str, tokens: int, rate: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -297,12 +322,15 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _row(lab: Lab, row: dict[str, Any]) -> list[str]:
     key = row["key"]
     shape = lab.shape(key["target"], key["start"])
+    cells = [as_text(shape, lab.bench.teacher.shape), f"{lab.share(shape):.1%}"]
+    if key["start"] == "slicegpt":
+        share = row["parameters"] / lab.bench.teacher.parameters.non_embedding
+        cells = [f"hidden={row['hidden']}", f"{share:.1%}"]
     minutes = f"{row['seconds'] / 60:.0f} ({row['threads']})" if "seconds" in row else ""
     seed = f", seed {key['seed']}" if key["seed"] else ""
     return [
         f"{key['target']}, {key['start']}{seed}",
-        as_text(shape, lab.bench.teacher.shape),
-        f"{lab.share(shape):.1%}",
+        *cells,
         f"{key['tokens']:,}",
         f"{key['rate']:g}",
         f"{row['kl']:.3f}",

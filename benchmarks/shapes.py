@@ -64,8 +64,8 @@ class Lab:
                 bench.record(row)
             if tokens:
                 repaired = bool(self.pruner.repairs)
-                row = bench.distilled(pruned, self.shape(text), {"tokens": tokens}, student, repaired=repaired)
-                bench.record({"key": key, **row})
+                schedule = bench.schedule(self.shape(text), {"tokens": tokens}, repaired=repaired)
+                bench.record({"key": key, **bench.distilled(pruned, schedule, student)})
 
     def kl(self, tokens: int) -> dict[str, float]:
         """The KL by shape after that many tokens."""

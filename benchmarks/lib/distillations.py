@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -233,16 +234,14 @@ class Bench:
             }
         self.record(row)
 
-    def distilled(
-        self, pruned: Path, shape: Shape, schedule: dict[str, Any], out: Path, *, repaired: bool, rate: float = 1.0
-    ) -> dict[str, float]:
-        """Distil a student by the default settings into the existing directory `out`, and measure it.
+    def schedule(self, shape: Shape, settings: dict[str, Any], *, repaired: bool, rate: float = 1.0) -> Schedule:
+        """The schedule of a student by the default settings.
 
         Args:
-            schedule: what the section `distill` of a recipe would name; `initialize` and `seed` may be among them.
+            settings: what the section `distill` of a recipe would name; `initialize` and `seed` may be among them.
             rate: times the default learning rate.
         """
-        teacher, given = self.teacher, dict(schedule)
+        teacher, given = self.teacher, dict(settings)
         initialize, seed = given.pop("initialize", "weights"), given.pop("seed", 0)
         # The bound of random weights is the papers' alone.
         size = math.inf if initialize == "random" else teacher.weights_rms
@@ -256,11 +255,14 @@ class Bench:
         )
         peak = (config.learning_rate or 0) * rate
         config = config.model_copy(update={"learning_rate": peak, "min_learning_rate": peak / 10})
-        planned = replace(Schedule.of_student(config, BLOCK_TOKENS, seed), initialize=initialize)
+        return replace(Schedule.of_student(config, BLOCK_TOKENS, seed), initialize=initialize)
+
+    def distilled(self, pruned: Path, schedule: Schedule, out: Path) -> dict[str, float]:
+        """Distil a student into the existing directory `out`, and measure it."""
         work = out.parent / f"{out.name}.work"
-        trained = distill(Training(pruned, TeacherSource(teacher.path), self.corpus, planned, work), out)
+        trained = distill(Training(pruned, TeacherSource(self.teacher.path), self.corpus, schedule, work), out)
         shutil.rmtree(work, ignore_errors=True)
-        return {**self.measure(out), "seconds": trained.seconds, "learning_rate": peak}
+        return {**self.measure(out), "seconds": trained.seconds, "learning_rate": schedule.rates.peak}
 
     def has(self, key: dict[str, Any]) -> bool:
         return any(row["key"] == key for row in self.rows)
@@ -312,13 +314,18 @@ class Bench:
             self._statistics = measure_statistics(self.teacher, samples, pass_, second_moment=True)
         return self._statistics
 
+    @cached_property
+    def model(self) -> Any:
+        """The teacher in float32."""
+        return load_model(self.teacher.path, torch.float32).to(pick_device())
+
     def measure(self, path: Path) -> dict[str, float]:
-        """Held-out loss and KL to the teacher, in nats, both models in float32."""
-        device = pick_device()
-        if not hasattr(self, "_model"):
-            self._model = load_model(self.teacher.path, torch.float32).to(device)
-        model = load_model(path, torch.float32).to(device)
-        quality = measure_quality(model, self.corpus.heldout.head(self.heldout_blocks), teacher=self._model)
+        """Held-out loss, KL to the teacher in nats and top-1 agreement, both models in float32."""
+        return self.measured(load_model(path, torch.float32).to(pick_device()))
+
+    def measured(self, model: Any) -> dict[str, float]:
+        """The same for a model in memory."""
+        quality = measure_quality(model, self.corpus.heldout.head(self.heldout_blocks), teacher=self.model)
         assert quality.kl_to_teacher is not None
         return {"loss": quality.lm_loss, "kl": quality.kl_to_teacher, "top1": quality.top1_agreement or 0.0}
 
