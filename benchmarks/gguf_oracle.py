@@ -111,9 +111,7 @@ def compared(
             differing += [] if same else [label]
             kinds = [BlockType(tensor.tensor_type).name for tensor in gguf.GGUFReader(theirs).tensors]
             golden[label] = {"types": " ".join(kinds), "sha256": golden_models.digest(theirs)}
-            print(
-                f"{model.keys['general.name']}: {label} {'equal' if same else 'DIFFERS'}", file=sys.stderr, flush=True
-            )
+            print(f"{model.name}: {label} {'equal' if same else 'DIFFERS'}", file=sys.stderr, flush=True)
     return [str(made), str(equal), str(refused), ", ".join(differing) or "none"], golden
 
 

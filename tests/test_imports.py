@@ -37,8 +37,8 @@ STAGES = {
     ),
     "evaluation": ("layouts", "quality", "generate", "tasks", "speed", "gguf_files", "engines"),
     "gguf": (
-        *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "file", "imatrix", "types"),
-        *("verify", "mixtures", "quantize"),
+        *("layouts", "config", "llama_cpp", "reader", "tokenizer", "model_config", "metadata", "file", "imatrix"),
+        *("types", "verify", "mixtures", "quantize"),
     ),
     "data": ("layouts", "sources", "config", "overlap", "corpus", "writing", "sampling", "supply"),
     "report": (

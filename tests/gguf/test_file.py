@@ -272,8 +272,10 @@ def test_digits_and_byte_level_splits_are_told_by_their_own_names(tmp_path: Path
         assert runtime.tokenize(HARD_TEXT) == fast(HARD_TEXT)["input_ids"]
 
 
-@pytest.mark.parametrize("puts_space", [True, False])
-def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(puts_space: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("puts_space", "config_names_unknown"), [(True, False), (False, True)])
+def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(
+    puts_space: bool, config_names_unknown: bool, tmp_path: Path
+) -> None:
     special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     space = normalizers.Replace(" ", "▁")
@@ -282,10 +284,17 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges_order_as_scores(puts_space: 
     fast = trained(core, tmp_path, special)
     stored = json.loads((tmp_path / "tokenizer.json").read_text())
     stored["added_tokens"] = stored["added_tokens"][:2]  # bytes are tokens like others
+    if config_names_unknown:  # as in a tokenizer.json that transformers makes of tokenizer.model
+        stored["model"]["unk_token"] = None
+        config = tmp_path / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"unk_token": "<unk>", "mask_token": "</s>"}))
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     file, notes = float32_file(tmp_path)
     assert not notes
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.token_type"].contents()[:2] == [2, 3]  # unknown, and control
+    assert "tokenizer.ggml.mask_token_id" in fields or not config_names_unknown
     own = file_tokenizer(file, read_gguf(file).said)
     with Runtime(file, context=64, threads=1) as runtime:
         assert runtime.tokenize(HARD_TEXT) == fast(HARD_TEXT)["input_ids"] == own(HARD_TEXT)["input_ids"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import gguf
 import pytest
 import small
 import tiny
@@ -95,6 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         raw = raw_recipe(path, variant, scratch_baseline=True)
         raw["evaluate"]["speed"] = True
         raw["gguf"] = {"types": ["Q8_0"], "verify": False, "samples": 4}
+        (path / "teacher" / "README.md").write_text("---\nlicense: mit\nlanguage: en\nsize_label: 8B\n---\n# Teacher\n")
         run(build_recipe(raw), path / "out")
         outs[variant] = path / "out"
     return outs
@@ -106,13 +108,17 @@ def finished(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
 
 
 def test_a_run_writes_gguf_files_of_its_student(finished: Path) -> None:
-    """Those that the student's directory alone makes."""
+    """Those that the student's directory alone makes, which has its card by then."""
     table = json.loads((finished / "gguf" / "quantization.json").read_text())
     (row,) = table["files"]
     assert (row["name"], row["measured"]) == ("Q8_0", None) and row["file"] == f"{table['model']}-Q8_0.gguf"
     model = describe_gguf(open_checkpoint(finished / "student"), name=table["model"])
     write_quantized(model, mixture(model, "Q8_0", informed=True), finished.parent / "again.gguf")
     assert (finished.parent / "again.gguf").read_bytes() == (finished / "gguf" / row["file"]).read_bytes()
+    said = {key: field.contents() for key, field in gguf.GGUFReader(finished / "gguf" / row["file"]).fields.items()}
+    assert said["general.size_label"] == gguf.size_label(tiny.model(finished / "student").num_parameters(), 0, 0, 0)
+    assert (said["general.name"], said["general.license"]) == (table["model"], "mit")
+    assert "minitron" in said["general.tags"] and "general.languages" not in said
     card = (finished / "student" / "README.md").read_text()
     assert f"llama-cli -m {row['file']}" in card and f"FROM ./{row['file']}" in card and "None was tested" in card
 

@@ -23,6 +23,7 @@ from minitron.core.device import one_core_each
 from minitron.core.direct_io import CHUNK_BYTES, ahead, write_file
 from minitron.core.errors import GgufError
 from minitron.core.files import atomic_file
+from minitron.gguf.metadata import metadata_of
 from minitron.gguf.model_config import query_factor, require_runnable, rope, table_of, windows
 from minitron.gguf.reader import Keys
 from minitron.gguf.tokenizer import tokenizer_keys, tokenizer_notes
@@ -62,13 +63,20 @@ class GgufTensor:
 class GgufModel:
     """A checkpoint as a GGUF file describes it.
 
+    metadata: what the file says of the model that llama.cpp does not compute with.
     notes: for the user, where llama.cpp does otherwise than transformers.
     """
 
     checkpoint: Checkpoint
+    metadata: gguf.Metadata
     keys: Keys
     tensors: tuple[GgufTensor, ...]
     notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        assert self.metadata.name is not None
+        return self.metadata.name
 
     @property
     def table(self) -> Gguf:
@@ -121,12 +129,15 @@ class GgufModel:
 Encode = Callable[[GgufTensor, Float[Tensor, "rows columns"]], UInt8[Tensor, " bytes"]]
 
 
-def describe_gguf(checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None) -> GgufModel:
+def describe_gguf(
+    checkpoint: Checkpoint, *, name: str | None = None, pre: str | None = None, card: Mapping[str, Any] | None = None
+) -> GgufModel:
     """Describe the GGUF file of a checkpoint, but for the types of its tensors, without reading weights.
 
     Args:
         name: of the model; default the name of its directory.
         pre: llama.cpp's name of the tokenizer's splitting rule, where tokenizer.json does not tell it.
+        card: the metadata of its model card; default what README.md in its directory has.
 
     Raises: GgufError for a model that llama.cpp cannot run as it is.
     """
@@ -150,15 +161,15 @@ def describe_gguf(checkpoint: Checkpoint, *, name: str | None = None, pre: str |
     }
     keys: Keys = {
         "general.type": "model",
-        "general.name": name or model_name(checkpoint.path),
         **{f"{table.name}.{key}": value for key, value in own.items()},
         **tokenizer_keys(checkpoint.path, shape.vocab, pre),
     }
-    notes += rope_notes + tokenizer_notes(keys)
+    metadata, card_notes = metadata_of(checkpoint, name or model_name(checkpoint.path), card)
+    notes += rope_notes + card_notes + tokenizer_notes(keys)
     rope_tensors = [GgufTensor(tensor, tuple(of.shape), None, of) for tensor, of in factors.items()]
     # In the order of llama.cpp's own tool, so that files can be the same to the byte.
     tensors = sorted([*rope_tensors, *_tensors(checkpoint)], key=lambda tensor: (tensor.layer, tensor.name))
-    return GgufModel(checkpoint, keys, tuple(tensors), tuple(notes))
+    return GgufModel(checkpoint, metadata, keys, tuple(tensors), tuple(notes))
 
 
 def write_gguf(
@@ -283,6 +294,7 @@ class _Memory(gguf.GGUFWriter):
 
 def _header(model: GgufModel, types: Mapping[str, BlockType], keys: Keys) -> bytes:
     writer = _Memory(None, model.table.name)
+    model.metadata.set_gguf_meta_model(writer)
     for key, value in {**model.keys, **keys}.items():
         _add(writer, key, value)
     for tensor in model.tensors:

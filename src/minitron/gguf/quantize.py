@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as BlockType
@@ -95,6 +96,7 @@ def require_possible(
     *,
     informed: bool,
     name: str | None = None,
+    card: Mapping[str, Any] | None = None,
     importance_file: Path | None = None,
 ) -> tuple[GgufModel, dict[str, BlockType]]:
     """Describe the model as a file, and parse the config's types of single tensors.
@@ -102,7 +104,7 @@ def require_possible(
     Raises: GgufError for every fault that can be found before text is read.
     """
     overrides = {pattern: BlockType[kind] for pattern, kind in config.tensor_types.items()}
-    model = describe_gguf(checkpoint, name=name, pre=config.pre)
+    model = describe_gguf(checkpoint, name=name, pre=config.pre, card=card)
     fixed = fixed_types(model, overrides)
     if config.pre is not None:
         require_known_rule(model)
@@ -137,6 +139,7 @@ def write_ladder(
     text: QuantizeText | None,
     importance_file: Path | None = None,
     name: str | None = None,
+    card: Mapping[str, Any] | None = None,
     listener: Listener = SILENT,
 ) -> QuantizedModel:
     """Write the files of the config into the existing directory `out`, with their table; returns the table.
@@ -144,13 +147,14 @@ def write_ladder(
     Args:
         text: None without calibration: `importance_file` is then the only importance matrix, and nothing is verified.
         name: of the model, in the files and in front of their names.
+        card: the metadata of the model's card; default what README.md in its directory has.
 
     Raises: GgufError for a model, type or importance matrix that allows no such file, and for a file that llama.cpp
         runs as another model.
     """
     informed = text is not None or importance_file is not None
     model, overrides = require_possible(
-        checkpoint, config, informed=informed, name=name, importance_file=importance_file
+        checkpoint, config, informed=informed, name=name, card=card, importance_file=importance_file
     )
     for note in model.notes:
         listener.warn(note)
@@ -173,7 +177,7 @@ def write_ladder(
         rows = [made[kind] for kind in config.types]
         for label, most in work.budgets():
             rows.append(work.own_mixture(label, most))
-    table = QuantizedModel(model=model.keys["general.name"], notes=list(model.notes), files=rows)
+    table = QuantizedModel(model=model.name, notes=list(model.notes), files=rows)
     (out / TABLE).write_text(json.dumps(table.to_dict(), indent=2))
     return table
 
@@ -253,7 +257,7 @@ class _Work:
     def _write(self, kind: str, label: str, mixed: Mixture, *, informed: bool) -> WrittenFile:
         if self.prove is not None and (kind not in MOST_KL or self.overrides):
             self._require_proven(("Q8_0", "BF16"))
-        file = self.out / f"{self.model.keys['general.name']}-{label}.gguf"
+        file = self.out / f"{self.model.name}-{label}.gguf"
         try:
             return self._made(file, kind, label, mixed, informed=informed)
         except GgufError:

@@ -34,7 +34,8 @@ _GPT4O = (
 # The patterns that split text in turn, and whether whole words are looked up before merging -> the name of the rule.
 SPLITTING_RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
-    ((r"\p{N}", _GPT2), False): "starcoder",
+    # Not starcoder, the same rule: there llama.cpp takes spaces before punctuation out of the text of tokens.
+    ((r"\p{N}", _GPT2), False): "smollm",
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
@@ -47,11 +48,13 @@ _ALIASES = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe"),
     "dbrx": "smaug-bpe",
     **dict.fromkeys(("olmo", "phi-2"), "gpt-2"),
-    **dict.fromkeys(("smollm", "refact", "command-r", "codeshell"), "starcoder"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm"),
     **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez"), "qwen2"),
 }
 # Rules whose tokenizers put BOS before a text, where a file does not say whether.
 _START_WITH_BOS = ("llama-bpe", "tekken")
+# Role of a token in transformers -> in llama.cpp, in its spelling.
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's kinds of tokens
 _SPACE = "\u2581"  # SentencePiece's
 
@@ -92,7 +95,10 @@ def tokenizer_keys(path: Path, rows: int, pre: str | None = None) -> Keys:
             "the tokenizer belongs to another model, or the embedding was not resized for its added tokens"
         )
     texts = [tokens.get(index, f"[PAD{index}]") for index in range(rows)]
-    kinds = [_kind(index, text, added, tokens, model.get("unk_token")) for index, text in enumerate(texts)]
+    unknown = model.get("unk_token")
+    if unknown is None and model.get("byte_fallback"):  # transformers writes no unk_token where bytes stand in for it
+        unknown = tokens.get(special.get("tokenizer.ggml.unknown_token_id", -1))
+    kinds = [_kind(index, text, added, tokens, unknown) for index, text in enumerate(texts)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys: Keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
@@ -280,9 +286,8 @@ def _parts(section: Mapping[str, Any] | None, name: str) -> list[Mapping[str, An
 def _special(path: Path) -> Keys:
     """The ids of tokens with a role, whether text starts and ends with them, and the chat template."""
     tokenizer = load_tokenizer(path)
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # llama.cpp's spelling
-    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
-    keys: Keys = {f"tokenizer.ggml.{roles[role]}_token_id": index for role, index in ids.items() if index is not None}
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    keys: Keys = {f"tokenizer.ggml.{_ROLES[role]}_token_id": index for role, index in ids.items() if index is not None}
     keys["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and ids["bos"] in put_around(tokenizer)[0]
     keys["tokenizer.ggml.add_eos_token"] = False  # llama.cpp would put it behind every prompt
     template = getattr(tokenizer, "chat_template", None)

@@ -51,6 +51,7 @@ from minitron.pruning.plan import Plan
 from minitron.pruning.repair import needed_steps
 from minitron.pruning.steps import Pruner, Scoring, layers_need_a_pass
 from minitron.recipe import Recipe
+from minitron.report.card import described
 from minitron.report.exporters import EXPORTERS, Export
 from minitron.shapes import layouts
 from minitron.shapes.rank import Ranking, distilled_steps
@@ -541,8 +542,9 @@ def export_student(run: Run, name: str) -> None:
 
     def work(out: Path) -> StageResult:
         model_name = run_name(run.recipe.model, run.recipe.prune.target)
-        source = run.recipe.data.source
-        export = Export(open_checkpoint(student), model_name, config, run.corpus, source, seed, run.listener)
+        source, checkpoint = run.recipe.data.source, open_checkpoint(student)
+        card = described(run.recipe.model, run.recipe.revision, source, checkpoint.architecture.name)
+        export = Export(checkpoint, model_name, card, config, run.corpus, source, seed, run.listener)
         return dict(exporter.write(export, out))
 
     facts: StageResult = {} if config is None else {name: config}

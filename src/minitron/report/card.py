@@ -71,24 +71,36 @@ def make_card(records: RunRecords) -> ModelCard:
 
 
 def metadata(records: RunRecords) -> ModelCardData:
-    """The metadata that the hub reads.
+    """The metadata that the hub reads."""
+    recipe, family = records.recipe, records.evaluations["student"].family
+    return ModelCardData(
+        **described(recipe.model, recipe.revision, recipe.data.source, family),
+        model_name=card_model_name(records),
+        eval_results=_eval_results(records),
+    )
+
+
+def described(model: str, revision: str | None, source: str, family: str) -> dict[str, Any]:
+    """The metadata of a student that are no results.
 
     Of the hub's relations (adapter, finetune, merge, quantized) a finetune comes nearest: the parent's weights, trained
     further. The tags tell the rest. Without a relation, the hub takes a repository with GGUF files for a quantization.
     base_model must be a hub id, so a local teacher is named in the text only.
+
+    Args:
+        model: the parent, and its revision.
+        source: of the text.
     """
-    data_id, parent = hub_id(records.recipe.data.source), hub_id(records.recipe.model)
-    return ModelCardData(
-        base_model=parent,
-        base_model_relation="finetune" if parent else None,
-        datasets=[data_id] if data_id else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["minitron", "pruning", "distillation", records.evaluations["student"].family],
-        model_name=card_model_name(records),
-        eval_results=_eval_results(records),
-        **parent_licence(records),
-    )
+    data_id, parent = hub_id(source), hub_id(model)
+    return {
+        "base_model": parent,
+        "base_model_relation": "finetune" if parent else None,
+        "datasets": [data_id] if data_id else None,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["minitron", "pruning", "distillation", family],
+        **licence(parent_card(model, revision)),
+    }
 
 
 def card_model_name(records: RunRecords) -> str:
@@ -96,9 +108,8 @@ def card_model_name(records: RunRecords) -> str:
     return f"{teacher}-minitron-{short_count(records.evaluations['student'].parameters.total)}"
 
 
-def parent_card(records: RunRecords) -> Mapping[str, Any]:
+def parent_card(model: str, revision: str | None) -> Mapping[str, Any]:
     """The metadata of the parent's card, from a local directory or the cache of a hub model."""
-    model, revision = records.recipe.model, records.recipe.revision
     readme = Path(model).expanduser() / "README.md"
     if not readme.is_file():
         known = try_to_load_from_cache(model, "README.md", revision=revision) if hub_id(model) else None
@@ -111,9 +122,8 @@ def parent_card(records: RunRecords) -> Mapping[str, Any]:
         return {}
 
 
-def parent_licence(records: RunRecords) -> Mapping[str, Any]:
-    """license, license_name and license_link, as far as the parent's card states them."""
-    stated = parent_card(records)
+def licence(stated: Mapping[str, Any]) -> Mapping[str, Any]:
+    """license, license_name and license_link, as far as a card states them."""
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
 
 
@@ -310,7 +320,8 @@ def _sampling(records: RunRecords) -> str:
 
 def _licence_text(records: RunRecords) -> str:
     """The parent's licence, the models that the parent was made from, and the files with the terms."""
-    stated, before = parent_licence(records), parent_card(records).get("base_model")
+    parent = parent_card(records.recipe.model, records.recipe.revision)
+    stated, before = licence(parent), parent.get("base_model")
     text = "Licence: the parent's applies; this card does not state it because the run did not know it."
     if stated:
         text = (

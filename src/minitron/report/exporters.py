@@ -25,12 +25,14 @@ class Export:
     """A student to be written in another format.
 
     name: of the model, for the names of its files.
+    card: the metadata that its model card will have, but for the results.
     config: the exporter's section of the recipe; None without a section.
     source: of the text of the corpus.
     """
 
     student: Checkpoint
     name: str
+    card: Mapping[str, Any]
     config: Any
     corpus: Corpus
     source: str
@@ -82,7 +84,8 @@ def _write_gguf(export: Export, out: Path) -> Mapping[str, object]:
     heldout = torch.from_numpy(corpus.heldout.head(config.blocks).select(slice(None)))
     source = Path(export.source).name or export.source
     text = QuantizeText(tokens[:, :QUANTIZE_TOKENS], heldout[:, :QUANTIZE_TOKENS], source)
-    return write_ladder(export.student, config, out, text=text, name=export.name, listener=export.listener).to_dict()
+    name, card, listener = export.name, export.card, export.listener
+    return write_ladder(export.student, config, out, text=text, name=name, card=card, listener=listener).to_dict()
 
 
 def _gguf_cells(file: WrittenFile) -> list[str]:
