@@ -22,7 +22,9 @@ from minitron.pruning.plan import choose
 from minitron.pruning.repair.residual_basis import reading_moment
 from minitron.shapes.rank import (
     COSTS,
+    OF_FEW_LAYERS,
     OF_HALVING,
+    POWER,
     EliminationRound,
     distilled_steps,
     elimination_rounds,
@@ -148,9 +150,13 @@ def test_the_damage_is_what_the_dropped_units_wrote_and_what_the_dropped_channel
             index = plan.layers.index(layer)
             kept_ffn = plan.ffn[index] if student.ffn else ()
             lost["ffn"] += sum(written["ffn"][layer, unit].item() for unit in {*range(shape.ffn)} - {*kept_ffn})
-            dropped = {*range(shape.heads)} - {*plan.heads[index]}
-            lost["heads"] += sum(written["heads"][layer, head].item() for head in dropped)
-        expected = sum(COSTS[dim][dim not in repaired] * share for dim, share in lost.items())
+            for head in {*range(shape.heads)} - {*plan.heads[index]}:
+                dim = "heads" if head // shape.group in plan.kv_heads[index] else "kv_heads"
+                lost[dim] += written["heads"][layer, head].item()
+        # Whole groups are repaired with the heads.
+        cost = {dim: pair[dim.removeprefix("kv_") not in repaired] for dim, pair in COSTS.items()}
+        cost["layers"] *= 1 + OF_FEW_LAYERS / shape.layers
+        expected = sum(cost[dim] * share**POWER for dim, share in lost.items())
         factor = 1 + OF_HALVING * (5 + (8 if student.ffn == 9 else 0))  # 24 is 3 * 8, 9 is odd, 0 a multiple of 256
         assert damage(student) == pytest.approx(expected * factor, rel=1e-6, abs=1e-9)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
@@ -161,7 +167,8 @@ def test_sizes_in_multiples_of_256_count_as_no_more_damage(teacher: tuple[Checkp
     larger = replace(checkpoint.shape, hidden=512)
     wide = replace(statistics, sums={site: sums.repeat(1, 1, 1, 16) for site, sums in statistics.sums.items()})
     damage = predictor(wide, replace(scores, hidden=torch.ones(512, dtype=torch.float64)), larger)
-    plain = {hidden: damage(replace(larger, hidden=hidden)) / (1 - hidden / 512) for hidden in (256, 128, 64, 96)}
+    sizes = (256, 128, 64, 96)
+    plain = {hidden: damage(replace(larger, hidden=hidden)) / (1 - hidden / 512) ** POWER for hidden in sizes}
     assert plain[128] / plain[256] == pytest.approx(1 + OF_HALVING)
     assert plain[64] / plain[256] == pytest.approx(1 + 2 * OF_HALVING)
     assert plain[96] / plain[256] == pytest.approx(1 + 3 * OF_HALVING)
@@ -191,7 +198,7 @@ def test_of_a_repaired_cut_matrices_read_what_the_leading_directions_leave(
                 lost.append((outputs[0] / outputs[1]).item())
     reads = reading_moment(checkpoint, statistics)
     damage = predictor(statistics, scores, shape, repaired=("hidden",), reads=reads)
-    expected = COSTS["hidden"][0] * sum(lost) / len(lost) * (1 + 5 * OF_HALVING)
+    expected = COSTS["hidden"][0] * (sum(lost) / len(lost)) ** POWER * (1 + 5 * OF_HALVING)
     assert damage(replace(shape, hidden=24)) == pytest.approx(expected, rel=1e-4)
     assert damage(shape) == pytest.approx(0, abs=1e-9)
     with pytest.raises(PlanError, match="hold no second moment"):

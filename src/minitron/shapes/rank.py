@@ -21,10 +21,12 @@ from minitron.model.describe import K_BLOCK
 from minitron.pruning.importance import Scores
 from minitron.shapes.space import Candidate, Machine, SearchConfig
 
-# What a share of the residual stream's energy costs that is lost, in nats of KL to the teacher right after the cut: of
-# what dropped layers, heads and neurons write to the stream, and of what all matrices read from it (docs/log). The
-# first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
-COSTS = {"layers": (1.5, 3.0), "hidden": (12.0, 10.0), "ffn": (1.6, 3.0), "heads": (1.4, 2.0)}
+# What it costs to lose a share of the residual stream's energy, in nats of KL to the teacher right after the cut: of
+# what dropped layers, query heads, whole groups of heads and neurons write to the stream, and of what all matrices read
+# from it (docs/log). The first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
+COSTS = {"layers": (1.5, 4.0), "hidden": (18.0, 20.0), "ffn": (2.1, 4.0), "heads": (1.7, 2.7), "kv_heads": (3.1, 3.6)}
+POWER = 1.2  # of the share: what is dropped first is dispensable, and a second dim is cheaper than more of the first
+OF_FEW_LAYERS = 4  # layers cost 1 + OF_FEW_LAYERS / their number times as much: of few, each does what no other can
 # Sizes in multiples of K_BLOCK suit kernels and GGUF's blocks: each halving of the multiple counts as so much more
 # damage.
 OF_HALVING = 0.01
@@ -165,10 +167,10 @@ def predictor(
 ) -> Callable[[Shape], float]:
     """Make a function shape -> the damage of a cut to it, an estimate of the KL to the teacher right after the cut.
 
-    The damages of the dims add up. Of the layers that stay, it is what the dropped neurons and heads wrote to the
-    residual stream, as a share of its energy; of the others, what they wrote in all; of the stream, the share of the
-    matrices' inputs that is gone. Each share counts with its COSTS. Fits to measured cuts of four models give like
-    numbers (docs/log). Sizes that are no multiples of 256 count as a little more.
+    The damages of the dims add up. Of the layers that stay, it is what the dropped neurons, heads and groups of heads
+    wrote to the residual stream, as a share of its energy; of the others, what they wrote in all; of the stream, the
+    share of the matrices' inputs that is gone. Each share to the POWER counts with its COSTS, which fit measured cuts
+    of four models (docs/log). Sizes that are no multiples of 256 count as a little more.
 
     Args:
         repaired: the dims whose cut a repair makes up for: the neurons and heads that write least are dropped, else
@@ -184,7 +186,9 @@ def predictor(
             "the shape of the student is predicted from what units write to the residual stream, and the statistics "
             "lack that: they were collected by an older version; collect them again with `minitron calibrate`"
         )
-    cost = {dim: pair[dim not in repaired] for dim, pair in COSTS.items()}
+    with_heads = {"kv_heads"} if "heads" in repaired else set()
+    cost = {dim: pair[dim not in with_heads.union(repaired)] for dim, pair in COSTS.items()}
+    cost["layers"] *= 1 + OF_FEW_LAYERS / teacher.layers
     order = scores.layers.argsort(descending=True, stable=True)
     dropped = written["layers"][order].flip(0).cumsum(0).flip(0)
     lost_layers = [*dropped.tolist(), 0.0]  # by the number of layers that stay
@@ -199,24 +203,30 @@ def predictor(
         lost_stream = _lost(scores.hidden, read / 2)
 
     @cache
-    def lost_heads(kept: int, kv_kept: int) -> list[float]:  # by the number of layers that stay
+    def lost_heads(kept: int, kv_kept: int) -> tuple[list[float], list[float]]:
+        """What heads of the groups that stay wrote, and dropped groups, by the number of layers that stay."""
         group, groups = kept // kv_kept, (teacher.kv_heads, teacher.group)
         rank_of = written["heads"] if "heads" in repaired else scores.heads
         rank_of_kv = rank_of.unflatten(-1, groups).sum(-1) if "heads" in repaired else scores.kv_heads
+        by_group = written["heads"].unflatten(-1, groups)
         in_groups = rank_of.unflatten(-1, groups).argsort(dim=-1, descending=True, stable=True)[..., :group]
-        in_group = written["heads"].unflatten(-1, groups).gather(-1, in_groups).sum(-1)
+        of_heads = by_group.sum(-1) - by_group.gather(-1, in_groups).sum(-1)
         best = rank_of_kv.argsort(dim=-1, descending=True, stable=True)[:, :kv_kept]
-        lost = written["heads"].sum(-1) - in_group.gather(-1, best).sum(-1)
-        return [0.0, *lost[order].cumsum(0).tolist()]
+        of_groups = by_group.sum((-1, -2)) - by_group.sum(-1).gather(-1, best).sum(-1)
+        rows = of_heads.gather(-1, best).sum(-1), of_groups
+        heads, kv_heads = ([0.0, *row[order].cumsum(0).tolist()] for row in rows)
+        return heads, kv_heads
 
     def damage(shape: Shape) -> float:
+        of_heads, of_groups = lost_heads(shape.heads, shape.kv_heads)
         lost = {
             "layers": lost_layers[shape.layers],
             "hidden": lost_stream[shape.hidden].item(),
             "ffn": lost_ffn[shape.layers, shape.ffn].item(),
-            "heads": lost_heads(shape.heads, shape.kv_heads)[shape.layers],
+            "heads": of_heads[shape.layers],
+            "kv_heads": of_groups[shape.layers],
         }
-        return _handling(teacher, shape) * sum(cost[dim] * share for dim, share in lost.items())
+        return _handling(teacher, shape) * sum(cost[dim] * max(0.0, share) ** POWER for dim, share in lost.items())
 
     return damage
 
