@@ -177,7 +177,7 @@ def test_query_heads_and_kv_heads_shrink_by_one_where_a_group_and_its_number_are
 
 def test_sizes_shrink_in_the_largest_power_of_two_that_leaves_enough_steps() -> None:
     assert [default_multiple(size, FFN_STEPS) for size in (28672, 14336, 4864, 1536, 400)] == [256, 128, 64, 32, 16]
-    assert [default_multiple(size, HIDDEN_STEPS) for size in (8192, 4096, 896, 64)] == [256, 128, 32, 16]
+    assert [default_multiple(size, HIDDEN_STEPS) for size in (8192, 4096, 896, 256, 64)] == [256, 128, 32, 16, 4]
 
 
 def test_every_budget_holds_and_leaves_out_nothing_else() -> None:
@@ -241,7 +241,7 @@ IMPOSSIBLE: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "one budget too small": (
         "50%",
         {"max_kv_cache_bytes": 1000.0},
-        r"no shape fits the budgets, of 192 in the space: search.max_kv_cache_bytes \(kv_cache_bytes at most 1,000\) "
+        r"no shape fits the budgets, of 2,016 in the space: search.max_kv_cache_bytes \(kv_cache_bytes at most 1,000\) "
         r"leaves none by itself\. Nearest: layers=1 .* \(.*kv_cache_bytes 32,768\).* Raise a budget",
     ),
     "two that exclude each other": (
@@ -274,7 +274,7 @@ def test_an_empty_search_says_which_budget_binds_and_what_is_near(
 
 def test_a_budget_raised_to_what_the_nearest_shape_needs_admits_that_shape() -> None:
     with pytest.raises(PlanError) as error:
-        search(None, max_memory_bytes=20e3)
+        search(None, max_memory_bytes=10e3)
     nearest = re.search(r"Nearest: layers=(\d+) hidden=(\d+) ffn=(\d+) .*? \(weight_bytes ([\d,]+)\)", str(error.value))
     assert nearest
     (found,) = search(None, max_memory_bytes=float(nearest[4].replace(",", "")))

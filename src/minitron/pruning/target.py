@@ -136,6 +136,6 @@ def _lies_between(architecture: Architecture, larger: Shape, shape: Shape, small
 
 def default_multiple(size: int, steps: int) -> int:
     """The step in which a size shrinks: the largest power of two that leaves so many steps, from 32 (16 for sizes below
-    512) to 256, which suits kernels and GGUF's blocks."""
-    least = 32 if size >= 512 else 16
-    return next((step for step in (256, 128, 64, 32) if step >= least and steps * step <= size), least)
+    512, 4 below 256) to 256, which suits kernels and GGUF's blocks."""
+    least = 32 if size >= 512 else 16 if size >= 256 else 4
+    return next((step for step in (256, 128, 64, 32, 16, 8) if step >= least and steps * step <= size), least)
