@@ -48,6 +48,7 @@ from lib.distillations import (
     of_target,
     opened,
     published,
+    share_of,
     to_do,
     token_counts,
 )
@@ -83,27 +84,17 @@ class Lab:
     def pruner(self) -> Pruner:
         return self.bench.pruner()
 
-    @cached_property
-    def shapes(self) -> dict[str, str]:
-        """Target -> the shape that it gives, as far as they are known."""
-        return dict(row["shape"] for row in self.bench.rows if row["key"].get("shape_of"))
-
     def shape(self, target: str, start: str) -> Shape:
         teacher = self.bench.teacher
         if start == "block_influence":
-            share = _share(target)
+            share = share_of(target)
             fewer = [with_sizes(teacher.shape, layers=layers) for layers in range(1, teacher.shape.layers)]
-            return min(fewer, key=lambda shape: abs(self.share(shape) - share))
+            return min(fewer, key=lambda shape: abs(self.bench.share(shape) - share))
         key = {"shape_of": target}
         if not self.bench.has(key):
             self.bench.record({"key": key, "shape": as_text(of_target(self.pruner, target), teacher.shape)})
         text = next(row["shape"] for row in self.bench.rows if row["key"] == key)
-        sizes = dict(pair.split("=") for pair in text.split())
-        return with_sizes(teacher.shape, **{dim: int(size) for dim, size in sizes.items()})
-
-    def share(self, shape: Shape) -> float:
-        teacher = self.bench.teacher
-        return teacher.architecture.count(shape, teacher.config).non_embedding / teacher.parameters.non_embedding
+        return self.bench.from_text(text)
 
     def path(self, **key: Any) -> Path:
         name = "_".join(str(value).strip("%") for value in key.values())
@@ -186,7 +177,7 @@ class Lab:
     def sliced(self, target: str, tokens: int, schedule: Schedule) -> dict[str, float]:
         """The teacher sliced to the target's parameters and trained, measured in memory."""
         bench, samples = self.bench, self.pruner.scoring.calibration
-        size = slicegpt.size_of_target(bench.model.config, _share(target))
+        size = slicegpt.size_of_target(bench.model.config, share_of(target))
         model, parameters = slicegpt.sliced(bench.model, samples.tokens, size)
         started = time.monotonic()
         if tokens:
@@ -228,10 +219,6 @@ class Lab:
                             "loss": found.lm_loss,
                         }
                     )
-
-
-def _share(target: str) -> float:
-    return float(target.rstrip("%")) / 100
 
 
 def run_key(target: str, start: str, tokens: int, rate: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -322,7 +309,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _row(lab: Lab, row: dict[str, Any]) -> list[str]:
     key = row["key"]
     shape = lab.shape(key["target"], key["start"])
-    cells = [as_text(shape, lab.bench.teacher.shape), f"{lab.share(shape):.1%}"]
+    cells = [as_text(shape, lab.bench.teacher.shape), f"{lab.bench.share(shape):.1%}"]
     if key["start"] == "slicegpt":
         share = row["parameters"] / lab.bench.teacher.parameters.non_embedding
         cells = [f"hidden={row['hidden']}", f"{share:.1%}"]

@@ -22,12 +22,13 @@ from lib.distillations import (
     of_target,
     opened,
     published,
+    share_of,
     to_do,
     token_counts,
 )
 from lib.measure import header, kendall_tau, table
 
-from minitron.model.architecture import Shape, with_sizes
+from minitron.model.architecture import Shape
 from minitron.pruning.steps import Pruner
 from minitron.shapes.trial import damage_of
 
@@ -42,12 +43,10 @@ class Lab:
     pruner: Pruner
 
     def shape(self, text: str) -> Shape:
-        return with_sizes(self.bench.teacher.shape, **{dim: int(size) for dim, size in _pairs(text)})
+        return self.bench.from_text(text)
 
     def share(self, text: str) -> float:
-        teacher = self.bench.teacher
-        count = teacher.architecture.count(self.shape(text), teacher.config)
-        return count.non_embedding / teacher.parameters.non_embedding
+        return self.bench.share(self.shape(text))
 
     def run(self, text: str, tokens: int) -> None:
         """Cut and distil a student, unless the cache has it."""
@@ -143,7 +142,7 @@ def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[in
 def _beside(lab: Lab, target: str, shape: str, found: Mapping[str, float]) -> str:
     if shape not in found:
         return ""
-    share = float(target.rstrip("%")) / 100
+    share = share_of(target)
     near = {each: kl for each, kl in found.items() if abs(lab.share(each) / share - 1) <= NEAR}
     best = min(near, key=lambda each: near[each])
     return f"{found[shape]:.3f}, {near[best]:.3f} ({best}, of {len(near)}), {found[shape] / near[best] - 1:.1%}"
@@ -151,10 +150,6 @@ def _beside(lab: Lab, target: str, shape: str, found: Mapping[str, float]) -> st
 
 def _after(tokens: int) -> str:
     return f"after {tokens / 1e6:g}M tokens" if tokens else "after the cut"
-
-
-def _pairs(text: str) -> list[list[str]]:
-    return [pair.split("=") for pair in text.split()]
 
 
 if __name__ == "__main__":

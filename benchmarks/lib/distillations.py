@@ -32,7 +32,7 @@ from minitron.distillation.teachers import TeacherSource
 from minitron.distillation.train import Training, blocks_read, distill
 from minitron.evaluation.quality import measure_quality
 from minitron.gguf.source import model_directory
-from minitron.model.architecture import PRUNABLE, Shape
+from minitron.model.architecture import PRUNABLE, Shape, with_sizes
 from minitron.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
@@ -151,6 +151,11 @@ def as_text(shape: Shape, teacher: Shape) -> str:
     return " ".join(f"{dim}={getattr(shape, dim)}" for dim in cut)
 
 
+def share_of(target: str) -> float:
+    """50% -> 0.5"""
+    return float(target.rstrip("%")) / 100
+
+
 class Bench:
     """A teacher, its text, and the runs that were made with them."""
 
@@ -182,6 +187,16 @@ class Bench:
         fewer = replace(shape, layers=shape.layers - max(1, shape.layers // 5))
         share = 50 * table.count(shape, config).non_embedding / table.count(fewer, config).non_embedding
         return even_width(self.teacher, f"{share}%", fewer)
+
+    def from_text(self, text: str) -> Shape:
+        """The shape that `as_text` wrote."""
+        pairs = (pair.split("=") for pair in text.split())
+        return with_sizes(self.teacher.shape, **{dim: int(size) for dim, size in pairs})
+
+    def share(self, shape: Shape) -> float:
+        """The share of the teacher's non-embedding parameters that a shape has."""
+        count = self.teacher.architecture.count(shape, self.teacher.config)
+        return count.non_embedding / self.teacher.parameters.non_embedding
 
     def run(self, shape: str, start: str, tokens: int, rate: float, seed: int, **changes: Any) -> None:
         """One student, unless the cache has it.

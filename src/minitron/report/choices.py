@@ -57,7 +57,7 @@ def shape_sentence(records: RunRecords) -> str:
     else:
         text = f"The recipe gives the sizes: {changes}."
     teacher, student = (Shape(**vars(records.evaluations[name].shape)) for name in ("teacher", "student"))
-    if beyond := sizes_beyond_blocks(teacher, student):
+    if "gguf" in records.exports and (beyond := sizes_beyond_blocks(teacher, student)):
         rows = " and ".join(f"{count(row)} ({dim})" for dim, row in beyond.items())
         text += f" Rows of {rows} make no whole blocks of {K_BLOCK}: in GGUF files of K types they get larger types."
     return html.paragraph(text)
