@@ -18,7 +18,8 @@ runs are distilled by the default settings, and all but `block_influence` have t
 - block_influence: the layers of least block influence are dropped until the parameters are nearest to the target's, and
   no repair is made.
 
---tasks names a directory of local rows: teacher, cuts and students of `default` are measured on all of its tasks.
+--tasks names a directory of local rows, of the tasks in CHANCE: teacher, cuts and students of `default` are measured on
+all of them.
 --types names GGUF types: teacher, cuts and students of `default` are written in each, and measured in llama.cpp against
 the teacher. Runs and students are kept in the cache, and the runs beside the result file, so the same command goes on
 where it was stopped, and several can share one cache (--part 0/2, --part 1/2).
@@ -29,7 +30,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -69,6 +70,8 @@ from minitron.pruning.plan import choose
 from minitron.pruning.steps import Pruner
 
 TAYLOR_BLOCKS = 10  # as many samples as LLM-Pruner takes
+CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "lambada_openai": 0.0, "piqa": 0.5, "winogrande": 0.5}
+CLEARLY = 2  # standard errors above chance
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
 CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "slicegpt": PLAIN, "random": {"initialize": "random"}}
@@ -155,12 +158,8 @@ class Lab:
             return
         if tokens == 0 and start == "random":
             return
-        settings = {"tokens": tokens or BLOCK_TOKENS, "seed": seed, **CHANGES.get(start, {})}
-        schedule = bench.schedule(
-            self.shape(target, start), settings, repaired=start in ("default", "refit"), rate=rate
-        )
         if start == "slicegpt":
-            bench.record({"key": key, **self.sliced(target, tokens, schedule)})
+            bench.record({"key": key, **self.sliced(target, tokens, rate, seed)})
             return
         pruned = self.pruned(target, "default" if start == "random" else start)
         if tokens == 0:
@@ -168,19 +167,25 @@ class Lab:
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
             out = Path(directory) / "student"
             out.mkdir()
-            row = bench.distilled(pruned, schedule, out)
+            row = bench.distilled(pruned, self.schedule(target, start, tokens, rate, seed), out)
             kept = self.path(**key)
             shutil.rmtree(kept, ignore_errors=True)
             out.rename(kept)
         bench.record({"key": key, "threads": torch.get_num_threads(), **row})
 
-    def sliced(self, target: str, tokens: int, schedule: Schedule) -> dict[str, float]:
+    def schedule(self, target: str, start: str, tokens: int, rate: float, seed: int) -> Schedule:
+        settings = {"tokens": tokens, "seed": seed, **CHANGES.get(start, {})}
+        repaired = start in ("default", "refit")
+        return self.bench.schedule(self.shape(target, start), settings, repaired=repaired, rate=rate)
+
+    def sliced(self, target: str, tokens: int, rate: float, seed: int) -> dict[str, float]:
         """The teacher sliced to the target's parameters and trained, measured in memory."""
         bench, samples = self.bench, self.pruner.scoring.calibration
         size = slicegpt.size_of_target(bench.model.config, share_of(target))
         model, parameters = slicegpt.sliced(bench.model, samples.tokens, size)
         started = time.monotonic()
         if tokens:
+            schedule = self.schedule(target, "slicegpt", tokens, rate, seed)
             slicegpt.train(model, load_model(bench.teacher.path), bench.corpus.train, schedule)
         seconds = time.monotonic() - started
         row = {**bench.measured(model), "hidden": size, "parameters": parameters}
@@ -196,6 +201,17 @@ class Lab:
                 path = self.path(**key) if key["tokens"] else self.path(target=key["target"], start="default")
                 if path.exists():
                     yield f"{key['target']}, {_after(key['tokens'])}", path
+
+    def examined(self, directory: Path) -> None:
+        """Measure each model in each task of a directory of local rows."""
+        plan = plan_tasks([], directory, TaskOptions())
+        for name, path in self.models():
+            keys = [{"task": one.task, "of": name} for one in plan.benchmarks]
+            missing = tuple(one for key, one in zip(keys, plan.benchmarks, strict=True) if not self.bench.has(key))
+            if missing:
+                found = measure_tasks({name: path}, replace(plan, benchmarks=missing))[name]
+                for task, result in found.items():
+                    self.bench.record({"key": {"task": task, "of": name}, "result": result.to_dict()})
 
     def quantized(self, types: str, args: argparse.Namespace) -> None:
         """Write each model in each type, and keep its bytes and its KL to the teacher."""
@@ -244,19 +260,14 @@ def main() -> None:
         lab.run(target, start, tokens, rate, seed)
     if args.types and not args.only_table:
         lab.quantized(args.types, args)
-    results = measured_tasks(lab, args.tasks) if args.tasks else {}
-    published(lab.bench, report(lab, args.name, results), args)
+    if args.tasks and not args.only_table:
+        lab.examined(args.tasks)
+    published(lab.bench, report(lab, args.name), args)
     if args.plot:
         plot(lab, args.plot)
 
 
-def measured_tasks(lab: Lab, directory: Path) -> dict[str, dict[str, TaskResult]]:
-    """The result of each model in each task; those that the cache has are not measured again."""
-    plan = plan_tasks([], directory, TaskOptions())
-    return measure_tasks(dict(lab.models()), plan, cache=lab.bench.cache / "tasks")
-
-
-def report(lab: Lab, name: str, results: Mapping[str, Mapping[str, TaskResult]]) -> str:
+def report(lab: Lab, name: str) -> str:
     teacher = lab.bench.teacher
     lines = [
         header(f"Recovery after a cut: {name}"),
@@ -273,8 +284,14 @@ def report(lab: Lab, name: str, results: Mapping[str, Mapping[str, TaskResult]])
         ),
         "",
     ]
-    if results:
-        lines += ["Benchmarks of `default`: the value, and its standard error over items.", "", _tasks(results), ""]
+    if results := [row for row in lab.bench.rows if "task" in row["key"]]:
+        lines += [
+            f"Benchmarks of `default`: the value and its standard error over items. The mean is of those on which the "
+            f"teacher is at least {CLEARLY} standard errors above chance.",
+            "",
+            _tasks(results),
+            "",
+        ]
     if files := [row for row in lab.bench.rows if "file" in row["key"]]:
         lines += [
             "Files for llama.cpp, with an importance matrix of calibration text: KL to the unquantized teacher.",
@@ -327,15 +344,22 @@ def _row(lab: Lab, row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tasks(results: Mapping[str, Mapping[str, TaskResult]]) -> str:
-    tasks = list(next(iter(results.values())))
-    rows = []
+def _tasks(rows: list[dict[str, Any]]) -> str:
+    results: dict[str, dict[str, TaskResult]] = {}
+    for row in rows:
+        result = TaskResult.model_validate(row["result"])
+        results.setdefault(row["key"]["of"], {})[row["key"]["task"]] = result
+    teacher = results["teacher"]
+    clear = [task for task, one in teacher.items() if one.value > CHANCE[task] + CLEARLY * (one.stderr or 0)]
+    lines = []
     for model, found in results.items():
-        values = [found[task] for task in tasks]
-        cells = [f"{one.value:.3f} ± {one.stderr:.3f}" if one.stderr else f"{one.value:.3f}" for one in values]
-        rows.append([model, *cells, f"{statistics.fmean(one.value for one in values):.3f}"])
-    heads = [f"{found.title}, {found.metric}, {found.n} items" for found in next(iter(results.values())).values()]
-    return table(["model", *heads, "mean"], rows)
+        cells = [
+            f"{found[task].value:.3f} ± {found[task].stderr or 0:.3f}" if task in found else "" for task in teacher
+        ]
+        whole = found.keys() >= set(clear) and clear
+        lines.append([model, *cells, f"{statistics.fmean(found[task].value for task in clear):.3f}" if whole else ""])
+    heads = [f"{one.title}, {one.metric}, {one.n} items, chance {CHANCE[task]:g}" for task, one in teacher.items()]
+    return table(["model", *heads, f"mean of {len(clear)}"], lines)
 
 
 def plot(lab: Lab, out: Path) -> None:

@@ -48,23 +48,25 @@ class Lab:
     def share(self, text: str) -> float:
         return self.bench.share(self.shape(text))
 
-    def run(self, text: str, tokens: int) -> None:
-        """Cut and distil a student, unless the cache has it."""
-        bench, key = self.bench, {"shape": text, "tokens": tokens}
-        if bench.has(key):
+    def run(self, text: str, budgets: Sequence[int]) -> None:
+        """Cut a student, and distil it on each number of tokens, unless the cache has that."""
+        bench, shape = self.bench, self.shape(text)
+        missing = [tokens for tokens in budgets if not bench.has({"shape": text, "tokens": tokens})]
+        if not missing:
             return
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
-            pruned, student = (Path(directory) / name for name in ("pruned", "student"))
-            for path in (pruned, student):
-                path.mkdir()
-            self.pruner.make(self.shape(text), pruned)
-            row = {"key": {"shape": text, "tokens": 0}, **bench.measure(pruned)}
-            if not bench.has(row["key"]):
-                bench.record(row)
-            if tokens:
-                repaired = bool(self.pruner.repairs)
-                schedule = bench.schedule(self.shape(text), {"tokens": tokens}, repaired=repaired)
-                bench.record({"key": key, **bench.distilled(pruned, schedule, student)})
+            pruned = Path(directory) / "pruned"
+            pruned.mkdir()
+            self.pruner.make(shape, pruned)
+            for tokens in missing:
+                key = {"key": {"shape": text, "tokens": tokens}}
+                if tokens == 0:
+                    bench.record({**key, **bench.measure(pruned)})
+                    continue
+                schedule = bench.schedule(shape, {"tokens": tokens}, repaired=bool(self.pruner.repairs))
+                student = Path(directory) / f"student-{tokens}"
+                student.mkdir()
+                bench.record({**key, **bench.distilled(pruned, schedule, student)})
 
     def kl(self, tokens: int) -> dict[str, float]:
         """The KL by shape after that many tokens."""
@@ -84,8 +86,7 @@ def main() -> None:
     }
     budgets = token_counts(args.tokens)
     for shape in to_do(args, dict.fromkeys([*targets.values(), *args.shapes])):
-        for tokens in budgets:
-            lab.run(shape, tokens)
+        lab.run(shape, budgets)
     published(lab.bench, report(lab, args.name, targets, budgets), args)
 
 

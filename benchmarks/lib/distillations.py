@@ -173,7 +173,11 @@ class Bench:
         self.teacher = open_checkpoint(model_directory(str(model)))
         self.cache, self.runs = cache, cache / RUNS
         self.corpus = _corpus(self.teacher, data, heldout, cache / "data")
-        self.rows = [json.loads(line) for line in self.runs.read_text().splitlines()] if self.runs.exists() else []
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The runs so far, those of other processes too."""
+        return [json.loads(line) for line in self.runs.read_text().splitlines()] if self.runs.exists() else []
 
     def shape(self, kind: str) -> Shape:
         """About half of the non-embedding parameters: less width, fewer layers, or some of both; `width 30%` is that
@@ -286,7 +290,6 @@ class Bench:
         """Keep a run, whose `key` says what it was."""
         with self.runs.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
     def source(self, schedule: Schedule, work: Path) -> tuple[TeacherSource, dict[str, float]]:

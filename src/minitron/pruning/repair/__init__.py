@@ -176,8 +176,8 @@ BEST: tuple[Step, ...] = tuple(step for step, repair in REPAIRS.items() if repai
 
 class RepairConfig(Section):
     steps: list[Step] | None = None
-    """Steps that make up for what the cut removes, in any order. Default: `basis` where the family allows it, `ffn_obs`
-    and `heads_obs`. An empty list is the plain cut of the papers."""
+    """Steps that make up for what the cut removes, in any order. Default: `ffn_obs` and `heads_obs`, and where the
+    family allows them `basis` and `layers_least_squares`. An empty list is the plain cut of the papers."""
 
 
 def replaces_channels(steps: Collection[Step] | None) -> bool:
