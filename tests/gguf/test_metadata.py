@@ -10,6 +10,7 @@ import tiny
 from gguf import GGMLQuantizationType as BlockType
 
 from minitron.gguf.file import describe_gguf, plain_types, write_gguf
+from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
 
@@ -120,6 +121,30 @@ def test_a_card_and_a_recommended_sampling_are_said_as_the_package_says_them(tmp
     assert (said["sampling.top_k"], said["sampling.min_p"]) == (20, 0)
     (path / "README.md").write_text(CARD)
     assert written(path) == ours
+
+
+def test_licence_origin_and_sampling_of_a_file_are_those_of_a_file_made_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+    path = tiny.checkpoint("llama-tied", tmp_path / "model")
+    (path / "README.md").write_text(CARD)
+    (path / "generation_config.json").write_text(json.dumps(SAMPLING))
+    first = written(path)
+    directory = model_directory(str(tmp_path / "written.gguf"))
+    second = written(directory)
+    last = json.loads((directory / "generation_config.json").read_text())
+    assert (last["temperature"], last["top_k"], last["top_p"], last["min_p"]) == (0.6, 20, 0.95, 0)
+    travel = ("license", "languages", "tags", "base_model", "sampling")
+    assert {key for key in first if key.split(".")[1] in travel} == {
+        *(f"general.license{part}" for part in ("", ".name", ".link")),
+        *("general.languages", "general.tags", "general.base_model.count"),
+        *(f"general.base_model.0.{part}" for part in ("name", "organization", "repo_url")),
+        *(f"general.sampling.{part}" for part in ("temp", "top_k", "top_p", "min_p")),
+    }
+    for key in first:
+        if key.split(".")[1] in travel:
+            assert second[key] == first[key], key
 
 
 @pytest.mark.parametrize(

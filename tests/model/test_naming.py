@@ -26,6 +26,14 @@ HASH = "0123456789abcdef0123456789abcdef01234567"
         ("/data/--out", "out"),
         ("/data/a:b*c?d", "a-b-c-d"),
         ("/", "model"),
+        ("tiny.gguf", "tiny"),
+        ("tiny.Q4_1.gguf", "tiny"),
+        ("gemma-3-270m-q4_k_m.gguf", "gemma-3-270m"),
+        ("Tiny-8B-IQ2_XXS-00001-of-00002.gguf", "Tiny-8B"),
+        ("Tiny-BF16.gguf", "Tiny"),
+        ("Tiny-3Q.gguf", "Tiny-3Q"),
+        ("Q8_0.gguf", "Q8_0"),
+        ("tiny.Q4_1", "tiny.Q4_1"),
     ],
 )
 def test_a_name_is_the_last_part_that_names_the_model(model: str, name: str) -> None:

@@ -3,9 +3,13 @@ from pathlib import Path
 
 import example_run
 import pytest
+import tiny
 import yaml
+from gguf import GGMLQuantizationType
 from huggingface_hub import ModelCard, constants
 
+from minitron.gguf.file import describe_gguf, plain_types, write_gguf
+from minitron.model.checkpoint import open_checkpoint
 from minitron.report.card import write_card
 from minitron.report.records import read_run, result_table
 from minitron.report.tables import result_cells
@@ -57,6 +61,18 @@ def test_licence_is_the_parents_where_its_card_states_one(tmp_path: Path) -> Non
     card = card_of(example_run.write(tmp_path / "run", teacher=str(teacher)))
     assert (card.data.license, card.data.license_name) == ("other", "house-licence")
     assert "house-licence" in card.text
+
+
+def test_licence_of_a_gguf_file_is_the_one_that_it_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+    parent, file = tiny.checkpoint("llama-tied", tmp_path / "parent"), tmp_path / "parent.gguf"
+    (parent / "README.md").write_text("---\nlicense: gemma\n---\n")
+    model = describe_gguf(open_checkpoint(parent))
+    write_gguf(model, file, plain_types(model, GGMLQuantizationType.F32), keys={})
+    run = example_run.write(tmp_path / "run", teacher=str(file))
+    assert card_of(run).data.license == "gemma"
+    file.unlink()
+    assert "license" not in card_of(run).data.to_dict()
 
 
 def test_the_chain_of_licences_goes_back_to_the_parents_parent(tmp_path: Path) -> None:

@@ -23,6 +23,16 @@ _SAMPLING: dict[str, tuple[str, tuple[type, ...]]] = {
     "sampling_temp": ("temperature", (int, float)),
     "sampling_penalty_repeat": ("repetition_penalty", (int, float)),
 }
+# Key of a GGUF file -> key of a model card.
+_OF_CARD = {
+    gguf.Keys.General.LICENSE: "license",
+    gguf.Keys.General.LICENSE_NAME: "license_name",
+    gguf.Keys.General.LICENSE_LINK: "license_link",
+    gguf.Keys.General.LANGUAGES: "language",
+    gguf.Keys.General.TAGS: "tags",
+}
+_HUB = "https://huggingface.co/"
+_MOST_BASES = 64  # that are read of a file
 _MOST = 1 << 31  # which a file's numbers of 32 bits are below
 # Fields of Metadata that are lists; a model card may state several licences.
 _LISTS = ("base_models", "datasets", "tags", "languages", "license")
@@ -64,6 +74,27 @@ def read_card(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         note = f"the metadata of the model card {path / CARD} cannot be read: a file says nothing of licence and origin"
         return {}, [note]
+
+
+def card_of(said: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    """The metadata of a model card that a file's keys state: licence, languages, tags and base models on the hub."""
+    found = {name: said[key] for key, name in _OF_CARD.items() if key in said}
+    count = said.get(gguf.Keys.General.BASE_MODEL_COUNT)
+    urls = [said.get(gguf.Keys.General.BASE_MODEL_REPO_URL.format(id=number)) for number in range(_count(count))]
+    if names := [url.removeprefix(_HUB) for url in urls if isinstance(url, str) and url.startswith(_HUB)]:
+        found["base_model"] = names
+    return _texts(found)
+
+
+def sampling_of(said: Mapping[str, Any]) -> dict[str, int | float]:
+    """The settings of generation_config.json that a file recommends; those with a fraction have 7 digits there."""
+    keys = {getattr(gguf.Keys.General, field.upper()): one for field, one in _SAMPLING.items()}
+    found = {name: said[key] for key, (name, kinds) in keys.items() if type(said.get(key)) in kinds}
+    return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()}
+
+
+def _count(value: Any) -> int:
+    return min(value, _MOST_BASES) if type(value) is int else 0
 
 
 def _texts(card: Mapping[str, Any]) -> dict[str, str | list[str]]:

@@ -1,7 +1,8 @@
 """A GGUF file given as a model: the directory that is made of it once, and is then read like any model directory.
 
-It holds a config.json, the tokenizer and a table of tensors, and no weights: these are read from the GGUF file, and
-dequantized as they are read. It lies in the user's cache, or in the directory that MINITRON_CACHE names.
+It holds a config.json, the tokenizer, the licence and origin that the file states as a model card, and a table of
+tensors. It holds no weights: these are read from the GGUF file, and dequantized as they are read. It lies in the user's
+cache, or in the directory that MINITRON_CACHE names.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from minitron.core.errors import GgufError, MinitronError, RunError
 from minitron.core.files import readable_os_errors, scratch_directory
@@ -26,7 +29,7 @@ from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import GENERATION
 
 CACHE_VARIABLE = "MINITRON_CACHE"
-_LAYOUT = 1  # of the directories: those of another number are made again
+_LAYOUT = 2  # of the directories: those of another number are made again
 _HEADER_BYTES = 1 << 20  # of each file, in the name of its directory
 _NO_VOCABULARY = ("no_vocab", "none")
 _SEVERAL = 5  # tensors named in an error
@@ -88,6 +91,7 @@ def _make(model: GgufFile, out: Path) -> None:
     Raises: GgufError for whatever any reader would refuse.
     """
     from minitron.gguf.file_config import config_of_file
+    from minitron.gguf.metadata import CARD, card_of
     from minitron.gguf.tokenizer import file_tokenizer
 
     out.mkdir()
@@ -97,6 +101,8 @@ def _make(model: GgufFile, out: Path) -> None:
         _write(out / CONFIG, config | {"architectures": [_class_of(architecture)], "dtype": table.dtype})
         _write(out / GGUF_TABLE, table.model_dump())
         _write(out / GENERATION, _generation(model.said))
+        if card := card_of(model.said):
+            (out / CARD).write_text(f"---\n{yaml.safe_dump(card, allow_unicode=True)}---\n", encoding="utf-8")
         has_vocabulary = model.said.get("tokenizer.ggml.model", "no_vocab") not in _NO_VOCABULARY
         if has_vocabulary:
             file_tokenizer(model.path, model.said).save_pretrained(out)
@@ -119,10 +125,16 @@ def _class_of(architecture: Architecture) -> str:
 
 
 def _generation(said: Mapping[str, Any]) -> Json:
-    """The tokens that end a text: EOS, and the end of a turn in a chat."""
+    """The tokens that end a text, EOS and the end of a turn in a chat, and the settings of sampling."""
+    from minitron.gguf.metadata import sampling_of
+
     ends = [said[key] for role in ("eos", "eot") if (key := f"tokenizer.ggml.{role}_token_id") in said]
     first = said.get("tokenizer.ggml.bos_token_id")
-    return ({"bos_token_id": first} if first is not None else {}) | {"eos_token_id": list(dict.fromkeys(ends)) or None}
+    return (
+        ({"bos_token_id": first} if first is not None else {})
+        | {"eos_token_id": list(dict.fromkeys(ends)) or None}
+        | sampling_of(said)
+    )
 
 
 def _table(model: GgufFile, architecture: Architecture, config: Json) -> GgufTable:

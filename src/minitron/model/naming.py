@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 160  # of a name, so that it is still a file name with a suffix
+# The end of a GGUF file's name: its type and the number of its part.
+_OF_FILE = re.compile(r"([-._](I?Q\d\w*|TQ\d_\d|MXFP4\w*|BF16|F16|F32))?(-\d{5}-of-\d{5})?$", re.IGNORECASE)
 RUN_MODELS = ("student", "pruned", "scratch", "corrected")  # directories of a run that hold a model
 
 
@@ -14,8 +16,8 @@ def model_name(model: str | Path) -> str:
     """The name of a directory or hub id, with letters, digits, dots, hyphens and underscores only.
 
     The name of a hub id, or of a snapshot in the hub's cache, is its last part. The name of a run's student consists of
-    the teacher's name and the target; the run's other models add the name of their directory. A GGUF file's is
-    without the suffix.
+    the teacher's name and the target; the run's other models add the name of their directory. A GGUF file's is without
+    the suffix, the number of the part and the type, as files of a student have types of their own.
     """
     path = Path(os.path.abspath(Path(model).expanduser()))  # not resolved: a link keeps its name
     cached = path.parent.parent.name
@@ -26,7 +28,8 @@ def model_name(model: str | Path) -> str:
         own = source if Path(source).name not in ("", "..") else path.parent
         name = model_name(own) if path.name == "corrected" else run_name(own, target)
         return name if path.name == "student" else f"{name}-{path.name}"
-    return _clean(path.name.removesuffix(".gguf"))
+    whole = path.name.removesuffix(".gguf")
+    return _clean(whole if whole == path.name else _OF_FILE.sub("", whole) or whole)
 
 
 def run_name(model: str | Path, target: str | None) -> str:

@@ -8,10 +8,13 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
+from minitron.core.errors import GgufError
 from minitron.core.files import write_text
 from minitron.core.run_layout import RunLayout
 from minitron.core.text import count, duration, nats, share, short_count, shown
 from minitron.data.sources import BUILTIN, TEACHER
+from minitron.gguf.reader import is_gguf
+from minitron.gguf.source import model_directory
 from minitron.report.published import DATASETS
 from minitron.report.records import (
     BenchmarkRow,
@@ -109,8 +112,15 @@ def card_model_name(records: RunRecords) -> str:
 
 
 def parent_card(model: str, revision: str | None) -> Mapping[str, Any]:
-    """The metadata of the parent's card, from a local directory or the cache of a hub model."""
-    readme = Path(model).expanduser() / "README.md"
+    """The metadata of the parent's card, from a local directory, a GGUF file or the cache of a hub model.
+
+    Empty where the parent states none, or is not there any more.
+    """
+    try:
+        directory = model_directory(model) if is_gguf(model) else Path(model).expanduser()
+    except GgufError:
+        return {}
+    readme = directory / "README.md"
     if not readme.is_file():
         known = try_to_load_from_cache(model, "README.md", revision=revision) if hub_id(model) else None
         if not isinstance(known, str):
