@@ -20,9 +20,10 @@ runs are distilled by the default settings, and all but `block_influence` have t
 
 --tasks names a directory of local rows, of the tasks in CHANCE: teacher, cuts and students of `default` are measured on
 all of them.
---types names GGUF types: teacher, cuts and students of `default` are written in each, and measured in llama.cpp against
-the teacher. Runs and students are kept in the cache, and the runs beside the result file, so the same command goes on
-where it was stopped, and several can share one cache (--part 0/2, --part 1/2).
+--types names GGUF types: the teacher and each target's student of most tokens are written in each, and measured in
+llama.cpp against the teacher. --speed names one in which the speeds of the shapes are measured beside the teacher's.
+Runs and students are kept in the cache, and the runs beside the result file, so the same command goes on where it was
+stopped, and several can share one cache (--part 0/2, --part 1/2).
 """
 
 import argparse
@@ -57,8 +58,11 @@ from lib.measure import header, table
 from torch.nn.functional import cross_entropy
 
 from minitron import api
+from minitron.core.text import rate as per_second
+from minitron.core.text import with_range
 from minitron.data.config import DataConfig
 from minitron.distillation.schedule import Schedule
+from minitron.evaluation.engines import SpeedOptions, measure_speed
 from minitron.evaluation.layouts import TaskResult
 from minitron.evaluation.tasks.measure import TaskOptions, measure_tasks, plan_tasks
 from minitron.gguf.config import QuantizeConfig
@@ -71,7 +75,9 @@ from minitron.pruning.steps import Pruner
 
 TAYLOR_BLOCKS = 10  # as many samples as LLM-Pruner takes
 CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "lambada_openai": 0.0, "piqa": 0.5, "winogrande": 0.5}
+SPEED_ROUNDS, SPEED_CONTEXT = 5, 256
 CLEARLY = 2  # standard errors above chance
+OF_TEACHER = {"model": "teacher"}
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
 CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "slicegpt": PLAIN, "random": {"initialize": "random"}}
@@ -192,9 +198,9 @@ class Lab:
         return row | ({"seconds": seconds, "threads": torch.get_num_threads()} if tokens else {})
 
     def models(self) -> Iterator[tuple[str, Path]]:
-        """The teacher, and the cuts and students of `default` at the usual rate, with a name each."""
+        """The teacher, and cuts and students of `default` at the usual rate, fewest tokens first, with a name each."""
         yield "teacher", self.bench.teacher.path
-        for row in self.bench.rows:
+        for row in sorted(_runs(self), key=_order):
             key = row["key"]
             usual = key.get("start") == "default" and (key["rate"], key["seed"]) == (1.0, 0)
             if usual:
@@ -213,10 +219,25 @@ class Lab:
                 for task, result in found.items():
                     self.bench.record({"key": {"task": task, "of": name}, "result": result.to_dict()})
 
+    def timed(self, kind: str, target: str) -> None:
+        """Measure the speed of a target's shape beside the teacher's in llama.cpp, in files of a type."""
+        key = {"speed_of": target, "type": kind}
+        if self.bench.has(key):
+            return
+        with tempfile.TemporaryDirectory(dir=self.bench.cache) as directory:
+            files = []
+            for model in (self.pruned(target, "default"), self.bench.teacher.path):
+                out = Path(directory) / model.name
+                api.quantize(str(model), QuantizeConfig(types=[kind], verify=False), out=out)
+                files.extend(map(str, out.glob("*.gguf")))
+            result = measure_speed(*files, SpeedOptions(batches=[1], contexts=[SPEED_CONTEXT], rounds=SPEED_ROUNDS))
+        self.bench.record({"key": key, "result": result.to_dict()})
+
     def quantized(self, types: str, args: argparse.Namespace) -> None:
-        """Write each model in each type, and keep its bytes and its KL to the teacher."""
+        """Write the teacher and the last students in each type, and keep their bytes and their KL to the teacher."""
         data = DataConfig(source=args.data, heldout=args.heldout, block_tokens=BLOCK_TOKENS)
-        for name, path in self.models():
+        last = {name.partition(",")[0]: (name, path) for name, path in self.models()}
+        for name, path in last.values():
             missing = [one for one in types.split(",") if not self.bench.has({"file": one, "of": name})]
             if not missing:
                 continue
@@ -249,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rates", default="1")
     parser.add_argument("--tasks", type=Path, help="directory of local rows")
     parser.add_argument("--types", help="GGUF types, such as Q8_0,Q4_K_M,Q2_K")
+    parser.add_argument("--speed", metavar="TYPE", help="GGUF type in which speed is measured, on a machine at rest")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     lab = Lab(opened(args))
@@ -258,10 +280,15 @@ def main() -> None:
     )
     for tokens, seed, rate, start, target in to_do(args, grid):
         lab.run(target, start, tokens, rate, seed)
+    if not (args.only_table or lab.bench.has(OF_TEACHER)):
+        lab.bench.record({"key": OF_TEACHER, **lab.bench.measure(lab.bench.teacher.path)})
     if args.types and not args.only_table:
         lab.quantized(args.types, args)
     if args.tasks and not args.only_table:
         lab.examined(args.tasks)
+    if args.speed and not args.only_table:
+        for target in targets:
+            lab.timed(args.speed, target)
     published(lab.bench, report(lab, args.name), args)
     if args.plot:
         plot(lab, args.plot)
@@ -269,12 +296,13 @@ def main() -> None:
 
 def report(lab: Lab, name: str) -> str:
     teacher = lab.bench.teacher
+    own = next((row["loss"] for row in lab.bench.rows if row["key"] == OF_TEACHER), float("nan"))
     lines = [
         header(f"Recovery after a cut: {name}"),
         f"Teacher {teacher.shape}, {teacher.parameters.non_embedding:,} non-embedding parameters; "
         f"{lab.bench.corpus.train_tokens:,} training tokens, read again where a budget is larger. KL to the teacher in "
         f"nats a token, top-1 agreement with it and loss on {lab.bench.heldout_blocks} "
-        f"held-out blocks of {BLOCK_TOKENS}. Each "
+        f"held-out blocks of {BLOCK_TOKENS}, where the teacher's own loss is {own:.3f}. Each "
         "cell is a run of its own with its own schedule; with several rates or seeds there is a row for each. Minutes "
         "are those of distillation, with as many threads as stand behind; another run may have shared the machine.",
         "",
@@ -290,6 +318,15 @@ def report(lab: Lab, name: str) -> str:
             f"teacher is at least {CLEARLY} standard errors above chance.",
             "",
             _tasks(results),
+            "",
+        ]
+    if speeds := [row for row in lab.bench.rows if "speed_of" in row["key"]]:
+        lines += [
+            f"Tokens a second of one sequence in llama.cpp behind {SPEED_CONTEXT} tokens: medians of {SPEED_ROUNDS} "
+            "rounds of teacher and student in turn, slowest to fastest in brackets; a ratio is the median of the "
+            "rounds' ratios.",
+            "",
+            table(["target, type", "load", "teacher", "student", "ratio"], [*_speeds(speeds)]),
             "",
         ]
     if files := [row for row in lab.bench.rows if "file" in row["key"]]:
@@ -360,6 +397,18 @@ def _tasks(rows: list[dict[str, Any]]) -> str:
         lines.append([model, *cells, f"{statistics.fmean(found[task].value for task in clear):.3f}" if whole else ""])
     heads = [f"{one.title}, {one.metric}, {one.n} items, chance {CHANCE[task]:g}" for task, one in teacher.items()]
     return table(["model", *heads, f"mean of {len(clear)}"], lines)
+
+
+def _speeds(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        (found,) = row["result"]["rows"]
+        for load in ("prefill", "decode"):
+            cells = [
+                with_range(found[name][load], found[name][f"{load}_range"], form)
+                for name, form in (("teacher", per_second), ("student", per_second), ("ratio", "{:.2f}".format))
+            ]
+            threads = f"{row['result']['threads']} threads"
+            yield [f"{row['key']['speed_of']}, {row['key']['type']}", f"{load}, {threads}", *cells]
 
 
 def plot(lab: Lab, out: Path) -> None:
