@@ -8,7 +8,8 @@ Every cell is a training run of its own, with its own full schedule: a shorter b
 runs are distilled by the default settings, and all but `block_influence` have the shape that the target gives:
 
 - default: cut and repaired as `minitron prune` does it;
-- refit: the same, with the sequential refit behind it;
+- logits: the same, distilled on logits alone;
+- refit: the same cut, with the sequential refit behind it;
 - plain: the papers' cut by activations and block influence, without a repair, distilled on logits alone with AdamW;
 - random: the shape with random weights, distilled in the same way as `default`;
 - taylor: a plain cut by first-order Taylor scores, |weight x gradient| summed over a unit, the score of LLM-Pruner (Ma
@@ -78,9 +79,15 @@ CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "lambada_openai": 0.0, "piqa": 0.
 SPEED_ROUNDS, SPEED_CONTEXT = 5, 256
 CLEARLY = 2  # standard errors above chance
 OF_TEACHER = {"model": "teacher"}
+REPAIRED = ("default", "logits", "refit")
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
-CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, "slicegpt": PLAIN, "random": {"initialize": "random"}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "slicegpt": PLAIN,
+    "random": {"initialize": "random"},
+    "logits": {"intermediate": "off"},
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Lab:
 
     def cut(self, shape: Shape, start: str, out: Path) -> None:
         teacher = self.bench.teacher
-        if start in ("default", "refit", "random"):
+        if start in ("default", "refit"):
             steps = [*self.pruner.repairs, *(["refit"] if start == "refit" else [])]
             replace(self.pruner, repairs=steps).make(shape, out)
             return
@@ -162,12 +169,12 @@ class Lab:
         key, bench = run_key(target, start, tokens, rate, seed), self.bench
         if bench.has(key) or (tokens == 0 and (rate, seed) != (1.0, 0)):
             return
-        if tokens == 0 and start == "random":
+        if tokens == 0 and start in ("logits", "random"):
             return
         if start == "slicegpt":
             bench.record({"key": key, **self.sliced(target, tokens, rate, seed)})
             return
-        pruned = self.pruned(target, "default" if start == "random" else start)
+        pruned = self.pruned(target, "default" if start in ("logits", "random") else start)
         if tokens == 0:
             return
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
@@ -181,8 +188,7 @@ class Lab:
 
     def schedule(self, target: str, start: str, tokens: int, rate: float, seed: int) -> Schedule:
         settings = {"tokens": tokens, "seed": seed, **CHANGES.get(start, {})}
-        repaired = start in ("default", "refit")
-        return self.bench.schedule(self.shape(target, start), settings, repaired=repaired, rate=rate)
+        return self.bench.schedule(self.shape(target, start), settings, repaired=start in REPAIRED, rate=rate)
 
     def sliced(self, target: str, tokens: int, rate: float, seed: int) -> dict[str, float]:
         """The teacher sliced to the target's parameters and trained, measured in memory."""
