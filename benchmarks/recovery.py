@@ -79,6 +79,7 @@ CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "lambada_openai": 0.0, "piqa": 0.
 SPEED_ROUNDS, SPEED_CONTEXT = 5, 256
 CLEARLY = 2  # standard errors above chance
 OF_TEACHER = {"model": "teacher"}
+DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)))
 REPAIRED = ("default", "logits", "refit")
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
@@ -426,6 +427,8 @@ def plot(lab: Lab, out: Path) -> None:
     curves: dict[tuple[str, str], dict[int, float]] = {}
     for row in sorted(_runs(lab), key=_order):
         key = row["key"]
+        if key["start"] == "logits":  # a line beside that of `default`
+            continue
         of_curve = curves.setdefault((key["target"], key["start"]), {})
         of_curve[key["tokens"]] = min(row["kl"], of_curve.get(key["tokens"], row["kl"]))
     targets = list(dict.fromkeys(target for target, _ in curves))
@@ -435,7 +438,7 @@ def plot(lab: Lab, out: Path) -> None:
             [max(tokens, AT_CUT) for tokens in points],
             list(points.values()),
             color=f"C{targets.index(target)}",
-            linestyle=("-", "--", ":", "-.", (0, (1, 3)))[starts.index(start)],
+            linestyle=DASHES[starts.index(start) % len(DASHES)],
             marker="o",
             markersize=3.5,
             label=f"{target}, {start.replace('_', ' ')}",
