@@ -8,9 +8,9 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,10 @@ ACTIVATION_BYTES = 256 << 20
 def default_batch(shape: Shape, num_tokens: int, dtype: torch.dtype) -> int:
     """The samples per forward call whose widest activations, three of ffn in a gated MLP, fit ACTIVATION_BYTES."""
     return max(1, min(LARGEST_DEFAULT_BATCH, ACTIVATION_BYTES // (3 * shape.ffn * num_tokens * dtype.itemsize)))
+
+
+class _AllHaveRun(Exception):
+    """Ends the forward pass of a layer early."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,28 @@ class Stream:
         for rows, before in self.batches(states):
             after = layer(before, **self._arguments(rows, before)[index])
             yield rows, before, after[0] if isinstance(after, tuple) else after
+
+    @torch.no_grad()
+    def peek_at(self, index: int, layer: nn.Module, modules: Sequence[nn.Module]) -> Iterator[slice]:
+        """Run one layer over all samples, and yield the samples of each batch once all of `modules` have run.
+
+        What comes after them in the layer does not run. Hooks on the modules that are there before run before that.
+        """
+        for rows, before in self.batches():
+            waiting = set(modules)
+
+            def stop(module: nn.Module, *_: Any, waiting: set[nn.Module] = waiting) -> None:
+                waiting.discard(module)
+                if not waiting:
+                    raise _AllHaveRun
+
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.callback(module.register_forward_hook(stop).remove)
+                with suppress(_AllHaveRun):
+                    layer(before, **self._arguments(rows, before)[index])
+            assert not waiting, "all modules are called in a forward pass of the layer"
+            yield rows
 
     def run(self, index: int, layer: nn.Module, states: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Run one layer as `peek` does, and store the states after it."""

@@ -158,7 +158,7 @@ class _Refit:
                 self.teacher.advance(index, of_teacher)
                 if index + 1 == ends[number]:
                     break
-            changes |= self._fit(number, layer, [self._writer("mlp_out")], self._errors_at_the_end(number, layer))
+            changes |= self._fit(number, layer, self._errors_at_the_end(number, layer))
             self.student.advance(number, layer)
             yield number, changes
 
@@ -172,25 +172,29 @@ class _Refit:
                 if spec.layer == number and spec.reads("hidden") and f".{reader}." in spec.name
             ]
             errors = self._errors_of_readers(names, number, layer, index, of_teacher)
-            changes |= self._fit(number, layer, names, errors)
+            changes |= self._fit(number, layer, errors)
             if reader == self.attention[1]:
                 errors = self._errors_after_attention(number, layer, index, of_teacher)
-                changes |= self._fit(number, layer, [self._writer("attention_out")], errors)
+                changes |= self._fit(number, layer, errors)
         return changes
 
     def _fit(
-        self, number: int, layer: nn.Module, names: list[str], errors: Iterator[dict[str, tuple[Tensor, Tensor]]]
+        self, number: int, layer: nn.Module, errors: Iterator[dict[str, tuple[Tensor, Tensor]]]
     ) -> dict[str, Tensor]:
         """Fit matrices to batches of (inputs, errors) by name; returns the changes by name, on the CPU."""
-        sums = {name: _Regression() for name in names}
+        # Matrices that read the same inputs share their products and are solved for together.
+        sums: dict[tuple[str, ...], _Regression] = {}
         for batch in errors:
-            for name, (inputs, error) in batch.items():
-                sums[name].add(inputs.flatten(0, 1), error.flatten(0, 1))
+            for some in _by_inputs(batch):
+                error = torch.cat([batch[name][1] for name in some], -1)
+                sums.setdefault(some, _Regression()).add(batch[some[0]][0].flatten(0, 1), error.flatten(0, 1))
         changes = {}
-        for name in names:
-            change = sums.pop(name).change()
-            layer.get_submodule(name).get_parameter("weight").add_(change)
-            changes[f"{self.architecture.layer}.{name}.weight".format(layer=number)] = change.cpu()
+        for some in list(sums):
+            weights = [layer.get_submodule(name).get_parameter("weight") for name in some]
+            of_each = sums.pop(some).change().split([len(weight) for weight in weights])
+            for name, weight, change in zip(some, weights, of_each, strict=True):
+                weight.add_(change)
+                changes[f"{self.architecture.layer}.{name}.weight".format(layer=number)] = change.cpu()
         return changes
 
     def _errors_of_readers(
@@ -203,7 +207,7 @@ class _Refit:
             for name in names
         }
         with _tapped(layer, names) as ours, _tapped(of_teacher, names) as theirs:
-            for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
+            for _ in self._side_by_side(number, layer, index, of_teacher, names):
                 yield {
                     name: (ours[name].input, theirs[name].output[..., kept[name]] - ours[name].output) for name in names
                 }
@@ -213,8 +217,17 @@ class _Refit:
     ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         writer, norm = self._writer("attention_out"), self.mlp[0]
         with _tapped(layer, [writer, norm]) as ours, _tapped(of_teacher, [norm]) as theirs:
-            for _ in zip(self.teacher.peek(index, of_teacher), self.student.peek(number, layer), strict=True):
+            for _ in self._side_by_side(number, layer, index, of_teacher, [norm]):
                 yield {writer: (ours[writer].input, self._gap(theirs[norm].input, ours[norm].input))}
+
+    def _side_by_side(
+        self, number: int, layer: nn.Module, index: int, of_teacher: nn.Module, names: list[str]
+    ) -> Iterator[tuple[slice, slice]]:
+        """Run both layers batch by batch until the named modules have run."""
+        ours, theirs = ([one.get_submodule(name) for name in names] for one in (layer, of_teacher))
+        yield from zip(
+            self.student.peek_at(number, layer, ours), self.teacher.peek_at(index, of_teacher, theirs), strict=True
+        )
 
     def _errors_at_the_end(self, number: int, layer: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         writer = self._writer("mlp_out")
@@ -250,6 +263,14 @@ class _Refit:
 
     def _writer(self, site: str) -> str:
         return self.architecture.sites[site].removeprefix(self.prefix)
+
+
+def _by_inputs(batch: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, ...]]:
+    """The names of matrices whose inputs are the same tensor."""
+    found: dict[int, list[str]] = {}
+    for name, (inputs, _) in batch.items():
+        found.setdefault(id(inputs), []).append(name)
+    return [tuple(names) for names in found.values()]
 
 
 class _Tap(NamedTuple):
