@@ -213,7 +213,7 @@ class Lab:
             if usual:
                 path = self.path(**key) if key["tokens"] else self.path(target=key["target"], start="default")
                 if path.exists():
-                    yield f"{key['target']}, {_after(key['tokens'])}", path
+                    yield _name(key), path
 
     def examined(self, directory: Path) -> None:
         """Measure each model in each task of a directory of local rows."""
@@ -324,7 +324,7 @@ def report(lab: Lab, name: str) -> str:
             f"Benchmarks of `default`: the value and its standard error over items. The mean is of those on which the "
             f"teacher is at least {CLEARLY} standard errors above chance.",
             "",
-            _tasks(results),
+            _tasks(lab, results),
             "",
         ]
     if speeds := [row for row in lab.bench.rows if "speed_of" in row["key"]]:
@@ -388,15 +388,19 @@ def _row(lab: Lab, row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tasks(rows: list[dict[str, Any]]) -> str:
-    results: dict[str, dict[str, TaskResult]] = {}
+def _tasks(lab: Lab, rows: list[dict[str, Any]]) -> str:
+    keys = [row["key"] for row in sorted(_runs(lab), key=_order)]
+    results: dict[str, dict[str, TaskResult]] = {"teacher": {}}
+    results |= {_name(key): {} for key in keys if key["start"] == "default"}
     for row in rows:
         result = TaskResult.model_validate(row["result"])
-        results.setdefault(row["key"]["of"], {})[row["key"]["task"]] = result
+        results[row["key"]["of"]][row["key"]["task"]] = result
     teacher = results["teacher"]
     clear = [task for task, one in teacher.items() if one.value > CHANCE[task] + CLEARLY * (one.stderr or 0)]
     lines = []
     for model, found in results.items():
+        if not found:
+            continue
         cells = [
             f"{found[task].value:.3f} ± {found[task].stderr or 0:.3f}" if task in found else "" for task in teacher
         ]
@@ -427,7 +431,7 @@ def plot(lab: Lab, out: Path) -> None:
     curves: dict[tuple[str, str], dict[int, float]] = {}
     for row in sorted(_runs(lab), key=_order):
         key = row["key"]
-        if key["start"] == "logits":  # a line beside that of `default`
+        if key["start"] == "logits" or key["rate"] != 1.0:  # lines beside that of `default`
             continue
         of_curve = curves.setdefault((key["target"], key["start"]), {})
         of_curve[key["tokens"]] = min(row["kl"], of_curve.get(key["tokens"], row["kl"]))
@@ -454,6 +458,11 @@ def plot(lab: Lab, out: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
+
+
+def _name(key: dict[str, Any]) -> str:
+    """Of a student of `default` at the usual rate."""
+    return f"{key['target']}, {_after(key['tokens'])}"
 
 
 def _after(tokens: int) -> str:
