@@ -8,8 +8,10 @@ import gguf
 import pytest
 import tiny
 from gguf import GGMLQuantizationType as BlockType
+from transformers import GenerationConfig
 
 from minitron.gguf.file import describe_gguf, plain_types, write_gguf
+from minitron.gguf.metadata import sampling_of
 from minitron.gguf.source import model_directory
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.families import FAMILIES
@@ -133,8 +135,9 @@ def test_licence_origin_and_sampling_of_a_file_are_those_of_a_file_made_from_it(
     first = written(path)
     directory = model_directory(str(tmp_path / "written.gguf"))
     second = written(directory)
-    last = json.loads((directory / "generation_config.json").read_text())
-    assert (last["temperature"], last["top_k"], last["top_p"], last["min_p"]) == (0.6, 20, 0.95, 0)
+    last = GenerationConfig.from_pretrained(directory)
+    last.validate(strict=True)
+    assert SAMPLING.items() <= last.to_dict().items()
     travel = ("license", "languages", "tags", "base_model", "sampling")
     assert {key for key in first if key.split(".")[1] in travel} == {
         *(f"general.license{part}" for part in ("", ".name", ".link")),
@@ -145,6 +148,10 @@ def test_licence_origin_and_sampling_of_a_file_are_those_of_a_file_made_from_it(
     for key in first:
         if key.split(".")[1] in travel:
             assert second[key] == first[key], key
+
+
+def test_a_file_without_settings_of_sampling_recommends_none() -> None:
+    assert sampling_of({"general.sampling.temp": float("nan"), "general.sampling.top_k": "many"}) == {}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Two things differ. The size is that of the weights, also where a name states one
 teacher. And the name is given, because the directories of a run and of the hub's cache are not called after the model.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,15 @@ def card_of(said: Mapping[str, Any]) -> dict[str, str | list[str]]:
 
 
 def sampling_of(said: Mapping[str, Any]) -> dict[str, int | float]:
-    """The settings of generation_config.json that a file recommends; those with a fraction have 7 digits there."""
+    """The settings of generation_config.json that a file recommends, with `do_sample` where there are any.
+
+    Numbers with a fraction have 7 digits, as many as the file's have.
+    """
     keys = {getattr(gguf.Keys.General, field.upper()): one for field, one in _SAMPLING.items()}
-    found = {name: said[key] for key, (name, kinds) in keys.items() if type(said.get(key)) in kinds}
-    return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()}
+    stated = {name: said[key] for key, (name, kinds) in keys.items() if type(said.get(key)) in kinds}
+    found = {name: value for name, value in stated.items() if math.isfinite(value)}
+    rounded = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()}
+    return rounded | ({"do_sample": True} if rounded else {})
 
 
 def _count(value: Any) -> int:
