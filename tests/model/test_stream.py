@@ -49,6 +49,24 @@ def test_states_of_documents_kept_apart_are_those_of_transformers(directory: Pat
     assert not torch.allclose(packed[-1], streamed(directory, tokens, batch)[-1], atol=0.01)
 
 
+def test_a_layer_that_stops_early_has_run_as_far_as_a_whole_one_and_no_further(llama: Path) -> None:
+    part = Stream(open_checkpoint(llama), Samples(tiny.tokens(5, 11)), Pass(torch.float32, batch=2))
+    part.embed()
+    outputs: dict[str, list[Tensor]] = {"k_proj": [], "q_proj": [], "o_proj": []}
+    layers = part.layers()
+    index, layer = next(layers)
+    for name, seen in outputs.items():
+        layer.get_submodule(f"self_attn.{name}").register_forward_hook(lambda _, args, out, seen=seen: seen.append(out))
+    modules = [layer.get_submodule(f"self_attn.{name}") for name in ("q_proj", "k_proj")]
+    assert list(part.peek_at(index, layer, modules)) == part.slices
+    stopped = {name: torch.cat(seen) for name, seen in outputs.items() if seen}
+    assert stopped.keys() == {"q_proj", "k_proj"}
+    part.advance(index, layer)
+    for name, seen in stopped.items():
+        assert torch.equal(torch.cat(outputs[name][len(part.slices) :]), seen)
+    assert torch.cat(outputs["o_proj"]).shape == part.states.shape
+
+
 def test_states_in_a_file_are_the_states_in_memory(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
