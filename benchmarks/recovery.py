@@ -80,6 +80,7 @@ SPEED_ROUNDS, SPEED_CONTEXT = 5, 256
 CLEARLY = 2  # standard errors above chance
 OF_TEACHER = {"model": "teacher"}
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)))
+OF_DEFAULT = ("logits", "random")  # begin with the cut of `default`
 REPAIRED = ("default", "logits", "refit")
 AT_CUT = 10_000  # where a plot over the logarithm of tokens has the cut
 PLAIN: dict[str, Any] = {"intermediate": "off", "optimizer": "adamw"}
@@ -170,12 +171,12 @@ class Lab:
         key, bench = run_key(target, start, tokens, rate, seed), self.bench
         if bench.has(key) or (tokens == 0 and (rate, seed) != (1.0, 0)):
             return
-        if tokens == 0 and start in ("logits", "random"):
+        if tokens == 0 and start in OF_DEFAULT:
             return
         if start == "slicegpt":
             bench.record({"key": key, **self.sliced(target, tokens, rate, seed)})
             return
-        pruned = self.pruned(target, "default" if start in ("logits", "random") else start)
+        pruned = self.pruned(target, "default" if start in OF_DEFAULT else start)
         if tokens == 0:
             return
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
