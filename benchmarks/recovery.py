@@ -425,8 +425,10 @@ def _speeds(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 def plot(lab: Lab, out: Path) -> None:
     """KL over tokens, a line for each target and start; the cut stands at the left edge."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.hashsalt"] = out.name  # the same plot is the same file
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     curves: dict[tuple[str, str], dict[int, float]] = {}

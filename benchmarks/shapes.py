@@ -4,9 +4,9 @@
         --shapes 'ffn=1024' 'layers=27 ffn=1152' ... [--targets 75%,50%] [--tokens 0,0.2M] [--part 0/2] [--out FILE]
 
 Each shape names the dims that are cut. It is cut with the default repair, measured, and for each number of tokens above
-0 distilled with the default settings and measured again. Shapes within 2% of a target are compared with the one that
-the target gives, which is made too. Runs are kept in the cache, and beside the result file, so the same command goes on
-where it was stopped, and several can share one cache.
+0 distilled with the default settings and measured again. Shapes that a target allows and that are at most 2% below it are
+compared with the one that the target gives, which is made too. Runs are kept in the cache, and beside the result file,
+so the same command goes on where it was stopped, and several can share one cache.
 """
 
 import tempfile
@@ -30,9 +30,10 @@ from lib.measure import header, kendall_tau, table
 
 from minitron.model.architecture import Shape
 from minitron.pruning.steps import Pruner
+from minitron.shapes.space import ABOVE
 from minitron.shapes.trial import damage_of
 
-SEED, NEAR = 0, 0.02
+BELOW = 0.02  # a target, as a share of its parameters
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[in
             "",
             table(["measured", "shapes", "tau"], taus),
             "",
-            f"The shape that a target gives, among all measured shapes within {NEAR:.0%} of the target's parameters:",
+            f"The shape that a target gives, among all measured shapes that it allows, at most {ABOVE:.1%} above its "
+            f"parameters, and that are at most {BELOW:.0%} below:",
             "",
             table(
                 ["target", "shape", *(f"{_after(tokens)}: KL, best, above it" for tokens in budgets)],
@@ -144,7 +146,7 @@ def _beside(lab: Lab, target: str, shape: str, found: Mapping[str, float]) -> st
     if shape not in found:
         return ""
     share = share_of(target)
-    near = {each: kl for each, kl in found.items() if abs(lab.share(each) / share - 1) <= NEAR}
+    near = {each: kl for each, kl in found.items() if -BELOW <= lab.share(each) / share - 1 <= ABOVE}
     best = min(near, key=lambda each: near[each])
     return f"{found[shape]:.3f}, {near[best]:.3f} ({best}, of {len(near)}), {found[shape] / near[best] - 1:.1%}"
 

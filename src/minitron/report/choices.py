@@ -99,7 +99,8 @@ def describe_search(records: RunRecords) -> str:
     note = (
         f"The best {len(rows)} of {count(len(found))} shapes within the budgets. The damage is a prediction from the "
         "statistics of the KL to the teacher right after the cut, in nats per token, with up to a tenth more for sizes "
-        "that are no multiples of 256; losses are the training loss on the training blocks that "
+        "that are no multiples of 256; it is made to put shapes in order, and the KL itself can be several times as "
+        "large; losses are the training loss on the training blocks that "
         f"the first pass reads last. KV cache and times are of {count(facts.batch)} × "  # noqa: RUF001
         f"{count(facts.context_tokens)} tokens; times are modelled from {size(machine.bytes_per_second)} and "
         f"{flops(machine.flops_per_second)} per second, not measured."
