@@ -24,7 +24,7 @@ from minitron.shapes.space import Candidate, Machine, SearchConfig
 # What it costs to lose a share of the residual stream's energy, in nats of KL to the teacher right after the cut: of
 # what dropped layers, query heads, whole groups of heads and neurons write to the stream, and of what all matrices read
 # from it (docs/log). The first numbers are of cuts whose repair makes up for the dim, the second of plain ones.
-COSTS = {"layers": (1.5, 4.0), "hidden": (20.0, 20.0), "ffn": (2.1, 4.0), "heads": (1.7, 2.7), "kv_heads": (3.5, 4.0)}
+COSTS = {"layers": (1.7, 4.0), "hidden": (22.0, 22.0), "ffn": (2.1, 4.0), "heads": (1.7, 2.7), "kv_heads": (3.5, 4.0)}
 POWER = 1.2  # of the share: what is dropped first is dispensable, and a second dim is cheaper than more of the first
 OF_FEW_LAYERS = 4  # layers cost 1 + OF_FEW_LAYERS / their number times as much: of few, each does what no other can
 # Sizes in multiples of K_BLOCK suit kernels and GGUF's blocks: each halving of the multiple counts as so much more
