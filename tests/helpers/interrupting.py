@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -61,6 +62,8 @@ def at_each_operation(root: Path, met: Callable[[int], None]) -> None:
 def signal_at(root: Path, numbers: Collection[int], number: int, only: int, rank: int) -> None:
     """Send this process a signal before the operations of these numbers, if its rank is `only`."""
     if rank == only:
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         at_each_operation(root, lambda met: os.kill(os.getpid(), number) if met in numbers else None)
 
 
