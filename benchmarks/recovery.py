@@ -412,7 +412,7 @@ def _tasks(lab: Lab, rows: list[dict[str, Any]]) -> str:
 
 
 def _speeds(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -share_of(row["key"]["speed_of"])):
         (found,) = row["result"]["rows"]
         for load in ("prefill", "decode"):
             cells = [

@@ -4,9 +4,9 @@
         --shapes 'ffn=1024' 'layers=27 ffn=1152' ... [--targets 75%,50%] [--tokens 0,0.2M] [--part 0/2] [--out FILE]
 
 Each shape names the dims that are cut. It is cut with the default repair, measured, and for each number of tokens above
-0 distilled with the default settings and measured again. Shapes that a target allows and that are at most 2% below it are
-compared with the one that the target gives, which is made too. Runs are kept in the cache, and beside the result file,
-so the same command goes on where it was stopped, and several can share one cache.
+0 distilled with the default settings and measured again. Shapes that a target allows and that are at most 2% below it
+are compared with the one that the target gives, which is made too. Runs are kept in the cache, and beside the result
+file, so the same command goes on where it was stopped, and several can share one cache.
 """
 
 import tempfile
