@@ -72,7 +72,6 @@ from minitron.model.checkpoint import load_model
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import Scores
 from minitron.pruning.plan import choose
-from minitron.pruning.steps import Pruner
 
 TAYLOR_BLOCKS = 10  # as many samples as LLM-Pruner takes
 CHANCE = {"arc_easy": 0.25, "hellaswag": 0.25, "lambada_openai": 0.0, "piqa": 0.5, "winogrande": 0.5}
@@ -98,10 +97,6 @@ class Lab:
 
     bench: Bench
 
-    @cached_property
-    def pruner(self) -> Pruner:
-        return self.bench.pruner()
-
     def shape(self, target: str, start: str) -> Shape:
         teacher = self.bench.teacher
         if start == "block_influence":
@@ -110,7 +105,7 @@ class Lab:
             return min(fewer, key=lambda shape: abs(self.bench.share(shape) - share))
         key = {"shape_of": target}
         if not self.bench.has(key):
-            self.bench.record({"key": key, "shape": as_text(of_target(self.pruner, target), teacher.shape)})
+            self.bench.record({"key": key, "shape": as_text(of_target(self.bench.pruner, target), teacher.shape)})
         text = next(row["shape"] for row in self.bench.rows if row["key"] == key)
         return self.bench.from_text(text)
 
@@ -133,10 +128,10 @@ class Lab:
     def cut(self, shape: Shape, start: str, out: Path) -> None:
         teacher = self.bench.teacher
         if start in ("default", "refit"):
-            steps = [*self.pruner.repairs, *(["refit"] if start == "refit" else [])]
-            replace(self.pruner, repairs=steps).make(shape, out)
+            steps = [*self.bench.pruner.repairs, *(["refit"] if start == "refit" else [])]
+            replace(self.bench.pruner, repairs=steps).make(shape, out)
             return
-        scores = self.taylor if start == "taylor" else self.pruner.unit_scores
+        scores = self.taylor if start == "taylor" else self.bench.pruner.unit_scores
         cut(teacher, choose(scores, teacher.shape, shape), out)
 
     @cached_property
@@ -144,7 +139,7 @@ class Lab:
         """The sum of |weight x gradient| over the weights of each unit, by the loss on calibration text."""
         teacher, shape = self.bench.teacher, self.bench.teacher.shape
         model = load_model(teacher.path, torch.float32)
-        for row in self.pruner.scoring.calibration.tokens[:TAYLOR_BLOCKS]:
+        for row in self.bench.pruner.scoring.calibration.tokens[:TAYLOR_BLOCKS]:
             logits = model(row[None].long()).logits[0, :-1]
             (cross_entropy(logits, row[1:].long()) / TAYLOR_BLOCKS).backward()
         parameters = dict(model.named_parameters())
@@ -194,7 +189,7 @@ class Lab:
 
     def sliced(self, target: str, tokens: int, rate: float, seed: int) -> dict[str, float]:
         """The teacher sliced to the target's parameters and trained, measured in memory."""
-        bench, samples = self.bench, self.pruner.scoring.calibration
+        bench, samples = self.bench, self.bench.pruner.scoring.calibration
         size = slicegpt.size_of_target(bench.model.config, share_of(target))
         model, parameters = slicegpt.sliced(bench.model, samples.tokens, size)
         started = time.monotonic()

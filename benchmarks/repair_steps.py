@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from lib.distillations import BLOCK_TOKENS, Bench, arguments, opened, published,
 from lib.measure import header, table
 
 from minitron.pruning.repair import BEST, REPAIRS, needed_steps
-from minitron.pruning.steps import Pruner
 
 STEPS = [*REPAIRS, ",".join(BEST), ",".join([*BEST, "refit"])]
 CUTS = ["ffn=512", "hidden=192", "layers=3"]
@@ -33,10 +31,6 @@ class Lab:
     """The cuts of one teacher, each with some steps."""
 
     bench: Bench
-
-    @cached_property
-    def pruner(self) -> Pruner:
-        return self.bench.pruner()
 
     def variants(self, cuts: Iterable[str], sets: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Each cut with each set of steps that comes to something else."""
@@ -50,7 +44,7 @@ class Lab:
         key = {"cut": cut, "steps": list(steps)}
         if self.bench.has(key):
             return
-        pruner = replace(self.pruner, repairs=steps)
+        pruner = replace(self.bench.pruner, repairs=steps)
         with tempfile.TemporaryDirectory(dir=self.bench.cache) as out:
             started = time.monotonic()
             pruner.make(self.bench.from_text(cut), Path(out))

@@ -29,7 +29,6 @@ from lib.distillations import (
 from lib.measure import header, kendall_tau, table
 
 from minitron.model.architecture import Shape
-from minitron.pruning.steps import Pruner
 from minitron.shapes.space import ABOVE
 from minitron.shapes.trial import damage_of
 
@@ -38,10 +37,9 @@ BELOW = 0.02  # a target, as a share of its parameters
 
 @dataclass(frozen=True)
 class Lab:
-    """The teacher with its statistics, and the runs so far."""
+    """The cuts and students of one teacher."""
 
     bench: Bench
-    pruner: Pruner
 
     def shape(self, text: str) -> Shape:
         return self.bench.from_text(text)
@@ -58,13 +56,13 @@ class Lab:
         with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
             pruned = Path(directory) / "pruned"
             pruned.mkdir()
-            self.pruner.make(shape, pruned)
+            self.bench.pruner.make(shape, pruned)
             for tokens in missing:
                 key = {"key": {"shape": text, "tokens": tokens}}
                 if tokens == 0:
                     bench.record({**key, **bench.measure(pruned)})
                     continue
-                schedule = bench.schedule(shape, {"tokens": tokens}, repaired=bool(self.pruner.repairs))
+                schedule = bench.schedule(shape, {"tokens": tokens}, repaired=bool(self.bench.pruner.repairs))
                 student = Path(directory) / f"student-{tokens}"
                 student.mkdir()
                 bench.record({**key, **bench.distilled(pruned, schedule, student)})
@@ -81,9 +79,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="0", help="such as 0,0.2M")
     args = parser.parse_args()
     bench = opened(args)
-    lab = Lab(bench, bench.pruner())
+    lab = Lab(bench)
     targets = {
-        target: as_text(of_target(lab.pruner, target), bench.teacher.shape) for target in args.targets.split(",")
+        target: as_text(of_target(lab.bench.pruner, target), bench.teacher.shape) for target in args.targets.split(",")
     }
     budgets = token_counts(args.tokens)
     for shape in to_do(args, dict.fromkeys([*targets.values(), *args.shapes])):
@@ -92,7 +90,7 @@ def main() -> None:
 
 
 def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[int]) -> str:
-    teacher, damage = lab.bench.teacher, damage_of(lab.pruner)
+    teacher, damage = lab.bench.teacher, damage_of(lab.bench.pruner)
     found = {tokens: lab.kl(tokens) for tokens in budgets}
     shapes = sorted(found[0], key=lambda shape: -lab.share(shape))
     rows = [
@@ -116,9 +114,8 @@ def report(lab: Lab, name: str, targets: Mapping[str, str], budgets: Sequence[in
         [
             header(f"Shapes: {name}"),
             f"Teacher {teacher.shape}, {teacher.parameters.non_embedding:,} non-embedding parameters. Repaired with "
-            f"{', '.join(lab.pruner.repairs)} on {len(lab.pruner.scoring.calibration)} calibration blocks. KL to the "
-            f"teacher in nats a token on {lab.bench.heldout_blocks} "
-            f"held-out blocks of {BLOCK_TOKENS}, one seed; the prediction "
+            f"{', '.join(lab.bench.pruner.repairs)} on {lab.bench.samples} calibration blocks. KL to the teacher in "
+            f"nats a token on {lab.bench.heldout_blocks} held-out blocks of {BLOCK_TOKENS}, one seed; the prediction "
             "is of the KL right after the cut, from the statistics alone.",
             "",
             "Kendall's tau between the prediction and the measured KL, over all shapes:",

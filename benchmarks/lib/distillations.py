@@ -320,6 +320,7 @@ class Bench:
         plan = choose(scores, self.teacher.shape, student)
         repaired_cut(self.teacher, plan, out, steps, Evidence(statistics, scores, samples), pass_)
 
+    @cached_property
     def pruner(self) -> Pruner:
         """What makes students by the default settings."""
         steps = resolve_repair(RepairConfig(), self.teacher).steps or []
