@@ -24,7 +24,7 @@ all of them.
 --types names GGUF types: the teacher and each target's student of most tokens are written in each, and measured in
 llama.cpp against the teacher. --speed names one in which the speeds of the shapes are measured beside the teacher's.
 Runs and students are kept in the cache, and the runs beside the result file, so the same command goes on where it was
-stopped, and several can share one cache (--part 0/2, --part 1/2).
+stopped, within a run too, and several can share one cache (--part 0/2, --part 1/2).
 """
 
 import argparse
@@ -174,13 +174,12 @@ class Lab:
         pruned = self.pruned(target, "default" if start in OF_DEFAULT else start)
         if tokens == 0:
             return
-        with tempfile.TemporaryDirectory(dir=bench.cache) as directory:
-            out = Path(directory) / "student"
-            out.mkdir()
-            row = bench.distilled(pruned, self.schedule(target, start, tokens, rate, seed), out)
-            kept = self.path(**key)
-            shutil.rmtree(kept, ignore_errors=True)
-            out.rename(kept)
+        kept = self.path(**key)
+        partial = kept.with_name(f"{kept.name}.partial")
+        partial.mkdir(exist_ok=True)
+        row = bench.distilled(pruned, self.schedule(target, start, tokens, rate, seed), partial)
+        shutil.rmtree(kept, ignore_errors=True)
+        partial.rename(kept)
         bench.record({"key": key, "threads": torch.get_num_threads(), **row})
 
     def schedule(self, target: str, start: str, tokens: int, rate: float, seed: int) -> Schedule:

@@ -277,11 +277,22 @@ class Bench:
         return replace(Schedule.of_student(config, BLOCK_TOKENS, seed), initialize=initialize)
 
     def distilled(self, pruned: Path, schedule: Schedule, out: Path) -> dict[str, float]:
-        """Distil a student into the existing directory `out`, and measure it."""
+        """Distil a student into the existing directory `out`, and measure it.
+
+        What was stopped goes on where it was, from the directory `work` beside `out`; the seconds are of all its calls.
+        """
         work = out.parent / f"{out.name}.work"
-        trained = distill(Training(pruned, TeacherSource(self.teacher.path), self.corpus, schedule, work), out)
-        shutil.rmtree(work, ignore_errors=True)
-        return {**self.measure(out), "seconds": trained.seconds, "learning_rate": schedule.rates.peak}
+        spent, started = work / "seconds", time.monotonic()
+        before = float(spent.read_text()) if spent.exists() else 0.0
+        try:
+            distill(Training(pruned, TeacherSource(self.teacher.path), self.corpus, schedule, work), out)
+        finally:
+            seconds = before + time.monotonic() - started
+            work.mkdir(exist_ok=True)
+            spent.write_text(str(seconds))
+        row = {**self.measure(out), "seconds": seconds, "learning_rate": schedule.rates.peak}
+        shutil.rmtree(work)
+        return row
 
     def has(self, key: dict[str, Any]) -> bool:
         return any(row["key"] == key for row in self.rows)
