@@ -11,6 +11,7 @@ Blocks are consecutive windows of a stream; the incomplete last one is dropped.
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +159,14 @@ def next_rows(num_blocks: int, *, seed: int, drawn: int, count: int) -> np.ndarr
     rows = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions // num_blocks):
         here = positions // num_blocks == epoch
-        rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(num_blocks)[positions[here] % num_blocks]
+        rows[here] = _order(num_blocks, seed, int(epoch))[positions[here] % num_blocks]
     return rows
+
+
+@lru_cache(maxsize=2)  # of the pass that is read, and of the next: to draw one takes seconds for millions of blocks
+def _order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_blocks)
+    return order.astype(np.uint32) if num_blocks < 1 << 32 else order
 
 
 def corpus_digest(path: Path, block_tokens: int, apart: Separator | None) -> str:

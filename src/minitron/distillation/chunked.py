@@ -42,7 +42,7 @@ def chunked_loss(
         chunk: tokens at a time; default `usual_chunk`.
     """
     chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
-    task = _Task(objective, student.transform, teacher, dtype, chunk)
+    task = _Task(objective, student.transform, teacher, dtype, chunk, torch.is_grad_enabled())
     return _ChunkedLoss.apply(student.hidden, student.head, targets, task)
 
 
@@ -86,13 +86,14 @@ def _with_slopes(
 
 @dataclass(frozen=True)
 class _Task:
-    """The arguments of a chunked loss in which it is not differentiable."""
+    """The arguments of a chunked loss in which it is not differentiable, and whether its gradients are wanted."""
 
     objective: Objective
     transform: LogitTransform
     teacher: LazyLogits | TopK | None
     dtype: torch.dtype
     chunk: int
+    differentiate: bool
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -100,11 +101,12 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, task: _Task) -> Tensor:
         teacher, dtype = task.teacher, task.dtype
         total = hidden.new_zeros((), dtype=torch.float64)
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
         head_32 = head.detach().float()
-        # Gradients may be rounded where logits may not: products of bfloat16 with results of bfloat16 are the fastest.
-        head_low, hidden_low = head_32.to(dtype), hidden.detach().to(dtype)
+        if task.differentiate:
+            grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
+            # Gradients may be rounded where logits may not: products of bfloat16 with results of bfloat16 are fastest.
+            head_low, hidden_low = head_32.to(dtype), hidden.detach().to(dtype)
         if isinstance(teacher, LazyLogits):
             # The head in float32 once, not once a chunk.
             teacher = LazyLogits(teacher.hidden.detach(), teacher.head.detach().float(), teacher.transform)
@@ -115,12 +117,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 value, slopes = _with_slopes(task.objective, logits, known, targets[rows], task.transform, dtype)
                 del logits, known  # nothing of a chunk may be there still when the next one is made
                 total += value
-                grad_hidden[rows] = slopes @ head_low
-                for tokens_of in _vocab_parts(grad_head):
-                    grad_head[tokens_of] += slopes[:, tokens_of].T @ hidden_low[rows]
+                if task.differentiate:
+                    grad_hidden[rows] = slopes @ head_low
+                    for tokens_of in _vocab_parts(grad_head):
+                        grad_head[tokens_of] += slopes[:, tokens_of].T @ hidden_low[rows]
                 del slopes
-        # Not saved by autograd, so that backward can scale them where they lie: a head's gradient is large.
-        ctx.gradients = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
+        if task.differentiate:
+            # Not saved by autograd, so that backward can scale them where they lie: a head's gradient is large.
+            ctx.gradients = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
         return total.float()
 
     @staticmethod

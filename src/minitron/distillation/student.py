@@ -13,8 +13,7 @@ from minitron.distillation.objective import Objective, TeacherOutput
 from minitron.distillation.optim import hold_weights
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.setup import products_in, trainable_model
-from minitron.distillation.teachers import TeacherSource
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.hidden_states import capture_hidden_states, decoder_layers
 from minitron.model.logits import LazyLogits, logit_transform
 from minitron.model.samples import Batch
@@ -87,15 +86,14 @@ class StudentModule(nn.Module):
 
 
 def student_module(
-    checkpoint: Checkpoint, teacher: TeacherSource, schedule: Schedule, dtype: torch.dtype
+    checkpoint: Checkpoint, teacher: Checkpoint | None, schedule: Schedule, dtype: torch.dtype
 ) -> StudentModule:
-    """Make the student of a checkpoint, set up to be trained."""
+    """Make the student of a checkpoint, set up to be trained; hidden states are compared with those of the teacher."""
     config, shape, intermediate = schedule.config, checkpoint.shape, None
     model = trainable_model(checkpoint, config, schedule.initialize, schedule.seed)
     if config.intermediate not in (None, "off"):
-        assert teacher.checkpoint is not None, "hidden states are those of a teacher in memory"
-        of_teacher = open_checkpoint(teacher.checkpoint).shape
-        pairs = pairs_of(config.intermediate, shape, of_teacher)
-        intermediate = HiddenLoss(pairs, shape, of_teacher, centred=checkpoint.architecture.centred_norms)
+        assert teacher is not None, "hidden states are those of a teacher in memory"
+        pairs = pairs_of(config.intermediate, shape, teacher.shape)
+        intermediate = HiddenLoss(pairs, shape, teacher.shape, centred=checkpoint.architecture.centred_norms)
         hold_weights(intermediate, config.weights)  # FSDP shards parameters of one format only
     return StudentModule(model, decoder_layers(model, checkpoint), config.objective, intermediate, dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitron.core import parallel
@@ -38,21 +39,32 @@ class TeacherSource:
     checkpoint: Path | None = None
     recording: Path | None = None
 
+    def opened(self) -> Checkpoint | None:
+        """Open the checkpoint, where there is one."""
+        return None if self.checkpoint is None else open_checkpoint(self.checkpoint)
+
 
 def open_teacher(
-    source: TeacherSource, student: Checkpoint, config: DistillConfig, dtype: torch.dtype, device: torch.device
+    teacher: Checkpoint | None,
+    recording: Path | None,
+    student: Checkpoint,
+    config: DistillConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Teacher | None:
     """Open the teacher that the settings ask for; return None where no loss of the objective asks a teacher.
+
+    Args:
+        recording: the directory of a teacher's recorded logits, which teach instead of the model.
 
     Raises: MinitronError if its logits cannot be compared with the student's.
     """
     if not config.objective.needs_teacher:
         return None
-    if source.recording is not None:
-        return _recorded(source.recording, student, config, device)
-    if source.checkpoint is None:
+    if recording is not None:
+        return _recorded(recording, student, config, device)
+    if teacher is None:
         return None
-    teacher = open_checkpoint(source.checkpoint)
     require_same_vocabulary(teacher, student)
     depths = [of_teacher for _, of_teacher in pairs_of(config.intermediate or "off", student.shape, teacher.shape)]
     if config.correction == "parallel":
@@ -145,14 +157,14 @@ class LearningTeacher:
         hidden, states, _ = self.module(batch, with_loss=False)
         return self._output(hidden, states)
 
-    def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[TeacherOutput, float]:
+    def learn(self, batch: Batch, weight: float, num_predicted: int) -> tuple[TeacherOutput, Float[Tensor, ""]]:
         """Return the output of a call, and the sum of the cross-entropy over the batch's tokens, in nats.
 
         The gradient of that sum, times `weight` and divided by `num_predicted`, is added to the parameters'.
         """
         hidden, states, loss = self.module(batch, with_loss=True)
         (weight * loss / num_predicted).backward()
-        return self._output(hidden, states), loss.item()
+        return self._output(hidden, states), loss.detach()
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters by their names."""

@@ -20,20 +20,19 @@ from minitron.core.progress import SILENT, Listener, Pace
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.hidden_loss import share_at
-from minitron.distillation.optim import OPTIMIZERS, OptimizerOptions, make_optimizer, vocabulary_of
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.setup import require_compiler
 from minitron.distillation.state import States
-from minitron.distillation.student import StudentModule, student_module
-from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource, open_teacher
+from minitron.distillation.step import add_gradients, set_up
+from minitron.distillation.student import StudentModule
+from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource
 from minitron.distillation.trackers import tracked
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.samples import Batch
-from minitron.model.sharded import shard_into
 from minitron.model.writing import write_checkpoint
 
 CORRECTED = "corrected"  # directory of the teacher that is corrected in parallel, beside its training's states
-EVALUATION_BLOCKS = 8  # in one forward pass
+EVALUATION_BLOCKS = 8  # in one forward pass, unless those of a micro-batch are fewer
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def distill_until(training: Training, step: int, judge: Blocks) -> float:
     """
     made = _train(training, min(step, training.schedule.steps), to_its_end=False)
     assert made.step == step, f"{training.work} holds step {made.step}, which is beyond step {step}"
-    return mean_loss(made.student, made.teacher, judge)
+    return mean_loss(made.student, made.teacher, judge, training.schedule.config.micro_batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -130,32 +129,28 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     if config.compile:
         require_compiler(device)
     checkpoint = open_checkpoint(training.student)
-    teacher = open_teacher(training.teacher, checkpoint, config, dtype, device)
-    student = student_module(checkpoint, training.teacher, schedule, dtype)
-    shard_into(student, student.model, student.layers, checkpoint, dtype, device)
-    student.train()
-    learner = teacher if isinstance(teacher, LearningTeacher) else None
+    source = training.teacher
+    learners = set_up(checkpoint, source.opened(), schedule, dtype, device, recording=source.recording)
+    student, teacher, learner, optimizer = learners.student, learners.teacher, learners.learner, learners.optimizer
     of_teacher = learner.parameters() if learner is not None else {}
-    trained = {"student": [*student.parameters()]} | ({"teacher": [*of_teacher.values()]} if of_teacher else {})
-    vocabulary = [*vocabulary_of(student.model), *(vocabulary_of(learner.module.model) if learner else ())]
-    options = OptimizerOptions(config.weights, config.betas, config.weight_decay, dtype, schedule.seed)
-    optimizer = make_optimizer(trained, config.optimizer_name, options, vocabulary=vocabulary)
     # What made the loss of hidden states as large as the objective in the step before: P1's dynamic weight. The first
     # step, at the bottom of the warm-up, goes without.
     states_weight = torch.zeros((), dtype=torch.float64)
     extra = {f"teacher.{name}": parameter for name, parameter in of_teacher.items()}
     extra |= {"states_weight": states_weight} if student.intermediate else {}
-    holders = OPTIMIZERS[config.optimizer_name].holders(optimizer)
     sizes = schedule.batch_blocks, schedule.block_tokens
-    states = States(training.work, student, optimizer, *sizes, listener.warn, extra, holders)
+    states = States(training.work, student, optimizer, *sizes, listener.warn, extra, learners.holders)
     step, seen_tokens = states.resume()
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     start, pace = time.monotonic(), Pace()
 
+    def heldout_loss_now() -> float:
+        return mean_loss(student, teacher, heldout, config.micro_batch_tokens)
+
     def reached(heldout_loss: float) -> bool:
         return config.stop_at_loss is not None and heldout_loss <= config.stop_at_loss
 
-    if step > 0 and config.stop_at_loss is not None and reached(mean_loss(student, teacher, heldout)):
+    if step > 0 and config.stop_at_loss is not None and reached(heldout_loss_now()):
         end = step  # where the run before ended
     courses = {"student": schedule.rates}
     if learner is not None:
@@ -173,32 +168,27 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     ):
         while step < end:
             rates = {name: rates.at(step) for name, rates in courses.items() if step < rates.steps}
-            learning = learner if "teacher" in rates else None
+            teacher_learns = learner is not None and "teacher" in rates
             for group in optimizer.param_groups:
                 group["lr"] = rates.get(group["of"], 0.0)
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=schedule.seed, drawn=drawn, count=schedule.batch_blocks)
-            batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
-            micros = micro_batches(batch, max(1, config.micro_batch_tokens // corpus.block_tokens))
+            micros, num_predicted = _batch(blocks, rows, config.micro_batch_tokens, device)
             if drawn == 0 and teacher is not None:
                 student.fit_maps((micro, teacher(micro), weight) for micro, weight in micros)
-            between_weight = (states_weight * share_at(step, steps)).item()
-            # Of the student's objective, of its hidden states, and of the teacher that learns.
-            sums = torch.zeros(3, dtype=torch.float64)
-            for micro, weight in micros:
-                if learning is None:
-                    output, read = None if teacher is None else teacher(micro), 0.0
-                else:
-                    output, read = learning.learn(micro, weight, batch.num_predicted)
-                objective, between = student(micro, output)
-                (weight * (objective + between_weight * between) / batch.num_predicted).backward()
-                sums += weight * torch.tensor([objective.item(), between.item(), read], dtype=torch.float64)
+            sums = add_gradients(
+                learners,
+                micros,
+                num_predicted,
+                between_weight=(states_weight * share_at(step, steps)).item(),
+                teacher_learns=teacher_learns,
+            ).cpu()
             parallel.all_reduce_sum(sums)
             if sums[1] > 0:
                 states_weight.copy_(sums[0] / sums[1])
-            loss, _, loss_of_teacher = (sums / batch.num_predicted).tolist()
+            loss, _, loss_of_teacher = (sums / num_predicted).tolist()
             facts = {}
-            if learning is not None:  # first, for what it says when it diverges is no fault of the student's
+            if teacher_learns:  # first, for what it says when it diverges is no fault of the student's
                 norm = _clip(of_teacher.values(), config)
                 too_high = f"distill.correction_learning_rate (now {config.correction_learning_rate})"
                 _require_finite("training of the teacher", step, loss_of_teacher, norm, rows, too_high)
@@ -208,10 +198,10 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
             facts = {"loss": loss, "learning_rate": rates["student"], "grad_norm": norm} | facts
             optimizer.step()
             optimizer.zero_grad()
-            step, seen_tokens = step + 1, seen_tokens + batch.tokens.numel()
+            step, seen_tokens = step + 1, seen_tokens + schedule.step_tokens
             log({"step": step, "tokens": seen_tokens, **facts})
             if step % schedule.evaluate_steps == 0 or step == steps:
-                heldout_loss = mean_loss(student, teacher, heldout)
+                heldout_loss = heldout_loss_now()
                 log({"step": step, "tokens": seen_tokens, "heldout_loss": heldout_loss})
                 if reached(heldout_loss):
                     end = step
@@ -229,20 +219,34 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     return _Made(student, teacher, checkpoint, step, seen_tokens, time.monotonic() - start)
 
 
-def micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
-    """Divide this process's part of a batch into pieces of at most `size` blocks, each with the weight of its losses.
+def blocks_in(micro_batch_tokens: int, blocks: Blocks) -> int:
+    """Return the number of blocks in a micro-batch of at most so many tokens, or of one block."""
+    return max(1, micro_batch_tokens // blocks.tokens.shape[1])
 
-    All processes have as many pieces, for they go in step: one that has no blocks left runs the batch's first one with
+
+def _batch(
+    blocks: Blocks, rows: Int[np.ndarray, " blocks"], micro_batch_tokens: int, device: torch.device
+) -> tuple[list[tuple[Batch, float]], int]:
+    """Read this process's blocks of a batch, in micro-batches, each with the weight of its losses.
+
+    All processes have as many micro-batches, for they go in step: one that has no blocks left runs the first one with
     weight 0. So a batch need not be a multiple of the processes.
+
+    Returns the micro-batches, and the number of predicted tokens of the whole batch, of all processes together.
     """
-    here = parallel.joined()
-    mine = batch.tokens[here.rank :: here.size]
+    here, size = parallel.joined(), blocks_in(micro_batch_tokens, blocks)
+    mine = rows[here.rank :: here.size]
+    own = Batch(torch.from_numpy(blocks.select(mine if len(mine) else rows[:1])), blocks.separator)
+    num_predicted = len(rows) * (blocks.tokens.shape[1] - 1)
+    if blocks.separator is not None:
+        counted = torch.tensor([own.num_predicted if len(mine) else 0])
+        parallel.all_reduce_sum(counted)
+        num_predicted = int(counted)
     pieces = []
-    for start in range(0, -(-len(batch.tokens) // here.size), size):
-        blocks = mine[start : start + size]
-        weight = 1.0 if len(blocks) else 0.0
-        pieces.append((Batch(blocks if len(blocks) else batch.tokens[:1], batch.separator), weight))
-    return pieces
+    for start in range(0, -(-len(rows) // here.size), size):
+        part = own.tokens[start : start + size] if start < len(mine) else own.tokens[:1]
+        pieces.append((Batch(part.to(device), blocks.separator), 1.0 if start < len(mine) else 0.0))
+    return pieces, num_predicted
 
 
 def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
@@ -293,15 +297,16 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 
 
 @torch.no_grad()
-def mean_loss(student: StudentModule, teacher: Teacher | None, blocks: Blocks) -> float:
+def mean_loss(student: StudentModule, teacher: Teacher | None, blocks: Blocks, micro_batch_tokens: int) -> float:
     """Return the objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
     device, here = next(student.parameters()).device, parallel.joined()
+    at_once = min(EVALUATION_BLOCKS, blocks_in(micro_batch_tokens, blocks))
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
-    for start in range(0, len(blocks), EVALUATION_BLOCKS * here.size):
-        own = start + here.rank * EVALUATION_BLOCKS
+    for start in range(0, len(blocks), at_once * here.size):
+        own = start + here.rank * at_once
         # The processes go in step: one that has nothing left runs a block that does not count.
-        rows = slice(own, own + EVALUATION_BLOCKS) if own < len(blocks) else slice(0, 1)
+        rows = slice(own, own + at_once) if own < len(blocks) else slice(0, 1)
         batch = Batch(torch.from_numpy(blocks.select(rows)).to(device), blocks.separator)
         loss = student(batch, None if teacher is None else teacher(batch))[0].item()
         if own < len(blocks):

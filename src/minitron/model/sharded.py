@@ -7,17 +7,15 @@ import torch
 from torch import nn
 
 from minitron.core import parallel
-from minitron.model.checkpoint import Checkpoint, load_model
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.stream import skeleton
 
 
 def load_for_training(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Load the checkpoint's model in evaluation mode; with several processes without weights, see `shard_into`.
+    """Make the checkpoint's model in evaluation mode, without weights, which `shard_into` reads.
 
-    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite; so does `shard_into`.
+    Raises: CheckpointError where transformers refuses its config.
     """
-    if parallel.joined().size == 1:
-        return load_model(checkpoint.path, dtype)
     model = skeleton(checkpoint, dtype).requires_grad_(True)
     model.tie_weights()
     return model
@@ -35,9 +33,11 @@ def shard_into(
 
     Args:
         root: the module to shard: the model, a part of it, or a module that contains it.
-        model: a model of `load_for_training`, or a model with weights.
+        model: a model of `load_for_training`, or a model with weights, which it keeps.
         layers: the model's layers, see `parallel.shard`.
         dtype: the dtype in which the layers are gathered.
+
+    Raises: CheckpointError if a weight cannot be read, or is NaN or infinite.
     """
     without_weights = any(parameter.is_meta for parameter in model.parameters())
     parallel.shard(root, layers, dtype, device)
