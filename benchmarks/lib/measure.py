@@ -32,15 +32,19 @@ class PeakMemory:
     """Context manager: `peak` is what the block held at most, beyond what was held at its start."""
 
     def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self.restart()
         self._start = _status()
-        self.peak = Peak()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self.peak = Peak()
 
     def __exit__(self, *_: object) -> None:
         self._done.set()

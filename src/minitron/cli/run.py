@@ -91,7 +91,7 @@ def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: C
     budget = budget_of(recipe, teacher, out, console)
     if budget is not None:
         recipe = recipe.model_copy(update={"distill": with_budget(recipe.distill, budget)})
-    found = estimate(recipe, gpus, timed=gpus is None)
+    found = estimate(recipe, gpus, timed=gpus is None, stepped=True)
     console.result(found.to_dict(), "\n".join(estimate_lines(found)))
 
 
@@ -131,7 +131,7 @@ def _few(tokens: int) -> str:
 
 def estimate_lines(found: "Estimate") -> list[str]:
     """Describe both models and the cost of a run."""
-    from minitron.core.text import flops, size
+    from minitron.core.text import flops
 
     tokens, forward, step = (
         found.distill_tokens,
@@ -150,10 +150,24 @@ def estimate_lines(found: "Estimate") -> list[str]:
         f"calibration: {found.calibration_tokens:,} tokens at most, {flops(found.calibration_flops)}",
         f"distillation: {f'{tokens:,} tokens' if tokens else 'one pass over the text'}; per token "
         f"{flops(forward)} teacher forward, {flops(step)} student step",
-        f"memory while distilling: {size(found.training_bytes)} for weights, gradients and optimizer, "
-        "and activations on top",
+        *_memory_lines(found),
     ]
     return lines + (_cost_lines(found) if tokens else []) + _stage_lines(found)
+
+
+def _memory_lines(found: "Estimate") -> list[str]:
+    """Describe the memory of a training step."""
+    from minitron.core.text import size
+
+    memory, gpus = found.memory, found.gpus
+    if memory is None:
+        return []
+    on = "" if gpus is None else " on one GPU" if gpus.count == 1 else f" on each of {gpus.count} GPUs, fully sharded"
+    return [
+        f"memory while distilling{on}: {size(memory.peak)} at most: {size(memory.student)} student, "
+        f"{size(memory.teacher)} teacher, {size(memory.optimizer)} optimizer, {size(memory.working)} gradients, "
+        "activations and gathered weights"
+    ]
 
 
 def _stage_lines(found: "Estimate") -> list[str]:
@@ -185,7 +199,7 @@ def _model_lines(name: str, model: "Description", context: int) -> list[str]:
 
 def _cost_lines(found: "Estimate") -> list[str]:
     """Describe the cost of a distillation of a known number of tokens, here and on GPUs."""
-    from minitron.core.text import duration, flops, size
+    from minitron.core.text import duration, flops
 
     here, gpus = found.here, found.gpus
     assert found.distill_flops is not None and here.seconds is not None
@@ -202,8 +216,7 @@ def _cost_lines(found: "Estimate") -> list[str]:
         seconds = found.seconds_on_gpus or 0.0
         lines.append(
             f"on {gpus.count} GPUs: {duration(seconds)}, {gpus.count * seconds / 3600:,.0f} GPU hours, at an assumed "
-            f"{gpus.utilisation:.0%} of {gpus.teraflops:g} TFLOP/s each; {size(found.bytes_per_gpu)} on each, fully "
-            "sharded"
+            f"{gpus.utilisation:.0%} of {gpus.teraflops:g} TFLOP/s each"
         )
     return lines
 

@@ -4,18 +4,38 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["auto", "bfloat16", "float32"]
+DeviceType = Literal["cpu", "cuda"]
+
+_planned: ContextVar[DeviceType] = ContextVar("planned", default="cpu")
 
 
 def pick_device() -> torch.device:
     """This process's current GPU, or the CPU if there is none."""
     # With its index, because the current GPU differs between threads.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def planning_for(device: DeviceType) -> Iterator[None]:
+    """In this block, tensors on the CPU stand for those of a device of this type."""
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is worked on by a CPU, or stands for one that would be."""
+    return tensor.is_cpu and _planned.get() == "cpu"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ _computing = False
 _lost = False
 # Whether this process works alone for a while.
 _alone = False
+# What this process pretends to be, for a plan.
+_pretended: Ranks | None = None
 
 
 class _OtherFailed(RunError):
@@ -58,6 +61,8 @@ class _OtherFailed(RunError):
 
 def ranks() -> Ranks:
     """This process by the environment variables of torchrun; without them it is alone."""
+    if _pretended is not None:
+        return _pretended
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -121,8 +126,43 @@ def process_group() -> Iterator[Ranks]:
     finally:
         with signals_held():
             # Divided modules, which are full of cycles, hold the group: its threads must not outlive it.
+            _mesh.cache_clear()
             gc.collect()
             dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(size: int) -> Iterator[None]:
+    """In this block the process is the first of so many, which exchange nothing: to see what a job would take.
+
+    Raises: RunError in a process that belongs to a job already.
+    """
+    global _pretended
+    if size == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise RunError("one process alone can plan for several: run the same command without torchrun")
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend that exchanges nothing
+
+    _pretended = Ranks(0, size, 0)
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        _mesh("cpu")  # of real tensors, before any are fake
+        yield
+    finally:
+        _pretended = None
+        _mesh.cache_clear()
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@cache
+def _mesh(device_type: str) -> Any:
+    """All processes of the group in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (dist.get_world_size(),))
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
@@ -136,10 +176,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, devi
     """
     if not _together():
         return
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = _mesh(device.type)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     # The root is sharded again after its forward, so that parameters seen from outside are those of the optimizer.
@@ -265,7 +304,7 @@ def require_all_well() -> None:
 
     Raises: RunError with the message of a process that failed.
     """
-    if _together():
+    if _together() and _pretended is None:
         with _loss_as_error():
             _exchange_failure(None)
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitron.core.device import on_cpu
 from minitron.core.numerics import matmul_precision
 from minitron.distillation.objective import Objective, TopK
 from minitron.model.logits import TEMPORARIES, LazyLogits, LogitTransform, project, usual_chunk
@@ -41,7 +42,7 @@ def chunked_loss(
         dtype: bfloat16 lets products round their inputs to it; logits are float32 in any case.
         chunk: tokens at a time; default `usual_chunk`.
     """
-    chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if student.head.is_cpu else TEMPORARIES)
+    chunk = chunk or usual_chunk(student.head, CPU_TEMPORARIES if on_cpu(student.head) else TEMPORARIES)
     task = _Task(objective, student.transform, teacher, dtype, chunk, torch.is_grad_enabled())
     return _ChunkedLoss.apply(student.hidden, student.head, targets, task)
 
@@ -49,7 +50,7 @@ def chunked_loss(
 def _parts(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:
     """Divide the rows into parts that are worked on together: on a CPU as many as its caches hold, elsewhere all."""
     tokens, vocab = logits.shape
-    if not logits.is_cpu:
+    if not on_cpu(logits):
         return _slices(tokens, tokens)
     return _slices(tokens, torch.get_num_threads() * max(1, PART_BYTES // (vocab * logits.itemsize)))
 

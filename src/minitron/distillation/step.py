@@ -1,13 +1,14 @@
 """An optimizer step: the models and the optimizer that it needs in memory, and the gradients that it makes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from minitron.core import parallel
 from minitron.core.device import sums_device
 from minitron.distillation.optim import OPTIMIZERS, OptimizerOptions, make_optimizer, vocabulary_of
 from minitron.distillation.schedule import Schedule
@@ -100,3 +101,8 @@ def add_gradients(
         found = (objective.detach(), between.detach(), read)
         sums += weight * torch.stack([value.to(sums) for value in found])
     return sums
+
+
+def clipped(parameters: Iterable[Tensor], most: float) -> Float[Tensor, ""]:
+    """Scale the gradients down to the norm `most`, where theirs is larger; return their norm before."""
+    return parallel.full(torch.nn.utils.clip_grad_norm_(list(parameters), most))

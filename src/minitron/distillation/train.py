@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from minitron.core import parallel
 from minitron.core.device import compute_dtype, pick_device
@@ -18,12 +16,11 @@ from minitron.core.errors import Interrupted, MinitronError
 from minitron.core.interrupts import graceful_stop
 from minitron.core.progress import SILENT, Listener, Pace
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
-from minitron.distillation.config import DistillConfig
 from minitron.distillation.hidden_loss import share_at
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.setup import require_compiler
 from minitron.distillation.state import States
-from minitron.distillation.step import add_gradients, set_up
+from minitron.distillation.step import add_gradients, clipped, set_up
 from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource
 from minitron.distillation.trackers import tracked
@@ -189,11 +186,11 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
             loss, _, loss_of_teacher = (sums / num_predicted).tolist()
             facts = {}
             if teacher_learns:  # first, for what it says when it diverges is no fault of the student's
-                norm = _clip(of_teacher.values(), config)
+                norm = clipped(of_teacher.values(), config.gradient_clip).item()
                 too_high = f"distill.correction_learning_rate (now {config.correction_learning_rate})"
                 _require_finite("training of the teacher", step, loss_of_teacher, norm, rows, too_high)
                 facts = {"teacher_loss": loss_of_teacher, "teacher_learning_rate": rates["teacher"]}
-            norm = _clip(student.parameters(), config)
+            norm = clipped(student.parameters(), config.gradient_clip).item()
             _require_finite("training", step, loss, norm, rows, f"{schedule.rate_key} (now {config.learning_rate})")
             facts = {"loss": loss, "learning_rate": rates["student"], "grad_norm": norm} | facts
             optimizer.step()
@@ -247,11 +244,6 @@ def _batch(
         part = own.tokens[start : start + size] if start < len(mine) else own.tokens[:1]
         pieces.append((Batch(part.to(device), blocks.separator), 1.0 if start < len(mine) else 0.0))
     return pieces, num_predicted
-
-
-def _clip(parameters: Iterable[Tensor], config: DistillConfig) -> float:
-    """Scale the gradients down to the largest norm that the config allows; return their norm before."""
-    return parallel.full(torch.nn.utils.clip_grad_norm_(list(parameters), config.gradient_clip)).item()
 
 
 def _require_finite(what: str, step: int, loss: float, norm: float, rows: np.ndarray, too_high: str) -> None:

@@ -145,6 +145,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+@dataclass(frozen=True)
+class _Planned(StoredTensor):
+    """A tensor that is planned, and has no values yet."""
+
+    def rows(self, start: int, stop: int, buffer: UInt8[Tensor, " size"] | None = None) -> Tensor:
+        return torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+
+
+def planned_checkpoint(model: "Checkpoint | ModelConfig", shape: Shape) -> Checkpoint:
+    """Return the checkpoint that a model of a shape would be: its tensors have shapes and dtypes, and no values.
+
+    Args:
+        model: the config is its own, with the sizes and the first layers of the shape.
+    """
+    architecture, dtype = model.architecture, model.written_dtype
+    config = architecture.config_for(model.config, shape, list(range(shape.layers)))
+    stored = {
+        spec.name: _Planned(model.path, spec.name, dtype, spec.shape(shape), 0, (0, 0, 0))
+        for spec in architecture.specs(config, shape.layers)
+    }
+    return Checkpoint(model.path, config, architecture, shape, stored)
+
+
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     """Load the directory's model in evaluation mode, by default in its `written_dtype`.
 

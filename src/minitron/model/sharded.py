@@ -47,4 +47,5 @@ def shard_into(
         # Sharding a part of the model unties it from modules outside.
         parallel.fill(model, lambda name, *rows: checkpoint.read_rows(tied.get(name, name), *rows), device)
     for module in (root, model):
-        module.to(device)
+        if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+            module.to(device)

@@ -2,13 +2,18 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from minitron.core.device import compute_dtype, pick_device
+import torch
+
+from minitron.core.device import DeviceType, compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length
+from minitron.distillation.memory import StepMemory, step_memory
 from minitron.distillation.optim import Optimizer, Weights, training_bytes
+from minitron.distillation.schedule import Schedule
 from minitron.gguf.source import model_directory
-from minitron.model.checkpoint import ModelConfig, open_config
+from minitron.model.architecture import Shape
+from minitron.model.checkpoint import ModelConfig, open_config, planned_checkpoint
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
 from minitron.pipeline.run import resolve_recipe
 from minitron.pipeline.stage_seconds import StageSeconds, resolved, stage_seconds
@@ -16,6 +21,8 @@ from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
 UTILISATION = 0.25
+# The length of a training whose text decides it: only the optimizer's and the batch's defaults follow from it here.
+ASSUMED_TOKENS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Estimate:
     context: tokens of a block.
     sampled_tokens: training tokens that are sampled from the teacher.
     correction_tokens: tokens that a corrected teacher reads, at most.
-    training_bytes: weights, gradients and optimizer, without activations.
+    training_bytes: weights, gradients and optimizer of all processes together, without activations.
+    memory: of a training step on this machine's device, or on each of the GPUs; None where it was not asked for.
     searched: whether the student's shape is searched for, which takes the statistics; `student` is the largest then.
     gpus: the GPUs of the estimate, with the seconds and the bytes on each.
     stages: the seconds of each stage on this machine, where its work was timed.
@@ -71,6 +79,7 @@ class Estimate:
     correction_flops: int | None
     training_bytes: int
     here: Here
+    memory: StepMemory | None = None
     searched: bool = False
     gpus: Gpus | None = None
     stages: tuple[StageSeconds, ...] = ()
@@ -100,14 +109,18 @@ class Estimate:
         facts = vars(self) | {"teacher": self.teacher.to_dict(), "student": self.student.to_dict()}
         facts |= {"here": asdict(self.here), "stages": [asdict(stage) for stage in self.stages]}
         del facts["gpus"]
+        facts["memory"] = None if self.memory is None else asdict(self.memory)
         if self.gpus is None:
             return facts
         costs = {"seconds": self.seconds_on_gpus, "bytes_per_gpu": self.bytes_per_gpu}
         return facts | {"gpus": asdict(self.gpus) | costs}
 
 
-def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False) -> Estimate:
+def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, stepped: bool = False) -> Estimate:
     """Estimate a run: exact shapes, parameters and bytes of both models, then tokens, operations, time and memory.
+
+    With `stepped` a training step is run on tensors without values, which takes seconds, and `memory` holds what it
+    would have held: on each of the GPUs, or else on this machine.
 
     With `timed` the work of each stage is done for some seconds on a few layers of the real sizes, and `here` holds the
     speed that the trainings then have; else it is a share of a large matrix product's.
@@ -156,10 +169,30 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False) -
         searched=recipe.searches,
         gpus=gpus,
     )
+    if stepped:
+        found = replace(found, memory=_step_memory(recipe, teacher, shape, gpus))
     if not timed:
         return found
     stages = tuple(stage_seconds(recipe, teacher, shape))
     return replace(found, stages=stages, here=_as_timed(found, stages))
+
+
+def _step_memory(recipe: Recipe, teacher: ModelConfig, shape: Shape, gpus: Gpus | None) -> StepMemory:
+    """Return the memory of the student's steps, or of those of a teacher that is corrected before, where it is more."""
+    device: DeviceType = "cuda" if gpus is not None or pick_device().type == "cuda" else "cpu"
+    dtype = compute_dtype(recipe.distill.precision, pick_device())
+    if device == "cuda" and recipe.distill.precision == "auto":
+        dtype = torch.bfloat16
+    block_tokens = block_length(recipe.data, teacher)
+    config = resolved(recipe, teacher, shape, recipe.distill.tokens or ASSUMED_TOKENS)
+    processes = 1 if gpus is None else gpus.count
+    schedule = Schedule.of_student(config, block_tokens, recipe.seed)
+    found = step_memory(planned_checkpoint(teacher, shape), teacher, schedule, dtype, device, processes=processes)
+    if config.correction != "before":
+        return found
+    own = Schedule.of_correction(config, block_tokens, recipe.seed)
+    corrected = step_memory(teacher, None, own, dtype, device, processes=processes)
+    return max(found, corrected, key=lambda memory: memory.peak)
 
 
 def _as_timed(found: Estimate, stages: tuple[StageSeconds, ...]) -> Here:

@@ -66,9 +66,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
     def _move(self, parameter: Tensor, group: Group, index: int) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.tensor(0.0)
             state |= {name: torch.zeros_like(parameter) for name in self.buffers}
-        state["step"] += 1
+        state["step"] = state["step"] + 1  # not in place: so its value is known where tensors are fake
         noise = self._noise(parameter.device, index, int(state["step"]))
         tensors = {"weight": parameter, "gradient": parameter.grad} | {name: state[name] for name in self.buffers}
         for rows in _chunks({name: parallel.local_shard(tensor) for name, tensor in tensors.items()}):

@@ -166,9 +166,10 @@ class Soap(torch.optim.Optimizer):
         if parameter not in self.state:
             device = parameter.device if self.holders[parameter] == parallel.joined().rank else "meta"
             shapes = self.turning.held_shapes(tuple(parameter.shape))
-            self.state[parameter] = {"step": torch.zeros(())}
+            self.state[parameter] = {"step": torch.tensor(0.0)}
             self.state[parameter] |= {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-        self.state[parameter]["step"] += 1
+        # Not in place: so its value is known where tensors are fake.
+        self.state[parameter]["step"] = self.state[parameter]["step"] + 1
 
     def _to_change(self, gradient: Tensor, parameter: Tensor, group: Group) -> None:
         """Replace a matrix's gradient, where its state is held, by the step to subtract at a learning rate of 1."""
