@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import small
 import tiny
 import torch
-from processes import forked
+from processes import begun, forked
 
 from minitron.calibration.statistics import Statistics
 from minitron.cli.main import main
@@ -40,6 +42,24 @@ except RunError as error:
     left = sum("gloo" in name for name in threads)
     Path(f"heard{here.rank}").write_text(f"{error}; {left} threads left", encoding="utf-8")
     sys.exit(1)
+"""
+
+
+# A job in which the process whose rank is the argument is stopped, or sleeps, while the other goes on to sum.
+ONE_HANGS = """
+import os
+import socket
+import signal
+import sys
+import time
+import torch
+from minitron.core.parallel import all_reduce_sum, computing_together, process_group
+
+with process_group() as here, computing_together():
+    for step in range(1000):
+        if step == 3 and here.rank == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else time.sleep(100)
+        all_reduce_sum(torch.ones(1))
 """
 
 
@@ -164,6 +184,31 @@ def test_both_processes_hear_of_the_one_that_fails(tmp_path: Path, failing: int)
     assert ended.returncode == 1
     heard = [(tmp_path / f"heard{rank}").read_text(encoding="utf-8") for rank in range(2)]
     assert heard == [f"rank {failing} found naïve text; 0 threads left"] * 2
+
+
+def set_timeout(seconds: int, rank: int) -> None:
+    os.environ["MINITRON_TIMEOUT"] = str(seconds)
+
+
+@pytest.mark.parametrize(("hanging", "how"), [(0, "stopped"), (1, "stopped"), (1, "asleep")])
+def test_a_process_that_does_not_answer_is_named_and_all_end(hanging: int, how: str, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(ONE_HANGS, encoding="utf-8")
+    processes = begun(2, "job.py", hanging, how, cwd=tmp_path, prepare=partial(set_timeout, 4))
+    told = 1 - hanging if how == "stopped" else 0  # the first watches all, all others the first
+    processes[told].join(timeout=100)
+    for process in processes:  # as torchrun does when one has failed
+        process.kill()
+        process.join()
+    assert processes[told].exitcode == 1
+    (line,) = (tmp_path / f".stderr{told}").read_text(encoding="utf-8").splitlines()
+    # Without torchrun, which keeps it in a process of its own, the processes' store is the first one's.
+    said = {
+        (0, "stopped"): "that of process 0 as a rule, has not answered for ",
+        (1, "stopped"): f"process 1 on {socket.gethostname()} has given no sign of life for ",
+        (1, "asleep"): f"process 1 on {socket.gethostname()} took part in the fewest exchanges",
+    }
+    assert said[hanging, how] in line
+    assert line.endswith("the same command goes on from the last state")
 
 
 # Variant -> what the teacher learns on the way; for some of the steps, and others go on without.

@@ -28,7 +28,7 @@ from trainings import Heard, resolved, training
 
 from minitron.core.device import pick_device
 from minitron.core.errors import Interrupted, MinitronError, RecipeError, RunError
-from minitron.data.corpus import Corpus, batch_rows, next_rows
+from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.schedule import Rates, Schedule, num_steps, of_scratch
 from minitron.distillation.train import Training, distill, distill_until
@@ -431,6 +431,54 @@ def test_sigterm_in_a_rung_saves_the_state(bench: Bench, tmp_path: Path) -> None
     bench.until(5, tmp_path)
     bench.distill(tmp_path)
     assert_undisturbed(bench, tmp_path)
+
+
+@dataclass(frozen=True)
+class Disturbed(Corpus):
+    """A corpus that asks the training to stop while it reads the batch of a step, from 0."""
+
+    step: int = 0
+
+    @property
+    def train(self) -> Blocks:
+        left = [self.step]
+
+        class OfStep(Blocks):
+            def select(self, rows: np.ndarray | slice) -> np.ndarray:
+                if left[0] == 0:
+                    terminate()
+                left[0] -= 1
+                return super().select(rows)
+
+        return OfStep(**vars(super().train))
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_signal_between_micro_batches_saves_the_state_before_the_step(
+    step: int, bench: Bench, tmp_path: Path
+) -> None:
+    student = shutil.copytree(bench.student, tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    small_steps = CONFIG.model_copy(update={"micro_batch_tokens": BLOCK})
+    for name in ("undisturbed", "interrupted"):
+        torch.manual_seed(0)
+        if name == "interrupted":
+            corpus = Disturbed(**vars(bench.corpus), step=step)
+            with pytest.raises(Interrupted, match=f"stopped at step {step} of 10"):
+                bench.distill(tmp_path / name, small_steps, student=student, corpus=corpus)
+            torch.manual_seed(2)
+        bench.distill(tmp_path / name, small_steps, student=student)
+    assert_same_weights(tmp_path / "interrupted" / "out", tmp_path / "undisturbed" / "out")
+
+
+def test_a_state_is_saved_when_so_much_time_has_passed(bench: Bench, tmp_path: Path) -> None:
+    seldom = CONFIG.model_copy(update={"checkpoint_steps": 10, "checkpoint_minutes": 1e-9})
+    with pytest.raises(PowerCut):
+        bench.distill(tmp_path, seldom, progress=at_step(5, power_cut))
+    assert [path.name for path in sorted((tmp_path / "distill").glob("state-*"))] == [
+        f"state-{step * 4 * BLOCK:012d}" for step in (4, 5)
+    ]
 
 
 def test_dropout_draws_the_same_numbers_after_a_resume(bench: Bench, tmp_path: Path) -> None:

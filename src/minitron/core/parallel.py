@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minitron.core.errors import RunError
 from minitron.core.interrupts import signals_held
+from minitron.core.watchdog import Watchdog
 
 # The first process may tokenize for hours while the others wait for it.
 TIMEOUT = timedelta(days=7)
@@ -51,6 +52,8 @@ _computing = False
 _lost = False
 # Whether this process works alone for a while.
 _alone = False
+# What ends the processes when one of them does not answer, while they compute together.
+_watchdog: Watchdog | None = None
 # What this process pretends to be, for a plan.
 _pretended: Ranks | None = None
 
@@ -236,7 +239,13 @@ def full(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
+    _count_exchange()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _count_exchange() -> None:
+    if _watchdog is not None:
+        _watchdog.count()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -278,20 +287,41 @@ def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(values, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else values
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    raised = torch.tensor(float(flag))
+def any_of(*flags: bool) -> list[bool]:
+    """Whether each flag is set in any process."""
+    raised = torch.tensor([float(flag) for flag in flags])
     all_reduce_sum(raised)
-    return raised.item() > 0
+    return [value > 0 for value in raised.tolist()]
 
 
 @contextmanager
 def computing_together() -> Iterator[None]:
-    """In this block the processes run sharded modules: an error in one of them ends the job with its message."""
-    global _computing
-    _computing = _together()
-    yield
+    """In this block the processes run sharded modules: an error in one of them ends the job with its message.
+
+    So does a process that does not answer for minutes, see `Watchdog`.
+    """
+    global _computing, _watchdog
+    if not _together():
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    _computing = True
+    with Watchdog(store, dist.get_rank(), dist.get_world_size()) as _watchdog:
+        try:
+            yield
+        finally:
+            _watchdog = None
     _computing = False
+
+
+@contextmanager
+def awaited() -> Iterator[None]:
+    """In this block the process does what the others wait for, and may take long."""
+    if _watchdog is None:
+        yield
+        return
+    with _watchdog.busy():
+        yield
 
 
 def is_alone() -> bool:
@@ -305,6 +335,7 @@ def require_all_well() -> None:
     Raises: RunError with the message of a process that failed.
     """
     if _together() and _pretended is None:
+        _count_exchange()
         with _loss_as_error():
             _exchange_failure(None)
 

@@ -96,14 +96,16 @@ class DistillConfig(Section):
     """End when the held-out loss has come down to this at an evaluation. With the default loss it is a KL in nats."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between resumable checkpoints. Default: a tenth of the steps."""
+    checkpoint_minutes: float = Field(default=30.0, gt=0)
+    """Most minutes between resumable checkpoints, at the end of a step. A training that is resumed may change them."""
     log_to: list[TrackerName] = Field(default=[])
     """Trackers that get the rows of metrics.jsonl too: tensorboard, wandb, trackio. A training that is resumed may
     change them."""
 
     @property
     def for_record(self) -> dict[str, object]:
-        """The settings that a record holds: all that change the student, without the trackers that only watch."""
-        return self.model_dump(mode="json", exclude={"log_to"})
+        """The settings that a record holds: all but the trackers that only watch, and how often the state is saved."""
+        return self.model_dump(mode="json", exclude={"log_to", "checkpoint_minutes"})
 
     @property
     def optimizer_name(self) -> Optimizer:

@@ -316,6 +316,7 @@ def of_scratch(config: DistillConfig) -> DistillConfig:
 _OF_BOTH = (
     *("batch_blocks", "micro_batch_tokens", "optimizer", "weight_decay", "betas", "gradient_clip"),
     *("activation_checkpointing", "compile", "precision", "evaluate_steps", "evaluate_blocks", "checkpoint_steps"),
+    "checkpoint_minutes",
 )
 
 

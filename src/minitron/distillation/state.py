@@ -88,20 +88,29 @@ class States:
         if self._metrics.exists():
             yield from map(json.loads, read_text(self._metrics, RunError).splitlines())
 
-    def save(self, step: int, tokens: int) -> None:
+    def random(self) -> dict[str, Tensor]:
+        """Return torch's random state, which a state holds too."""
+        device = self._device()
+        cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
+
+    def save(self, step: int, tokens: int, random: Mapping[str, Tensor] | None = None) -> None:
         """Add a state, and remove all others but the one before.
+
+        Args:
+            random: the random state after the step, where later ones have drawn numbers already.
 
         Raises: RunError if it cannot be written; the states that were there are then still there.
         """
         if joined().rank > 0:
-            for tensors in self._contents().values():
+            for tensors in self._contents(random).values():
                 for name in _order(tensors):
                     tensors[name].full()
             return
         with self._writing(self._metrics), self._metrics.open("a") as file:
             os.fsync(file.fileno())  # no state without the metrics up to it, whatever happens to the machine
         path = self.work / f"state-{tokens:012d}"
-        with atomic_directory(path, replace=True, way_out=self._way_out()) as partial:
+        with parallel.awaited(), atomic_directory(path, replace=True, way_out=self._way_out()) as partial:
             facts = StateFacts(
                 step=step,
                 tokens=tokens,
@@ -109,7 +118,7 @@ class States:
                 block_tokens=self.block_tokens,
                 optimizer=type(self.optimizer).__name__,
                 versions=versions(),
-                files={name: _write(partial / name, tensors) for name, tensors in self._contents().items()},
+                files={name: _write(partial / name, tensors) for name, tensors in self._contents(random).items()},
             )
             (partial / STATE_FILE).write_text(facts.sealed().model_dump_json(indent=2))
         self._good, self._step = [*self._good[-1:], path], step
@@ -161,7 +170,7 @@ class States:
         """Return the tensors for which the optimizer may hold moments."""
         return {name: tensor for tensors in self._tensors().values() for name, tensor in tensors.items()}
 
-    def _contents(self) -> dict[str, dict[str, "_Entry"]]:
+    def _contents(self, random: Mapping[str, Tensor] | None) -> dict[str, dict[str, "_Entry"]]:
         """Return file -> all its tensors."""
         names = {tensor: name for name, tensor in self._named().items()}
         device, holders = self._device(), self.holders
@@ -170,7 +179,7 @@ class States:
             for parameter, entries in self.optimizer.state.items()
             for entry, value in entries.items()
         }
-        others = {**self._tensors(), RANDOM: _random_state(device)}
+        others = {**self._tensors(), RANDOM: random or self.random()}
         made = {file: {name: _Entry(t, device) for name, t in tensors.items()} for file, tensors in others.items()}
         return {**made, OPTIMIZER: held}
 
@@ -312,11 +321,6 @@ def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Pat
 
 def _type(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def _metrics_text(file: Path) -> str:

@@ -1,6 +1,6 @@
 """An optimizer step: the models and the optimizer that it needs in memory, and the gradients that it makes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,8 @@ def add_gradients(
     *,
     between_weight: float,
     teacher_learns: bool = False,
-) -> Float64[Tensor, "3"]:
+    stop: Callable[[], bool] = lambda: False,
+) -> Float64[Tensor, "3"] | None:
     """Add the gradients of a batch to the parameters'.
 
     Nothing waits for the device, so that micro-batches follow each other without a pause.
@@ -86,12 +87,16 @@ def add_gradients(
         num_predicted: the predicted tokens of the batch, of all processes together.
         between_weight: the weight of the loss on hidden states.
         teacher_learns: whether a teacher that is trained too makes its gradients.
+        stop: is asked before each micro-batch but the first, and ends the batch.
 
-    Returns the sums over this process's tokens of the objective, the loss on hidden states and the teacher's loss.
+    Returns the sums over this process's tokens of the objective, the loss on hidden states and the teacher's loss; or
+        None where the batch was ended, which leaves gradients of a part.
     """
     student, teacher, learner = learners.student, learners.teacher, learners.learner if teacher_learns else None
     sums = torch.zeros(3, dtype=torch.float64, device=sums_device(micros[0][0].tokens.device))
-    for micro, weight in micros:
+    for index, (micro, weight) in enumerate(micros):
+        if index > 0 and stop():
+            return None
         if learner is None:
             output, read = None if teacher is None else teacher(micro), sums.new_zeros(())
         else:

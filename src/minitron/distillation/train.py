@@ -140,6 +140,7 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     step, seen_tokens = states.resume()
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     start, pace = time.monotonic(), Pace()
+    saved_at = start
 
     def heldout_loss_now() -> float:
         return mean_loss(student, teacher, heldout, config.micro_batch_tokens)
@@ -170,6 +171,7 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
                 group["lr"] = rates.get(group["of"], 0.0)
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=schedule.seed, drawn=drawn, count=schedule.batch_blocks)
+            random = states.random()
             micros, num_predicted = _batch(blocks, rows, config.micro_batch_tokens, device)
             if drawn == 0 and teacher is not None:
                 student.fit_maps((micro, teacher(micro), weight) for micro, weight in micros)
@@ -179,7 +181,12 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
                 num_predicted,
                 between_weight=(states_weight * share_at(step, steps)).item(),
                 teacher_learns=teacher_learns,
-            ).cpu()
+                stop=lambda: parallel.any_of(stop.requested)[0],
+            )
+            if sums is None:
+                states.save(step, seen_tokens, random)
+                raise _stopped(step, steps)
+            sums = sums.cpu()
             parallel.all_reduce_sum(sums)
             if sums[1] > 0:
                 states_weight.copy_(sums[0] / sums[1])
@@ -203,17 +210,21 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
                 if reached(heldout_loss):
                     end = step
             last = step == end
-            stopping = parallel.any_of(stop.requested)
-            if last or stopping or step % schedule.checkpoint_steps == 0:
+            due = time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
+            stopping, due = parallel.any_of(stop.requested, due)
+            if last or stopping or due or step % schedule.checkpoint_steps == 0:
                 states.save(step, seen_tokens)
+                saved_at = time.monotonic()
             if stopping and not last:
-                raise Interrupted(
-                    f"stopped at step {step} of {steps}; the state is saved, run the same command to go on"
-                )
+                raise _stopped(step, steps)
             pace.report(seen_tokens, time.monotonic())
             speed = "" if pace.per_second is None else f", {pace.per_second:,.0f} tokens/s"
             listener.progress(step, steps, f"loss {loss:.3f}{speed}")
     return _Made(student, teacher, checkpoint, step, seen_tokens, time.monotonic() - start)
+
+
+def _stopped(step: int, steps: int) -> Interrupted:
+    return Interrupted(f"stopped at step {step} of {steps}; the state is saved, run the same command to go on")
 
 
 def blocks_in(micro_batch_tokens: int, blocks: Blocks) -> int:
