@@ -27,18 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.measure import PeakMemory, header, publish, save_byte_tokenizer, table
+from lib.measure import PeakMemory, header, publish, table
+from lib.random_model import LLAMA, random_model
 
 from minitron.calibration.collect import measure_statistics
 from minitron.calibration.statistics import Statistics
 from minitron.core.direct_io import digest_file
 from minitron.core.files import atomic_directory
-from minitron.model.architecture import TensorSpec
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.families import family_of
 from minitron.model.samples import Samples
 from minitron.model.stream import Pass
-from minitron.model.writing import SHARD_BYTES, write_checkpoint
 from minitron.pruning.cut import cut
 from minitron.pruning.importance import activation_scores
 from minitron.pruning.plan import choose, with_sizes
@@ -46,7 +44,6 @@ from minitron.pruning.plan import choose, with_sizes
 SAMPLES, BLOCK_TOKENS, BATCH = 4, 512, 2
 REPETITIONS = 3
 GIB = 1 << 30
-DRAWN = 1 << 25  # normal values, from which every tensor is made
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 # Where memory cgroups live, version 1 and 2, and the file that takes the limit.
 CGROUPS = (
@@ -65,34 +62,6 @@ class Case:
     student_parameters: int | None  # as published
 
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "dtype": "bfloat16",
-    "eos_token_id": 256,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
 NEMOTRON = {
     "architectures": ["NemotronForCausalLM"],
     "model_type": "nemotron",
@@ -182,41 +151,13 @@ def measure(step: str, model: str, work: str) -> dict[str, Any]:
 
 def write_model(case: Case, work: Path) -> dict[str, Any]:
     """A random model of the case's shape in bfloat16."""
-    architecture = family_of(case.config)
-    shape = architecture.shape(case.config)
-    specs = list(architecture.specs(case.config, shape.layers))
-    tensors = {spec.name: (torch.bfloat16, spec.shape(shape)) for spec in specs}
     path = work / "model"
     path.mkdir()
-    pieces = drawn(specs, tensors, gain=1 - architecture.norm_gain_offset)
-    write_checkpoint(path, config=case.config, tensors=tensors, pieces=pieces, carry_from=path, shard_bytes=SHARD_BYTES)
-    save_byte_tokenizer(path)
+    random_model(case.config, path)
     for file in path.iterdir():
         sync(file)
     checkpoint = open_checkpoint(path)
     return {"parameters": checkpoint.parameters.total, "bytes": checkpoint.weight_bytes}
-
-
-def drawn(specs: list[TensorSpec], tensors: dict[str, Any], gain: float) -> Iterator[torch.Tensor]:
-    """Values that keep activations near one. Runs of one drawn block, each tensor's from another place in it."""
-    normal = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0))
-    scaled: dict[int, torch.Tensor] = {}
-    place = 0
-    for spec in specs:
-        shape = tensors[spec.name][1]
-        if len(shape) == 1:
-            noise = 0.1 * normal[: shape[0]]
-            yield (noise + gain if spec.name.endswith("weight") else noise).to(torch.bfloat16)
-            continue
-        fan_in = shape[-1]
-        if fan_in not in scaled:
-            scaled[fan_in] = (normal / fan_in**0.5).to(torch.bfloat16)
-        block = scaled[fan_in]
-        rows = len(block) // fan_in // 2
-        for start in range(0, shape[0], rows):
-            place = (place + 7919) % (len(block) // 2)
-            count = min(rows, shape[0] - start)
-            yield block[place : place + count * fan_in].view(count, fan_in)
 
 
 def run_calibrate(case: Case, work: Path) -> dict[str, Any]:

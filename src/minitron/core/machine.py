@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -25,7 +25,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def _version_of(package: str) -> str:
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # as where the sources are on the path
 
 
 def forget_peak_memory() -> None:
