@@ -125,8 +125,9 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, s
     With `timed` the work of each stage is done for some seconds on a few layers of the real sizes, and `here` holds the
     speed that the trainings then have; else it is a share of a large matrix product's.
 
-    A training step of the student costs three forward passes: one forward, and two for the gradients of backward. So
-    does a step of a teacher that is corrected; in parallel, its forward pass is the one that the student learns from.
+    A training step of the student costs three forward passes: one forward, and two for the gradients of backward; with
+    activation checkpointing a fourth, which computes the activations again. So does a step of a teacher that is
+    corrected; in parallel, its forward pass is the one that the student learns from.
     """
     teacher = open_config(model_directory(recipe.model, recipe.revision, config_only=True))
     recipe, shape = resolve_recipe(recipe, teacher)
@@ -134,11 +135,14 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, s
     block_tokens = block_length(recipe.data, teacher)
     calibration_tokens, tokens = recipe.calibrate.num_samples * block_tokens, recipe.distill.tokens
     forward = forward_flops(teacher.shape, teacher.parameters, block_tokens)
-    step = 3 * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
+    passes = 4 if recipe.distill.activation_checkpointing else 3
+    step = passes * forward_flops(shape, teacher.architecture.count(shape, teacher.config), block_tokens)
     rate = UTILISATION * matmul_flops_per_second(compute_dtype(recipe.distill.precision, pick_device()))
     correction = recipe.distill.correction
     corrected_tokens = (recipe.distill.correction_tokens or tokens) if correction else 0
-    corrected_flops = {None: 0, "before": 3, "parallel": 2}[correction] * forward * (corrected_tokens or 0)
+    corrected_flops = (
+        {None: 0, "before": passes, "parallel": passes - 1}[correction] * forward * (corrected_tokens or 0)
+    )
     flops = tokens * (forward + step) if tokens else None
     # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
     # teacher that is corrected before is trained in float32.
