@@ -1,5 +1,6 @@
 """What a dry run promises: published shapes and counts from config.json alone, and costs by plain arithmetic."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_costs_are_plain_arithmetic(tmp_path: Path) -> None:
     cache = facts["student"]["kv_cache_bytes_per_token"]
     assert cache == 2 * 2 * 32 * 8 * 128  # key and value, 2 bytes each, of 8 heads of 128 in 32 layers
     assert facts["here"]["seconds"] == pytest.approx(facts["distill_flops"] / facts["here"]["flops_per_second"])
+
+
+def test_activation_checkpointing_repeats_a_forward_pass(tmp_path: Path) -> None:
+    teacher = MODELS["Llama-3.1-8B"].write(tmp_path)
+    plain, repeated = (
+        estimate(
+            load_recipe(
+                find_recipe("llama-3.1-8b-to-4b-width"),
+                [f"model={teacher}", f"distill.activation_checkpointing={json.dumps(asked)}"],
+            )
+        )
+        for asked in (False, True)
+    )
+    assert 3 * repeated.student_step_flops_per_token == 4 * plain.student_step_flops_per_token
 
 
 def test_axes_of_gradients_are_counted_and_divided(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitron.core.errors import RecipeError
 from minitron.core.machine import compiler_command, has_compiler
@@ -34,11 +35,28 @@ def trainable_model(
             torch.manual_seed(seed)
             model = new_model(checkpoint.config, torch.float32)
     hold_weights(model, config.weights)
+    if checkpoint.architecture.centred_norms:
+        _norms_in_float32(model, checkpoint.architecture.norm_gain_offset)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         compile_layers(decoder_layers(model, checkpoint))
     return model
+
+
+def _norms_in_float32(model: nn.Module, gain_offset: float) -> None:
+    """Let norms that subtract the mean compute in float32, as the other families' do by themselves.
+
+    Nemotron's class rounds its inputs to the products' format, and takes no weights of another format than theirs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = partial(_norm_in_float32, module, gain_offset)  # type: ignore[method-assign]
+
+
+def _norm_in_float32(norm: nn.LayerNorm, gain_offset: float, states: Tensor) -> Tensor:
+    gain, bias = norm.weight.float() + gain_offset, None if norm.bias is None else norm.bias.float()
+    return nn.functional.layer_norm(states.float(), norm.normalized_shape, gain, bias, norm.eps)
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
