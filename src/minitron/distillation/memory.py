@@ -13,7 +13,7 @@ from minitron.distillation.objective import TeacherOutput, TopK
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.step import Learners, add_gradients, clipped, set_up
-from minitron.distillation.teachers import Teacher
+from minitron.distillation.teachers import OnlineTeacher, Teacher
 from minitron.model.checkpoint import Checkpoint, ModelConfig, planned_checkpoint
 from minitron.model.samples import Batch
 
@@ -63,10 +63,8 @@ def step_memory(
     Raises: RunError in a process of a job, if it is asked about several processes.
     """
     config = schedule.config.model_copy(update={"compile": False})
-    schedule, recorded = (
-        replace(schedule, config=config),
-        config.teacher == "recorded" and config.objective.needs_teacher,
-    )
+    schedule = replace(schedule, config=config)
+    recorded = config.teacher == "recorded" and config.objective.needs_teacher
     own = -(-schedule.batch_blocks // processes)
     at_once = min(own, max(1, config.micro_batch_tokens // schedule.block_tokens))
     taught = planned_checkpoint(student, student.shape)
@@ -100,8 +98,7 @@ def _weights_of(learners: Learners) -> Iterable[Tensor]:
     """Return the teacher's parameters, where it is in memory."""
     if learners.learner is not None:
         return learners.learner.parameters().values()
-    model = getattr(learners.teacher, "model", None)
-    return [] if model is None else model.parameters()
+    return learners.teacher.model.parameters() if isinstance(learners.teacher, OnlineTeacher) else []
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
