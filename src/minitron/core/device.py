@@ -1,5 +1,6 @@
 """The device that this process computes on, its free memory, and the number format that is fast on it."""
 
+import gc
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,29 @@ def free_bytes(device: torch.device) -> int:
         (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) << 10
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def failed_allocations() -> Iterator[list[str]]:
+    """Let an allocation that fails only end the block; its message is then in the list that the block was given.
+
+    The error itself, which holds what the block had allocated, is gone then.
+    """
+    said: list[str] = []
+    try:
+        yield said
+    except (RuntimeError, MemoryError) as error:
+        of_cpu = "can't allocate memory" in str(error)  # which has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not of_cpu:
+            raise
+        said.append(" ".join(str(error).split()) or "out of memory")
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for later back to the device, so that pieces of other sizes can be allocated."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def sums_device(device: torch.device) -> torch.device:

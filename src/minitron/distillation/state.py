@@ -94,6 +94,12 @@ class States:
         cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
         return {"cpu": torch.get_rng_state(), **cuda}
 
+    def set_random(self, random: Mapping[str, Tensor]) -> None:
+        """Go back to a random state of `random`."""
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self._device().type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self._device())
+
     def save(self, step: int, tokens: int, random: Mapping[str, Tensor] | None = None) -> None:
         """Add a state, and remove all others but the one before.
 
@@ -194,10 +200,7 @@ class States:
             stored = load_file(path / file) if file in facts.files else {}
             _fill(self._tensors().get(file, {}), stored, path / file)
         self._restore_optimizer(load_file(path / OPTIMIZER))
-        random = load_file(path / RANDOM)
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and self._device().type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self._device())
+        self.set_random(load_file(path / RANDOM))
 
     def _restore_optimizer(self, held: Mapping[str, Tensor]) -> None:
         # torch's own rule: a step count lies beside its parameter for kernels that read it there, else on the CPU.

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from jaxtyping import Int
 
 from minitron.core import parallel
-from minitron.core.device import compute_dtype, pick_device
-from minitron.core.errors import Interrupted, MinitronError
+from minitron.core.device import compute_dtype, failed_allocations, give_back_memory, pick_device
+from minitron.core.errors import Interrupted, MinitronError, RunError
 from minitron.core.interrupts import graceful_stop
 from minitron.core.progress import SILENT, Listener, Pace
 from minitron.data.corpus import Blocks, Corpus, batch_rows, next_rows
@@ -29,6 +31,10 @@ from minitron.model.samples import Batch
 from minitron.model.writing import write_checkpoint
 
 CORRECTED = "corrected"  # directory of the teacher that is corrected in parallel, beside its training's states
+LESS_MEMORY = (
+    "the last state is kept, and the same command goes on where there is more memory; in a new directory "
+    "distill.activation_checkpointing=true, a smaller distill.micro_batch_tokens or data.block_tokens takes less"
+)
 EVALUATION_BLOCKS = 8  # in one forward pass, unless those of a micro-batch are fewer
 
 
@@ -140,10 +146,10 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
     step, seen_tokens = states.resume()
     blocks, heldout = corpus.train, corpus.heldout.head(config.evaluate_blocks)
     start, pace = time.monotonic(), Pace()
-    saved_at = start
+    saved_at, micro_batch_tokens = start, config.micro_batch_tokens
 
     def heldout_loss_now() -> float:
-        return mean_loss(student, teacher, heldout, config.micro_batch_tokens)
+        return mean_loss(student, teacher, heldout, micro_batch_tokens)
 
     def reached(heldout_loss: float) -> bool:
         return config.stop_at_loss is not None and heldout_loss <= config.stop_at_loss
@@ -163,6 +169,7 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
         tracked(config.log_to if to_its_end else [], training.work, states.rows(), config.for_record) as track,
         graceful_stop() as stop,
         parallel.computing_together(),
+        _readable_allocation_errors(),
     ):
         while step < end:
             rates = {name: rates.at(step) for name, rates in courses.items() if step < rates.steps}
@@ -172,17 +179,33 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
             drawn = seen_tokens // corpus.block_tokens
             rows = next_rows(len(blocks), seed=schedule.seed, drawn=drawn, count=schedule.batch_blocks)
             random = states.random()
-            micros, num_predicted = _batch(blocks, rows, config.micro_batch_tokens, device)
-            if drawn == 0 and teacher is not None:
-                student.fit_maps((micro, teacher(micro), weight) for micro, weight in micros)
-            sums = add_gradients(
-                learners,
-                micros,
-                num_predicted,
-                between_weight=(states_weight * share_at(step, steps)).item(),
-                teacher_learns=teacher_learns,
-                stop=lambda: parallel.any_of(stop.requested)[0],
-            )
+            micros, num_predicted = _batch(blocks, rows, micro_batch_tokens, device)
+            sums = None
+            with failed_allocations() as failed:
+                if drawn == 0 and teacher is not None:
+                    student.fit_maps((micro, teacher(micro), weight) for micro, weight in micros)
+                sums = add_gradients(
+                    learners,
+                    micros,
+                    num_predicted,
+                    between_weight=(states_weight * share_at(step, steps)).item(),
+                    teacher_learns=teacher_learns,
+                    stop=lambda: parallel.any_of(stop.requested)[0],
+                )
+            if failed:
+                at_once = len(micros[0][0].tokens)
+                optimizer.zero_grad()
+                micros.clear()
+                give_back_memory(device)
+                states.set_random(random)
+                alone = parallel.joined().size == 1  # else the others wait in the middle of the step
+                if alone:
+                    states.save(step, seen_tokens, random)
+                if at_once == 1 or not alone:
+                    raise RunError(f"{_too_much(step, at_once, failed[0])}; {LESS_MEMORY}")
+                micro_batch_tokens = at_once // 2 * corpus.block_tokens
+                listener.warn(f"{_too_much(step, at_once, failed[0])}: from here on half as many, and the batch stays")
+                continue
             if sums is None:
                 states.save(step, seen_tokens, random)
                 raise _stopped(step, steps)
@@ -221,6 +244,18 @@ def _train(training: Training, end: int, *, to_its_end: bool = True) -> _Made:
             speed = "" if pace.per_second is None else f", {pace.per_second:,.0f} tokens/s"
             listener.progress(step, steps, f"loss {loss:.3f}{speed}")
     return _Made(student, teacher, checkpoint, step, seen_tokens, time.monotonic() - start)
+
+
+@contextmanager
+def _readable_allocation_errors() -> Iterator[None]:
+    with failed_allocations() as failed:
+        yield
+    if failed:
+        raise RunError(f"the training takes more memory than there is ({failed[0]}); {LESS_MEMORY}")
+
+
+def _too_much(step: int, at_once: int, said: str) -> str:
+    return f"step {step + 1} with {at_once} block{'s' * (at_once > 1)} at once takes more memory than there is ({said})"
 
 
 def _stopped(step: int, steps: int) -> Interrupted:
