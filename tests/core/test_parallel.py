@@ -200,15 +200,17 @@ def test_a_process_that_does_not_answer_is_named_and_all_end(hanging: int, how: 
         process.kill()
         process.join()
     assert processes[told].exitcode == 1
-    (line,) = (tmp_path / f".stderr{told}").read_text(encoding="utf-8").splitlines()
+    # Of two that are alive either may be the first to judge, and the other then hears that it is gone.
+    lines = [
+        line for rank in range(2) for line in (tmp_path / f".stderr{rank}").read_text(encoding="utf-8").splitlines()
+    ]
     # Without torchrun, which keeps it in a process of its own, the processes' store is the first one's.
     said = {
         (0, "stopped"): "that of process 0 as a rule, has not answered for ",
         (1, "stopped"): f"process 1 on {socket.gethostname()} has given no sign of life for ",
         (1, "asleep"): f"process 1 on {socket.gethostname()} took part in the fewest exchanges",
     }
-    assert said[hanging, how] in line
-    assert line.endswith("the same command goes on from the last state")
+    assert any(said[hanging, how] in line and line.endswith("goes on from the last state") for line in lines), lines
 
 
 # Variant -> what the teacher learns on the way; for some of the steps, and others go on without.
