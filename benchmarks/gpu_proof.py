@@ -285,14 +285,13 @@ def steps(size: Size, work: Path, *, setting: str) -> dict[str, Any]:
     schedule = _schedule(student, teacher, size.block_tokens, size.steps, batch_blocks=1, **SETTINGS[setting])
     said = step_memory(student, teacher, schedule, dtype, "cuda" if device.type == "cuda" else "cpu")
     learners = set_up(student, teacher, schedule, dtype, device)
-    trained = [parameter for group in learners.optimizer.param_groups for parameter in group["params"]]
     tokens, seconds = _tokens(teacher, size.steps, size.block_tokens).to(device), []
     with _peak() as peak:
         for step in range(size.steps):
             started = _now(device)
             batch = Batch(tokens[step : step + 1])
             add_gradients(learners, [(batch, 1.0)], batch.num_predicted, between_weight=1.0)
-            clipped(trained, schedule.config.gradient_clip)
+            clipped(learners.trained, schedule.config.gradient_clip)
             learners.optimizer.step()
             learners.optimizer.zero_grad()
             seconds.append(_now(device) - started)

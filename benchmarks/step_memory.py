@@ -23,7 +23,7 @@ from minitron.core.device import compute_dtype, pick_device
 from minitron.distillation.config import DistillConfig
 from minitron.distillation.memory import step_memory
 from minitron.distillation.schedule import ModelSize, Schedule, resolve
-from minitron.distillation.step import add_gradients, clipped, set_up
+from minitron.distillation.step import add_gradients, blocks_at_once, clipped, set_up
 from minitron.model.architecture import with_sizes
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, planned_checkpoint
 from minitron.model.samples import Batch
@@ -60,14 +60,13 @@ def _steps(student: Checkpoint, teacher: Checkpoint, schedule: Schedule, memory:
     config, device = schedule.config, pick_device()
     learners = set_up(student, teacher, schedule, compute_dtype("auto", device), device)
     tokens = torch.randint(teacher.shape.vocab, (schedule.batch_blocks, schedule.block_tokens))
-    parts = tokens.split(max(1, config.micro_batch_tokens // schedule.block_tokens))
+    parts = tokens.split(blocks_at_once(config.micro_batch_tokens, schedule.block_tokens))
     micros, num_predicted = [(Batch(part), 1.0) for part in parts], Batch(tokens).num_predicted
-    trained = [parameter for group in learners.optimizer.param_groups for parameter in group["params"]]
     for _ in range(STEPS):
         if memory is not None:
             memory.restart()
         add_gradients(learners, micros, num_predicted, between_weight=1.0)
-        clipped(trained, config.gradient_clip)
+        clipped(learners.trained, config.gradient_clip)
         learners.optimizer.step()
         learners.optimizer.zero_grad()
 

@@ -66,7 +66,7 @@ class Watchdog:
         Raises: RunError if the variable in the environment is no number of seconds.
         """
         stuck = _stuck_seconds()
-        self.store, self.rank, self.size = store, rank, size
+        self.store, self.rank = store, rank
         self.stuck, self.silent = stuck, min(SILENT_SECONDS, stuck)
         self._exchanges, self._busy = 0, False
         others = range(1, size) if rank == 0 else (0,)

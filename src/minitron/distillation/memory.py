@@ -12,7 +12,7 @@ from minitron.core.fake_memory import fake_tensors
 from minitron.distillation.objective import TeacherOutput, TopK
 from minitron.distillation.recording import DEFAULT_TOP_K
 from minitron.distillation.schedule import Schedule
-from minitron.distillation.step import Learners, add_gradients, clipped, set_up
+from minitron.distillation.step import Learners, add_gradients, blocks_at_once, clipped, set_up
 from minitron.distillation.teachers import OnlineTeacher, Teacher
 from minitron.model.checkpoint import Checkpoint, ModelConfig, planned_checkpoint
 from minitron.model.samples import Batch
@@ -66,7 +66,7 @@ def step_memory(
     schedule = replace(schedule, config=config)
     recorded = config.teacher == "recorded" and config.objective.needs_teacher
     own = -(-schedule.batch_blocks // processes)
-    at_once = min(own, max(1, config.micro_batch_tokens // schedule.block_tokens))
+    at_once = min(own, blocks_at_once(config.micro_batch_tokens, schedule.block_tokens))
     taught = planned_checkpoint(student, student.shape)
     teaching = None if recorded or teacher is None else planned_checkpoint(teacher, teacher.shape)
     with parallel.pretended(processes), fake_tensors(device) as counted:
@@ -76,13 +76,12 @@ def step_memory(
         batch = Batch(torch.zeros(at_once, schedule.block_tokens, dtype=torch.int64))
         # The second micro-batch finds the gradients of the first; all others are like it.
         micros = [(batch, 1.0)] * (2 if own > at_once else 1)
-        trained = [parameter for group in learners.optimizer.param_groups for parameter in group["params"]]
         for _ in range(2):
             counted.restart()
             add_gradients(
                 learners, micros, batch.num_predicted, between_weight=1.0, teacher_learns=learners.learner is not None
             )
-            clipped(trained, config.gradient_clip)
+            clipped(learners.trained, config.gradient_clip)
             learners.optimizer.step()
             learners.optimizer.zero_grad()
         state = (value for entries in learners.optimizer.state.values() for value in entries.values())

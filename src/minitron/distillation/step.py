@@ -34,6 +34,11 @@ class Learners:
         return self.teacher if isinstance(self.teacher, LearningTeacher) else None
 
     @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that the optimizer moves, of all models."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
     def holders(self) -> dict[Tensor, int]:
         """Parameter -> the process that holds its whole state; a parameter that is missing is sharded."""
         return dict(OPTIMIZERS[self.optimizer_name].holders(self.optimizer))
@@ -67,6 +72,11 @@ def set_up(
     options = OptimizerOptions(config.weights, config.betas, config.weight_decay, dtype, schedule.seed)
     optimizer = make_optimizer(trained, config.optimizer_name, options, vocabulary=vocabulary)
     return Learners(module, teaching, optimizer, config.optimizer_name)
+
+
+def blocks_at_once(micro_batch_tokens: int, block_tokens: int) -> int:
+    """Return the number of blocks in a micro-batch of at most so many tokens, or of one block."""
+    return max(1, micro_batch_tokens // block_tokens)
 
 
 def add_gradients(

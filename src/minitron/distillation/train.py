@@ -22,7 +22,7 @@ from minitron.distillation.hidden_loss import share_at
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.setup import require_compiler
 from minitron.distillation.state import States
-from minitron.distillation.step import add_gradients, clipped, set_up
+from minitron.distillation.step import add_gradients, blocks_at_once, clipped, set_up
 from minitron.distillation.student import StudentModule
 from minitron.distillation.teachers import LearningTeacher, Teacher, TeacherSource
 from minitron.distillation.trackers import tracked
@@ -262,11 +262,6 @@ def _stopped(step: int, steps: int) -> Interrupted:
     return Interrupted(f"stopped at step {step} of {steps}; the state is saved, run the same command to go on")
 
 
-def blocks_in(micro_batch_tokens: int, blocks: Blocks) -> int:
-    """Return the number of blocks in a micro-batch of at most so many tokens, or of one block."""
-    return max(1, micro_batch_tokens // blocks.tokens.shape[1])
-
-
 def _batch(
     blocks: Blocks, rows: Int[np.ndarray, " blocks"], micro_batch_tokens: int, device: torch.device
 ) -> tuple[list[tuple[Batch, float]], int]:
@@ -277,7 +272,7 @@ def _batch(
 
     Returns the micro-batches, and the number of predicted tokens of the whole batch, of all processes together.
     """
-    here, size = parallel.joined(), blocks_in(micro_batch_tokens, blocks)
+    here, size = parallel.joined(), blocks_at_once(micro_batch_tokens, blocks.tokens.shape[1])
     mine = rows[here.rank :: here.size]
     own = Batch(torch.from_numpy(blocks.select(mine if len(mine) else rows[:1])), blocks.separator)
     num_predicted = len(rows) * (blocks.tokens.shape[1] - 1)
@@ -338,7 +333,7 @@ def save_trained(model: Any, checkpoint: Checkpoint, out: Path) -> None:
 def mean_loss(student: StudentModule, teacher: Teacher | None, blocks: Blocks, micro_batch_tokens: int) -> float:
     """Return the objective's mean per predicted token, in nats where it is a divergence or the cross-entropy."""
     device, here = next(student.parameters()).device, parallel.joined()
-    at_once = min(EVALUATION_BLOCKS, blocks_in(micro_batch_tokens, blocks))
+    at_once = min(EVALUATION_BLOCKS, blocks_at_once(micro_batch_tokens, blocks.tokens.shape[1]))
     student.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
     for start in range(0, len(blocks), at_once * here.size):
