@@ -72,7 +72,9 @@ STAGES = {
         ),
         *("distill", "evaluate", "generate", "quantize", "speed", "report", "card", "push", "main"),
     ),
-    "pipeline": (*("rules", "directory", "stages", "probe", "timing", "budget", "run", "stage_seconds", "estimate"),),
+    "pipeline": (
+        *("rules", "directory", "stages", "probe", "timing", "budget", "fit", "run", "stage_seconds", "estimate"),
+    ),
     "model": (
         *("naming", "samples", "architecture", "families", "config_json", "weights", "weight_files"),
         *("hub", "tokens", "tokenizer", "checkpoint", "writing", "describe", "hidden_states", "stream", "sharded"),

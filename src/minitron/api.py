@@ -32,7 +32,7 @@ from minitron.data.supply import block_length, bounded, corpus_for, keep_sampled
 from minitron.data.writing import separator
 from minitron.distillation import trackers
 from minitron.distillation.config import DistillConfig, require_correctable
-from minitron.distillation.layouts import Budget
+from minitron.distillation.layouts import Budget, Fit
 from minitron.distillation.teachers import TeacherSource, require_same_tokenizer, require_same_vocabulary
 from minitron.distillation.train import CORRECTED, Trained
 from minitron.evaluation.engines import measure_speed as measure_speed
@@ -54,8 +54,16 @@ from minitron.model.samples import Samples
 from minitron.model.tokenizer import load_tokenizer
 from minitron.model.weight_files import has_weights, stored_tensors
 from minitron.pipeline.asked import Asked
-from minitron.pipeline.budget import keep_budget, known_budget, measure_budget, require_one_length, with_budget
+from minitron.pipeline.budget import (
+    keep_budget,
+    known_budget,
+    measure_budget,
+    require_one_length,
+    with_budget,
+    with_guess,
+)
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory, read_record
+from minitron.pipeline.fit import Planned, agreed_fit, find_fit, keep_fit, with_fit
 from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_distill_effects
 from minitron.pipeline.run import run as run
@@ -323,6 +331,7 @@ class Distilled:
     corrected: the directory of the teacher that was corrected, if it was.
     description: what `inspect` says of the student.
     budget: how the minutes of the distillation became tokens; None where its tokens were given.
+    fit: the memory that a step may take, and the settings that were changed for it; None where nothing may be.
     """
 
     out: Path
@@ -330,6 +339,7 @@ class Distilled:
     training: Trained
     description: Description
     budget: Budget | None = None
+    fit: Fit | None = None
 
 
 def distill(
@@ -347,11 +357,21 @@ def distill(
     State lies beside `out` in `<out>.work` until the student is complete; the processes must all see it. A corrected
     teacher ends in `<out>.corrected`. Both lie in `out` where that is not replaced, as a mount point is not.
     """
+
+    def planned() -> Planned:
+        recipe = Recipe(model=str(teacher), seed=seed, data=data, prune=PruneConfig(), distill=with_guess(config))
+        student_, teacher_ = (open_config(model_directory(str(model))) for model in (student, teacher))
+        return Planned(recipe, student_, teacher_)
+
     require_distill_effects(config)
     trackers.require_trackers(config.log_to)
     work, final = beside(out, "work"), {"student": out}
     final |= {CORRECTED: beside(out, CORRECTED)} if config.correction else {}
+    first = parallel.ranks().rank == 0
+    fit = find_fit(config, RunLayout(work).fit, planned, listener) if first else None
     with parallel.process_group():
+        fit = agreed_fit(fit)
+        config = config if fit is None else with_fit(config, fit)
         if parallel.is_first():
             _forget(work)
             inputs = [str(teacher), str(student), data.source, data.heldout]
@@ -373,7 +393,8 @@ def distill(
         )
         with RunDirectory(work, None, listener, final) as directory:
             keep_budget(budget, directory.layout.budget)
-            run = Run(directory, asked, of_teacher, origin.shape, origin=origin, budget=budget)
+            keep_fit(fit, directory.layout.fit)
+            run = Run(directory, asked, of_teacher, origin.shape, origin=origin, budget=budget, fit=fit)
             make_stages(run, OF_DISTILLATION)
             if not parallel.is_first():
                 return None
@@ -388,7 +409,7 @@ def distill(
         _forget(work)
     training = facts["training"]
     assert isinstance(training, dict)
-    return Distilled(out, final.get(CORRECTED), Trained(**training), describe(open_checkpoint(out)), budget)
+    return Distilled(out, final.get(CORRECTED), Trained(**training), describe(open_checkpoint(out)), budget, fit)
 
 
 def _budget_of(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minitron.core.config import count_in, expanded
+from minitron.core.config import count_in, expanded, size_in
 from minitron.core.effects import require_once
 from minitron.core.errors import MinitronError, did_you_mean
 
@@ -27,11 +27,9 @@ def count(text: str) -> int:
 
 def size(text: str) -> float:
     """Read 8GB as 8e9 bytes; units are decimal, as sizes are shown."""
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    scale = units.get(text[-2:].upper(), 1.0)
     try:
-        return positive(text[:-2] if scale > 1 else text) * scale
-    except argparse.ArgumentTypeError:
+        return positive(str(size_in(text)))
+    except (ValueError, OverflowError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000, 300MB or 8GB") from None
 
 

@@ -22,7 +22,7 @@ FEW_TOKENS = 10_000  # of held-out text, on which a mean is off by some percent
 DRY_RUN: Rules = (
     Rule(("gpus",), lambda args: args.dry_run, "with --dry-run", "add --dry-run"),
     Rule(
-        ("gpu_teraflops", "utilisation"),
+        ("gpu_teraflops", "utilisation", "gpu_memory"),
         lambda args: args.dry_run and args.gpus is not None,
         "with --dry-run and --gpus",
         "add both",
@@ -67,6 +67,13 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the peak reached; default %(default)g, an assumption",
     )
+    parser.add_argument(
+        "--gpu-memory",
+        type=parse.size,
+        default=Gpus.memory,
+        metavar="SIZE",
+        help="memory of each, of which a step may take nine tenths; default 80GB",
+    )
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
@@ -82,16 +89,17 @@ def run_recipe(recipe: "Recipe", out: Path, args: argparse.Namespace, console: C
     from minitron.model.checkpoint import open_config
     from minitron.pipeline.budget import with_budget
     from minitron.pipeline.estimate import Gpus, estimate
-    from minitron.pipeline.run import budget_of, run
+    from minitron.pipeline.run import budget_of, run, settle_memory
 
     if not args.dry_run:
         return show_run(run(recipe, out, console), console)
-    gpus = Gpus(args.gpus, args.gpu_teraflops, args.utilisation) if args.gpus else None
+    gpus = Gpus(args.gpus, args.gpu_teraflops, args.utilisation, args.gpu_memory) if args.gpus else None
     teacher = open_config(model_directory(recipe.model, recipe.revision, config_only=True))
+    recipe, settled = settle_memory(recipe, teacher, out, None if gpus is None else gpus.room)
     budget = budget_of(recipe, teacher, out, console)
     if budget is not None:
         recipe = recipe.model_copy(update={"distill": with_budget(recipe.distill, budget)})
-    found = estimate(recipe, gpus, timed=gpus is None, stepped=True)
+    found = estimate(recipe, gpus, timed=gpus is None, settled=settled)
     console.result(found.to_dict(), "\n".join(estimate_lines(found)))
 
 
@@ -159,14 +167,16 @@ def _memory_lines(found: "Estimate") -> list[str]:
     """Describe the memory of a training step."""
     from minitron.core.text import size
 
-    memory, gpus = found.memory, found.gpus
-    if memory is None:
+    settled, gpus = found.settled, found.gpus
+    if settled is None:
         return []
+    memory, fit = settled.memory, settled.fit
     on = "" if gpus is None else " on one GPU" if gpus.count == 1 else f" on each of {gpus.count} GPUs, fully sharded"
     return [
         f"memory while distilling{on}: {size(memory.peak)} at most: {size(memory.student)} student, "
         f"{size(memory.teacher)} teacher, {size(memory.optimizer)} optimizer, {size(memory.working)} gradients, "
-        "activations and gathered weights"
+        "activations and gathered weights",
+        *([f"to fit: {fit}"] if fit is not None and fit.changes else []),
     ]
 
 

@@ -1,7 +1,7 @@
 """The base of every section of a recipe, and fields whose values are the keys of a table."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_args, runtime_checkable
 
@@ -46,15 +46,30 @@ def count_in(text: str) -> int:
     return round(float((text[:-1] if scale != 1 else text).replace("_", "")) * scale)
 
 
-def _counted(value: Any) -> Any:
+def size_in(text: str) -> int:
+    """Read 8GB as 8_000_000_000 bytes; units are decimal, as sizes are shown.
+
+    Raises: ValueError for text that is no number with or without a unit.
+    """
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    scale = units.get(text[-2:].upper(), 1)
+    return round(float(text[:-2] if scale != 1 else text) * scale)
+
+
+def _read_by(reader: Callable[[str], int]) -> BeforeValidator:
     """Read text that is a number with a unit, and leave everything else to the check of its type."""
-    try:
-        return count_in(value) if isinstance(value, str) and value[-1:].isalpha() else value
-    except (ValueError, OverflowError):
-        return value
+
+    def read(value: Any) -> Any:
+        try:
+            return reader(value) if isinstance(value, str) and value[-1:].isalpha() else value
+        except (ValueError, OverflowError):
+            return value
+
+    return BeforeValidator(read)
 
 
-TokenCount = Annotated[int, BeforeValidator(_counted)]  # may be written with a unit, such as 20M
+TokenCount = Annotated[int, _read_by(count_in)]  # may be written with a unit, such as 20M
+ByteCount = Annotated[int, _read_by(size_in)]  # may be written with a unit, such as 72GB
 
 
 @runtime_checkable

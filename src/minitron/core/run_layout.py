@@ -75,6 +75,11 @@ class RunLayout:
         return self.out / "budget.json"
 
     @property
+    def fit(self) -> Path:
+        """The settings of the distillation that were changed to fit the memory."""
+        return self.out / "fit.json"
+
+    @property
     def lock(self) -> Path:
         return self.out / ".lock"
 

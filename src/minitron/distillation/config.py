@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minitron.core.config import Section, TokenCount
+from minitron.core.config import ByteCount, Section, TokenCount
 from minitron.core.device import Precision
 from minitron.core.errors import MinitronError, RunError
 from minitron.core.text import either
@@ -20,6 +20,7 @@ from minitron.distillation.trackers import TrackerName
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0)]
+Memory = Annotated[ByteCount, Field(ge=1)]
 
 
 class DistillConfig(Section):
@@ -58,6 +59,10 @@ class DistillConfig(Section):
     `off` where no teacher runs beside the student."""
     batch_blocks: int | None = Field(default=None, ge=1)
     """Blocks per optimizer step. Default: see `resolve`."""
+    fit: Literal["auto", "off"] | Memory = "auto"
+    """The memory that a step may take in each process, such as 72GB: where it would take more, settings that the recipe
+    leaves open are changed, once, before anything else. `auto`: nine tenths of what is free on the GPU, or on a machine
+    without one; `off`: nothing is changed."""
     micro_batch_tokens: TokenCount = Field(default=4096, ge=1)
     """Tokens per forward and backward; changes memory, not the result beyond rounding."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -104,8 +109,8 @@ class DistillConfig(Section):
 
     @property
     def for_record(self) -> dict[str, object]:
-        """The settings that a record holds: all but the trackers that only watch, and how often the state is saved."""
-        return self.model_dump(mode="json", exclude={"log_to", "checkpoint_minutes"})
+        """The settings that a record holds: all but those that change nothing of the student, as trackers do."""
+        return self.model_dump(mode="json", exclude={"log_to", "checkpoint_minutes", "fit"})
 
     @property
     def optimizer_name(self) -> Optimizer:

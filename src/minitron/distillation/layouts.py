@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from minitron.core.layouts import Amount, Count, FileName, Finite, Layout, Positive
-from minitron.core.text import count
+from minitron.core.text import both, count, size
 from minitron.core.typed_files import FileKind
 
 
@@ -54,13 +54,51 @@ class Budget(Layout):
         return f"{self.minutes:g} minutes at a measured {speed} tokens/s: {tokens} tokens"
 
 
+class Fit(Layout):
+    """fit.json tells the memory that a training step may take, and the settings that were changed to fit it.
+
+    memory: the bytes that it may take in each process.
+    processes: among which the models are sharded.
+    asked: the bytes of a step with the settings that were asked for; None where they are far fewer.
+    peak: the bytes of a step with the settings that are taken; None where they are far fewer.
+    changes: the changed settings of `distill`.
+    """
+
+    memory: Positive
+    processes: Positive
+    asked: Positive | None = None
+    peak: Positive | None = None
+    changes: dict[str, bool | int | str] = Field(default={})
+
+    @property
+    def fits(self) -> bool:
+        return self.peak is None or self.peak <= self.memory
+
+    @property
+    def settings(self) -> str:
+        """The changed settings, as they are given to a command."""
+        values = [str(value).lower() if isinstance(value, bool) else value for value in self.changes.values()]
+        return both(f"distill.{name}={value}" for name, value in zip(self.changes, values, strict=True))
+
+    def __str__(self) -> str:
+        """Say what was changed, and why."""
+        if self.asked is None or self.peak is None or not self.changes:
+            return f"a step fits the {size(self.memory)} that it may take"
+        return (
+            f"a step would take {size(self.asked)} where {size(self.memory)} may be taken; with {self.settings} it "
+            f"takes {size(self.peak)}"
+        )
+
+
 class TrainedStage(Layout):
     """The result of the stages corrected, student and scratch."""
 
     training: TrainingFacts
     budget: Budget | None = None
+    fit: Fit | None = None
 
 
+FIT = FileKind("the memory of a distillation", TypeAdapter(Fit))
 BUDGET = FileKind("the budget of a distillation", TypeAdapter(Budget))
 LOGGED = FileKind("a row of metrics", TypeAdapter(Logged))
 LESSONS = FileKind("the description of recorded logits", TypeAdapter(LessonsFacts))

@@ -49,9 +49,9 @@ def step_memory(
     *,
     processes: int = 1,
 ) -> StepMemory:
-    """Run training steps as `distill` does, on tensors of the real sizes without values, and count their bytes.
+    """Run a training step as `distill` does, on tensors of the real sizes without values, and count its bytes.
 
-    The first step, in which the optimizer makes its state, does not count. No weights are read, and a step takes
+    The optimizer has its state already, as in all steps but the first. No weights are read, and a step takes
     seconds whatever the sizes. Documents are not kept apart, and nothing is compiled.
 
     Args:
@@ -76,14 +76,17 @@ def step_memory(
         batch = Batch(torch.zeros(at_once, schedule.block_tokens, dtype=torch.int64))
         # The second micro-batch finds the gradients of the first; all others are like it.
         micros = [(batch, 1.0)] * (2 if own > at_once else 1)
-        for _ in range(2):
-            counted.restart()
-            add_gradients(
-                learners, micros, batch.num_predicted, between_weight=1.0, teacher_learns=learners.learner is not None
-            )
-            clipped(learners.trained, config.gradient_clip)
-            learners.optimizer.step()
-            learners.optimizer.zero_grad()
+        for parameter in learners.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        learners.optimizer.step()  # makes its state, which a step finds there
+        learners.optimizer.zero_grad()
+        counted.restart()
+        add_gradients(
+            learners, micros, batch.num_predicted, between_weight=1.0, teacher_learns=learners.learner is not None
+        )
+        clipped(learners.trained, config.gradient_clip)
+        learners.optimizer.step()
+        learners.optimizer.zero_grad()
         state = (value for entries in learners.optimizer.state.values() for value in entries.values())
         return StepMemory(
             student=_bytes(learners.student.parameters()),

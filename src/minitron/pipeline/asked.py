@@ -6,7 +6,9 @@ from typing import Literal
 
 from minitron.core.device import pick_device
 from minitron.distillation.config import DistillConfig
-from minitron.pipeline.probe import Modelled, ProbeSize
+from minitron.distillation.schedule import ModelSize, resolve
+from minitron.model.architecture import Shape
+from minitron.pipeline.probe import WEIGHTS_RMS, Modelled, ProbeSize
 from minitron.recipe import Recipe
 
 TrainingKind = Literal["student", "corrected", "scratch"]
@@ -115,3 +117,15 @@ class Timed:
     trainings: Mapping[str, TrainingSeconds]
     repair_known: bool = True
     gguf: GgufSeconds | None = None
+
+
+def resolved(recipe: Recipe, teacher: Shape, student: Shape, *, block_tokens: int, tokens: int) -> DistillConfig:
+    """Fill in the settings of a recipe's training of so many tokens, on a text that is as long."""
+    return resolve(
+        recipe.distill.model_copy(update={"tokens": tokens}),
+        ModelSize(student, WEIGHTS_RMS),
+        ModelSize(teacher, WEIGHTS_RMS),
+        block_tokens=block_tokens,
+        train_tokens=tokens,
+        repaired=bool(recipe.repair.steps),
+    )

@@ -2,40 +2,41 @@
 
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
-from minitron.core.device import DeviceType, compute_dtype, pick_device
+from minitron.core.device import compute_dtype, pick_device
 from minitron.core.machine import matmul_flops_per_second
 from minitron.data.sources import TEACHER
 from minitron.data.supply import block_length
-from minitron.distillation.memory import StepMemory, step_memory
-from minitron.distillation.optim import Optimizer, Weights, training_bytes
-from minitron.distillation.schedule import Schedule
 from minitron.gguf.source import model_directory
-from minitron.model.architecture import Shape
-from minitron.model.checkpoint import ModelConfig, open_config, planned_checkpoint
+from minitron.model.checkpoint import open_config, planned_checkpoint
 from minitron.model.describe import Description, describe, describe_shape, forward_flops
+from minitron.pipeline.fit import USABLE, Planned, Room, Settled, held_bytes
 from minitron.pipeline.run import resolve_recipe
-from minitron.pipeline.stage_seconds import StageSeconds, resolved, stage_seconds
+from minitron.pipeline.stage_seconds import StageSeconds, stage_seconds
 from minitron.recipe import Recipe
 
 # Share of a large matrix product's speed that training reaches; measured on small models on a CPU, and an assumption.
 UTILISATION = 0.25
-# The length of a training whose text decides it: only the optimizer's and the batch's defaults follow from it here.
-ASSUMED_TOKENS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that a run is estimated for."""
+    """The GPUs that a run is estimated for.
+
+    memory: the bytes of each.
+    """
 
     count: int
     teraflops: float = 989.0  # dense bfloat16 peak of an H100, by its data sheet
     utilisation: float = 0.4  # share of the peak that training reaches: an assumption
+    memory: float = 80e9
 
     @property
     def flops_per_second(self) -> float:
         return self.count * self.teraflops * 1e12 * self.utilisation
+
+    @property
+    def room(self) -> Room:
+        return Room(int(USABLE * self.memory), self.count, "cuda")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Estimate:
     sampled_tokens: training tokens that are sampled from the teacher.
     correction_tokens: tokens that a corrected teacher reads, at most.
     training_bytes: weights, gradients and optimizer of all processes together, without activations.
-    memory: of a training step on this machine's device, or on each of the GPUs; None where it was not asked for.
+    settled: the memory of a training step on this machine's device, or on each of the GPUs, and the settings that were
+        changed to fit it; None where it was not asked for.
     searched: whether the student's shape is searched for, which takes the statistics; `student` is the largest then.
     gpus: the GPUs of the estimate, with the seconds and the bytes on each.
     stages: the seconds of each stage on this machine, where its work was timed.
@@ -79,7 +81,7 @@ class Estimate:
     correction_flops: int | None
     training_bytes: int
     here: Here
-    memory: StepMemory | None = None
+    settled: Settled | None = None
     searched: bool = False
     gpus: Gpus | None = None
     stages: tuple[StageSeconds, ...] = ()
@@ -108,19 +110,24 @@ class Estimate:
         """Return the estimate as `--dry-run --json` prints it."""
         facts = vars(self) | {"teacher": self.teacher.to_dict(), "student": self.student.to_dict()}
         facts |= {"here": asdict(self.here), "stages": [asdict(stage) for stage in self.stages]}
-        del facts["gpus"]
-        facts["memory"] = None if self.memory is None else asdict(self.memory)
+        del facts["gpus"], facts["settled"]
+        settled = self.settled
+        facts["memory"] = None if settled is None else asdict(settled.memory)
+        facts["fit"] = None if settled is None or settled.fit is None else settled.fit.model_dump()
         if self.gpus is None:
             return facts
         costs = {"seconds": self.seconds_on_gpus, "bytes_per_gpu": self.bytes_per_gpu}
         return facts | {"gpus": asdict(self.gpus) | costs}
 
 
-def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, stepped: bool = False) -> Estimate:
+def estimate(
+    recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, settled: Settled | None = None
+) -> Estimate:
     """Estimate a run: exact shapes, parameters and bytes of both models, then tokens, operations, time and memory.
 
-    With `stepped` a training step is run on tensors without values, which takes seconds, and `memory` holds what it
-    would have held: on each of the GPUs, or else on this machine.
+    Args:
+        recipe: with the settings that were changed for the memory, see `settle_memory`.
+        settled: what was found of the memory; it is only passed on.
 
     With `timed` the work of each stage is done for some seconds on a few layers of the real sizes, and `here` holds the
     speed that the trainings then have; else it is a share of a large matrix product's.
@@ -144,17 +151,7 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, s
         {None: 0, "before": passes, "parallel": passes - 1}[correction] * forward * (corrected_tokens or 0)
     )
     flops = tokens * (forward + step) if tokens else None
-    # The student in training, and the teacher in bfloat16, or trained as the student is; activations come on top. A
-    # teacher that is corrected before is trained in float32.
-    distill = resolved(recipe, teacher, shape, tokens) if tokens else recipe.distill
-    optimizer, weights = distill.optimizer_name, distill.weights
-    held = training_bytes(teacher.architecture, teacher.config, shape, optimizer, weights)
-    if correction == "parallel":
-        held += _of_teacher(teacher, optimizer, weights)
-    else:
-        held += 2 * teacher.parameters.total
-    if correction == "before":
-        held = max(held, _of_teacher(teacher, optimizer, "float32"))
+    planned = Planned(recipe, planned_checkpoint(teacher, shape), teacher)
     found = Estimate(
         teacher=describe(teacher),
         student=student,
@@ -168,35 +165,16 @@ def estimate(recipe: Recipe, gpus: Gpus | None = None, *, timed: bool = False, s
         distill_flops=flops,
         correction_tokens=corrected_tokens,
         correction_flops=corrected_flops if flops else None,
-        training_bytes=held,
+        training_bytes=held_bytes(planned),
         here=Here(rate, UTILISATION, (flops + corrected_flops) / rate if flops else None),
         searched=recipe.searches,
         gpus=gpus,
+        settled=settled,
     )
-    if stepped:
-        found = replace(found, memory=_step_memory(recipe, teacher, shape, gpus))
     if not timed:
         return found
     stages = tuple(stage_seconds(recipe, teacher, shape))
     return replace(found, stages=stages, here=_as_timed(found, stages))
-
-
-def _step_memory(recipe: Recipe, teacher: ModelConfig, shape: Shape, gpus: Gpus | None) -> StepMemory:
-    """Return the memory of the student's steps, or of those of a teacher that is corrected before, where it is more."""
-    device: DeviceType = "cuda" if gpus is not None or pick_device().type == "cuda" else "cpu"
-    dtype = compute_dtype(recipe.distill.precision, pick_device())
-    if device == "cuda" and recipe.distill.precision == "auto":
-        dtype = torch.bfloat16
-    block_tokens = block_length(recipe.data, teacher)
-    config = resolved(recipe, teacher, shape, recipe.distill.tokens or ASSUMED_TOKENS)
-    processes = 1 if gpus is None else gpus.count
-    schedule = Schedule.of_student(config, block_tokens, recipe.seed)
-    found = step_memory(planned_checkpoint(teacher, shape), teacher, schedule, dtype, device, processes=processes)
-    if config.correction != "before":
-        return found
-    own = Schedule.of_correction(config, block_tokens, recipe.seed)
-    corrected = step_memory(teacher, None, own, dtype, device, processes=processes)
-    return max(found, corrected, key=lambda memory: memory.peak)
 
 
 def _as_timed(found: Estimate, stages: tuple[StageSeconds, ...]) -> Here:
@@ -207,8 +185,3 @@ def _as_timed(found: Estimate, stages: tuple[StageSeconds, ...]) -> Here:
         return found.here
     speed = found.flops / seconds
     return Here(speed, found.here.utilisation * speed / found.here.flops_per_second, seconds)
-
-
-def _of_teacher(teacher: ModelConfig, optimizer: Optimizer, weights: Weights) -> int:
-    """Return the memory that training the teacher itself takes."""
-    return training_bytes(teacher.architecture, teacher.config, teacher.shape, optimizer, weights)

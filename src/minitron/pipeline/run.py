@@ -12,13 +12,13 @@ from minitron.data.sources import BUILTIN, TEACHER, local_path
 from minitron.data.supply import block_length, bounded
 from minitron.distillation import trackers
 from minitron.distillation.config import require_correctable
-from minitron.distillation.layouts import Budget
+from minitron.distillation.layouts import Budget, Fit
 from minitron.distillation.schedule import usual_evaluate_blocks
 from minitron.evaluation.generate import prompt_of
 from minitron.evaluation.quality import usual_blocks
 from minitron.gguf.source import model_directory
 from minitron.model.architecture import Shape
-from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint, open_config, planned_checkpoint
 from minitron.pipeline.asked import Asked
 from minitron.pipeline.budget import (
     keep_budget,
@@ -29,6 +29,18 @@ from minitron.pipeline.budget import (
     with_guess,
 )
 from minitron.pipeline.directory import RUN_ENTRIES, RunDirectory
+from minitron.pipeline.fit import (
+    Planned,
+    Room,
+    Settled,
+    agreed_fit,
+    find_fit,
+    keep_fit,
+    known_fit,
+    settle,
+    training_memory,
+    with_fit,
+)
 from minitron.pipeline.probe import Modelled
 from minitron.pipeline.rules import require_choice_effects, require_recipe_effects
 from minitron.pipeline.stages import Run, export_student, make_stages, plan_benchmarks
@@ -57,8 +69,9 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
+    fit = fit_of(recipe, out, listener) if parallel.ranks().rank == 0 else None
     with parallel.process_group():
-        _run(recipe, out, listener)
+        _run(recipe, out, fit, listener)
         records = read_run(out)
         if parallel.is_first():
             write_report(records)
@@ -66,8 +79,11 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
         return records
 
 
-def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
+def _run(recipe: Recipe, out: Path, fit: Fit | None, listener: Listener) -> None:
     """Make the stages; input that no stage could use is refused before the first."""
+    fit = agreed_fit(fit)
+    if fit is not None:
+        recipe = recipe.model_copy(update={"distill": with_fit(recipe.distill, fit)})
     inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
@@ -86,11 +102,46 @@ def _run(recipe: Recipe, out: Path, listener: Listener) -> None:
     benchmarks = plan_benchmarks(recipe.evaluate, listener) if parallel.is_first() else None
     with RunDirectory(out, recipe, listener) as directory:
         keep_budget(budget, directory.layout.budget)
-        run = Run(directory, recipe, teacher, shape, benchmarks, budget=budget)
+        keep_fit(fit, directory.layout.fit)
+        run = Run(directory, recipe, teacher, shape, benchmarks, budget=budget, fit=fit)
         make_stages(run)
         for name, exporter in EXPORTERS.items():
             if exporter.wanted(run.recipe):
                 export_student(run, name)
+
+
+def fit_of(recipe: Recipe, out: Path, listener: Listener = SILENT) -> Fit | None:
+    """Find the settings with which the trainings of a run fit the memory, see `find_fit`."""
+
+    def planned() -> Planned:
+        return plan_trainings(recipe, open_config(model_directory(recipe.model, recipe.revision)))
+
+    return find_fit(recipe.distill, RunLayout(out).fit, planned, listener)
+
+
+def settle_memory(recipe: Recipe, teacher: ModelConfig, out: Path, gpus: Room | None = None) -> tuple[Recipe, Settled]:
+    """Find the memory of a run's trainings, and what is settled of it, as the run would.
+
+    Args:
+        gpus: what is planned for; None for this machine, and what the run's directory has settled already.
+
+    Returns the recipe with the settings that are changed, and the memory with them.
+    """
+    config, planned = recipe.distill, plan_trainings(recipe, teacher)
+    room = Room.here(config) if gpus is None else gpus.given(config)
+    if config.fit == "off":
+        return recipe, Settled(training_memory(planned, room))
+    known = known_fit(config, RunLayout(out).fit) if gpus is None else None
+    found = settle(planned, room) if known is None else Settled(training_memory(planned, room, known.changes), known)
+    assert found.fit is not None
+    return recipe.model_copy(update={"distill": with_fit(config, found.fit)}), found
+
+
+def plan_trainings(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> Planned:
+    """Plan the trainings of a run: with a guess of the tokens where its length is a time."""
+    guess = recipe.model_copy(update={"distill": with_guess(recipe.distill)})
+    resolved, shape = resolve_recipe(guess, teacher)
+    return Planned(resolved, planned_checkpoint(teacher, shape), teacher)
 
 
 def budget_of(
@@ -107,12 +158,10 @@ def budget_of(
     known = known_budget(RunLayout(out).budget, minutes)
     if known is not None:
         return known
-    guess = recipe.model_copy(update={"distill": with_guess(recipe.distill)})
-    resolved, shape = resolve_recipe(guess, teacher)
-    block_tokens = block_length(recipe.data, teacher)
-    timed = resolved.model_copy(update={"distill": recipe.distill})
-    models = Modelled.of(teacher), Modelled.of(teacher, shape)
-    asked = Asked(timed, *models, block_tokens, None, ("student",), trainings_only=True)
+    planned = plan_trainings(recipe, teacher)
+    timed = planned.recipe.model_copy(update={"distill": recipe.distill})
+    models = Modelled.of(teacher), Modelled.of(teacher, planned.student.shape)
+    asked = Asked(timed, *models, planned.block_tokens, None, ("student",), trainings_only=True)
     return measure_budget(asked, listener)
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from minitron.data.sources import TEACHER
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.schedule import ModelSize, num_steps, of_correction, of_scratch, resolve
+from minitron.distillation.schedule import num_steps, of_correction, of_scratch
 from minitron.evaluation.speed import DEFAULT_ROUNDS
 from minitron.gguf.config import QUANTIZE_TOKENS
 from minitron.gguf.reader import is_gguf
 from minitron.model.architecture import Shape
 from minitron.model.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from minitron.model.weight_files import has_weights
-from minitron.pipeline.asked import Asked, Timed, TrainingKind
-from minitron.pipeline.probe import WEIGHTS_RMS, Modelled
+from minitron.pipeline.asked import Asked, Timed, TrainingKind, resolved
+from minitron.pipeline.probe import Modelled
 from minitron.pipeline.stages import PIPELINE, SPEED_TOKENS
 from minitron.pipeline.time_text import TextSize, measure_text
 from minitron.pipeline.timing import time_run
@@ -78,7 +78,7 @@ def stage_seconds(recipe: Recipe, teacher: Checkpoint | ModelConfig, shape: Shap
     if tokens is None:
         reason = "the length of the text is not known before it is read: give distill.tokens"
         return [StageSeconds(name, None, reason) for name in (*names, *exported, "report")]
-    config = resolved(recipe, teacher, shape, tokens)
+    config = resolved(recipe, teacher.shape, shape, block_tokens=block_tokens, tokens=tokens)
     assert config.batch_blocks and config.evaluate_blocks
     kinds: list[TrainingKind] = ["student"]
     kinds += ["corrected"] if "corrected" in names else []
@@ -88,18 +88,6 @@ def stage_seconds(recipe: Recipe, teacher: Checkpoint | ModelConfig, shape: Shap
     heldout = max(1, (text.heldout_tokens or block_tokens * config.evaluate_blocks) // block_tokens)
     run = _Run(recipe, teacher, shape, block_tokens, text, config, timed, heldout, _gguf_reading(recipe, teacher))
     return [StageSeconds(name, *ESTIMATES[name](run)) for name in (*names, *exported, "report")]
-
-
-def resolved(recipe: Recipe, teacher: Checkpoint | ModelConfig, shape: Shape, tokens: int) -> DistillConfig:
-    """Fill in the settings of a training of so many tokens on a text that is as long."""
-    return resolve(
-        recipe.distill.model_copy(update={"tokens": tokens}),
-        ModelSize(shape, WEIGHTS_RMS),
-        ModelSize(teacher.shape, WEIGHTS_RMS),
-        block_tokens=recipe.data.block_tokens or 0,
-        train_tokens=tokens,
-        repaired=bool(recipe.repair.steps),
-    )
 
 
 def _gguf_reading(recipe: Recipe, teacher: Checkpoint | ModelConfig) -> float:

@@ -23,7 +23,7 @@ from minitron.data.sources import TEACHER
 from minitron.data.supply import make_corpus
 from minitron.data.writing import source_files
 from minitron.distillation.config import DistillConfig
-from minitron.distillation.layouts import Budget
+from minitron.distillation.layouts import Budget, Fit
 from minitron.distillation.recording import DEFAULT_TOP_K, LESSONS_INDEX, record_logits
 from minitron.distillation.schedule import ModelSize, Schedule, resolve, resolve_without_student
 from minitron.distillation.state import forget_states
@@ -72,6 +72,7 @@ class Run:
     origin: a student that exists already; None where it is cut from the teacher.
     models: name -> the checkpoints to evaluate.
     budget: how the minutes of the distillation became tokens; None where its tokens were given.
+    fit: the memory that a step may take, and the settings that were changed for it; None where nothing may be.
     """
 
     directory: RunDirectory
@@ -82,6 +83,7 @@ class Run:
     origin: Checkpoint | None = None
     models: dict[str, Path] = field(default_factory=dict)
     budget: Budget | None = None
+    fit: Fit | None = None
     corpus: Corpus = field(init=False)
     statistics: Statistics = field(init=False)
     pruner: Pruner = field(init=False)
@@ -440,7 +442,8 @@ def _train(
             shutil.rmtree(corrected, ignore_errors=True)  # of a run that was killed just here
             (state / CORRECTED).rename(corrected)
         facts = describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
-        return facts | ({"budget": run.budget.model_dump()} if name == "student" and run.budget is not None else {})
+        settled = {"budget": run.budget, "fit": run.fit} if name == "student" else {}
+        return facts | {key: found.model_dump() for key, found in settled.items() if found is not None}
 
     made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=named, assist=learn)
     if parallel.is_first():

@@ -294,13 +294,14 @@ def _method(records: RunRecords) -> str:
    on {samples} samples ({tokens} tokens) of {_text_name(recipe.data.source)}{_sampling(records)}.
 2. Cut: {records.results.plan.plan}.{_choices(records)}
 3. Distilled on {count(records.results.student.training.tokens)} tokens of the same text with the loss
-   {loss_name(recipe.distill)}, in {duration(student.seconds)} on {student.hardware.device}.{_budget(records)}"""
+   {loss_name(recipe.distill)}, in {duration(student.seconds)} on {student.hardware.device}.{_settled(records)}"""
 
 
-def _budget(records: RunRecords) -> str:
-    """The sentence on a length that was given in minutes."""
-    budget = records.results.student.budget
-    return "" if budget is None else f" Its length was given as time: {budget}."
+def _settled(records: RunRecords) -> str:
+    """The sentences on a length that was given in minutes, and on settings that were changed to fit the memory."""
+    budget, fit = records.results.student.budget, records.results.student.fit
+    length = "" if budget is None else f" Its length was given as time: {budget}."
+    return length + ("" if fit is None or not fit.changes else f" To fit the memory, settings were changed: {fit}.")
 
 
 def _choices(records: RunRecords) -> str:

@@ -275,6 +275,8 @@ def training(records: RunRecords) -> str:
     )
     if (budget := records.results.student.budget) is not None:
         note += f" The length was given as time: {budget}."
+    if (fit := records.results.student.fit) is not None and fit.changes:
+        note += f" To fit the memory, settings were changed: {fit}."
     if recipe.correction is not None:
         when = ", as it was at each step" if recipe.correction == "parallel" else ""
         note += f" The loss is against the corrected teacher{when}."
