@@ -149,6 +149,13 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
                 "--gpu-teraflops has an effect only with --dry-run and --gpus",
             ),
         ],
+        "--gpu-memory": [
+            Changes(ESTIMATE, "--gpu-memory 40GB"),
+            Refused(
+                f"{ESTIMATE_HERE} --gpu-memory 40GB",
+                "--gpu-memory has an effect only with --dry-run and --gpus",
+            ),
+        ],
         "--utilisation": [
             Changes(ESTIMATE, "--utilisation 0.1"),
             Refused(
@@ -167,6 +174,13 @@ OPTIONS: dict[str, dict[str, list[Row]]] = {
             Refused(
                 f"{RUN_HERE} --gpu-teraflops 100",
                 "--gpu-teraflops has an effect only with --dry-run and --gpus",
+            ),
+        ],
+        "--gpu-memory": [
+            Changes(RUN, "--gpu-memory 40GB"),
+            Refused(
+                f"{RUN_HERE} --gpu-memory 40GB",
+                "--gpu-memory has an effect only with --dry-run and --gpus",
             ),
         ],
         "--utilisation": [

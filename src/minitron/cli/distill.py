@@ -31,10 +31,11 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if made is None:
         return  # the first of several processes speaks
     text = f"student after {made.training.tokens:,} tokens: {args.out}"
-    settled = {key: found.model_dump() for key in ("budget", "fit") if (found := getattr(made, key)) is not None}
+    budget = {} if made.budget is None else {"budget": made.budget.model_dump()}
+    fit = {"fit": made.fit.model_dump()} if made.fit is not None and made.fit.changes else {}
     corrected = {"corrected": str(made.corrected)} if made.corrected else {}
     facts = {"out": str(made.out)} | corrected | made.description.to_dict() | {"training": asdict(made.training)}
-    facts |= settled
+    facts |= budget | fit
     console.result(facts, text + (f"\ncorrected teacher: {made.corrected}" if made.corrected else ""))
 
 

@@ -442,8 +442,11 @@ def _train(
             shutil.rmtree(corrected, ignore_errors=True)  # of a run that was killed just here
             (state / CORRECTED).rename(corrected)
         facts = describe(open_checkpoint(out)).to_dict() | {"training": asdict(trained)}
-        settled = {"budget": run.budget, "fit": run.fit} if name == "student" else {}
-        return facts | {key: found.model_dump() for key, found in settled.items() if found is not None}
+        if name == "student" and run.budget is not None:
+            facts["budget"] = run.budget.model_dump()
+        if name == "student" and run.fit is not None and run.fit.changes:
+            facts["fit"] = run.fit.model_dump()
+        return facts
 
     made = run.directory.do(name, work, inputs=inputs, config=facts, state=state, named=named, assist=learn)
     if parallel.is_first():
