@@ -4,10 +4,14 @@ The error of a matrix's outputs, weighted by the importance matrix, tells what a
 divergence with only this matrix quantized tells what that does to the model. Small errors of several matrices nearly
 add up, so their sum is minimised under the size: a knapsack with one choice for each matrix, filled in the order of the
 gain per byte.
+
+The effect of an error is measured for two kinds of types, with a smallest value in each block and without. Where the
+weights come from a quantized model and were trained on, a type of its kind rounds them back to where they began: the
+error is small, and all of it is what was learnt.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +44,8 @@ CHOICES = tuple(
         *("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16"),
     )
 )
+# Types with a smallest value in each block of weights, not only a scale.
+WITH_MINIMUM = frozenset(BlockType[name] for name in ("Q2_K", "Q4_1", "Q4_K", "Q5_1", "Q5_K"))
 ERROR_ROWS = 256  # rows of each matrix to measure its errors on
 SAMPLE_BLOCKS = 8  # blocks of text to measure the effect of errors on
 
@@ -49,14 +55,14 @@ class Damage:
     """What each type would do to each matrix.
 
     errors: matrix -> type -> weighted squared error of the outputs, as a share of their squares.
-    effect: matrix -> KL in nats a token for each unit of that error.
+    effect: matrix -> KL in nats a token for each unit of that error, by whether the type has a smallest value.
     """
 
     errors: Mapping[str, Mapping[BlockType, float]]
-    effect: Mapping[str, float]
+    effect: Mapping[str, Mapping[bool, float]]
 
     def of(self, name: str, kind: BlockType) -> float:
-        return self.errors[name][kind] * self.effect[name]
+        return self.errors[name][kind] * self.effect[name][kind in WITH_MINIMUM]
 
 
 def measure_damage(
@@ -80,7 +86,7 @@ def measure_damage(
     batches = Batch(blocks).split(1)
     wanted = [logits_of(loaded, batch).log_softmax(-1) for batch in batches]
     errors: dict[str, dict[BlockType, float]] = {}
-    effect: dict[str, float] = {}
+    effect: dict[str, dict[bool, float]] = {}
     with ThreadPoolExecutor(count) as pool:
 
         def rounded(tensor: GgufTensor, rows: Float[Tensor, "rows columns"], kind: BlockType) -> Tensor:
@@ -102,15 +108,19 @@ def measure_damage(
                 kind: (((rounded(tensor, rows, kind) - rows).square() @ weights).sum() / total).item()
                 for kind in _choices(tensor, tensor.name in importance.sums)
             }
-            probe = _nearest(near, errors[tensor.name])
-            changed = rounded(tensor, whole, probe)
-            error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
-            with _changed(loaded, model, tensor, changed - whole):
-                kl = sum(
-                    divergence(p, logits_of(loaded, batch).log_softmax(-1)).mean().item()
-                    for p, batch in zip(wanted, batches, strict=True)
-                )
-            effect[tensor.name] = kl / len(blocks) / error
+            effect[tensor.name] = {}
+            for with_minimum in (False, True):
+                kinds = [kind for kind in errors[tensor.name] if (kind in WITH_MINIMUM) == with_minimum]
+                if not kinds:  # as of rows that make no whole blocks of any such type
+                    continue
+                changed = rounded(tensor, whole, _nearest(near, kinds))
+                error = (((changed - whole).square() @ weights).sum() / (whole.square() @ weights).sum()).item()
+                with _changed(loaded, model, tensor, changed - whole):
+                    kl = sum(
+                        divergence(p, logits_of(loaded, batch).log_softmax(-1)).mean().item()
+                        for p, batch in zip(wanted, batches, strict=True)
+                    )
+                effect[tensor.name][with_minimum] = kl / len(blocks) / error
             progress(number + 1, len(matrices))
     return Damage(errors, effect)
 
@@ -196,7 +206,7 @@ def _choices(tensor: GgufTensor, informed: bool) -> Iterator[BlockType]:
             yield kind
 
 
-def _nearest(kind: BlockType, choices: Mapping[BlockType, float]) -> BlockType:
+def _nearest(kind: BlockType, choices: Iterable[BlockType]) -> BlockType:
     """The choice nearest in bits per weight."""
 
     def bits(one: BlockType) -> float:
