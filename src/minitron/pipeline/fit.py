@@ -234,8 +234,11 @@ def with_fit(config: DistillConfig, fit: Fit) -> DistillConfig:
 
 
 def keep_fit(fit: Fit | None, file: Path) -> None:
-    """Write what was settled, so that the next call of the same command takes it whatever memory is free then."""
-    if fit is not None and parallel.is_first() and not file.exists():
+    """Write what was settled, so that the next call of the same command takes it whatever memory is free then.
+
+    Where a step takes far less than there is, nothing was settled.
+    """
+    if fit is not None and fit.peak is not None and parallel.is_first() and not file.exists():
         write_json(file, fit.model_dump())
 
 

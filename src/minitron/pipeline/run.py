@@ -69,7 +69,10 @@ def run(recipe: Recipe, out: Path, listener: Listener = SILENT) -> RunRecords:
 
     Raises: MinitronError; RunError if `out` is in use or holds stages made from other inputs.
     """
-    fit = fit_of(recipe, out, listener) if parallel.ranks().rank == 0 else None
+    fit = None
+    if parallel.ranks().rank == 0:
+        _require_programs(recipe)
+        fit = fit_of(recipe, out, listener)
     with parallel.process_group():
         _run(recipe, out, fit, listener)
         records = read_run(out)
@@ -87,10 +90,6 @@ def _run(recipe: Recipe, out: Path, fit: Fit | None, listener: Listener) -> None
     inputs = [recipe.model, recipe.data.source, recipe.data.heldout, recipe.prune.layer_task, recipe.evaluate.tasks_dir]
     if parallel.is_first():
         prove_directory(out, inputs=inputs, holds=True, writes=RUN_ENTRIES)
-    trackers.require_trackers(recipe.distill.log_to)
-    for exporter in EXPORTERS.values():
-        if exporter.wanted(recipe):
-            exporter.require()
     teacher = open_checkpoint(model_directory(recipe.model, recipe.revision))
     tokenizer = teacher.tokenizer
     budget = budget_of(recipe, teacher, out, listener)
@@ -108,6 +107,14 @@ def _run(recipe: Recipe, out: Path, fit: Fit | None, listener: Listener) -> None
         for name, exporter in EXPORTERS.items():
             if exporter.wanted(run.recipe):
                 export_student(run, name)
+
+
+def _require_programs(recipe: Recipe) -> None:
+    """Refuse a run whose trackers or exporters are not installed, which only the first process would find."""
+    trackers.require_trackers(recipe.distill.log_to)
+    for exporter in EXPORTERS.values():
+        if exporter.wanted(recipe):
+            exporter.require()
 
 
 def fit_of(recipe: Recipe, out: Path, listener: Listener = SILENT) -> Fit | None:
