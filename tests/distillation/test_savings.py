@@ -65,7 +65,7 @@ def test_what_is_chosen_fits_and_none_of_it_could_be_left_out(seed: int) -> None
         if memory < least:
             continue
         for name in SAVINGS:
-            keys = {key for changes in SAVINGS[name].changes(asked, BLOCK) for key in changes}
+            keys = {key for changes in SAVINGS[name](asked, BLOCK) for key in changes}
             fewer = {key: value for key, value in found.items() if key not in keys}
             goes_with_weights = name == "optimizer" and "weights" in found
             assert fewer == found or goes_with_weights or takes(fewer) > memory
@@ -73,7 +73,7 @@ def test_what_is_chosen_fits_and_none_of_it_could_be_left_out(seed: int) -> None
 
 def every_set_of_changes(asked: DistillConfig) -> list[Changes]:
     """One change, or none, of each saving; the later ones count."""
-    rows = [[{}, *saving.changes(asked, BLOCK)] for saving in SAVINGS.values()]
+    rows = [[{}, *saving(asked, BLOCK)] for saving in SAVINGS.values()]
     return [{key: value for each in chosen for key, value in each.items()} for chosen in itertools.product(*rows)]
 
 

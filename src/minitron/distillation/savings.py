@@ -4,7 +4,6 @@ A new way to save memory takes a row of SAVINGS.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from minitron.distillation.config import DistillConfig
@@ -47,26 +46,14 @@ def _recorded_teacher(config: DistillConfig, block_tokens: int) -> Iterator[Chan
         yield {"teacher": "recorded", "intermediate": "off"}
 
 
-@dataclass(frozen=True)
-class Saving:
-    """A row of SAVINGS.
-
-    cost: what it costs, in words.
-    changes: the changes that it makes to resolved settings, one after the other, each with more effect than the one
-        before; from the settings and the tokens of a block.
-    """
-
-    cost: str
-    changes: Callable[[DistillConfig, int], Iterator[Changes]]
-
-
-# In the order of what they cost. The student changes with the second half of them only, beyond rounding.
-SAVINGS: dict[str, Saving] = {
-    "micro_batches": Saving("a smaller product is slower on a GPU", _smaller_micro_batches),
-    "checkpointing": Saving("a third more time for the student's step", _checkpointed),
-    "optimizer": Saving("more tokens for the same student", _lighter_optimizers),
-    "weights": Saving("the weights are rounded at each step", _bfloat16_weights),
-    "recorded": Saving("only the teacher's likeliest tokens are compared, from the disk", _recorded_teacher),
+# Name -> the changes that it makes to resolved settings with blocks of so many tokens, one after the other, each with
+# more effect than the one before. In the order of what they cost: the first two change the student by rounding alone.
+SAVINGS: dict[str, Callable[[DistillConfig, int], Iterator[Changes]]] = {
+    "micro_batches": _smaller_micro_batches,
+    "checkpointing": _checkpointed,
+    "optimizer": _lighter_optimizers,
+    "weights": _bfloat16_weights,
+    "recorded": _recorded_teacher,
 }
 
 
@@ -109,10 +96,15 @@ def fitted(
     return _together(chosen.values())
 
 
+def changed_by_savings(config: DistillConfig, block_tokens: int) -> set[str]:
+    """Return the settings that savings would change, whoever set them."""
+    return {key for _, changes in _possible(config, block_tokens, ()) for key in changes}
+
+
 def _possible(config: DistillConfig, block_tokens: int, kept: Collection[str]) -> Iterator[tuple[str, Changes]]:
     """Yield savings with their changes, without those of settings that must stay."""
     for name, saving in SAVINGS.items():
-        for changes in saving.changes(config, block_tokens):
+        for changes in saving(config, block_tokens):
             new = {key: value for key, value in changes.items() if getattr(config, key) != value}
             if not new.keys() & set(kept):
                 yield name, new

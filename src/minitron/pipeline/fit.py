@@ -20,7 +20,7 @@ from minitron.distillation.config import DistillConfig
 from minitron.distillation.layouts import FIT, Fit
 from minitron.distillation.memory import StepMemory, step_memory
 from minitron.distillation.optim import training_bytes
-from minitron.distillation.savings import Changes, fitted
+from minitron.distillation.savings import Changes, changed_by_savings, fitted
 from minitron.distillation.schedule import Schedule
 from minitron.distillation.step import blocks_at_once
 from minitron.model.architecture import Architecture, Shape
@@ -146,10 +146,13 @@ def settle(planned: Planned, room: Room) -> Settled:
 
 def _open_settings(planned: Planned, room: Room, kept: Collection[str]) -> str:
     """Say which of the user's own settings stand in the way of what would fit; nothing where none do."""
-    found, memory = _fitted(planned, room, ())
-    own = both(f"distill.{name}" for name in found if name in kept) if found.keys() & kept else ""
-    if not own or memory.peak > room.memory:
+    in_the_way = changed_by_savings(planned.config(), planned.block_tokens) & set(kept)
+    if not in_the_way:
         return ""
+    found, memory = _fitted(planned, room, ())
+    if memory.peak > room.memory:
+        return ""
+    own = both(f"distill.{name}" for name in found if name in in_the_way)
     settings = Fit(memory=room.memory, processes=room.processes, changes=found).settings
     return f"Without {own}, {settings} would fit it into {size(memory.peak)}. "
 
@@ -170,6 +173,7 @@ def _fitted(planned: Planned, room: Room, kept: Collection[str]) -> tuple[dict[s
 
 
 def _rough_bytes(planned: Planned) -> int:
+    """Return about as many bytes as one process would take for a step, by a sum that leaves out what is small."""
     config, shapes = planned.config(), (planned.student.shape, planned.teacher.shape)
     tokens = planned.block_tokens * blocks_at_once(config.micro_batch_tokens, planned.block_tokens)
     row = sum(
