@@ -360,8 +360,7 @@ def distill(
 
     def planned() -> Planned:
         recipe = Recipe(model=str(teacher), seed=seed, data=data, prune=PruneConfig(), distill=with_guess(config))
-        student_, teacher_ = (open_config(model_directory(str(model))) for model in (student, teacher))
-        return Planned(recipe, student_, teacher_)
+        return Planned(recipe, *(open_config(model_directory(str(model))) for model in (student, teacher)))
 
     require_distill_effects(config)
     trackers.require_trackers(config.log_to)

@@ -71,19 +71,14 @@ class Fit(Layout):
     changes: dict[str, bool | int | str] = Field(default={})
 
     @property
-    def fits(self) -> bool:
-        return self.peak is None or self.peak <= self.memory
-
-    @property
     def settings(self) -> str:
         """The changed settings, as they are given to a command."""
         values = [str(value).lower() if isinstance(value, bool) else value for value in self.changes.values()]
         return both(f"distill.{name}={value}" for name, value in zip(self.changes, values, strict=True))
 
     def __str__(self) -> str:
-        """Say what was changed, and why."""
-        if self.asked is None or self.peak is None or not self.changes:
-            return f"a step fits the {size(self.memory)} that it may take"
+        """Say what was changed, and why; something must have been."""
+        assert self.asked is not None and self.peak is not None and self.changes
         return (
             f"a step would take {size(self.asked)} where {size(self.memory)} may be taken; with {self.settings} it "
             f"takes {size(self.peak)}"
